@@ -1,0 +1,27 @@
+"""The ops of the model: one file per op, one stem everywhere.
+
+`reference.py` is the specification, `backend.py` decides which kernel runs and says why.
+"""
+
+from lens.ops import backend, reference
+from lens.ops.gated_residual import gated_residual, gated_residual_norm_modulate
+from lens.ops.guidance_step import guidance_step
+from lens.ops.joint_attention import joint_attention
+from lens.ops.pack_tokens import pack_tokens, unpack_tokens
+from lens.ops.qk_norm_rope import qk_norm_rope
+from lens.ops.rms_norm_modulate import rms_norm_modulate
+from lens.ops.swiglu import swiglu
+
+__all__ = [
+    "backend",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "guidance_step",
+    "joint_attention",
+    "pack_tokens",
+    "qk_norm_rope",
+    "reference",
+    "rms_norm_modulate",
+    "swiglu",
+    "unpack_tokens",
+]

@@ -1,0 +1,1 @@
+"""Which kernel runs, why, and how to override it."""

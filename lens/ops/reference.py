@@ -1,0 +1,233 @@
+"""The specification of every op in plain PyTorch, written from the maths.
+
+Shape alphabet, used by every file of this project:
+
+    B  samples in a batch            N  attention heads
+    I  image tokens of a sample      H  channels of one head
+    T  text tokens of a sample       D  width of the model, D = N * H
+    S  joint tokens, S = I + T       F  hidden width of the MLP
+    R  packed rows of one stream     C  latent channels of one token
+    L  padded length of a batch      RI, RT, RS  packed image, text, joint rows, RS = RI + RT
+
+Packed rows hold the samples back to back without padding: sample b owns rows offsets[b] to offsets[b + 1].
+The joint layout holds [image rows | text rows] per sample, so joint_offsets = image_offsets + text_offsets.
+
+Arithmetic is float32 for float32 and bfloat16 tensors and float64 for float64 tensors; results are rounded
+once, when they are stored. Every function here differentiates through plain autograd.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a tensor of `dtype` is computed with."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(arithmetic_dtype(x.dtype))
+
+
+def sample_of_row(offsets: Tensor, rows: int) -> Tensor:
+    """Sample b that owns each of the R packed rows: int64 [R]. Samples without rows are skipped."""
+    row = torch.arange(rows, device=offsets.device, dtype=offsets.dtype)
+    return torch.searchsorted(offsets, row, right=True) - 1
+
+
+def joint_rows(image_offsets: Tensor, text_offsets: Tensor, image_rows: int, text_rows: int) -> Tensor:
+    """Joint row of every image row, then of every text row: int64 [RI + RT]."""
+    b_image = sample_of_row(image_offsets, image_rows)
+    b_text = sample_of_row(text_offsets, text_rows)
+    image = torch.arange(image_rows, device=b_image.device) + text_offsets[b_image]
+    text = torch.arange(text_rows, device=b_text.device) + image_offsets[b_text + 1]
+    return torch.cat([image, text])
+
+
+# Positions and rotary tables -------------------------------------------------------------------------------
+
+
+def image_positions(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
+    """(frame, row, column) of the tokens of a height x width grid, row by row: int64 [I, 3].
+
+    Token (r, c) sits at (0, r - (height - height // 2), c - (width - width // 2)): centred, negative first.
+    """
+    row = torch.arange(height, device=device) - (height - height // 2)
+    column = torch.arange(width, device=device) - (width - width // 2)
+    grid = torch.stack(torch.meshgrid(row, column, indexing="ij"), -1).reshape(-1, 2)
+    return F.pad(grid, (1, 0))
+
+
+def text_positions(height: int, width: int, length: int, device: torch.device | str | None = None) -> Tensor:
+    """Positions of `length` text tokens beside a height x width grid: int64 [T, 3].
+
+    Token j sits at max(height // 2, width // 2) + j on all three axes.
+    """
+    first = max(height // 2, width // 2)
+    return (first + torch.arange(length, device=device))[:, None].expand(length, 3)
+
+
+def rope_table(
+    positions: Tensor,
+    axes: tuple[int, ...] = (8, 28, 28),
+    theta: float = 1e4,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of every rotation angle, each [S, H / 2] in `dtype`.
+
+    An axis of d channels turns d / 2 pairs by position * theta^(-2 k / d), k = 0 .. d / 2 - 1; the pairs of
+    the axes follow one another in the order of `axes`. Angles are computed in float64 and rounded once.
+    """
+    angles = []
+    for axis, channels in enumerate(axes):
+        k = torch.arange(channels // 2, dtype=torch.float64, device=positions.device)
+        angles.append(positions[:, axis, None].double() * theta ** (-2.0 * k / channels))
+    angle = torch.cat(angles, -1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+# Row ops ---------------------------------------------------------------------------------------------------
+
+
+def pack_tokens(x: Tensor, rows: Tensor) -> Tensor:
+    """packed[r] = x.view(B * L, C)[rows[r]]: [B, L, C] -> [R, C]."""
+    return x.flatten(0, 1).index_select(0, rows)
+
+
+def unpack_tokens(packed: Tensor, rows: Tensor, batch: int, length: int) -> Tensor:
+    """x.view(B * L, C)[rows[r]] = packed[r], zero elsewhere: [R, C] -> [B, L, C]."""
+    flat = packed.new_zeros(batch * length, packed.shape[1]).index_copy(0, rows, packed)
+    return flat.view(batch, length, packed.shape[1])
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x * rsqrt(mean(x^2) + eps) * weight over the last dim, in the arithmetic dtype (not rounded)."""
+    x = _wide(x)
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * _wide(weight)
+
+
+def rms_norm_modulate(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale_b) + shift_b: [R, D] -> [R, D]."""
+    b = sample_of_row(offsets, x.shape[0])
+    y = rms_norm(x, weight, eps) * (1 + _wide(scale)[b]) + _wide(shift)[b]
+    return y.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (2 i, 2 i + 1) of the last dim by angle i: x [S, N, H], cos and sin [S, H / 2]."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def qk_norm_rope(
+    image_qkv: Tensor,
+    text_qkv: Tensor,
+    image_q_weight: Tensor,
+    image_k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Head-wise RMSNorm of q and k with the stream's weight, then RoPE; v is copied.
+
+    image_qkv [RI, 3 D] and text_qkv [RT, 3 D] -> qkv [3, RI + RT, N, H] in the joint layout, which is also
+    the layout of the rows of cos and sin [RI + RT, H / 2].
+    """
+    head_dim = image_q_weight.shape[0]
+    rows = joint_rows(image_offsets, text_offsets, image_qkv.shape[0], text_qkv.shape[0])
+    streams = []
+    for qkv, q_weight, k_weight in (
+        (image_qkv, image_q_weight, image_k_weight),
+        (text_qkv, text_q_weight, text_k_weight),
+    ):
+        heads = qkv.shape[1] // (3 * head_dim)
+        q, k, v = qkv.view(qkv.shape[0], 3, heads, head_dim).unbind(1)
+        streams.append(torch.stack([rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), _wide(v)]))
+    stacked = torch.cat(streams, 1)
+    q, k, v = torch.zeros_like(stacked).index_copy(1, rows, stacked).unbind(0)
+    return torch.stack([rotate(q, cos, sin), rotate(k, cos, sin), v]).to(image_qkv.dtype)
+
+
+def joint_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    image_lengths: list[int],
+    text_lengths: list[int],
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    text_queries: bool = True,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(q k^T * scale) v among the rows of each sample, not causal; scale defaults to H^-0.5.
+
+    q, k, v [RS, N, H] in the joint layout -> image_out [RI, N * H], text_out [RT, N * H]. With
+    text_queries=False the text rows of q are not used and text_out is [0, N * H].
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    image_out, text_out = [q[:0].flatten(1)], [q[:0].flatten(1)]
+    start = 0
+    for image, text in zip(image_lengths, text_lengths, strict=True):
+        stop = start + image + text
+        queries = _wide(q[start : stop if text_queries else start + image])
+        logits = torch.einsum("qnh,knh->nqk", queries, _wide(k[start:stop])) * scale
+        out = torch.einsum("nqk,knh->qnh", logits.softmax(-1), _wide(v[start:stop])).to(q.dtype)
+        image_out.append(out[:image].flatten(1))
+        text_out.append(out[image:].flatten(1))
+        start = stop
+    return torch.cat(image_out), torch.cat(text_out)
+
+
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
+    """x + gate_b * y: [R, D] -> [R, D]."""
+    b = sample_of_row(offsets, x.shape[0])
+    return (_wide(x) + _wide(gate)[b] * _wide(y)).to(x.dtype)
+
+
+def gated_residual_norm_modulate(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    offsets: Tensor,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:
+    """x_new = x + gate_b * y and rms_norm_modulate(x_new): two [R, D]. The norm reads the stored x_new."""
+    x_new = gated_residual(x, y, gate, offsets)
+    return x_new, rms_norm_modulate(x_new, weight, scale, shift, offsets, eps)
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(h[:, :F]) * h[:, F:]: [R, 2 F] -> [R, F]."""
+    a, u = _wide(h).chunk(2, -1)
+    return (F.silu(a) * u).to(h.dtype)
+
+
+def guidance_step(
+    x: Tensor, cond: Tensor, uncond: Tensor | None, delta: Tensor, guidance: float, offsets: Tensor
+) -> Tensor:
+    """One guided Euler step in the dtype of x; every token keeps the norm of the prompt's velocity.
+
+    comb = u + guidance * (c - u), comb *= |c| / |comb| per row (factor 1 where |comb| is 0),
+    result = x + delta_b * comb. x [R, C], cond and uncond [R, C], delta [B] -> [R, C]. Without uncond comb = c.
+    """
+    c = comb = cond.to(x.dtype)
+    if uncond is not None:
+        u = uncond.to(x.dtype)
+        comb = u + guidance * (c - u)
+        norm = comb.norm(dim=-1, keepdim=True)
+        factor = c.norm(dim=-1, keepdim=True) / torch.where(norm == 0, torch.ones_like(norm), norm)
+        comb = comb * torch.where(norm == 0, torch.ones_like(norm), factor)
+    return x + delta[sample_of_row(offsets, x.shape[0]), None] * comb
