@@ -1,0 +1,7 @@
+"""Lens: a prompt becomes a picture."""
+
+# torch first: its bundled OpenMP runtime and the system's share one soname, so whichever is loaded first serves
+# both. With torch's loaded, torch.set_num_threads also governs the CPU kernels of lens._C.
+import torch  # noqa: F401  isort: skip
+
+__version__ = "0.1.0"

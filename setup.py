@@ -1,0 +1,154 @@
+"""Drives CMakeLists.txt and names the build tools this machine lacks; all metadata is in pyproject.toml.
+
+Environment:
+    LENS_CUDA        AUTO (default) | ON | OFF: CUDA kernels if nvcc is found or can be had for this machine | or fail | no
+    LENS_CUDA_ARCHS  targets instead of the default list, e.g. "80 90a"
+    LENS_BUILD_DIR   object files, kept for the next build (default: build/cmake-<python tag>)
+    LENS_JOBS        parallel compilations (default: the CPUs this process may use)
+nvcc is looked for in CUDACXX, PATH, CUDA_HOME (or, where that is unset, the default toolkit folder) and the wheels.
+"""
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent.resolve()
+MIN_CMAKE = (3, 24)
+# One consistent toolkit from PyPI: compiler driver, its headers, the optimiser, the static runtime, libcu++.
+CUDA_WHEELS = [
+    "nvidia-cuda-nvcc==13.0.88",
+    "nvidia-cuda-crt==13.0.88",
+    "nvidia-nvvm==13.0.88",
+    "nvidia-cuda-runtime==13.0.96",
+    "nvidia-cuda-cccl==13.0.85",
+]
+
+
+def cuda_mode() -> str:
+    mode = os.environ.get("LENS_CUDA", "AUTO").upper()
+    if mode not in ("AUTO", "ON", "OFF"):
+        sys.exit(f"lens: LENS_CUDA must be AUTO, ON or OFF, got {mode!r}")
+    return mode
+
+
+def toolkit_nvcc() -> str | None:
+    """nvcc of an installed toolkit."""
+    if named := os.environ.get("CUDACXX"):
+        if found := shutil.which(named):
+            return found
+        sys.exit(f"lens: CUDACXX names {named!r}, which is not an executable")
+    if found := shutil.which("nvcc"):
+        return found
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which("nvcc", path=os.path.join(home, "bin"))
+
+
+def wheel_nvcc() -> str | None:
+    """nvcc of the PyPI wheels, where they are installed in the building environment."""
+    with contextlib.suppress(ModuleNotFoundError):
+        spec = importlib.util.find_spec("nvidia.cu13")
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            if found := shutil.which("nvcc", path=os.path.join(folder, "bin")):
+                return found
+    return None
+
+
+def has_driver() -> bool:
+    """Whether an NVIDIA driver serves this machine (a toolkit need not be installed for that)."""
+    if any(os.path.exists(p) for p in ("/dev/nvidiactl", "/proc/driver/nvidia/version")):
+        return True
+    ldconfig = shutil.which("ldconfig") or shutil.which("ldconfig", path="/sbin:/usr/sbin")
+    if ldconfig is None:
+        return False
+    return "libcuda.so.1" in subprocess.run([ldconfig, "-p"], capture_output=True, text=True).stdout
+
+
+def wants_cuda_wheels() -> bool:
+    mode = cuda_mode()
+    return mode != "OFF" and toolkit_nvcc() is None and (mode == "ON" or has_driver())
+
+
+def cmake_is_usable() -> bool:
+    if not (cmake := shutil.which("cmake")):
+        return False
+    version = re.search(r"(\d+)\.(\d+)", subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout)
+    return version is not None and tuple(map(int, version.groups())) >= MIN_CMAKE
+
+
+def build_tools() -> list[str]:
+    """Requirements beyond pyproject.toml's; setuptools hands them to pip as PEP 517 dynamic build requirements."""
+    tools = [] if cmake_is_usable() else [f"cmake>={MIN_CMAKE[0]}.{MIN_CMAKE[1]}"]
+    tools += [] if shutil.which("ninja") else ["ninja"]
+    return tools + (CUDA_WHEELS if wants_cuda_wheels() else [])
+
+
+class CMakeBuild(build_ext):
+    """lens._C through CMake and Ninja. Object files stay in LENS_BUILD_DIR, so a second build is incremental."""
+
+    def build_extension(self, ext: Extension) -> None:
+        import pybind11
+
+        target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nvcc = None
+        if cuda_mode() != "OFF":
+            nvcc = toolkit_nvcc() or wheel_nvcc()
+            if nvcc is None and wants_cuda_wheels():
+                sys.exit(
+                    "lens: no nvcc for the CUDA kernels. Build with isolation (plain `pip install .`), which takes "
+                    f"the compiler from PyPI, or run `pip install {' '.join(CUDA_WHEELS)}` here first, or install a "
+                    "CUDA toolkit and set CUDA_HOME. LENS_CUDA=OFF builds the CPU kernels alone."
+                )
+        tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
+        folder = pathlib.Path(os.environ.get("LENS_BUILD_DIR") or ROOT / "build" / f"cmake-{tag}").resolve()
+        jobs = os.environ.get("LENS_JOBS") or str(len(os.sched_getaffinity(0)))
+        archs = re.sub(r"[\s,;]+", ";", os.environ.get("LENS_CUDA_ARCHS", "").strip())
+        configure = [
+            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_CUDA_COMPILER={nvcc or ''}",
+            f"-DLENS_CUDA={'ON' if nvcc else 'OFF'}",
+            f"-DLENS_CUDA_ARCHS={archs}",
+        ]  # fmt: skip
+        with exclusive(folder):
+            forget_other_tools(folder, [str(ROOT), sys.executable, str(shutil.which("cmake")), str(nvcc)])
+            subprocess.run(configure, check=True)
+            subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], check=True)
+            # via a temporary name: a process that has the old module mapped keeps its own copy
+            partial = target.with_name(f".{target.name}.{os.getpid()}")
+            shutil.copy2(folder / "_C.so", partial)
+            os.replace(partial, target)
+
+
+@contextlib.contextmanager
+def exclusive(folder: pathlib.Path) -> Iterator[None]:
+    """Two builds in one folder at a time would corrupt it: the second waits."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def forget_other_tools(folder: pathlib.Path, tools: list[str]) -> None:
+    """CMake's cache holds absolute paths: after a move, or with another compiler, start from an empty folder."""
+    record = folder / "lens-tools.txt"
+    if folder.exists() and not (record.exists() and record.read_text().splitlines() == tools):
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_text("\n".join(tools) + "\n")
+
+
+setup(ext_modules=[Extension("lens._C", [])], cmdclass={"build_ext": CMakeBuild}, setup_requires=build_tools())
