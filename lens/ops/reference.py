@@ -221,7 +221,7 @@ def guidance_step(
     """One guided Euler step in the dtype of x; every token keeps the norm of the prompt's velocity.
 
     comb = u + guidance * (c - u), comb *= |c| / |comb| per row (factor 1 where |comb| is 0),
-    result = x + delta_b * comb. x [R, C], cond and uncond [R, C], delta [B] -> [R, C]. Without uncond comb = c.
+    result = x + delta_b * comb. x, cond, uncond [R, C], delta [B] -> [R, C]. Without uncond comb = c.
     """
     c = comb = cond.to(x.dtype)
     if uncond is not None:
