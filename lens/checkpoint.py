@@ -1,0 +1,404 @@
+"""Every file layout <-> our names. The one place that knows foreign keys; loading is strict and names what is wrong.
+
+A checkpoint is a folder in the released layout: model_index.json, transformer/, text_encoder/, tokenizer/, vae/,
+scheduler/. Our own metadata, where present, is the "lens" entry of model_index.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import re
+import struct
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import LensConfig
+from .model import LensTransformer2DModel
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+_SHARD_BYTES = 15_000_000
+_MIB = 1 << 20
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file, the key, what was expected and what came."""
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+_TOP = {
+    "image_in": "img_in",
+    "text_in": "txt_in",
+    "time_embedding": "time_text_embed.timestep_embedder",
+    "final_modulation": "norm_out.linear",
+    "image_out": "proj_out",
+}
+_STREAM = {
+    "image": {
+        "modulation": "img_mod.1", "norm1": "img_norm1.weight", "norm2": "img_norm2.weight", "qkv": "attn.img_qkv",
+        "q_norm": "attn.norm_q.weight", "k_norm": "attn.norm_k.weight", "out": "attn.to_out.0", "mlp": "img_mlp",
+    },
+    "text": {
+        "modulation": "txt_mod.1", "norm1": "txt_norm1.weight", "norm2": "txt_norm2.weight", "qkv": "attn.txt_qkv",
+        "q_norm": "attn.norm_added_q.weight", "k_norm": "attn.norm_added_k.weight", "out": "attn.to_add_out", "mlp": "txt_mlp",
+    },
+}  # fmt: skip
+
+
+def released_names(name: str) -> list[str]:
+    """Our parameter name -> the released keys it is made of, stacked along the rows in this order."""
+    if match := re.fullmatch(r"text_norms\.(\d+)", name):
+        return [f"txt_norm.{match[1]}.weight"]
+    if match := re.fullmatch(r"blocks\.(\d+)\.(image|text)\.(\w+)(\.weight|\.bias)?", name):
+        index, stream, part, leaf = match[1], _STREAM[match[2]], match[3], match[4] or ""
+        prefix = f"transformer_blocks.{index}."
+        if part == "w13":
+            return [f"{prefix}{stream['mlp']}.w1.weight", f"{prefix}{stream['mlp']}.w3.weight"]
+        if part == "w2":
+            return [f"{prefix}{stream['mlp']}.w2.weight"]
+        return [f"{prefix}{stream[part]}{leaf}"]
+    top, _, rest = name.partition(".")
+    return [f"{_TOP[top]}.{rest}"]
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or CheckpointError naming the file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: file not found") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+class Shard:
+    """One memory-mapped safetensors file. Pages are given back after each tensor, so mapping costs no resident memory."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+            if not 2 <= length <= size - 8:
+                raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+            self.header_bytes = head + file.read(length)
+        try:
+            header = json.loads(self.header_bytes[8:])
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.entries: dict[str, tuple[str, list[int], int, int]] = {
+                key: (e["dtype"], e["shape"], e["data_offsets"][0], e["data_offsets"][1]) for key, e in header.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{path}: broken safetensors header: {error!r}") from None
+        self._start = 8 + length
+        end = max((e[3] for e in self.entries.values()), default=0)
+        if self._start + end > size:
+            raise CheckpointError(f"{path}: truncated: {self._start + end} bytes expected from the header, got {size}")
+        self._map: mmap.mmap | None = None
+
+    def read(self, key: str, into: Callable[[Tensor], None]) -> None:
+        """Hand the tensor ``key``, a view of the mapping, to ``into``, which must copy; then drop its pages."""
+        dtype, shape, begin, end = self.entries[key]
+        torch_dtype = _DTYPES.get(dtype) or _INTEGERS.get(dtype)
+        if torch_dtype is None:
+            raise CheckpointError(f"{self.path}: {key} has dtype {dtype}, expected one of {sorted(_DTYPES)}")
+        count = 1
+        for n in shape:
+            count *= n
+        if count * torch_dtype.itemsize != end - begin:
+            raise CheckpointError(f"{self.path}: {key} of shape {shape} and dtype {dtype} cannot fill {end - begin} bytes")
+        if count == 0:
+            return into(torch.empty(shape, dtype=torch_dtype))
+        if self._map is None:
+            with self.path.open("rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        into(torch.frombuffer(self._map, dtype=torch_dtype, count=count, offset=self._start + begin).view(shape))
+        page = mmap.PAGESIZE
+        first = (self._start + begin) // page * page
+        self._map.madvise(mmap.MADV_DONTNEED, first, self._start + end - first)
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+            self._map = None
+
+
+def open_shards(folder: Path) -> dict[str, Shard]:
+    """key -> shard for every tensor of a folder (one file, or shards behind an index). Checks index against headers."""
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: folder not found")
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = read_json(indices[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{indices[0]}: expected a 'weight_map' object")
+        names = sorted(set(weight_map.values()))
+    else:
+        weight_map = None
+        names = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not names:
+        raise CheckpointError(f"{folder}: no .safetensors file")
+    keys: dict[str, Shard] = {}
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name}: shard named by {indices[0].name} not found")
+        shard = Shard(folder / name)
+        for key in shard.entries:
+            if key in keys:
+                raise CheckpointError(f"{shard.path}: {key} is also in {keys[key].path.name}")
+            keys[key] = shard
+    for key, name in (weight_map or {}).items():
+        if key not in keys or keys[key].path.name != name:
+            raise CheckpointError(f"{folder / name}: {key} is promised by {indices[0].name} but not in the file")
+    return keys
+
+
+def load_parameters(
+    module: nn.Module,
+    folder: Path,
+    names: Callable[[str], list[str]] = lambda name: [name],
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Fill a module built on the meta device from ``folder``, strictly: every key once, every shape exact."""
+    shards = open_shards(folder)
+    wanted: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
+    expected = {key: name for name in wanted for key in names(name)}
+    missing = sorted(set(expected) - set(shards))
+    if missing:
+        raise CheckpointError(f"{folder}: {len(missing)} keys missing, first {missing[0]!r} of shape {_piece_shape(missing[0], expected, wanted, names)}")
+    extra = sorted(set(shards) - set(expected))
+    if extra:
+        raise CheckpointError(f"{shards[extra[0]].path}: {len(extra)} unexpected keys, first {extra[0]!r}")
+    for name, target in wanted.items():
+        sources = names(name)
+        value = torch.empty(target.shape, dtype=dtype if target.is_floating_point() else target.dtype, device=device)
+        rows = value.shape[0] // len(sources) if value.dim() else 0
+        for i, key in enumerate(sources):
+            piece = value[i * rows : (i + 1) * rows] if len(sources) > 1 else value
+            shard = shards[key]
+            stored, shape = shard.entries[key][:2]
+            if list(shape) != list(piece.shape):
+                raise CheckpointError(f"{shard.path}: {key} must have shape {list(piece.shape)}, got {list(shape)}")
+            if target.is_floating_point() and stored not in _DTYPES:
+                raise CheckpointError(f"{shard.path}: {key} must have a dtype of {sorted(_DTYPES)}, got {stored}")
+            shard.read(key, piece.copy_)
+        _assign(module, name, value, isinstance(target, nn.Parameter))
+    for shard in set(shards.values()):
+        shard.close()
+
+
+def _piece_shape(key: str, expected: Mapping[str, str], wanted: Mapping[str, Tensor], names: Callable) -> list[int]:
+    shape = list(wanted[expected[key]].shape)
+    pieces = len(names(expected[key]))
+    return [shape[0] // pieces, *shape[1:]] if pieces > 1 else shape
+
+
+def _assign(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
+    *path, leaf = name.split(".")
+    for part in path:
+        module = getattr(module, part)
+    if is_parameter:
+        module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        module.register_buffer(leaf, value)
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
+    """``transformer/`` of the released layout -> our model in eval mode."""
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("_class_name", "LensTransformer2DModel") != "LensTransformer2DModel":
+        raise CheckpointError(f"{path}: _class_name must be LensTransformer2DModel, got {config['_class_name']!r}")
+    try:
+        parsed = LensConfig.from_dict(config, str(path))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+    with torch.device("meta"):
+        model = LensTransformer2DModel(parsed)
+    load_parameters(model, folder, released_names, dtype, device)
+    return model.eval()
+
+
+def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """``vae/`` -> diffusers' AutoencoderKLFlux2 in eval mode."""
+    from diffusers import AutoencoderKLFlux2
+
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("_class_name") != "AutoencoderKLFlux2":
+        raise CheckpointError(f"{path}: _class_name must be AutoencoderKLFlux2, got {config.get('_class_name')!r}")
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKLFlux2.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    load_parameters(vae, folder, dtype=dtype, device=device)
+    return vae.eval()
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+    """``text_encoder/`` -> transformers' GptOssModel (no LM head) in eval mode; MXFP4 experts through transformers.
+
+    The released config names a class, LensGptOssEncoder, that no library has; model_type gpt_oss is what counts.
+    """
+    from transformers import GptOssConfig, GptOssModel, Mxfp4Config
+
+    path = folder / "config.json"
+    config = read_json(path)
+    if config.get("model_type") != "gpt_oss":
+        raise CheckpointError(f"{path}: model_type must be gpt_oss, got {config.get('model_type')!r}")
+    shards = open_shards(folder)  # a truncated file is refused here, with its name
+    parsed = GptOssConfig.from_pretrained(folder)
+    kwargs: dict[str, Any] = {}
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        if quantization.get("quant_method") != "mxfp4":
+            raise CheckpointError(f"{path}: quant_method must be mxfp4, got {quantization.get('quant_method')!r}")
+        if torch.device(device).type == "cpu":
+            kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
+    try:
+        model, info = GptOssModel.from_pretrained(
+            folder, config=parsed, dtype=dtype, device_map={"": str(device)} if torch.device(device).type != "cpu" else None,
+            output_loading_info=True, **kwargs,
+        )  # fmt: skip
+    except (RuntimeError, ValueError, KeyError, OSError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
+    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
+    for what, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected), ("misshapen", info["mismatched_keys"])):
+        if keys:
+            file = sorted({s.path.name for s in shards.values()})[0]
+            raise CheckpointError(f"{folder / file}: {len(keys)} {what} keys, first {sorted(map(str, keys))[0]}")
+    return model.eval()
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """``model_index.json`` of a Lens checkpoint, or CheckpointError saying what the folder is instead."""
+    path = root / "model_index.json"
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: folder not found")
+    index = read_json(path)
+    if index.get("_class_name") != "LensPipeline":
+        raise CheckpointError(f"{path}: _class_name must be LensPipeline, got {index.get('_class_name')!r}: another model")
+    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+        if not (root / part).is_dir():
+            raise CheckpointError(f"{root / part}: folder not found, expected the released layout")
+    return index
+
+
+EMBEDDED = {"mini": "base", "mini-base": "base", "mini-rl": "rl", "mini-turbo": "turbo"}
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """"mini..." -> the embedded weights; an existing folder -> itself; else a hub id, fetched through huggingface_hub."""
+    name = os.fspath(source)
+    if name in EMBEDDED:
+        folder = Path(__file__).parent / "mini" / EMBEDDED[name]
+        if not folder.is_dir():
+            shipped = [n for n, f in EMBEDDED.items() if (folder.parent / f).is_dir()]
+            raise CheckpointError(f"{name!r} is not part of this version of Lens; embedded models: {shipped}")
+        return folder
+    if Path(name).is_dir():
+        return Path(name)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(name))
+        except Exception as error:
+            raise CheckpointError(f"{name!r} is neither a folder here nor a hub id that can be fetched: {error}") from error
+    raise CheckpointError(f"{name!r}: expected one of {sorted(EMBEDDED)}, a folder in the released layout or a hub id")
+
+
+def fingerprint(root: Path) -> str:
+    """SHA-256 over each safetensors file's name, size, header, first and last MiB, in sorted order: cheap and telling."""
+    digest = hashlib.sha256()
+    for path in sorted(root.rglob("*.safetensors"), key=lambda p: p.relative_to(root).as_posix()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(root).as_posix()}\0{size}\0".encode())
+        digest.update(Shard(path).header_bytes)
+        with path.open("rb") as file:
+            digest.update(file.read(_MIB))
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ saving
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """``write(temporary)``, flush to disk, rename to ``path``: a killed or failed save leaves the old file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    try:
+        write(Path(temporary))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8") and None)
+
+
+def released_tensors(model: LensTransformer2DModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(released key, tensor) of every parameter, the inverse of loading."""
+    for name, value in model.state_dict().items():
+        keys = released_names(name)
+        for key, piece in zip(keys, value.chunk(len(keys)) if len(keys) > 1 else [value]):
+            yield key, piece.detach().to("cpu", dtype).contiguous()
+
+
+def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_bytes: int = _SHARD_BYTES) -> None:
+    """Write ``stem.safetensors``, or shards of at most ``shard_bytes`` with an index, in key order."""
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key in sorted(tensors):
+        n = tensors[key].numel() * tensors[key].element_size()
+        if size + n > shard_bytes and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensors[key]
+        size += n
+    if len(shards) == 1:
+        write_atomic(folder / f"{stem}.safetensors", lambda p: save_file(shards[0], p, {"format": "pt"}))
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_atomic(folder / name, lambda p, shard=shard: save_file(shard, p, {"format": "pt"}))
+        weight_map.update(dict.fromkeys(shard, name))
+    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+
+
+def save_transformer(model: LensTransformer2DModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write ``transformer/`` in the released layout."""
+    save_tensors(folder, "diffusion_pytorch_model", dict(released_tensors(model, dtype)))
+    write_json(folder / "config.json", model.config.to_dict())

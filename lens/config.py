@@ -1,0 +1,107 @@
+"""Shapes of the model as frozen data. The defaults are the released Lens (arXiv 2605.21573, section 3)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+# Switches of the released config.json that select the only architecture Lens ever shipped.
+_FIXED = {"gate_mlp": True, "rms_norm": True, "multi_layer_encoder_feature": True}
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """The MMDiT's shape; field names are those of the released ``transformer/config.json``.
+
+    ``selected_layer_index`` are the zero-based decoder layers of the text encoder whose raw residual stream is read.
+    """
+
+    num_layers: int = 48  # L, two-stream blocks
+    num_attention_heads: int = 24  # N
+    attention_head_dim: int = 64  # H
+    in_channels: int = 128  # C, channels of one image token
+    out_channels: int = 32  # latent channels; one token is patch_size^2 latent pixels
+    patch_size: int = 2
+    enc_hidden_dim: int = 2880  # E, width of the text encoder
+    selected_layer_index: tuple[int, ...] = (5, 11, 17, 23)  # F layers
+    axes_dims_rope: tuple[int, int, int] = (8, 28, 28)  # channels of a head for frame, row, column
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "selected_layer_index", tuple(self.selected_layer_index))
+        object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size", "enc_hidden_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"LensConfig: {name} must be a positive integer, got {value!r}")
+        if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"LensConfig: axes_dims_rope must be three even numbers that sum to attention_head_dim = {self.attention_head_dim}, got {self.axes_dims_rope}"
+            )
+        if any(d % 2 or d < 0 for d in self.axes_dims_rope):
+            raise ValueError(f"LensConfig: axes_dims_rope must be even, got {self.axes_dims_rope}")
+        if self.patch_size**2 * self.out_channels != self.in_channels:
+            raise ValueError(
+                f"LensConfig: in_channels must be patch_size^2 * out_channels = {self.patch_size**2 * self.out_channels}, got {self.in_channels}"
+            )
+        if not self.selected_layer_index:
+            raise ValueError("LensConfig: selected_layer_index must name at least one layer")
+
+    @property
+    def inner_dim(self) -> int:
+        """D, the width of both streams."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_hidden_dim(self) -> int:
+        """Hidden width of the SwiGLU: int(D / 3 * 8) (4096 at 1536, 341 at 128)."""
+        return int(self.inner_dim / 3 * 8)
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any], source: str = "config.json") -> LensConfig:
+        """Read a released ``config.json``. Unknown keys, other architectures and wrong sums raise, naming ``source``."""
+        known = {f.name for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in config.items():
+            if key.startswith("_") or key == "inner_dim":
+                continue
+            if key in _FIXED:
+                if value != _FIXED[key]:
+                    raise ValueError(f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens")
+            elif key in known:
+                values[key] = tuple(value) if isinstance(value, list) else value
+            else:
+                raise ValueError(f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}")
+        for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
+            if key not in values:
+                raise ValueError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")
+        try:
+            result = cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{source}: {error}") from None
+        if config.get("inner_dim", result.inner_dim) != result.inner_dim:
+            raise ValueError(
+                f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {result.inner_dim}, got {config['inner_dim']}"
+            )
+        return result
+
+    def to_dict(self) -> dict[str, Any]:
+        """The released ``config.json``, ready for json.dump."""
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return {"_class_name": "LensTransformer2DModel", "inner_dim": self.inner_dim, **_FIXED, **values}
+
+    @classmethod
+    def tiny(cls) -> LensConfig:
+        """Three blocks of width 128: the shape of the golden test checkpoint."""
+        return cls(num_layers=3, num_attention_heads=2, enc_hidden_dim=64, selected_layer_index=(0, 1, 2, 3))
+
+    @classmethod
+    def mini(cls) -> LensConfig:
+        """Lens-Mini, the small Lens shipped inside the package: 32 channels per token instead of 128."""
+        return cls(
+            num_layers=6,
+            num_attention_heads=2,
+            in_channels=32,
+            out_channels=8,
+            enc_hidden_dim=128,
+            selected_layer_index=(0, 1, 2, 3),
+        )

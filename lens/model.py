@@ -1,0 +1,266 @@
+"""6. The MMDiT on one page (arXiv 2605.21573, section 3): two token streams, joint attention, calls lens.ops only.
+
+Shapes: B samples, RI image rows, RT text rows (packed, see packing.py), D width, N heads, H head dim, C channels of an
+image token, E encoder width, F encoder layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import ops
+from .config import LensConfig
+from .modulation import Modulation, TimeEmbedding, modulate
+from .packing import Packing, plan, valid_rows
+
+BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
+TEXT_EPS = 1e-5  # RMSNorm of the encoder's features
+IMAGE, TEXT = 0, 1
+
+
+def linear(layer: Callable[[Tensor], Tensor], x: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """``layer`` over packed rows [R, K] -> [R, M]; sample by sample where ``lengths`` are given.
+
+    Library matrix products change a row's bits with the number of rows and with the alignment of the first one, so a
+    sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line.
+    """
+    if lengths is None:
+        return layer(x)
+    parts, start = [], 0
+    for length in lengths:
+        if length:
+            rows = x[start : start + length]
+            parts.append(layer(rows.clone() if rows.data_ptr() % 64 else rows))
+        start += length
+    return layer(x[:0]) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class Stream(nn.Module):
+    """The weights one stream (image or text) owns in a block."""
+
+    def __init__(self, config: LensConfig):
+        super().__init__()
+        width, head, hidden = config.inner_dim, config.attention_head_dim, config.mlp_hidden_dim
+        self.modulation = nn.Linear(width, 6 * width)
+        self.norm1 = nn.Parameter(torch.ones(width))
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.Parameter(torch.ones(head))
+        self.k_norm = nn.Parameter(torch.ones(head))
+        self.out = nn.Linear(width, width)
+        self.norm2 = nn.Parameter(torch.ones(width))
+        self.w13 = nn.Linear(width, 2 * hidden, bias=False)  # rows of w1, then rows of w3
+        self.w2 = nn.Linear(hidden, width, bias=False)
+
+
+class Block(nn.Module):
+    """One two-stream block: x += gate1 * attention(norm1(x)); x += gate2 * swiglu(norm2(x)), joint attention over both."""
+
+    def __init__(self, config: LensConfig):
+        super().__init__()
+        self.image = Stream(config)
+        self.text = Stream(config)
+
+    def streams(self) -> tuple[Stream, Stream]:
+        return self.image, self.text
+
+
+class LensTransformer2DModel(nn.Module):
+    """Velocity of image tokens under a prompt.
+
+    ``batch_invariant``: a sample's bits do not depend on its neighbours. None (default) means on a CPU outside
+    training; the row kernels always are, the matrix products then run sample by sample.
+    """
+
+    def __init__(self, config: LensConfig):
+        super().__init__()
+        width, features = config.inner_dim, len(config.selected_layer_index)
+        self.config = config
+        self.batch_invariant: bool | None = None
+        self.image_in = nn.Linear(config.in_channels, width)
+        self.text_norms = nn.ParameterList(torch.ones(config.enc_hidden_dim) for _ in range(features))
+        self.text_in = nn.Linear(features * config.enc_hidden_dim, width)
+        self.time_embedding = TimeEmbedding(width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.final_modulation = nn.Linear(width, 2 * width)
+        self.image_out = nn.Linear(width, config.in_channels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_in.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.image_in.weight.dtype
+
+    def _groups(self, lengths: list[int]) -> list[int] | None:
+        invariant = self.batch_invariant
+        if invariant is None:
+            invariant = self.device.type == "cpu" and not self.training
+        return lengths if invariant else None
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
+        """Fresh weights for training: truncated normals, modulation and output zero, so that every block starts as identity."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 1:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            elif "modulation" in name or name.startswith("image_out"):
+                parameter.zero_()
+            else:
+                nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+    def project_text(self, features: Sequence[Tensor], lengths: list[int]) -> Tensor:
+        """F packed feature tensors [RT, E] -> text rows [RT, D]: RMSNorm each, concatenate, project. Once per prompt."""
+
+
+        def project(rows: Tensor) -> Tensor:
+            layers = zip(rows.chunk(len(self.text_norms), dim=-1), self.text_norms, strict=True)
+            return self.text_in(torch.cat([F.rms_norm(x, (x.shape[-1],), w, TEXT_EPS) for x, w in layers], dim=-1))
+
+        return linear(project, torch.cat(list(features), dim=-1), self._groups(lengths))
+
+    def denoise(
+        self,
+        image_rows: Tensor,
+        text_rows: Tensor,
+        modulation: Modulation,
+        packing: Packing,
+        blocks_out: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """Packed forward: image rows [RI, C], projected text rows [RT, D], modulation of B samples -> velocity [RI, C].
+
+        ``blocks_out`` receives (image [RI, D], text [RT, D]) after each block. Without it the last block's text branch,
+        which nothing reads, is skipped.
+        """
+        offsets = (packing.image_offsets, packing.text_offsets)
+        groups = (self._groups(packing.image_lengths), self._groups(packing.text_lengths))
+        x = [linear(self.image_in, image_rows, groups[IMAGE]), text_rows]
+        normed = [self._norm1(0, s, x[s], modulation, offsets) for s in (IMAGE, TEXT)]
+        last = len(self.blocks) - 1
+        for index, block in enumerate(self.blocks):
+            live = (IMAGE,) if index == last and blocks_out is None else (IMAGE, TEXT)
+            qkv = [linear(stream.qkv, normed[s], groups[s]) for s, stream in enumerate(block.streams())]
+            q, k, v = ops.qk_norm_rope(
+                *qkv,
+                *(w for stream in block.streams() for w in (stream.q_norm, stream.k_norm)),
+                packing.cos,
+                packing.sin,
+                *offsets,
+                BLOCK_EPS,
+            ).unbind(0)
+            attention = ops.joint_attention(
+                q, k, v, packing.image_lengths, packing.text_lengths, *offsets, text_queries=TEXT in live
+            )
+            for s in live:
+                stream = block.streams()[s]
+                _, _, gate1, shift2, scale2, gate2 = modulation.of(index, s)
+                y = linear(stream.out, attention[s], groups[s])
+                x[s], a = ops.gated_residual_norm_modulate(
+                    x[s], y, gate1, stream.norm2, scale2, shift2, offsets[s], BLOCK_EPS
+                )
+                y = linear(stream.w2, ops.swiglu(linear(stream.w13, a, groups[s])), groups[s])
+                if index == last:
+                    x[s] = ops.gated_residual(x[s], y, gate2, offsets[s])
+                else:
+                    following = self.blocks[index + 1].streams()[s]
+                    shift1, scale1 = modulation.of(index + 1, s)[:2]
+                    x[s], normed[s] = ops.gated_residual_norm_modulate(
+                        x[s], y, gate2, following.norm1, scale1, shift1, offsets[s], BLOCK_EPS
+                    )
+            if blocks_out is not None:
+                blocks_out.append((x[IMAGE], x[TEXT]))
+        return linear(self.image_out, self._final_norm(x[IMAGE], modulation, packing), groups[IMAGE])
+
+    def _norm1(self, index: int, s: int, x: Tensor, modulation: Modulation, offsets: tuple[Tensor, Tensor]) -> Tensor:
+        shift1, scale1 = modulation.of(index, s)[:2]
+        weight = self.blocks[index].streams()[s].norm1
+        return ops.rms_norm_modulate(x, weight, scale1, shift1, offsets[s], BLOCK_EPS)
+
+    def _final_norm(self, x: Tensor, modulation: Modulation, packing: Packing) -> Tensor:
+        """LayerNorm without weights, then scale (first) and shift: once per step, so plain torch."""
+        sample = torch.repeat_interleave(
+            torch.arange(packing.batch_size, device=x.device),
+            packing.image_offsets.diff().long(),
+            output_size=x.shape[0],
+        )
+        scale, shift = modulation.final[sample].unbind(1)
+        return F.layer_norm(x, (x.shape[-1],), eps=BLOCK_EPS) * (1 + scale) + shift
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Sequence[Tensor],
+        encoder_hidden_states_mask: Tensor | None,
+        timestep: Tensor,
+        img_shapes: Sequence[tuple[int, int, int]],
+        blocks_out: list[tuple[Tensor, Tensor]] | None = None,
+    ) -> Tensor:
+        """The reference's padded call. Packs, runs ``denoise``, unpacks.
+
+        hidden_states [B, I, C]; encoder_hidden_states F tensors [B, T, E]; mask bool [B, T], True = valid (None: all);
+        timestep [B] in [0, 1]; img_shapes one (1, h, w) for all samples or one each, in tokens (a smaller picture uses
+        its first h*w tokens) -> velocity [B, I, C], zero beyond a picture's own tokens.
+        """
+        batch, length, channels = self._check(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep)
+        shapes = list(img_shapes) * batch if len(img_shapes) == 1 else list(img_shapes)
+        if len(shapes) != batch or any(len(s) != 3 or s[0] != 1 or s[1] * s[2] > length for s in shapes):
+            raise ValueError(
+                f"lens.transformer: img_shapes must be one or B = {batch} tuples (1, h, w) with h * w <= I = {length}, got {list(img_shapes)}"
+            )
+        mask = encoder_hidden_states_mask
+        if mask is None:
+            mask = torch.ones(encoder_hidden_states[0].shape[:2], dtype=torch.bool)
+        host_mask = mask.bool().cpu()
+        packing = plan(
+            [(h, w) for _, h, w in shapes],
+            [row.nonzero().squeeze(1) for row in host_mask],
+            self.config.axes_dims_rope,
+            hidden_states.device,
+        )
+        device = hidden_states.device
+        image_index = valid_rows(packing.image_lengths, length).to(device)
+        text_index = valid_rows(host_mask, host_mask.shape[1]).to(device)
+        image_rows = ops.pack_tokens(hidden_states.to(self.dtype), image_index)
+        features = [ops.pack_tokens(f.to(self.dtype), text_index) for f in encoder_hidden_states]
+        text_rows = self.project_text(features, packing.text_lengths)
+        grouped = self._groups(packing.image_lengths) is not None
+        modulation = stack([modulate(self, t[None]) for t in timestep]) if grouped else modulate(self, timestep)
+        velocity = self.denoise(image_rows, text_rows, modulation, packing, blocks_out)
+        return ops.unpack_tokens(velocity, image_index, batch, length)
+
+    def _check(
+        self, hidden_states: Tensor, features: Sequence[Tensor], mask: Tensor | None, timestep: Tensor
+    ) -> tuple[int, int, int]:
+        config = self.config
+        if hidden_states.dim() != 3 or hidden_states.shape[2] != config.in_channels:
+            raise ValueError(
+                f"lens.transformer: hidden_states must be [B, I, C = {config.in_channels}], got {list(hidden_states.shape)}"
+            )
+        batch = hidden_states.shape[0]
+        if isinstance(features, Tensor) or len(features) != len(config.selected_layer_index):
+            got = "one tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
+            raise ValueError(
+                f"lens.transformer: encoder_hidden_states must be F = {len(config.selected_layer_index)} tensors, got {got}"
+            )
+        expected = (batch, features[0].shape[1], config.enc_hidden_dim)
+        for i, f in enumerate(features):
+            if tuple(f.shape) != expected:
+                raise ValueError(
+                    f"lens.transformer: encoder_hidden_states[{i}] must be [B, T, E] = {list(expected)}, got {list(f.shape)}"
+                )
+        if mask is not None and tuple(mask.shape) != expected[:2]:
+            raise ValueError(
+                f"lens.transformer: encoder_hidden_states_mask must be [B, T] = {list(expected[:2])}, got {list(mask.shape)}"
+            )
+        if tuple(timestep.shape) != (batch,):
+            raise ValueError(f"lens.transformer: timestep must be [B] = [{batch}], got {list(timestep.shape)}")
+        return batch, hidden_states.shape[1], hidden_states.shape[2]
+
+
+def stack(rows: Sequence[Modulation]) -> Modulation:
+    """Modulations of one sample each -> one of all samples."""
+    return Modulation(torch.cat([r.blocks for r in rows]), torch.cat([r.final for r in rows]))

@@ -1,0 +1,95 @@
+"""5. Shift, scale and gate of every step of a schedule as one table; eviction of the weights that make it.
+
+A third of the released model (1.36 of 4.10 billion parameters) depends on the timestep alone. A schedule of K steps
+needs K rows of [L blocks, 2 streams, 6, D], computed once; the weights may then leave the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .model import LensTransformer2DModel
+
+SINUSOID_CHANNELS = 256
+SIX = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")  # the order of the projection's output
+
+
+def sinusoid(timestep: Tensor) -> Tensor:
+    """timestep [K] in [0, 1] -> float32 [K, 256]: cos then sin of 1000 t exp(-ln(1e4) i / 128)."""
+    half = SINUSOID_CHANNELS // 2
+    frequency = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=timestep.device) / half)
+    angle = 1000.0 * timestep.float()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Modulation:
+    """Modulation of B samples (or K steps): ``blocks`` [B, L, 2, 6, D] (streams image, text), ``final`` [B, 2, D] (scale, shift)."""
+
+    blocks: Tensor
+    final: Tensor
+
+    def rows(self, index: Tensor) -> Modulation:
+        """The table's rows ``index`` (int64 [B]): one step for each sample of a batch."""
+        return Modulation(self.blocks[index], self.final[index])
+
+    def of(self, block: int, stream: int) -> tuple[Tensor, ...]:
+        """The six [B, D] views (shift1, scale1, gate1, shift2, scale2, gate2) of one block and stream."""
+        return self.blocks[:, block, stream].unbind(1)
+
+
+class TimeEmbedding(nn.Module):
+    """temb = linear_2(SiLU(linear_1(sinusoid(t)))), timestep [K] -> [K, D] in the weights' dtype."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(SINUSOID_CHANNELS, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, timestep: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(sinusoid(timestep).to(self.linear_1.weight.dtype))))
+
+
+def modulate(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
+    """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one product per block and stream for all rows."""
+    k, config = len(timestep), model.config
+    temb = F.silu(model.time_embedding(timestep))
+    projections = [p for block in model.blocks for p in (block.image.modulation, block.text.modulation)]
+    if any(p.weight.is_meta for p in projections):
+        raise RuntimeError("lens.modulation: the modulation weights were evicted; reload the transformer for a new schedule")
+    blocks = torch.stack([p(temb.to(p.weight.device)).to(temb.device) for p in projections], dim=1)
+    final = model.final_modulation(temb).view(k, 2, config.inner_dim)
+    return Modulation(blocks.view(k, config.num_layers, 2, 6, config.inner_dim), final)
+
+
+@torch.no_grad()
+def table(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
+    """The table of a schedule, timestep [K] on any device -> K rows on the model's device.
+
+    On a CPU each row is computed by itself, so that a step's bits do not depend on how many steps the schedule has.
+    """
+    timestep = timestep.to(model.device)
+    if model.device.type != "cpu":
+        return modulate(model, timestep)
+    rows = [modulate(model, t[None]) for t in timestep]
+    return Modulation(torch.cat([r.blocks for r in rows]), torch.cat([r.final for r in rows]))
+
+
+def evict(model: LensTransformer2DModel, device: torch.device | str = "cpu") -> int:
+    """Move the blocks' modulation weights to ``device``; returns the bytes moved. ``"meta"`` drops them for good.
+
+    Tables already made stay valid; a new schedule computes each projection where its weights are ("cpu") or raises ("meta").
+    """
+    moved = 0
+    for block in model.blocks:
+        for stream in (block.image, block.text):
+            moved += sum(p.numel() * p.element_size() for p in stream.modulation.parameters())
+            stream.modulation.to(device)
+    return moved

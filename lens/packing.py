@@ -1,0 +1,82 @@
+"""3. Samples of any size and text length -> packed rows: offsets, gather indices, rotary tables.
+
+Two packed streams run through the blocks, image rows and text rows, samples back to back and nothing padded. Attention
+and the rotary tables use the joint layout, per sample [image | text], so ``joint_offsets = image_offsets + text_offsets``.
+The plan is made on the host once per batch and reused for every block and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .rope import image_positions, rope_table, text_positions
+
+Grid = tuple[int, int]  # (height, width) of a picture in tokens
+
+
+@dataclass(frozen=True, eq=False)
+class Packing:
+    """Where every row of a packed batch lives. B samples, RI image rows, RT text rows."""
+
+    grids: tuple[Grid, ...]
+    image_lengths: list[int]  # B
+    text_lengths: list[int]  # B
+    image_offsets: Tensor  # int32 [B+1]
+    text_offsets: Tensor  # int32 [B+1]
+    cos: Tensor  # float32 [RI+RT, H/2], joint layout
+    sin: Tensor  # float32 [RI+RT, H/2], joint layout
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.grids)
+
+
+def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """int32 [B+1]: row offset of each sample, the total last."""
+    return torch.cumsum(torch.tensor([0, *lengths], dtype=torch.int64), 0).to(device, torch.int32)
+
+
+def plan(
+    grids: Sequence[Grid],
+    text_index: Sequence[Tensor | int],
+    axes_dims: tuple[int, ...],
+    device: torch.device | str = "cpu",
+) -> Packing:
+    """Plan a packed batch.
+
+    grids: one (height, width) in tokens per sample. text_index: per sample the positions of its valid text tokens in its
+    own padded sequence (int64 [T]), or just their number where nothing precedes or splits them.
+    """
+    if len(grids) != len(text_index):
+        raise ValueError(f"lens.packing.plan: one text_index per grid expected, got {len(text_index)} for {len(grids)} grids")
+    positions, image_lengths, text_lengths = [], [], []
+    for (height, width), index in zip(grids, text_index):
+        index = torch.arange(index) if isinstance(index, int) else index.cpu()
+        positions += [image_positions(height, width), text_positions(index, height, width)]
+        image_lengths.append(height * width)
+        text_lengths.append(len(index))
+    cos, sin = rope_table(torch.cat(positions), axes_dims)
+    return Packing(
+        grids=tuple((int(h), int(w)) for h, w in grids),
+        image_lengths=image_lengths,
+        text_lengths=text_lengths,
+        image_offsets=offsets_of(image_lengths, device),
+        text_offsets=offsets_of(text_lengths, device),
+        cos=cos.to(device),
+        sin=sin.to(device),
+    )
+
+
+def valid_rows(lengths_or_mask: Sequence[int] | Tensor, length: int) -> Tensor:
+    """Flat gather indices b * length + j (int64 [R]) of the valid tokens of a padded [B, length, ...] tensor.
+
+    ``lengths_or_mask``: the leading valid tokens of each sample, or a bool mask [B, length] (True = valid).
+    """
+    if isinstance(lengths_or_mask, Tensor):
+        return lengths_or_mask.reshape(-1).nonzero().squeeze(1)
+    starts = [torch.arange(n) + b * length for b, n in enumerate(lengths_or_mask)]
+    return torch.cat(starts) if starts else torch.zeros(0, dtype=torch.int64)
