@@ -1,17 +1,57 @@
-# The only commands to remember. All of them set up .venv first where it is missing.
-PYTHON ?= python3
+# The only commands to remember: make demo | test | check | build | bench | cuda-check | gpu-check
+# Each sets up .venv first where it is missing, and is quick when nothing changed.
+PYTHON ?= $(firstword $(shell command -v python3 python3.13 python3.12 python3.11 python3.10))
 BIN := .venv/bin
 STAMP := .venv/.installed
+JOBS ?= $(shell nproc)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: build
+# Without a driver nothing here can run on a GPU: one portable target (its PTX serves every later GPU) and Hopper's
+# own prove that the module compiles and links. With a driver, or from pip, the build takes its full list.
+ifeq ($(wildcard /dev/nvidiactl),)
+export LENS_CUDA_ARCHS ?= 80 90a
+endif
+
 .DEFAULT_GOAL := build
+.PHONY: demo test check build bench cuda-check gpu-check nightly
 
-# ---- environment: torch comes pinned from constraints.txt; a change of the metadata reinstalls
-$(STAMP): pyproject.toml setup.py constraints.txt
+# ---- environment: torch comes pinned from constraints.txt; changed metadata reinstalls
+$(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
-	touch $@
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@touch $@
 
-# ---- build: incremental; only what changed in csrc/ is compiled
+# ---- build: lens/_C in place; only what changed in csrc/ is compiled
 build: $(STAMP)
 	$(BIN)/python setup.py --quiet build_ext --inplace
+
+demo: build
+	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png
+
+# ---- tests: those that compare running times go alone and first, the rest in parallel
+test: build
+	$(PYTEST) -q -m 'timing and not nightly' || [ $$? -eq 5 ]  # 5: no such test
+	$(PYTEST) -q -n $(JOBS) -m 'not timing and not nightly'
+
+nightly: build
+	$(PYTEST) -q -m nightly
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	$(BIN)/mypy lens
+
+# ---- CUDA: what the compiler can say without a GPU; then what only a GPU can say
+cuda-check: $(STAMP)
+	$(BIN)/python tests/cuda_check.py
+
+gpu-check: $(STAMP)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+	    LENS_CUDA=ON $(PIP) install -q --no-deps -c constraints.txt -e . && $(PYTEST) -q -m gpu; \
+	else echo 'gpu-check: SKIPPED, nothing was checked: torch sees no CUDA device on this machine'; fi
+
+bench: build
+	$(BIN)/python -m bench run

@@ -1,11 +1,12 @@
 """Drives CMakeLists.txt and names the build tools this machine lacks; all metadata is in pyproject.toml.
 
 Environment:
-    LENS_CUDA        AUTO (default) | ON | OFF: CUDA kernels if nvcc is found or can be had for this machine | or fail | no
+    LENS_CUDA        AUTO (default): CUDA kernels where nvcc is found, or where there is a driver and nvcc can
+                     come from PyPI; ON: CUDA kernels or an error; OFF: CPU kernels alone
     LENS_CUDA_ARCHS  targets instead of the default list, e.g. "80 90a"
     LENS_BUILD_DIR   object files, kept for the next build (default: build/cmake-<python tag>)
     LENS_JOBS        parallel compilations (default: the CPUs this process may use)
-nvcc is looked for in CUDACXX, PATH, CUDA_HOME (or, where that is unset, the default toolkit folder) and the wheels.
+nvcc is looked for in CUDACXX, PATH, CUDA_HOME (unset: the default toolkit folder), then among the wheels.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import fcntl
 import importlib.util
 import os
 import pathlib
+import platform
 import re
 import shutil
 import subprocess
@@ -24,7 +26,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
-MIN_CMAKE = (3, 24)
+TOOLS = {"cmake": (3, 24), "ninja": (1, 10)}
 # One consistent toolkit from PyPI: compiler driver, its headers, the optimiser, the static runtime, libcu++.
 CUDA_WHEELS = [
     "nvidia-cuda-nvcc==13.0.88",
@@ -79,54 +81,72 @@ def wants_cuda_wheels() -> bool:
     return mode != "OFF" and toolkit_nvcc() is None and (mode == "ON" or has_driver())
 
 
-def cmake_is_usable() -> bool:
-    if not (cmake := shutil.which("cmake")):
-        return False
-    version = re.search(r"(\d+)\.(\d+)", subprocess.run([cmake, "--version"], capture_output=True, text=True).stdout)
-    return version is not None and tuple(map(int, version.groups())) >= MIN_CMAKE
+def nvcc_to_use() -> str | None:
+    """The compiler of the CUDA kernels; None builds the CPU kernels alone."""
+    if cuda_mode() == "OFF":
+        return None
+    nvcc = toolkit_nvcc() or wheel_nvcc()
+    if nvcc is None and wants_cuda_wheels():
+        sys.exit(
+            "lens: no nvcc for the CUDA kernels. Plain `pip install .` (with build isolation) takes it from PyPI; "
+            f"without isolation run `pip install {' '.join(CUDA_WHEELS)}` first, or install a CUDA "
+            "toolkit and set CUDA_HOME. LENS_CUDA=OFF builds the CPU kernels alone."
+        )
+    return nvcc
+
+
+def find_tool(name: str, at_least: tuple[int, int]) -> str | None:
+    """A tool that runs, from PATH or from beside this Python (a virtual environment need not be activated).
+
+    It is asked for its version: the launcher of a tool that pip installed outside exists inside an isolated
+    build, but cannot run there.
+    """
+    for path in (None, os.path.dirname(sys.executable)):
+        if found := shutil.which(name, path=path):
+            answer = subprocess.run([found, "--version"], capture_output=True, text=True)
+            version = re.search(r"(\d+)\.(\d+)", answer.stdout)
+            if answer.returncode == 0 and version and tuple(map(int, version.groups())) >= at_least:
+                return found
+    return None
 
 
 def build_tools() -> list[str]:
-    """Requirements beyond pyproject.toml's; setuptools hands them to pip as PEP 517 dynamic build requirements."""
-    tools = [] if cmake_is_usable() else [f"cmake>={MIN_CMAKE[0]}.{MIN_CMAKE[1]}"]
-    tools += [] if shutil.which("ninja") else ["ninja"]
+    """Requirements beyond pyproject.toml's; setuptools hands them to pip as dynamic ones (PEP 517)."""
+    tools = [f"{name}>={v[0]}.{v[1]}" for name, v in TOOLS.items() if find_tool(name, v) is None]
     return tools + (CUDA_WHEELS if wants_cuda_wheels() else [])
 
 
 class CMakeBuild(build_ext):
-    """lens._C through CMake and Ninja. Object files stay in LENS_BUILD_DIR, so a second build is incremental."""
+    """lens._C through CMake and Ninja; objects stay in LENS_BUILD_DIR, so a second build is incremental."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
+        import pybind11  # a build requirement: absent while pip asks for the requirements
 
+        if sys.platform != "linux" or platform.machine() != "x86_64":
+            sys.exit(f"lens: builds on Linux x86-64, this is {sys.platform} {platform.machine()}")
+        cmake, ninja = (find_tool(name, version) for name, version in TOOLS.items())
+        if cmake is None or ninja is None:
+            sys.exit("lens: cmake >= 3.24 and ninja are needed: `pip install cmake ninja`")
         target = pathlib.Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        nvcc = None
-        if cuda_mode() != "OFF":
-            nvcc = toolkit_nvcc() or wheel_nvcc()
-            if nvcc is None and wants_cuda_wheels():
-                sys.exit(
-                    "lens: no nvcc for the CUDA kernels. Build with isolation (plain `pip install .`), which takes "
-                    f"the compiler from PyPI, or run `pip install {' '.join(CUDA_WHEELS)}` here first, or install a "
-                    "CUDA toolkit and set CUDA_HOME. LENS_CUDA=OFF builds the CPU kernels alone."
-                )
+        nvcc = nvcc_to_use()
         tag = sysconfig.get_config_var("SOABI") or sys.implementation.cache_tag
         folder = pathlib.Path(os.environ.get("LENS_BUILD_DIR") or ROOT / "build" / f"cmake-{tag}").resolve()
         jobs = os.environ.get("LENS_JOBS") or str(len(os.sched_getaffinity(0)))
         archs = re.sub(r"[\s,;]+", ";", os.environ.get("LENS_CUDA_ARCHS", "").strip())
         configure = [
-            "cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release",
+            cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(folder), "-DCMAKE_BUILD_TYPE=Release",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
             f"-DCMAKE_CUDA_COMPILER={nvcc or ''}",
             f"-DLENS_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DLENS_CUDA_ARCHS={archs}",
         ]  # fmt: skip
         with exclusive(folder):
-            forget_other_tools(folder, [str(ROOT), sys.executable, str(shutil.which("cmake")), str(nvcc)])
+            forget_other_tools(folder, [str(ROOT), sys.executable, cmake, str(nvcc)])
             subprocess.run(configure, check=True)
-            subprocess.run(["cmake", "--build", str(folder), "--parallel", jobs], check=True)
+            subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
             # via a temporary name: a process that has the old module mapped keeps its own copy
             partial = target.with_name(f".{target.name}.{os.getpid()}")
             shutil.copy2(folder / "_C.so", partial)
@@ -143,7 +163,7 @@ def exclusive(folder: pathlib.Path) -> Iterator[None]:
 
 
 def forget_other_tools(folder: pathlib.Path, tools: list[str]) -> None:
-    """CMake's cache holds absolute paths: after a move, or with another compiler, start from an empty folder."""
+    """CMake's cache holds absolute paths: after a move, or with another compiler, start afresh."""
     record = folder / "lens-tools.txt"
     if folder.exists() and not (record.exists() and record.read_text().splitlines() == tools):
         shutil.rmtree(folder)
@@ -151,4 +171,8 @@ def forget_other_tools(folder: pathlib.Path, tools: list[str]) -> None:
     record.write_text("\n".join(tools) + "\n")
 
 
-setup(ext_modules=[Extension("lens._C", [])], cmdclass={"build_ext": CMakeBuild}, setup_requires=build_tools())
+setup(
+    ext_modules=[Extension("lens._C", [])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=build_tools(),
+)

@@ -1,0 +1,342 @@
+"""Compiles every CUDA file and holds each kernel to the register limit written beside it; needs nvcc, no GPU.
+
+    python tests/cuda_check.py [--source csrc]
+
+Directly above a kernel stands its limit, in the form
+
+    // registers <= 64: rms_norm_modulate_kernel
+    // registers <= 96: rms_norm_modulate_kernel<double        (optional: instantiations that begin like this)
+
+A kernel fails with more registers, with spills, with local memory (a stack frame), without a limit, or
+when no file instantiates it. Without nvcc the script says so and passes, except with CI=true, where it takes
+the compiler from the PyPI wheels that setup.py names.
+"""
+
+import argparse
+import ast
+import concurrent.futures
+import dataclasses
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+TARGETS = ("80", "90a")  # one portable target and Hopper's own
+
+
+class CheckError(Exception):
+    """The check cannot be made, or the sources break its rules."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limit:
+    name: str  # kernel name, or the beginning of an instantiation: "kernel<double"
+    registers: int
+    place: str  # file:line
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What ptxas says of one function of one target."""
+
+    function: str  # demangled, without parameters and namespaces of the kernel itself
+    target: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    entry: bool  # False: a device function that was not inlined
+
+    @property
+    def kernel(self) -> str:
+        return self.function.split("<")[0]
+
+
+# ---- limits in the sources
+
+LIMIT = re.compile(r"//[ \t]*registers[ \t]*<=[ \t]*(\d+)[ \t]*:[ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+COMMENT_OR_STRING = re.compile(r'//[^\n]*|/\*.*?\*/|"(?:\\.|[^"\\\n])*"', re.DOTALL)
+
+
+def _blank(text: str) -> str:
+    """Comments and strings replaced by spaces: every position stays where it was."""
+    return COMMENT_OR_STRING.sub(lambda m: re.sub(r"[^\n]", " ", m.group()), text)
+
+
+def _closing(code: str, opening: int) -> int:
+    """Position after the parenthesis that closes the one at `opening`; end of text where none does."""
+    depth = 0
+    for i in range(opening, len(code)):
+        depth += (code[i] == "(") - (code[i] == ")")
+        if depth == 0:
+            return i + 1
+    return len(code)
+
+
+def kernels_of(text: str) -> list[tuple[str, int]]:
+    """(name, position of __global__) of each kernel a source defines; mere declarations do not count."""
+    code = _blank(text)
+    found = []
+    for match in re.finditer(r"\b__global__\b", code):
+        at = match.end()
+        while True:  # the name is the identifier before the first parenthesis that is no attribute's
+            head = re.compile(r"[^(){};]*?(\w+)\s*\(").match(code, at)
+            if head is None:
+                break
+            after = _closing(code, head.end() - 1)
+            if head.group(1) in ("__launch_bounds__", "__cluster_dims__", "__maxnreg__", "__attribute__"):
+                at = after
+                continue
+            if code[after:].lstrip().startswith("{"):
+                found.append((head.group(1), match.start()))
+            break
+    return found
+
+
+def limits_of(text: str, file: str) -> list[Limit]:
+    """The limits of a source's kernels. CheckError: a kernel without a limit, a limit without its kernel."""
+    code = _blank(text)
+    limits, used = [], set()
+    notes = list(LIMIT.finditer(text))
+    for name, at in kernels_of(text):
+        own = []
+        for note in notes:
+            # directly above: between the note and the kernel only comments and the template line
+            between = code[note.end() : at]
+            if note.end() <= at and not re.search(r"[;{}]", between) and note.group(2).split("<")[0] == name:
+                own.append(note)
+        line = text.count("\n", 0, at) + 1
+        if not any(note.group(2) == name for note in own):
+            raise CheckError(
+                f"{file}:{line}: kernel {name} has no limit; write `// registers <= N: {name}` above it"
+            )
+        for note in own:
+            used.add(note.start())
+            limits.append(Limit(note.group(2), int(note.group(1)), f"{file}:{line}"))
+    for note in notes:
+        if note.start() not in used:
+            line = text.count("\n", 0, note.start()) + 1
+            raise CheckError(f"{file}:{line}: a limit for {note.group(2)!r}, no such kernel directly below")
+    return limits
+
+
+def limit_for(report: Report, limits: list[Limit]) -> Limit | None:
+    """The most specific limit that speaks of this instantiation."""
+    compact = report.function.replace(" ", "")
+    fitting = [
+        limit
+        for limit in limits
+        if limit.name == report.kernel
+        or ("<" in limit.name and compact.startswith(limit.name.replace(" ", "")))
+    ]
+    return max(fitting, key=lambda limit: len(limit.name), default=None)
+
+
+# ---- the compiler's report
+
+ENTRY = re.compile(r"Compiling entry function '([^']+)' for '(sm_\w+)'")
+PROPERTIES = re.compile(r"Function properties for (\S+)")
+FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+USED = re.compile(r"Used (\d+) registers")
+SHARED = re.compile(r"(\d+) bytes smem")
+LOCAL = re.compile(r"(\d+) bytes lmem")
+
+
+def short_name(demangled: str) -> str:
+    """`void lens::(anonymous namespace)::k<float, 8>(float const*)` -> `k<float, 8>`."""
+    text = demangled.replace("(anonymous namespace)::", "").removeprefix("void ")
+    depth, end = 0, len(text)
+    for i, letter in enumerate(text):  # the parameter list opens outside all template brackets
+        depth += (letter == "<") - (letter == ">")
+        if letter == "(" and depth == 0:
+            end = i
+            break
+    text = text[:end]
+    head, bracket, rest = text.partition("<")
+    return head.split("::")[-1] + bracket + re.sub(r"\b\w+::", "", rest)
+
+
+def demangle(names: list[str]) -> dict[str, str]:
+    if not names:
+        return {}
+    if (tool := shutil.which("c++filt")) is None:
+        raise CheckError("c++filt, which comes with gcc's binutils, is not on PATH")
+    out = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return dict(zip(names, out.splitlines(), strict=True))
+
+
+def parse(report: str) -> list[Report]:
+    """The functions in the output of `nvcc -Xptxas -v` for one target."""
+    raw: list[dict] = []
+    target = ""
+    entry_name = ""
+    for line in report.splitlines():
+        if match := ENTRY.search(line):
+            entry_name, target = match.groups()
+        elif match := PROPERTIES.search(line):
+            raw.append({"name": match.group(1), "target": target, "entry": match.group(1) == entry_name})
+        elif match := FRAME.search(line):
+            if not raw:
+                raise CheckError(f"ptxas reports a stack frame before any function: {line.strip()!r}")
+            raw[-1]["frame"] = tuple(map(int, match.groups()))
+        elif match := USED.search(line):
+            mine = [item for item in raw if item["entry"] and item["name"] == entry_name]
+            if not mine:
+                raise CheckError(f"ptxas reports registers of no function: {line.strip()!r}")
+            shared, local = SHARED.search(line), LOCAL.search(line)
+            mine[-1]["registers"] = int(match.group(1))
+            mine[-1]["shared"] = int(shared.group(1)) if shared else 0
+            mine[-1]["local"] = int(local.group(1)) if local else 0
+    for item in raw:
+        if "frame" not in item or (item["entry"] and "registers" not in item):
+            raise CheckError(f"ptxas says nothing of the stack or the registers of {item['name']}")
+    names = demangle([item["name"] for item in raw])
+    return [
+        Report(
+            function=short_name(names[item["name"]]),
+            target=item["target"],
+            registers=item.get("registers", 0),
+            stack=max(item["frame"][0], item.get("local", 0)),
+            spill_stores=item["frame"][1],
+            spill_loads=item["frame"][2],
+            shared=item.get("shared", 0),
+            entry=item["entry"],
+        )
+        for item in raw
+    ]
+
+
+def faults(reports: list[Report], limits: list[Limit]) -> list[str]:
+    """One sentence for each thing that must not be."""
+    found = []
+    for report in reports:
+        what = f"{report.function} ({report.target})"
+        if report.spill_stores or report.spill_loads:
+            found.append(f"{what} spills: {report.spill_stores} bytes stored, {report.spill_loads} loaded")
+        elif report.stack:
+            found.append(f"{what} uses local memory: a stack frame of {report.stack} bytes")
+        if not report.entry:
+            continue
+        limit = limit_for(report, limits)
+        if limit is None:
+            found.append(f"{what} has no limit; write `// registers <= N: {report.kernel}` above the kernel")
+        elif report.registers > limit.registers:
+            found.append(f"{what} uses {report.registers} registers, limit {limit.registers} ({limit.place})")
+    compiled = {report.kernel for report in reports if report.entry}
+    for limit in limits:
+        if limit.name.split("<")[0] not in compiled:
+            found.append(f"{limit.name} ({limit.place}) is compiled by no .cu file")
+    return found
+
+
+def table(reports: list[Report], limits: list[Limit]) -> str:
+    rows = [("kernel", "target", "registers", "limit", "stack", "spill st/ld", "shared")]
+    for report in sorted(reports, key=lambda r: (r.kernel, r.function, r.target)):
+        limit = limit_for(report, limits) if report.entry else None
+        registers = str(report.registers) if report.entry else "-"
+        allowed = str(limit.registers) if limit else "-"
+        spill = f"{report.spill_stores}/{report.spill_loads}"
+        numbers = (registers, allowed, str(report.stack), spill, str(report.shared))
+        rows.append((report.function, report.target, *numbers))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+# ---- compiling
+
+
+def find_nvcc() -> str | None:
+    """nvcc of a toolkit; with CI=true, of the PyPI wheels when there is no toolkit."""
+    if named := os.environ.get("CUDACXX"):
+        return shutil.which(named)
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
+    if found or os.environ.get("CI") != "true":
+        return found
+    wheels = ROOT / "build" / "cuda-wheels"
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", f"--target={wheels}"]
+    if subprocess.run([*install, *cuda_wheels()]).returncode:
+        raise CheckError("CI=true, no nvcc on this machine, and the PyPI wheels cannot be installed")
+    return shutil.which("nvcc", path=str(wheels / "nvidia" / "cu13" / "bin"))
+
+
+def cuda_wheels() -> list[str]:
+    """CUDA_WHEELS of setup.py, which cannot be imported without building."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CUDA_WHEELS":
+            return ast.literal_eval(node.value)
+    raise CheckError("setup.py does not define CUDA_WHEELS")
+
+
+def compile_report(nvcc: str, file: pathlib.Path, target: str, include: pathlib.Path) -> str:
+    """The text of ptxas for one file and target. CheckError holds the compiler's message when it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            nvcc, "-O3", "-std=c++17", f"-I{include}", "-DLENS_WITH_CUDA=1", "-Xptxas", "-v", "-cubin",
+            f"-gencode=arch=compute_{target},code=sm_{target}", "-o", f"{folder}/out.cubin", str(file),
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise CheckError(f"{file.name} does not compile for sm_{target}:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def check(source: pathlib.Path, nvcc: str) -> tuple[list[Report], list[Limit], list[str]]:
+    """Compile all of source/cuda; (reports, limits, faults)."""
+    folder = source / "cuda"
+    files = sorted(folder.rglob("*.cu"))
+    if not files:
+        raise CheckError(f"no .cu file under {folder.name}/")
+    limits = [
+        limit
+        for path in sorted([*folder.rglob("*.cuh"), *files])
+        for limit in limits_of(path.read_text(), str(path.relative_to(source.parent)))
+    ]
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        jobs = [pool.submit(compile_report, nvcc, f, target, source) for f in files for target in TARGETS]
+        texts = [job.result() for job in jobs]
+    # one kernel may be instantiated by several files; equal reports are one line
+    reports = sorted({report for text in texts for report in parse(text)}, key=dataclasses.astuple)
+    found = faults(reports, limits)
+    lines = [line.strip() for text in texts for line in text.splitlines()]
+    found += [line for line in lines if "Potential Performance Loss" in line]  # serialised wgmma
+    return reports, limits, found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--source", type=pathlib.Path, default=ROOT / "csrc", help="folder that holds cuda/")
+    options = parser.parse_args(arguments)
+    try:
+        nvcc = find_nvcc()
+        if nvcc is None:
+            print("cuda-check: no nvcc on this machine, nothing was compiled (CI=true takes it from PyPI)")
+            return 0
+        reports, limits, found = check(options.source.resolve(), nvcc)
+    except CheckError as error:
+        print(f"cuda-check: {error}", file=sys.stderr)
+        return 1
+    print(table(reports, limits))
+    for sentence in found:
+        print(f"cuda-check: {sentence}", file=sys.stderr)
+    kernels = len({report.kernel for report in reports if report.entry})
+    print(
+        f"cuda-check: {kernels} kernels, {len(reports)} reports ({', '.join(TARGETS)}), {len(found)} faults"
+    )
+    return 1 if found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
