@@ -4,4 +4,10 @@
 # both. With torch's loaded, torch.set_num_threads also governs the CPU kernels of lens._C.
 import torch  # noqa: F401  isort: skip
 
+from .config import LensConfig
+from .model import LensTransformer2DModel
+from .pipeline import LensPipeline, LensPipelineOutput
+
 __version__ = "0.1.0"
+
+__all__ = ["LensConfig", "LensPipeline", "LensPipelineOutput", "LensTransformer2DModel", "__version__"]

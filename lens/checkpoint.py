@@ -14,6 +14,7 @@ import re
 import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ class Shard:
         for n in shape:
             count *= n
         if count * torch_dtype.itemsize != end - begin:
-            raise CheckpointError(f"{self.path}: {key} of shape {shape} and dtype {dtype} cannot fill {end - begin} bytes")
+            raise CheckpointError(
+                f"{self.path}: {key} of shape {shape} and dtype {dtype} cannot fill {end - begin} bytes"
+            )
         if count == 0:
             return into(torch.empty(shape, dtype=torch_dtype))
         if self._map is None:
@@ -182,7 +185,9 @@ def load_parameters(
     expected = {key: name for name in wanted for key in names(name)}
     missing = sorted(set(expected) - set(shards))
     if missing:
-        raise CheckpointError(f"{folder}: {len(missing)} keys missing, first {missing[0]!r} of shape {_piece_shape(missing[0], expected, wanted, names)}")
+        raise CheckpointError(
+            f"{folder}: {len(missing)} keys missing, first {missing[0]!r} of shape {_piece_shape(missing[0], expected, wanted, names)}"
+        )
     extra = sorted(set(shards) - set(expected))
     if extra:
         raise CheckpointError(f"{shards[extra[0]].path}: {len(extra)} unexpected keys, first {extra[0]!r}")
@@ -256,8 +261,12 @@ def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn
     return vae.eval()
 
 
-def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def load_text_encoder(
+    folder: Path, dtype: torch.dtype, device: torch.device | str, depth: int | None = None
+) -> nn.Module:
     """``text_encoder/`` -> transformers' GptOssModel (no LM head) in eval mode; MXFP4 experts through transformers.
+
+    ``depth``: decoder layers to keep; what comes after the last selected one is never read.
 
     The released config names a class, LensGptOssEncoder, that no library has; model_type gpt_oss is what counts.
     """
@@ -276,19 +285,42 @@ def load_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device | s
             raise CheckpointError(f"{path}: quant_method must be mxfp4, got {quantization.get('quant_method')!r}")
         if torch.device(device).type == "cpu":
             kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
+    if torch.device(device).type != "cpu":
+        kwargs["device_map"] = {"": str(device)}
     try:
-        model, info = GptOssModel.from_pretrained(
-            folder, config=parsed, dtype=dtype, device_map={"": str(device)} if torch.device(device).type != "cpu" else None,
-            output_loading_info=True, **kwargs,
-        )  # fmt: skip
+        with _quiet_transformers():  # it reports the LM head we leave out; what matters is checked below
+            model, info = GptOssModel.from_pretrained(
+                folder, config=parsed, dtype=dtype, output_loading_info=True, **kwargs
+            )
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
-    for what, keys in (("missing", info["missing_keys"]), ("unexpected", unexpected), ("misshapen", info["mismatched_keys"])):
+    for what, keys in (
+        ("missing", info["missing_keys"]),
+        ("unexpected", unexpected),
+        ("misshapen", info["mismatched_keys"]),
+    ):
         if keys:
             file = sorted({s.path.name for s in shards.values()})[0]
             raise CheckpointError(f"{folder / file}: {len(keys)} {what} keys, first {sorted(map(str, keys))[0]}")
+    if depth is not None:
+        del model.layers[depth:]
     return model.eval()
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def read_index(root: Path) -> dict[str, Any]:
@@ -298,7 +330,9 @@ def read_index(root: Path) -> dict[str, Any]:
         raise CheckpointError(f"{root}: folder not found")
     index = read_json(path)
     if index.get("_class_name") != "LensPipeline":
-        raise CheckpointError(f"{path}: _class_name must be LensPipeline, got {index.get('_class_name')!r}: another model")
+        raise CheckpointError(
+            f"{path}: _class_name must be LensPipeline, got {index.get('_class_name')!r}: another model"
+        )
     for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
         if not (root / part).is_dir():
             raise CheckpointError(f"{root / part}: folder not found, expected the released layout")
@@ -309,7 +343,7 @@ EMBEDDED = {"mini": "base", "mini-base": "base", "mini-rl": "rl", "mini-turbo": 
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """"mini..." -> the embedded weights; an existing folder -> itself; else a hub id, fetched through huggingface_hub."""
+    """ "mini..." -> the embedded weights; an existing folder -> itself; else a hub id, fetched through huggingface_hub."""
     name = os.fspath(source)
     if name in EMBEDDED:
         folder = Path(__file__).parent / "mini" / EMBEDDED[name]
@@ -325,7 +359,9 @@ def resolve(source: str | os.PathLike[str]) -> Path:
         try:
             return Path(snapshot_download(name))
         except Exception as error:
-            raise CheckpointError(f"{name!r} is neither a folder here nor a hub id that can be fetched: {error}") from error
+            raise CheckpointError(
+                f"{name!r} is neither a folder here nor a hub id that can be fetched: {error}"
+            ) from error
     raise CheckpointError(f"{name!r}: expected one of {sorted(EMBEDDED)}, a folder in the released layout or a hub id")
 
 

@@ -29,7 +29,15 @@ class LensConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "selected_layer_index", tuple(self.selected_layer_index))
         object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "in_channels", "out_channels", "patch_size", "enc_hidden_dim"):
+        for name in (
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "in_channels",
+            "out_channels",
+            "patch_size",
+            "enc_hidden_dim",
+        ):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"LensConfig: {name} must be a positive integer, got {value!r}")
@@ -66,11 +74,15 @@ class LensConfig:
                 continue
             if key in _FIXED:
                 if value != _FIXED[key]:
-                    raise ValueError(f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens")
+                    raise ValueError(
+                        f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens"
+                    )
             elif key in known:
                 values[key] = tuple(value) if isinstance(value, list) else value
             else:
-                raise ValueError(f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}")
+                raise ValueError(
+                    f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}"
+                )
         for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
             if key not in values:
                 raise ValueError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")

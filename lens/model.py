@@ -116,7 +116,6 @@ class LensTransformer2DModel(nn.Module):
     def project_text(self, features: Sequence[Tensor], lengths: list[int]) -> Tensor:
         """F packed feature tensors [RT, E] -> text rows [RT, D]: RMSNorm each, concatenate, project. Once per prompt."""
 
-
         def project(rows: Tensor) -> Tensor:
             layers = zip(rows.chunk(len(self.text_norms), dim=-1), self.text_norms, strict=True)
             return self.text_in(torch.cat([F.rms_norm(x, (x.shape[-1],), w, TEXT_EPS) for x, w in layers], dim=-1))
@@ -205,7 +204,7 @@ class LensTransformer2DModel(nn.Module):
         timestep [B] in [0, 1]; img_shapes one (1, h, w) for all samples or one each, in tokens (a smaller picture uses
         its first h*w tokens) -> velocity [B, I, C], zero beyond a picture's own tokens.
         """
-        batch, length, channels = self._check(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep)
+        batch, length = self._check(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep)
         shapes = list(img_shapes) * batch if len(img_shapes) == 1 else list(img_shapes)
         if len(shapes) != batch or any(len(s) != 3 or s[0] != 1 or s[1] * s[2] > length for s in shapes):
             raise ValueError(
@@ -234,7 +233,7 @@ class LensTransformer2DModel(nn.Module):
 
     def _check(
         self, hidden_states: Tensor, features: Sequence[Tensor], mask: Tensor | None, timestep: Tensor
-    ) -> tuple[int, int, int]:
+    ) -> tuple[int, int]:
         config = self.config
         if hidden_states.dim() != 3 or hidden_states.shape[2] != config.in_channels:
             raise ValueError(
@@ -258,7 +257,7 @@ class LensTransformer2DModel(nn.Module):
             )
         if tuple(timestep.shape) != (batch,):
             raise ValueError(f"lens.transformer: timestep must be [B] = [{batch}], got {list(timestep.shape)}")
-        return batch, hidden_states.shape[1], hidden_states.shape[2]
+        return batch, hidden_states.shape[1]
 
 
 def stack(rows: Sequence[Modulation]) -> Modulation:

@@ -63,7 +63,9 @@ def modulate(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
     temb = F.silu(model.time_embedding(timestep))
     projections = [p for block in model.blocks for p in (block.image.modulation, block.text.modulation)]
     if any(p.weight.is_meta for p in projections):
-        raise RuntimeError("lens.modulation: the modulation weights were evicted; reload the transformer for a new schedule")
+        raise RuntimeError(
+            "lens.modulation: the modulation weights were evicted; reload the transformer for a new schedule"
+        )
     blocks = torch.stack([p(temb.to(p.weight.device)).to(temb.device) for p in projections], dim=1)
     final = model.final_modulation(temb).view(k, 2, config.inner_dim)
     return Modulation(blocks.view(k, config.num_layers, 2, 6, config.inner_dim), final)

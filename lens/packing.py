@@ -52,7 +52,9 @@ def plan(
     own padded sequence (int64 [T]), or just their number where nothing precedes or splits them.
     """
     if len(grids) != len(text_index):
-        raise ValueError(f"lens.packing.plan: one text_index per grid expected, got {len(text_index)} for {len(grids)} grids")
+        raise ValueError(
+            f"lens.packing.plan: one text_index per grid expected, got {len(text_index)} for {len(grids)} grids"
+        )
     positions, image_lengths, text_lengths = [], [], []
     for (height, width), index in zip(grids, text_index):
         index = torch.arange(index) if isinstance(index, int) else index.cpu()

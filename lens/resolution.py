@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 
 TOKEN_PIXELS = 16  # the VAE's factor 8 times the 2x2 patch
 
-# (height, width) of the released buckets; aspect ratios are spoken of as "W:H".  Other bases follow the formula of bucket_size.
+# (height, width) of the released buckets; aspect ratios are spoken of as "W:H". Other bases follow the formula of bucket_size.
 _RATIOS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
 _PORTRAIT = {
     1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),
@@ -63,3 +64,33 @@ def check_size(height: int, width: int, max_trained: int) -> tuple[int, int]:
             stacklevel=3,
         )
     return height, width
+
+
+def request_grids(
+    count: int,
+    height: int | None,
+    width: int | None,
+    base: int | None,
+    ratio: str | None,
+    sizes: Sequence[tuple[int, int]] | None,
+    default_base: int,
+    max_trained: int,
+) -> list[tuple[int, int]]:
+    """A call's size arguments -> one grid (height, width) in tokens per prompt. Half a pair or two ways at once raise."""
+    for a, b, name in ((height, width, "height and width"), (base, ratio, "base_resolution and aspect_ratio")):
+        if (a is None) != (b is None):
+            raise ValueError(f"{name} must be given together")
+    if sum(x is not None for x in (height, base, sizes)) > 1:
+        raise ValueError("give only one of sizes, height and width, base_resolution and aspect_ratio")
+    if sizes is not None:
+        pairs = [tuple(s) for s in sizes]
+        if len(pairs) != count or any(len(p) != 2 for p in pairs):
+            raise ValueError(f"sizes must be one (height, width) per prompt ({count}), got {sizes!r}")
+    elif base is not None and ratio is not None:
+        pairs = [bucket_size(base, ratio)] * count
+    elif height is not None and width is not None:
+        pairs = [(height, width)] * count
+    else:
+        pairs = [(default_base, default_base)] * count
+    checked = [check_size(h, w, max_trained) for h, w in pairs]
+    return [(h // TOKEN_PIXELS, w // TOKEN_PIXELS) for h, w in checked]

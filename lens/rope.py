@@ -26,7 +26,9 @@ def text_positions(index: Tensor, height: int, width: int) -> Tensor:
     return (index.long() + max(height // 2, width // 2))[:, None].expand(-1, 3)
 
 
-def rope_table(positions: Tensor, axes_dims: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, axes_dims: tuple[int, ...], dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """positions [R, axes] -> cos, sin, each [R, H/2] in ``dtype`` (float32 as the reference; float64 for proofs)."""
     angles = []
     for axis, d in enumerate(axes_dims):

@@ -6,6 +6,8 @@ The velocity is d x / d sigma, so a step is x += (sigma_next - sigma) * v. Laten
 from __future__ import annotations
 
 import math
+import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +49,9 @@ class Scheduler:
             if config.get(key):
                 raise ValueError(f"{source}: {key} is not supported, expected false")
         if config.get("shift_terminal"):
-            raise ValueError(f"{source}: shift_terminal is not supported, expected null, got {config['shift_terminal']!r}")
+            raise ValueError(
+                f"{source}: shift_terminal is not supported, expected null, got {config['shift_terminal']!r}"
+            )
         if config.get("time_shift_type", "exponential") != "exponential":
             raise ValueError(f"{source}: time_shift_type must be 'exponential', got {config['time_shift_type']!r}")
         if config.get("num_train_timesteps", 1000) != 1000:
@@ -95,3 +99,51 @@ def conditioning_time(sigma: Tensor, dtype: torch.dtype, time_dtype: str = "refe
 def stochastic_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:
     """x' = (1 - sigma_next) (x - sigma v) + sigma_next noise, all float32 [R, C], sigma and sigma_next [R, 1]."""
     return (1 - sigma_next) * (x - sigma * velocity) + sigma_next * noise
+
+
+def step_noise(seed: int, step: int, rows: int, channels: int) -> Tensor:
+    """The noise a stochastic step adds to one picture, float32 [rows, channels], keyed by (seed, step)."""
+    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+    return torch.randn((rows, channels), generator=generator)
+
+
+def start_noise(
+    shapes: Sequence[tuple[int, int]],
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: Tensor | Sequence[Tensor] | None,
+) -> tuple[list[Tensor], list[int | None]]:
+    """The starting noise of B pictures of ``shapes`` [I, C], float32, and their seeds (None where not from a seed).
+
+    seed: int s gives picture k its own CPU generator seeded s + k, so a seed gives one picture on any device and in any
+    batch; B ints; None draws one. generator: one per picture, or one for a single draw of [B, I, C]. latents: given.
+    """
+    batch = len(shapes)
+    if sum(x is not None for x in (seed, generator, latents)) > 1:
+        raise ValueError("seed, generator and latents exclude each other")
+    unseeded: list[int | None] = [None] * batch
+    if latents is not None:
+        given = list(latents)
+        if [tuple(x.shape) for x in given] != list(shapes):
+            got = [tuple(x.shape) for x in given]
+            raise ValueError(f"latents must be {batch} tensors of shapes [I, C] = {list(shapes)}, got {got}")
+        if not all(torch.isfinite(x).all() for x in given):
+            raise ValueError("latents holds NaN or infinity")
+        return [x.float() for x in given], unseeded
+    if isinstance(generator, torch.Generator):
+        if len(set(shapes)) > 1:
+            raise ValueError("one generator draws [B, I, C] at once, so all sizes must be equal; pass one per picture")
+        return list(torch.randn((batch, *shapes[0]), generator=generator, device=generator.device)), unseeded
+    seeds = unseeded
+    if generator is not None:
+        generators = list(generator)
+        if len(generators) != batch:
+            raise ValueError(f"generator must be one or one per picture ({batch}), got {len(generators)}")
+    else:
+        first = secrets.randbelow(2**31) if seed is None else seed
+        listed = [first + k for k in range(batch)] if isinstance(first, int) else [int(s) for s in first]
+        if len(listed) != batch:
+            raise ValueError(f"seed must be an int or one per picture ({batch}), got {len(listed)}")
+        generators = [torch.Generator("cpu").manual_seed(s) for s in listed]
+        seeds = list(listed)
+    return [torch.randn((1, *s), generator=g, device=g.device)[0] for s, g in zip(shapes, generators)], seeds
