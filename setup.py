@@ -23,10 +23,12 @@ import sysconfig
 from collections.abc import Iterator
 
 from setuptools import Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
 TOOLS = {"cmake": (3, 24), "ninja": (1, 10)}
+DRIVER_FILES = ["/dev/nvidiactl", "/proc/driver/nvidia/version"]
 # One consistent toolkit from PyPI: compiler driver, its headers, the optimiser, the static runtime, libcu++.
 CUDA_WHEELS = [
     "nvidia-cuda-nvcc==13.0.88",
@@ -68,7 +70,7 @@ def wheel_nvcc() -> str | None:
 
 def has_driver() -> bool:
     """Whether an NVIDIA driver serves this machine (a toolkit need not be installed for that)."""
-    if any(os.path.exists(p) for p in ("/dev/nvidiactl", "/proc/driver/nvidia/version")):
+    if any(os.path.exists(path) for path in DRIVER_FILES):
         return True
     ldconfig = shutil.which("ldconfig") or shutil.which("ldconfig", path="/sbin:/usr/sbin")
     if ldconfig is None:
@@ -88,8 +90,8 @@ def nvcc_to_use() -> str | None:
     nvcc = toolkit_nvcc() or wheel_nvcc()
     if nvcc is None and wants_cuda_wheels():
         sys.exit(
-            "lens: no nvcc for the CUDA kernels. Plain `pip install .` (with build isolation) takes it from PyPI; "
-            f"without isolation run `pip install {' '.join(CUDA_WHEELS)}` first, or install a CUDA "
+            "lens: no nvcc for the CUDA kernels. Plain `pip install .` (with build isolation) takes it from "
+            f"PyPI; without isolation run `pip install {' '.join(CUDA_WHEELS)}` first, or install a CUDA "
             "toolkit and set CUDA_HOME. LENS_CUDA=OFF builds the CPU kernels alone."
         )
     return nvcc
@@ -143,14 +145,28 @@ class CMakeBuild(build_ext):
             f"-DLENS_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DLENS_CUDA_ARCHS={archs}",
         ]  # fmt: skip
+        environment = dict(os.environ)
+        if nvcc:
+            # a toolkit keeps its static runtime in lib64, where nvcc looks; the wheels keep it in lib
+            libraries = os.path.join(os.path.dirname(os.path.dirname(os.path.realpath(nvcc))), "lib")
+            environment["LIBRARY_PATH"] = f"{libraries}:{os.environ.get('LIBRARY_PATH', '')}".rstrip(":")
         with exclusive(folder):
             forget_other_tools(folder, [str(ROOT), sys.executable, cmake, str(nvcc)])
-            subprocess.run(configure, check=True)
-            subprocess.run([cmake, "--build", str(folder), "--parallel", jobs], check=True)
+            for command in (configure, [cmake, "--build", str(folder), "--parallel", jobs]):
+                if subprocess.run(command, env=environment).returncode:
+                    sys.exit("lens: the build of lens._C failed, the compiler's message stands above")
             # via a temporary name: a process that has the old module mapped keeps its own copy
             partial = target.with_name(f".{target.name}.{os.getpid()}")
             shutil.copy2(folder / "_C.so", partial)
             os.replace(partial, target)
+
+
+class Build(build):
+    """Starts from an empty staging folder: a module deleted since the last wheel must not be in the next."""
+
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
 
 
 @contextlib.contextmanager
@@ -173,6 +189,6 @@ def forget_other_tools(folder: pathlib.Path, tools: list[str]) -> None:
 
 setup(
     ext_modules=[Extension("lens._C", [])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build": Build, "build_ext": CMakeBuild},
     setup_requires=build_tools(),
 )
