@@ -1,0 +1,36 @@
+// packed[r] = x[rows[r]] and its inverse: copies of C elements per row, bound by memory.
+#include "cpu/rows.h"
+
+namespace lens::LENS_ISA {
+namespace {
+
+int64_t bytes_of_row(int64_t C, DType dtype) {
+  return C * (dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8);
+}
+
+}  // namespace
+
+void pack_tokens(const PackTokensParams& p) {
+  const int64_t bytes = bytes_of_row(p.C, p.dtype);
+  const char* x = static_cast<const char*>(p.x);
+  char* packed = static_cast<char*>(p.packed);
+  parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      std::memcpy(packed + r * bytes, x + p.rows[r] * bytes, size_t(bytes));
+  });
+}
+
+void unpack_tokens(const UnpackTokensParams& p) {
+  const int64_t bytes = bytes_of_row(p.C, p.dtype);
+  const char* packed = static_cast<const char*>(p.packed);
+  char* x = static_cast<char*>(p.x);
+  parallel_ranges(p.BL, p.BL * p.C, [&](int64_t begin, int64_t end) {
+    std::memset(x + begin * bytes, 0, size_t((end - begin) * bytes));
+  });
+  parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r)
+      std::memcpy(x + p.rows[r] * bytes, packed + r * bytes, size_t(bytes));
+  });
+}
+
+}  // namespace lens::LENS_ISA
