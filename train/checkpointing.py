@@ -1,0 +1,45 @@
+"""Training state on disk: written to a temporary name, flushed, renamed; resumed bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, containers of them) so that `path` is never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_state(path: Path, expect: str) -> dict[str, Any]:
+    """Read what `save_state` wrote. Errors: missing file, another stage's file, another format."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no training state here")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    if state.get("format") != FORMAT or state.get("stage") != expect:
+        raise ValueError(
+            f"{path}: stage {state.get('stage')!r} format {state.get('format')!r}, expected {expect!r} format {FORMAT}"
+        )
+    return state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

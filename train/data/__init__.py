@@ -1,0 +1,1 @@
+"""Data of the training stages: the small world, its assets, tokenizers."""

@@ -1,0 +1,107 @@
+"""Rebuild the vendored emoji subset from the pinned npm package, pixel for pixel.
+
+    npm pack @lobehub/fluent-emoji-3d@1.1.0
+    python -m train.data.curate lobehub-fluent-emoji-3d-1.1.0.tgz            # rewrite train/data/assets/emoji
+    python -m train.data.curate lobehub-fluent-emoji-3d-1.1.0.tgz --check    # compare, write nothing, exit 1 on a difference
+
+Every asset is trimmed to its opaque box, reduced to SIDE pixels on its longer side (premultiplied, Lanczos) and
+stored as lossless WebP. `manifest.json` holds the SHA-256 of the decoded RGBA bytes under the pinned Pillow: file
+bytes may differ between encoder versions, pixels may not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+TARBALL_SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
+PILLOW = "13.0.0"
+SIDE = 96
+OPAQUE = 24  # alpha at which a pixel counts as part of the object when trimming
+ASSETS = Path(__file__).parent / "assets" / "emoji"
+
+SOURCES = {  # class name -> file stem (code points) inside the package
+    "apple": "1f34e",
+    "car": "1f697",
+    "heart": "2764-fe0f",
+    "star": "2b50",
+    "key": "1f511",
+    "book": "1f4d5",
+    "umbrella": "2602-fe0f",
+    "fish": "1f41f",
+    "shirt": "1f455",
+    "balloon": "1f388",
+    "bell": "1f514",
+    "mushroom": "1f344",
+    "teapot": "1fad6",
+    "house": "1f3e0",
+    "tree": "1f333",
+    "crown": "1f451",
+    "cactus": "1f335",
+    "penguin": "1f427",
+}
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """SHA-256 of `WxH` and the RGBA bytes, with colour zeroed where alpha is 0 (codecs may drop it there)."""
+    rgba = np.array(image.convert("RGBA"))
+    rgba[rgba[..., 3] == 0] = 0
+    return hashlib.sha256(f"{image.width}x{image.height}".encode() + rgba.tobytes()).hexdigest()
+
+
+def reduce_asset(data: bytes) -> Image.Image:
+    """Package WebP bytes -> trimmed RGBA image whose longer side is SIDE pixels."""
+    image = Image.open(io.BytesIO(data)).convert("RGBA")
+    alpha = np.array(image)[..., 3] >= OPAQUE
+    rows, cols = np.flatnonzero(alpha.any(1)), np.flatnonzero(alpha.any(0))
+    image = image.crop((int(cols[0]), int(rows[0]), int(cols[-1]) + 1, int(rows[-1]) + 1))
+    scale = SIDE / max(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m train.data.curate", description=__doc__.split("\n")[0])
+    parser.add_argument("tarball", type=Path, help=f"the file `npm pack {PACKAGE}` leaves behind")
+    parser.add_argument("--check", action="store_true", help="compare with the vendored files, write nothing")
+    options = parser.parse_args(argv)
+    found = hashlib.sha256(options.tarball.read_bytes()).hexdigest()
+    if found != TARBALL_SHA256:
+        raise SystemExit(f"{options.tarball}: SHA-256 {found}, expected {TARBALL_SHA256} ({PACKAGE})")
+    images = {}
+    with tarfile.open(options.tarball) as tar:
+        for name, stem in SOURCES.items():
+            member = tar.extractfile(f"package/assets/{stem}.webp")
+            if member is None:
+                raise SystemExit(f"{options.tarball}: package/assets/{stem}.webp is not a file")
+            images[name] = reduce_asset(member.read())
+    hashes = {name: pixel_hash(image) for name, image in images.items()}
+    manifest = {"package": PACKAGE, "pillow": PILLOW, "side": SIDE, "rgba_sha256": hashes}
+    if options.check:
+        want = json.loads((ASSETS / "manifest.json").read_text())["rgba_sha256"]
+        wrong = sorted(name for name in want.keys() | hashes.keys() if want.get(name) != hashes.get(name))
+        print(f"{len(hashes) - len(wrong)} of {len(want)} assets equal" + (f", different: {wrong}" if wrong else ""))
+        return 1 if wrong else 0
+    for name, image in images.items():
+        temporary = ASSETS / f".{name}.webp.tmp"
+        image.save(temporary, format="WEBP", lossless=True, quality=100, method=6, exact=True)
+        os.replace(temporary, ASSETS / f"{name}.webp")
+    temporary = ASSETS / ".manifest.json.tmp"
+    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
+    os.replace(temporary, ASSETS / "manifest.json")
+    print(f"{len(images)} assets, {sum(f.stat().st_size for f in ASSETS.glob('*.webp'))} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""Classes and colours of the small world: vendored emoji, recoloured as whole objects, pre-scaled for numpy.
+
+Recolouring keeps an asset's shading and replaces its paint. With luminance l of a pixel, the median m of l over the
+painted part and a palette colour c: `c * (l/m)^0.85` where l <= m, a blend of c towards white where l > m. Parts that
+are not paint (tyres, windows, leaves, pages, handles) are left alone by a soft hue mask.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ASSETS = Path(__file__).parent / "assets" / "emoji"
+
+PALETTE = {  # word -> sRGB; nine colours that stay distinct at 64 pixels (brown is too near orange in shade)
+    "red": (220, 32, 40),
+    "orange": (250, 132, 20),
+    "yellow": (250, 206, 40),
+    "green": (40, 160, 60),
+    "blue": (36, 104, 226),
+    "purple": (128, 58, 190),
+    "pink": (250, 120, 180),
+    "black": (44, 44, 50),
+    "white": (236, 236, 242),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One class. `paint`: centre hue in turns of the part to recolour, "all", or None where it is never recoloured."""
+
+    name: str
+    noun: str
+    plural: str
+    natural: str | None  # the palette word that truly describes the unpainted asset, None where no single word does
+    paint: float | str | None = None
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("apple", "apple", "apples", "red", 0.97),
+        Kind("car", "car", "cars", "red", 0.97),
+        Kind("heart", "heart", "hearts", "red", "all"),
+        Kind("star", "star", "stars", "yellow", "all"),
+        Kind("key", "key", "keys", "yellow", "all"),
+        Kind("book", "book", "books", "red", 0.95),
+        Kind("umbrella", "umbrella", "umbrellas", "purple", 0.75),
+        Kind("fish", "fish", "fish", "blue", "all"),
+        Kind("shirt", "shirt", "shirts", "green", "all"),
+        Kind("balloon", "balloon", "balloons", "red", 0.91),
+        Kind("bell", "bell", "bells", "yellow", "all"),
+        Kind("mushroom", "mushroom", "mushrooms", "red", 0.97),
+        Kind("teapot", "teapot", "teapots", "red", "all"),
+        Kind("house", "house", "houses", None),
+        Kind("tree", "tree", "trees", "green"),
+        Kind("crown", "crown", "crowns", "yellow"),
+        Kind("cactus", "cactus", "cactuses", "green"),
+        Kind("penguin", "penguin", "penguins", None),
+    )
+}
+PAINTABLE = tuple(kind.name for kind in KINDS.values() if kind.paint is not None)
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def colours_of(kind: str) -> tuple[str | None, ...]:
+    """Every colour the class is drawn in; for classes never recoloured the one true word (or None)."""
+    return tuple(PALETTE) if KINDS[kind].paint is not None else (KINDS[kind].natural,)
+
+
+def _hue_saturation(rgb: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    high, low = rgb.max(-1), rgb.min(-1)
+    span = np.maximum(high - low, 1e-6)
+    r, g, b = rgb[..., 0], rgb[..., 1], rgb[..., 2]
+    hue = np.where(high == r, ((g - b) / span) % 6, np.where(high == g, (b - r) / span + 2, (r - g) / span + 4)) / 6
+    return hue, (high - low) / np.maximum(high, 1e-6)
+
+
+def recolour(rgba: np.ndarray, kind: Kind, colour: str) -> np.ndarray:
+    """float32 RGBA [h, w, 4] in [0, 1] -> the same asset painted in a palette colour."""
+    rgb, alpha = rgba[..., :3], rgba[..., 3]
+    luminance = rgb @ LUMA
+    if kind.paint == "all":
+        weight = np.ones_like(alpha)
+    else:
+        hue, saturation = _hue_saturation(rgb)
+        distance = np.abs((hue - float(kind.paint) + 0.5) % 1.0 - 0.5)
+        weight = np.clip((0.16 - distance) / 0.04, 0, 1) * np.clip((saturation - 0.18) / 0.2, 0, 1)
+    painted = (weight > 0.5) & (alpha > 0.5)
+    middle = float(np.median(luminance[painted]))
+    ratio = luminance / middle
+    target = np.array(PALETTE[colour], np.float32) / 255
+    top = max(float(np.quantile(ratio[painted], 0.99)), 1.1)
+    glow = np.clip((ratio - 1) / (top - 1), 0, 1)[..., None] * (0.35 if colour == "black" else 0.5)
+    dark = target * np.minimum(ratio, 1)[..., None] ** 0.85
+    if colour == "black":  # keep form visible: shade less
+        dark = target * np.minimum(ratio, 1)[..., None] ** 0.4
+    new = dark + (1 - dark) * glow
+    out = rgba.copy()
+    out[..., :3] = rgb + (new - rgb) * weight[..., None]
+    return out
+
+
+@functools.cache
+def artwork(kind: str, colour: str | None) -> np.ndarray:
+    """float32 RGBA [h, w, 4] in [0, 1], trimmed, longer side 96. Errors: unknown class or colour (KeyError)."""
+    with Image.open(ASSETS / f"{kind}.webp") as image:
+        rgba = np.asarray(image.convert("RGBA"), np.float32) / 255
+    if KINDS[kind].paint is None:
+        return rgba
+    return recolour(rgba, KINDS[kind], str(colour))
+
+
+@dataclass(frozen=True)
+class Sprite:
+    """`colour` float32 [h, w, 3] premultiplied in [0, 255], `keep` = 1 - alpha float32 [h, w, 1]."""
+
+    colour: np.ndarray
+    keep: np.ndarray
+
+
+def fitted_size(kind: str, width: float, height: float) -> tuple[int, int]:
+    """Largest (w, h) in whole pixels with the asset's aspect ratio that fits into width x height."""
+    h, w = artwork(kind, KINDS[kind].natural or "red").shape[:2]
+    scale = min(width / w, height / h)
+    return max(1, int(w * scale + 1e-6)), max(1, int(h * scale + 1e-6))
+
+
+@functools.cache
+def sprite(kind: str, colour: str | None, width: int, height: int) -> Sprite:
+    rgba = artwork(kind, colour)
+    premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
+    planes = [
+        np.asarray(Image.fromarray(np.ascontiguousarray(premultiplied[..., c])).resize((width, height), Image.Resampling.BOX
+                   if width >= rgba.shape[1] else Image.Resampling.HAMMING))
+        for c in range(4)
+    ]
+    stack = np.clip(np.stack(planes, -1), 0, 1)
+    return Sprite(np.ascontiguousarray(stack[..., :3] * 255), np.ascontiguousarray(1 - stack[..., 3:]))
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """sRGB in [0, 255], [..., 3] -> CIE Lab (D65)."""
+    c = np.asarray(rgb, np.float64) / 255
+    c = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    xyz = c @ np.array([[0.4124, 0.2126, 0.0193], [0.3576, 0.7152, 0.1192], [0.1805, 0.0722, 0.9505]])
+    xyz = xyz / np.array([0.9505, 1.0, 1.089])
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.stack([116 * f[..., 1] - 16, 500 * (f[..., 0] - f[..., 1]), 200 * (f[..., 1] - f[..., 2])], -1)
+
+
+@functools.cache
+def surface_lab(kind: str, colour: str | None) -> tuple[float, float, float]:
+    """Median Lab of the object's outer band (what has to stand out from the background)."""
+    rgba = artwork(kind, colour)
+    solid = rgba[..., 3] > 0.6
+    inner = solid.copy()
+    for _ in range(10):
+        padded = np.pad(inner, 1)
+        inner = padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+    band = rgba[..., :3][solid & ~inner]
+    return tuple(float(v) for v in np.median(lab(band * 255), 0))

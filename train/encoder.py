@@ -1,0 +1,320 @@
+"""Stage "encoder": the small GPT-OSS language model whose residual stream Mini reads.
+
+    python -m train encoder --config mini --out runs/encoder --stop-after 9m       # again to resume
+    python -m train encoder --config mini --out runs/encoder --export lens/mini/base/text_encoder
+
+Loss = next-token cross entropy on chat-rendered captions + cross entropy of linear probes on the captured features
+(each layer divided by its RMS, concatenated, exactly what the MMDiT reads): class and colour at each object's noun, and
+everything (class and colour of each object, count, layout, background) at the last token. Plain next-token training drives
+late layers towards what comes next; the probes keep what was said readable. `encode_batch` is also the differentiable text
+path of joint training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lens.text_encoder import DEFAULT_CHAT_DATE, PREFIX_TOKENS, ChatTokenizer
+
+from . import configs
+from .checkpointing import load_state, save_state, write_text
+from .data.grammar import BACKGROUNDS
+from .data.sprites import KINDS, PALETTE
+from .data.world import Scene, World
+from .logging import JsonLog
+from .loop import Clock, Ema, duration, keyed, rate
+
+ROOT = Path(__file__).resolve().parents[1]
+VALIDATION_SEED = 1_000_000_000
+KIND_INDEX = {name: i for i, name in enumerate(KINDS)}
+COLOUR_INDEX = {name: i for i, name in enumerate([*PALETTE, None])}
+LAYOUTS = ("one", "left", "above", "same 2", "same 3", "same 4", "row")
+
+
+def build(config: ModuleType) -> nn.Module:
+    """A fresh GptOssForCausalLM of the recipe; weights depend on the recipe's seed alone."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    rows = len(json.loads((ROOT / config.TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"]) + 10
+    parsed = GptOssConfig(vocab_size=rows, pad_token_id=None, bos_token_id=None, eos_token_id=None, **config.MODEL)
+    parsed._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed(config.SEED, "encoder init").initial_seed())
+        model = GptOssForCausalLM(parsed).float()
+        nn.init.normal_(model.model.embed_tokens.weight, std=config.EMBEDDING_STD)
+    return model.train()
+
+
+class CaptionTokenizer:
+    """Caption -> ids after the constant prefix (the prompt and what follows it), and where each word ends."""
+
+    def __init__(self, folder: Path):
+        self.chat = ChatTokenizer(folder)
+        before, after = self.chat.frame(DEFAULT_CHAT_DATE)
+        self.prefix = self.chat._encode(before)
+        self.suffix = self.chat._encode(after)
+        if len(self.prefix) != PREFIX_TOKENS:
+            raise ValueError(f"{folder}: the chat prefix has {len(self.prefix)} tokens, expected {PREFIX_TOKENS}")
+
+    def encode(self, caption: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """ids of the caption and the suffix; (start, end) character offsets of the caption's own tokens."""
+        encoding = self.chat._plain.encode(caption, add_special_tokens=False)
+        return encoding.ids + self.suffix, encoding.offsets
+
+
+def _experts(mlp: nn.Module, x: Tensor) -> Tensor:
+    """[R, E] -> [R, E]: every expert on every row, weighted by the router (zero where not chosen): few large products."""
+    experts, router = mlp.experts, mlp.router
+    logits = F.linear(x, router.weight, router.bias)
+    top, index = logits.topk(router.top_k, -1)
+    weight = torch.zeros_like(logits).scatter(-1, index, top.softmax(-1))
+    gate_up = torch.einsum("re,nef->nrf", x, experts.gate_up_proj) + experts.gate_up_proj_bias[:, None]
+    out = torch.bmm(experts._apply_gate(gate_up), experts.down_proj) + experts.down_proj_bias[:, None]
+    return torch.einsum("nre,rn->re", out, weight)
+
+
+def _layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None,
+           mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One decoder layer over x [B, T, E]; `past` holds keys and values [1, N, P, H] shared by the batch."""
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb, repeat_kv
+
+    attention, (batch, length, _) = layer.self_attn, x.shape
+    a = layer.input_layernorm(x)
+    q, k, v = (p(a).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+               for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    own = (k, v)
+    if past is not None:
+        k, v = (torch.cat([old.expand(batch, -1, -1, -1), new], 2) for old, new in zip(past, own))
+    k, v = repeat_kv(k, attention.num_key_value_groups), repeat_kv(v, attention.num_key_value_groups)
+    scores = q @ k.transpose(2, 3) * attention.scaling + mask
+    sinks = attention.sinks.reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    x = x + attention.o_proj((weights @ v).transpose(1, 2).reshape(batch, length, -1))
+    a = layer.post_attention_layernorm(x)
+    return x + _experts(layer.mlp, a.reshape(batch * length, -1)).view_as(x), own
+
+
+def _masks(start: int, length: int, window: int | None) -> Tensor:
+    """Additive causal mask [length, start + length] of queries start.. over keys 0.., optionally windowed."""
+    q, k = torch.arange(start, start + length)[:, None], torch.arange(start + length)[None]
+    seen = (k <= q) if window is None else (k <= q) & (k > q - window)
+    return torch.zeros(length, start + length).masked_fill(~seen, float("-inf"))
+
+
+def residuals(model: nn.Module, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
+              ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+    """ids [B, T] -> raw residual stream [B, T, E] after every layer, and each layer's keys and values.
+
+    `past`: keys and values of a constant prefix computed with batch 1; positions then start after it. Equal to the full
+    sequence through transformers (test: 1e-5). Differentiable.
+    """
+    body = model.model if hasattr(model, "model") else model
+    start = 0 if past is None else past[0][0].shape[2]
+    x = body.embed_tokens(ids)
+    cos, sin = body.rotary_emb(x, torch.arange(start, start + ids.shape[1])[None])
+    out, cache = [], []
+    for i, layer in enumerate(body.layers):
+        window = body.config.sliding_window if body.config.layer_types[i] == "sliding_attention" else None
+        x, own = _layer(layer, x, cos, sin, None if past is None else past[i], _masks(start, ids.shape[1], window))
+        out.append(x)
+        cache.append(own)
+    return out, cache
+
+
+def encode_batch(model: nn.Module, tokens: Sequence[Sequence[int]], prefix: Sequence[int],
+                 layers: Sequence[int] = (0, 1, 2, 3)) -> list[Tensor]:
+    """Ids after the prefix, any lengths -> per sample features [T, F, E], differentiable in the captions' own path.
+
+    The constant prefix runs once with batch 1 and without gradient. Samples of equal length share a batch.
+    """
+    with torch.no_grad():
+        _, past = residuals(model, torch.tensor([list(prefix)]))
+    groups: dict[int, list[int]] = {}
+    for i, ids in enumerate(tokens):
+        groups.setdefault(len(ids), []).append(i)
+    out: list[Tensor] = [torch.empty(0)] * len(tokens)
+    for members in groups.values():
+        states, _ = residuals(model, torch.tensor([list(tokens[i]) for i in members]), past)
+        stacked = torch.stack([states[layer] for layer in layers], 2)
+        for row, i in enumerate(members):
+            out[i] = stacked[row]
+    return out
+
+
+class Probes(nn.Module):
+    """Linear readers of the captured features; discarded after training."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.noun = nn.Linear(width, len(KINDS) + len(COLOUR_INDEX))
+        self.scene = nn.Linear(width, len(LAYOUTS) + len(BACKGROUNDS) + 3 * (len(KINDS) + len(COLOUR_INDEX)))
+
+    def forward(self, features: Tensor, nouns: Tensor, noun_labels: Tensor, ends: Tensor, end_labels: Tensor) -> tuple[Tensor, Tensor]:
+        """features [R, F, E]; rows `nouns` with labels [M, 2]; rows `ends` with labels [B, 8], -100 where unsaid -> loss, accuracy."""
+        x = F.rms_norm(features, (features.shape[-1],), eps=1e-5).flatten(1)
+        sizes = [len(KINDS), len(COLOUR_INDEX)]
+        losses, right = [], []
+        parts = list(zip(self.noun(x[nouns]).split(sizes, -1), noun_labels.unbind(-1)))
+        parts += list(zip(self.scene(x[ends]).split([len(LAYOUTS), len(BACKGROUNDS), *sizes * 3], -1), end_labels.unbind(-1)))
+        for logits, labels in parts:
+            said = labels >= 0
+            if said.any():
+                losses.append(F.cross_entropy(logits[said], labels[said]))
+                right.append((logits[said].argmax(-1) == labels[said]).float().mean())
+        return torch.stack(losses).sum(), torch.stack(right).mean()
+
+
+def labels(scene: Scene, offsets: list[tuple[int, int]]) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """(token, class, colour) of each noun the caption says once per thing; the eight labels of the whole scene."""
+    text = scene.caption.lower()
+    distinct = list(dict.fromkeys((t.kind, t.colour) for t in scene.things))
+    nouns = []
+    for kind, colour in distinct:
+        word = KINDS[kind].plural if len(distinct) < len(scene.things) else KINDS[kind].noun
+        end = text.index(word) + len(word)
+        token = max(i for i, (start, _) in enumerate(offsets) if start < end)
+        nouns.append((token, KIND_INDEX[kind], COLOUR_INDEX[colour]))
+    layout = scene.relation or ("one" if len(scene.things) == 1 else "row" if len(distinct) > 1 else f"same {len(scene.things)}")
+    background = next((i for i, group in enumerate(BACKGROUNDS.values())
+                       if any(_said(p, text) for p in group)), -100)
+    whole = [LAYOUTS.index(layout), background]
+    for slot in range(3):
+        whole += list(nouns[slot][1:]) if slot < len(nouns) else [-100, -100]
+    return nouns, whole
+
+
+def _said(phrase: str, text: str) -> bool:
+    return any(p in text.rstrip(".") and text.rstrip(".").endswith(p)
+               for p in (phrase, phrase.replace("it all", "it"), phrase.replace("it all", "them")))
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_of(folder: str) -> CaptionTokenizer:
+    return CaptionTokenizer(ROOT / folder)
+
+
+def batch_of(world: World, tokenizer: CaptionTokenizer, seeds: Sequence[int]) -> tuple[list[list[int]], list[Scene], list[list[tuple[int, int]]]]:
+    scenes = [world.scene(seed) for seed in seeds]
+    encoded = [tokenizer.encode(scene.caption) for scene in scenes]
+    return [ids for ids, _ in encoded], scenes, [offsets for _, offsets in encoded]
+
+
+def losses(model: nn.Module, probes: Probes, tokenizer: CaptionTokenizer, ids: list[list[int]], scenes: list[Scene],
+           offsets: list[list[tuple[int, int]]], layers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(next-token loss, probe loss, probe accuracy) of a batch."""
+    features = encode_batch(model, ids, tokenizer.prefix, layers)
+    starts, nouns, noun_labels, end_labels = [0], [], [], []
+    for sample, scene, places in zip(ids, scenes, offsets):
+        own, whole = labels(scene, places)
+        nouns += [starts[-1] + token for token, *_ in own]
+        noun_labels += [pair[1:] for pair in own]
+        end_labels.append(whole)
+        starts.append(starts[-1] + len(sample))
+    packed = torch.cat(features)
+    probe, accuracy = probes(packed, torch.tensor(nouns), torch.tensor(noun_labels), torch.tensor(starts[1:]) - 1, torch.tensor(end_labels))
+    flat = torch.tensor([i for sample in ids for i in sample])
+    follow = torch.ones(len(flat), dtype=torch.bool)
+    follow[torch.tensor(starts[1:]) - 1] = False
+    logits = model.lm_head(model.model.norm(packed[:, -1][follow]))
+    target = flat[1:][follow[:-1]]
+    return F.cross_entropy(logits, target), probe, accuracy
+
+
+def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path | None, steps: int | None) -> None:
+    recipe = {**config.TRAIN, "steps": steps or config.TRAIN["steps"]}
+    tokenizer, world = tokenizer_of(config.TOKENIZER), World()
+    model = build(config)
+    both = nn.ModuleDict({"model": model, "probes": Probes(len(config.LAYERS) * config.MODEL["hidden_size"])})
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed(config.SEED, "probe init").initial_seed())
+        both["probes"] = Probes(len(config.LAYERS) * config.MODEL["hidden_size"])
+    optimizer = torch.optim.AdamW(both.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"])
+    ema, step, path = Ema(both, recipe["ema"]), 0, out / "encoder.pt"
+    if path.is_file():
+        state = load_state(path, "encoder")
+        both.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load(state["ema"])
+        step = state["step"]
+    elif init is not None:
+        both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
+        ema = Ema(both, recipe["ema"])
+
+    def save() -> None:
+        save_state(path, {"stage": "encoder", "model": both.state_dict(), "optimizer": optimizer.state_dict(),
+                          "ema": ema.state(), "step": step})
+
+    held = batch_of(world, tokenizer, range(VALIDATION_SEED, VALIDATION_SEED + 256))
+    while step < recipe["steps"] and not clock.over:
+        seeds = range(step * recipe["batch"], (step + 1) * recipe["batch"])
+        lm, probe, accuracy = losses(model, both["probes"], tokenizer, *batch_of(world, tokenizer, seeds), config.LAYERS)
+        optimizer.zero_grad(set_to_none=True)
+        (lm + recipe["probe"] * probe).backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], recipe["warmup"], recipe["steps"], recipe["decay"])
+        optimizer.step()
+        ema.update(both)
+        step += 1
+        if step % config.LOG_EVERY == 0:
+            with torch.no_grad():
+                held_lm, held_probe, held_accuracy = losses(model, both["probes"], tokenizer, *held, config.LAYERS)
+            log(step=step, loss=lm.item(), probe=probe.item(), held_loss=held_lm.item(), held_probe=held_probe.item(),
+                held_accuracy=held_accuracy.item(), seconds=clock.elapsed)
+        if step % config.SAVE_EVERY == 0:
+            save()
+    save()
+
+
+def load_trained(config: ModuleType, path: Path) -> nn.Module:
+    """The averaged model of a state file (an encoder's or a joint run's)."""
+    average = load_state(path, "encoder")["ema"]["average"]
+    model = build(config)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in average.items() if k.startswith("model.")})
+    return model
+
+
+def export_model(model: nn.Module, folder: Path) -> None:
+    """A released text_encoder folder: config.json and bfloat16 safetensors."""
+    from safetensors.torch import save
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    temporary = folder / ".model.safetensors.tmp"
+    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
+    temporary.replace(folder / "model.safetensors")
+    values = json.loads(model.config.to_json_string(use_diff=False))
+    values.update(architectures=["GptOssForCausalLM"], dtype="bfloat16", torch_dtype="bfloat16")
+    for key in ("_name_or_path", "transformers_version"):
+        values.pop(key, None)
+    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="folder of state and log (default: runs/encoder)")
+    parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
+    parser.add_argument("--steps", type=int, help="total steps instead of the recipe's; the decay moves with it")
+    parser.add_argument("--init", type=Path, metavar="STATE", help="start from the averaged weights of this state file")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--export", type=Path, metavar="FOLDER", help="train nothing; write the encoder in the released layout")
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    config = configs.load(options.config, "encoder")
+    if options.export:
+        export_model(load_trained(config, options.out / "encoder.pt"), options.export)
+        return 0
+    train(config, options.out, JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.init, options.steps)
+    return 0

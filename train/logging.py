@@ -1,0 +1,22 @@
+"""One JSON object per line, appended and flushed, and a short line on the terminal."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+
+class JsonLog:
+    """`log(step=10, loss=.5)` appends {"time": seconds since the epoch, ...} to `path` and prints it."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(path, "a")
+
+    def __call__(self, **values: float | int | str) -> None:
+        rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
+        self.file.write(json.dumps({"time": round(time.time(), 1), **rounded}) + "\n")
+        self.file.flush()
+        print("  ".join(f"{k} {v}" for k, v in rounded.items()), file=sys.stderr, flush=True)

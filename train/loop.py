@@ -1,0 +1,82 @@
+"""What every stage's loop shares: keyed randomness, schedules, averaged weights, a clock that stops in time."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import signal
+import time
+
+import torch
+
+
+def keyed(seed: int, purpose: str, step: int = 0, sample: int = 0) -> torch.Generator:
+    """A CPU generator that depends on (seed, purpose, step, sample) alone."""
+    digest = hashlib.sha256(f"{seed} {purpose} {step} {sample}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def duration(text: str) -> float:
+    """"90s", "9m", "1.5h" or plain seconds -> seconds. Errors: ValueError naming the text."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
+    if match is None:
+        raise ValueError(f"duration: {text!r}, expected for example 90s, 9m or 1.5h")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def rate(step: int, base: float, warmup: int, steps: int, decay: int) -> float:
+    """Learning rate of a step: linear warm-up, constant, then linear to zero over the last `decay` of `steps`."""
+    up = min(1.0, (step + 1) / max(1, warmup))
+    down = min(1.0, max(0.0, (steps - step) / max(1, decay)))
+    return base * min(up, down)
+
+
+class Ema:
+    """Running average of parameters: `average <- d average + (1 - d) value`, d = min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        self.decay, self.updates = decay, 0
+        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: torch.nn.Module) -> None:
+        d = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        names = list(self.average)
+        values = dict(module.named_parameters())
+        torch._foreach_lerp_([self.average[n] for n in names], [values[n].detach() for n in names], 1 - d)
+
+    def state(self) -> dict:
+        return {"decay": self.decay, "updates": self.updates, "average": self.average}
+
+    def load(self, state: dict) -> None:
+        if state["average"].keys() != self.average.keys():
+            raise ValueError("Ema.load: parameter names differ from this module's")
+        self.updates = state["updates"]
+        for name, value in state["average"].items():
+            self.average[name].copy_(value)
+
+    @torch.no_grad()
+    def copy_to(self, module: torch.nn.Module) -> None:
+        for name, p in module.named_parameters():
+            p.copy_(self.average[name])
+
+
+class Clock:
+    """Says when to stop: after `limit` seconds, or at the first SIGTERM or SIGINT. The loop then saves and exits 0."""
+
+    def __init__(self, limit: float | None):
+        self.start, self.limit, self.asked = time.monotonic(), limit, False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.start
+
+    @property
+    def over(self) -> bool:
+        return self.asked or (self.limit is not None and self.elapsed >= self.limit)
