@@ -3,7 +3,7 @@
 Everything `lens` does cleverly is done here the slow way: text is padded and masked additively in every block, rotation
 is a complex product, guidance runs a doubled batch of equal padded length, w1 and w3 are two products, the modulation
 is computed in every block at every step, and the text branch of the last block is computed although nothing reads it.
-Module names are the released keys, so a released file loads with load_state_dict. Nothing is imported from `lens`.
+Module names are the released keys, so a released file loads with load_state_dict. Only `as_lens` knows `lens`.
 
 B samples, I image tokens, T text tokens, S = I + T, N heads, H head dim, D width, E encoder width, F feature layers.
 """
@@ -12,10 +12,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from lens import LensTransformer2DModel
 
 
 class RMSNorm(nn.Module):
@@ -239,7 +244,7 @@ def reference_sample(
     both = [torch.cat([widen(c), widen(u)]) for c, u in zip(features, negative[0])]
     both_mask = torch.cat([widen(mask), widen(negative[1])])
     sigmas, x = reference_sigmas(grid[0] * grid[1], steps), noise.float()
-    for s, s_next in zip(sigmas[:-1], sigmas[1:]):
+    for s, s_next in pairwise(sigmas):
         dtype = model.img_in.weight.dtype
         time = ((1000 * s).to(dtype) / 1000).float().expand(2 * len(x))
         c, u = model(torch.cat([x, x]), both, both_mask, time, grid).float().chunk(2)
@@ -247,6 +252,16 @@ def reference_sample(
         length_ratio = c.norm(dim=-1, keepdim=True) / combined.norm(dim=-1, keepdim=True)
         x = x + (s_next - s) * combined * length_ratio
     return x
+
+
+def as_lens(reference: ReferenceLens, config: dict) -> LensTransformer2DModel:
+    """The same weights in the packed model, by the names of the released files."""
+    from lens import LensConfig, LensTransformer2DModel
+    from lens.checkpoint import released_names
+
+    model, state = LensTransformer2DModel(LensConfig.from_dict(config)), reference.state_dict()
+    model.load_state_dict({ours: torch.cat([state[k] for k in released_names(ours)]) for ours in model.state_dict()})
+    return model.eval()
 
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
