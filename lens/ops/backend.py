@@ -1,1 +1,201 @@
-"""Which kernel runs, why, and how to override it."""
+"""Which kernel runs, why, and how to override it.
+
+A call picks its backend from the device of its tensors:
+
+    reference   plain PyTorch, lens/ops/reference.py, on any device
+    cpu         the compiled CPU kernels of lens._C
+    cuda        the compiled CUDA kernels of lens._C
+
+The compiled kernel is taken wherever there is one. Where there is none, the reference runs and importing this
+module says so once, with the reason. LENS_OPS_BACKEND=reference | compiled, or `use(...)`, forces a choice; a
+forced backend that cannot run raises. LENS_CPU_ISA=base | avx2 | avx512, or `use_isa(...)`, does the same for the
+instruction set of the CPU kernels.
+
+`joint_attention` rests on PyTorch's attention kernels and needs no extension: its "cpu" and "cuda" are those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens.ops.reference import arithmetic_dtype
+
+CHOICES = ("auto", "reference", "compiled", "cpu", "cuda")
+OPS = (
+    "pack_tokens",
+    "unpack_tokens",
+    "rms_norm_modulate",
+    "qk_norm_rope",
+    "joint_attention",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "swiglu",
+    "guidance_step",
+)
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    try:
+        from lens import _C
+    except ImportError as error:
+        return None, f"lens._C cannot be imported ({error}); build it with `pip install .`"
+    return _C, ""
+
+
+_extension, _missing = _load()
+_with_cuda = _extension is not None and bool(_extension.with_cuda)
+_choice = os.environ.get("LENS_OPS_BACKEND", "auto")
+
+
+def unavailable(device: str) -> str:
+    """Why the compiled kernels cannot serve tensors on `device` ("cpu", "cuda", ...); "" if they can."""
+    if device not in ("cpu", "cuda"):
+        return f"there are no compiled kernels for device type {device}"
+    if _extension is None:
+        return _missing
+    if device == "cuda" and not _with_cuda:
+        return "lens._C was built without CUDA; rebuild it with LENS_CUDA=ON"
+    return ""
+
+
+def _refuse(op: str, device: str, reason: str) -> None:
+    raise RuntimeError(f"lens.{op}: backend {_choice!r} was asked for but cannot run on {device}: {reason}")
+
+
+def choose(op: str, x: Tensor) -> str:
+    """Backend of `op` for tensors like x: "reference", "cpu" or "cuda". Raises if a forced one cannot run."""
+    device = x.device.type
+    if _choice == "reference":
+        return "reference"
+    if op == "joint_attention":
+        reason = "" if device in ("cpu", "cuda") else f"no attention kernel is named for {device}"
+    elif _extension is not None and (device == "cpu" or (_with_cuda and device == "cuda")):
+        reason = ""
+    else:
+        reason = unavailable(device)
+    if _choice in ("cpu", "cuda") and _choice != device:
+        _refuse(op, device, f"the tensors are on {device}")
+    if reason and _choice != "auto":
+        _refuse(op, device, reason)
+    return "reference" if reason else device
+
+
+@contextlib.contextmanager
+def use(choice: str) -> Iterator[None]:
+    """Force a backend inside the block: "auto", "reference", "compiled", "cpu" or "cuda".
+
+    "compiled" means the compiled kernels of the tensors' own device. The choice holds for the whole process.
+    """
+    global _choice
+    before, _choice = _choice, _checked(choice, "backend")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+def _checked(choice: str, name: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"lens.ops: {name} must be one of {', '.join(CHOICES)}, got {choice!r}")
+    return choice
+
+
+def isa() -> str:
+    """Instruction set of the CPU kernels: "base", "avx2" or "avx512"."""
+    return extension("isa").isa()
+
+
+def available_isas() -> list[str]:
+    """Instruction sets this CPU can run, narrowest first."""
+    return list(extension("available_isas").available_isas())
+
+
+@contextlib.contextmanager
+def use_isa(name: str) -> Iterator[None]:
+    """Force the instruction set of the CPU kernels inside the block; raises if the CPU lacks it."""
+    module = extension("use_isa")
+    before = module.isa()
+    module.set_isa(name)
+    try:
+        yield
+    finally:
+        module.set_isa(before)
+
+
+def extension(op: str) -> Any:
+    """lens._C, or an error that says why it is missing."""
+    if _extension is None:
+        raise RuntimeError(f"lens.{op}: {_missing}")
+    return _extension
+
+
+def launch(kernel: str, like: Tensor, dtype: torch.dtype | None = None, **arguments: Any) -> None:
+    """Run a kernel of lens._C on the device and current stream of `like`; tensors become addresses."""
+    function = getattr(extension(kernel), kernel)
+    # the caller's dict keeps temporaries alive until the kernel has been launched
+    values: dict[str, Any] = {"dtype": DTYPES[dtype or like.dtype]}
+    for name, value in arguments.items():
+        values[name] = value.data_ptr() if isinstance(value, Tensor) else 0 if value is None else value
+    if like.is_cuda:
+        with torch.cuda.device(like.device):
+            stream = torch.cuda.current_stream(like.device).cuda_stream
+            function(**values, device=like.device.index, stream=stream)
+    else:
+        function(**values, device=-1, stream=0)
+
+
+def column_sums(x: Tensor, batch: int, planes: int) -> Tensor:
+    """Workspace for column sums per sample over x [R, D]: [split_slots(R, B), planes, D]; see csrc/params.h."""
+    slots = x.shape[0] // extension("column_sums").split_rows + batch
+    return x.new_empty(slots, planes, x.shape[1], dtype=arithmetic_dtype(x.dtype))
+
+
+def split_chunks(rows: int) -> int:
+    """Slots of a column sum over all rows; see csrc/params.h."""
+    return -(-rows // extension("split_chunks").split_rows)
+
+
+def report(device: str | None = None) -> list[tuple[str, str, str]]:
+    """One row (op, backend, reason) per op for tensors on `device` ("cpu" or "cuda"; default: cuda if usable)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for op in OPS:
+        try:
+            backend = choose(op, torch.empty(0, device=device))
+            reason = _reason(op, backend, device)
+        except RuntimeError as error:
+            backend, reason = "none", str(error)
+        rows.append((op, backend, reason))
+    return rows
+
+
+def _reason(op: str, backend: str, device: str) -> str:
+    if _choice != "auto":
+        return f"forced to {_choice}"
+    if backend == "reference":
+        return unavailable(device)
+    if op == "joint_attention":
+        per_sample = "torch scaled_dot_product_attention per sample or group of equal samples"
+        return per_sample if backend == "cpu" else f"torch varlen_attn for bfloat16, {per_sample} otherwise"
+    return f"lens._C, {isa()} kernels" if backend == "cpu" else "lens._C, CUDA kernels"
+
+
+_checked(_choice, "LENS_OPS_BACKEND")
+if _extension is not None and os.environ.get("LENS_CPU_ISA"):
+    _extension.set_isa(os.environ["LENS_CPU_ISA"])
+if _choice != "reference":
+    for _device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        if _why := unavailable(_device):
+            if _choice != "auto":
+                raise RuntimeError(f"lens.ops: LENS_OPS_BACKEND={_choice} cannot run on {_device}: {_why}")
+            warnings.warn(f"lens.ops: the {_device} ops run their PyTorch reference: {_why}", stacklevel=2)
+            break

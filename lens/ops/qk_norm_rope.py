@@ -1,3 +1,172 @@
-"""See the docstring in reference.py."""
+"""Head-wise RMSNorm of q and k, RoPE, and the move of both streams into the joint layout, in one pass."""
 
-from lens.ops.reference import qk_norm_rope  # noqa: F401
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens.ops import backend, checks, reference
+
+
+def qk_norm_rope(
+    image_qkv: Tensor,
+    text_qkv: Tensor,
+    image_q_weight: Tensor,
+    image_k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    """q, k: x * rsqrt(mean(x^2) + eps) * weight per head, then pairs (2 i, 2 i + 1) turned by angle i; v copied.
+
+    image_qkv, text_qkv: [RI, 3 D] and [RT, 3 D], D = N * H; float32, bfloat16 (float32 arithmetic) or float64
+    *_weight: [H] each, dtype of image_qkv; H even, at most 512
+    cos, sin: [RI + RT, H / 2] in the joint layout, float32 (float64 for float64)
+    image_offsets, text_offsets: int32 [B + 1] each
+    Returns qkv [3, RI + RT, N, H] in the joint layout: [image rows | text rows] per sample.
+    Raises ValueError for shapes, dtypes, devices or (CPU) offsets that do not fit. Differentiable in the
+    projections and the weights, not in cos and sin.
+    """
+    op = "qk_norm_rope"
+    checks.expect_packed(op, image_qkv, "image_qkv", "RI, 3 D")
+    width, joint_rows = image_qkv.shape[1], image_qkv.shape[0] + text_qkv.shape[0]
+    checks.expect_shape(op, "text_qkv", text_qkv, "RT, 3 D", text_qkv.shape[0], width)
+    checks.expect_like(op, "text_qkv", text_qkv, image_qkv)
+    checks.expect_rank(op, "image_q_weight", image_q_weight, "H")
+    head_dim = image_q_weight.shape[0]
+    if head_dim < 2 or head_dim % 2 or head_dim > 512:
+        checks.refuse(op, f"image_q_weight must be [H] with H even and in [2, 512], got [{head_dim}]")
+    if width % (3 * head_dim):
+        checks.refuse(op, f"image_qkv must be [RI, 3 N H] with H = {head_dim}, got {list(image_qkv.shape)}")
+    weights = (image_q_weight, image_k_weight, text_q_weight, text_k_weight)
+    names = ("image_q_weight", "image_k_weight", "text_q_weight", "text_k_weight")
+    for name, weight in zip(names, weights, strict=True):
+        checks.expect_shape(op, name, weight, "H", head_dim)
+        checks.expect_like(op, name, weight, image_qkv)
+    for name, table in (("cos", cos), ("sin", sin)):
+        checks.expect_shape(op, name, table, "RI + RT, H / 2", joint_rows, head_dim // 2)
+        checks.expect_like(op, name, table, image_qkv, reference.arithmetic_dtype(image_qkv.dtype))
+    batch = checks.expect_offsets(op, "image_offsets", image_offsets, image_qkv)
+    checks.expect_rows_have_sample(op, joint_rows, batch)
+    checks.expect_shape(op, "text_offsets", text_offsets, "B + 1", batch + 1)
+    checks.expect_like(op, "text_offsets", text_offsets, image_offsets)
+    call = reference.qk_norm_rope if backend.choose(op, image_qkv) == "reference" else _forward
+    return call(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets, eps)
+
+
+def _sizes(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, offsets: Tensor) -> dict[str, int]:
+    head_dim = weight.shape[0]
+    rows = {"RI": image_qkv.shape[0], "RT": text_qkv.shape[0], "B": offsets.shape[0] - 1}
+    return {**rows, "N": image_qkv.shape[1] // (3 * head_dim), "H": head_dim}
+
+
+@torch.library.custom_op("lens::qk_norm_rope", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(
+    image_qkv: Tensor,
+    text_qkv: Tensor,
+    image_q_weight: Tensor,
+    image_k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    eps: float,
+) -> Tensor:
+    sizes = _sizes(image_qkv, text_qkv, image_q_weight, image_offsets)
+    qkv = image_qkv.new_empty(3, sizes["RI"] + sizes["RT"], sizes["N"], sizes["H"])
+    backend.launch(
+        "qk_norm_rope",
+        qkv,
+        image_qkv=image_qkv.contiguous(),
+        text_qkv=text_qkv.contiguous(),
+        image_q_weight=image_q_weight.contiguous(),
+        image_k_weight=image_k_weight.contiguous(),
+        text_q_weight=text_q_weight.contiguous(),
+        text_k_weight=text_k_weight.contiguous(),
+        cos=cos.contiguous(),
+        sin=sin.contiguous(),
+        image_offsets=image_offsets.contiguous(),
+        text_offsets=text_offsets.contiguous(),
+        qkv=qkv,
+        **sizes,
+        eps=eps,
+    )
+    return qkv
+
+
+@torch.library.custom_op("lens::qk_norm_rope_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    dqkv: Tensor,
+    image_qkv: Tensor,
+    text_qkv: Tensor,
+    image_q_weight: Tensor,
+    image_k_weight: Tensor,
+    text_q_weight: Tensor,
+    text_k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sizes = _sizes(image_qkv, text_qkv, image_q_weight, image_offsets)
+    dimage_qkv, dtext_qkv = image_qkv.new_empty(image_qkv.shape), text_qkv.new_empty(text_qkv.shape)
+    dimage_q, dimage_k, dtext_q, dtext_k = (image_q_weight.new_empty(sizes["H"]) for _ in range(4))
+    chunks = backend.split_chunks(sizes["RI"]) + backend.split_chunks(sizes["RT"])
+    backend.launch(
+        "qk_norm_rope_backward",
+        dqkv,
+        dqkv=dqkv.contiguous(),
+        image_qkv=image_qkv.contiguous(),
+        text_qkv=text_qkv.contiguous(),
+        image_q_weight=image_q_weight.contiguous(),
+        image_k_weight=image_k_weight.contiguous(),
+        text_q_weight=text_q_weight.contiguous(),
+        text_k_weight=text_k_weight.contiguous(),
+        cos=cos.contiguous(),
+        sin=sin.contiguous(),
+        image_offsets=image_offsets.contiguous(),
+        text_offsets=text_offsets.contiguous(),
+        dimage_qkv=dimage_qkv,
+        dtext_qkv=dtext_qkv,
+        dimage_q_weight=dimage_q,
+        dimage_k_weight=dimage_k,
+        dtext_q_weight=dtext_q,
+        dtext_k_weight=dtext_k,
+        workspace=cos.new_empty(chunks, 2, sizes["H"]),
+        **sizes,
+        eps=eps,
+    )
+    return dimage_qkv, dtext_qkv, dimage_q, dimage_k, dtext_q, dtext_k
+
+
+def _fake(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    head_dim = weight.shape[0]
+    rows, heads = image_qkv.shape[0] + text_qkv.shape[0], image_qkv.shape[1] // (3 * head_dim)
+    return image_qkv.new_empty(3, rows, heads, head_dim)
+
+
+def _fake_gradients(dqkv: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in inputs[:6])
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, dqkv: Tensor) -> tuple[Tensor | None, ...]:
+    return *_backward(dqkv, *ctx.saved_tensors, ctx.eps), None, None, None, None, None
+
+
+_forward.register_fake(_fake)
+_backward.register_fake(_fake_gradients)
+_forward.register_autograd(_gradients, setup_context=_save)

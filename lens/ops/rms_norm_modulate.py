@@ -1,3 +1,107 @@
-"""See the docstring in reference.py."""
+"""RMSNorm and modulation in one pass: y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale_b) + shift_b."""
 
-from lens.ops.reference import rms_norm_modulate  # noqa: F401
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens.ops import backend, checks, reference
+
+
+def rms_norm_modulate(
+    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """y = x * rsqrt(mean(x^2) + eps) * weight * (1 + scale_b) + shift_b, b the sample of the row: [R, D].
+
+    x: [R, D] float32, bfloat16 (float32 arithmetic) or float64
+    weight: [D], dtype of x
+    scale, shift: [B, D], dtype of x; rows may lie any distance apart (slices of one modulation table)
+    offsets: int32 [B + 1], first row of every sample and R at the end
+    Raises ValueError for shapes, dtypes, devices or (CPU) offsets that do not fit. Differentiable in the floats.
+    """
+    op = "rms_norm_modulate"
+    checks.expect_packed(op, x)
+    rows, width = x.shape
+    batch = checks.expect_offsets(op, "offsets", offsets, x)
+    checks.expect_rows_have_sample(op, rows, batch)
+    checks.expect_shape(op, "weight", weight, "D", width)
+    checks.expect_like(op, "weight", weight, x)
+    checks.expect_modulation(op, "scale", scale, x, batch, width)
+    checks.expect_modulation(op, "shift", shift, x, batch, width)
+    if backend.choose(op, x) == "reference":
+        return reference.rms_norm_modulate(x, weight, scale, shift, offsets, eps)
+    return _forward(x, weight, scale, shift, offsets, eps)
+
+
+@torch.library.custom_op("lens::rms_norm_modulate", mutates_args=(), device_types=("cpu", "cuda"))
+def _forward(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: Tensor, eps: float) -> Tensor:
+    x, scale, shift = x.contiguous(), checks.dense_rows(scale), checks.dense_rows(shift)
+    y = torch.empty_like(x)
+    backend.launch(
+        "rms_norm_modulate",
+        x,
+        x=x,
+        weight=weight.contiguous(),
+        scale=scale,
+        shift=shift,
+        offsets=offsets.contiguous(),
+        y=y,
+        R=x.shape[0],
+        B=scale.shape[0],
+        D=x.shape[1],
+        scale_stride=scale.stride(0),
+        shift_stride=shift.stride(0),
+        eps=eps,
+    )
+    return y
+
+
+@torch.library.custom_op("lens::rms_norm_modulate_backward", mutates_args=(), device_types=("cpu", "cuda"))
+def _backward(
+    dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dy, x, scale = dy.contiguous(), x.contiguous(), checks.dense_rows(scale)
+    (rows, width), batch = x.shape, scale.shape[0]
+    dx, dweight = torch.empty_like(x), weight.new_empty(width)
+    dscale, dshift = x.new_empty(batch, width), x.new_empty(batch, width)
+    backend.launch(
+        "rms_norm_modulate_backward",
+        x,
+        dy=dy,
+        x=x,
+        weight=weight.contiguous(),
+        scale=scale,
+        offsets=offsets.contiguous(),
+        dx=dx,
+        dweight=dweight,
+        dscale=dscale,
+        dshift=dshift,
+        workspace=backend.column_sums(x, batch, 2),
+        R=rows,
+        B=batch,
+        D=width,
+        scale_stride=scale.stride(0),
+        eps=eps,
+    )
+    return dx, dweight, dscale, dshift
+
+
+def _fake_gradients(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return x.new_empty(x.shape), weight.new_empty(weight.shape), x.new_empty(scale.shape), x.new_empty(scale.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scale, _, offsets, ctx.eps = inputs
+    ctx.save_for_backward(x, weight, scale, offsets)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scale, offsets = ctx.saved_tensors
+    return *_backward(dy, x, weight, scale, offsets, ctx.eps), None, None
+
+
+_forward.register_fake(lambda x, *_: x.new_empty(x.shape))
+_backward.register_fake(_fake_gradients)
+_forward.register_autograd(_gradients, setup_context=_save)
