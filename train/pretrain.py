@@ -1,283 +1,343 @@
-"""Stage "pretrain": flow matching at one low resolution (arXiv 2605.21573, Method; stage A).
+"""Stage "pretrain": flow-matching training of the MMDiT on the small world.
 
-    python -m train pretrain --config mini --out runs/pretrain --stop-after 30m      # again to resume
-    python -m train pretrain --config mini --out runs/pretrain --steps 40000         # longer; the decay moves with it
-    python -m train pretrain --config mini --out runs/second --init runs/pretrain    # weights only, fresh optimiser
-    python -m train pretrain --config mini --out runs/pretrain --export lens/mini/base
+    python -m train pretrain --config mini --vae runs/vae --encoder runs/encoder/encoder.pt --out runs/base
+    python -m train pretrain --config mini --out runs/base --stop-after 9m        # again to resume, bit-equal on a CPU
+    python -m train pretrain --config mini --out runs/base --export lens/mini/base
 
-Needs the frozen latent space (``train vae``) and the text encoder (``train encoder``). The encoder is trained together
-with the model for its first steps (features of a frozen small language model are obeyed worse), then frozen. Every draw
-is keyed by (seed, purpose, step), so a resumed run equals an unbroken one bit for bit on a CPU.
+Loss: mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels. Dropped captions have no text tokens at all. The text
+encoder is trained along for the first JOINT_STEPS steps (small frozen next-token features obey prompts worse), then
+frozen at its running average. Scenes are drawn on the fly; a window of them is sorted by caption length so that a batch's
+text lengths are equal or nearly so: packed rows need no padding, and equal lengths share one attention call.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import copy
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lens import sampler
-from lens.checkpoint import save_transformer, write_json
+from lens import checkpoint
+from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
 from lens.packing import Packing, plan
-from lens.pipeline import Defaults, LensPipeline
-from lens.text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder
 
 from . import configs
+from . import encoder as text_stage
+from . import vae as vae_stage
 from .checkpointing import load_state, save_state
 from .data.world import World
-from .encoder import encode_batch, export as export_encoder, load as load_encoder
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
 from .objectives import flow_matching
-from .vae import VALIDATION_SEED, Half, Latents, build
 
-Batch = tuple[Tensor, list[list[int]]]  # clean latents [n, I, C], chat-rendered token ids per sample
+VALIDATION_SEED = 1_000_000_000
+
+
+@dataclass
+class Batch:
+    """Latents [B, I, C]; per sample its caption's ids after the prefix."""
+
+    latents: Tensor
+    tokens: list[list[int]]
 
 
 class Stream:
-    """Scenes -> (latents, token ids) of step s, from s alone: resumable anywhere, nothing stored."""
+    """Deterministic batches: window w holds the scenes of seeds w * WINDOW ... sorted by caption length."""
 
-    def __init__(self, config: ModuleType, latents: Latents, tokenizer: ChatTokenizer):
-        self.config, self.latents, self.tokenizer, self.world = config, latents, tokenizer, World()
-        self._pool: tuple[int, list[Batch]] = (-1, [])
+    def __init__(self, config: ModuleType, latents: vae_stage.Latents, tokenizer: text_stage.CaptionTokenizer,
+                 first_seed: int = 0):
+        self.config, self.latents, self.tokenizer, self.first = config, latents, tokenizer, first_seed
+        self.world = World()
 
-    def scenes(self, seeds: list[int], world: World) -> Batch:
-        scenes, pixels = world.batch(seeds, self.config.SIDE, self.config.SIDE)
-        ids = [self.tokenizer.encode(s.caption, 512, "reference", DEFAULT_CHAT_DATE) for s in scenes]
-        return self.latents.encode(pixels), ids
+    def batch_size(self, window: int) -> int:
+        return max((start, size) for start, size in self.config.BATCHES if start <= window)[1]
 
-    def batch(self, step: int) -> Batch:
-        """Captions of a batch have nearly one length: a pool is sorted by length, cut, and its batches shuffled."""
-        size, pool = self.config.BATCH, step // self.config.POOL
-        if self._pool[0] != pool:
-            count = size * self.config.POOL
-            x, ids = self.scenes(list(range(pool * count, (pool + 1) * count)), self.world)
-            order = sorted(range(count), key=lambda i: (len(ids[i]), i))
-            cuts = [order[i : i + size] for i in range(0, count, size)]
-            shuffle = torch.randperm(len(cuts), generator=keyed(self.config.SEED, "pool", pool)).tolist()
-            self._pool = (pool, [(x[cuts[i]], [ids[k] for k in cuts[i]]) for i in shuffle])
-        return self._pool[1][step % self.config.POOL]
+    def encode(self, seeds: Sequence[int]) -> Batch:
+        scenes, pixels = self.world.batch(list(seeds), self.config.SIDE, self.config.SIDE)
+        latents = torch.cat([self.latents.encode(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
+        return Batch(latents, [self.tokenizer.encode(scene.caption)[0] for scene in scenes])
 
+    def window(self, index: int) -> list[Batch]:
+        count, size = self.config.WINDOW, self.batch_size(index)
+        whole = self.encode(range(self.first + index * count, self.first + (index + 1) * count))
+        order = sorted(range(count), key=lambda i: (len(whole.tokens[i]), i))
+        cuts = [order[i : i + size] for i in range(0, count, size)]
+        mixed = torch.randperm(len(cuts), generator=keyed(self.config.SEED, "window order", index)).tolist()
+        return [Batch(whole.latents[cuts[c]], [whole.tokens[i] for i in cuts[c]]) for c in mixed]
 
-class Trainer:
-    """The model, the encoder and one optimiser over both; ``step`` counts finished steps."""
-
-    def __init__(self, config: ModuleType, encoder: nn.Module, steps: int | None = None):
-        self.config, self.encoder = config, encoder
-        self.steps = steps or config.STEPS
-        self.model = LensTransformer2DModel(config.MODEL).train()
-        self.model.init_weights(keyed(config.SEED, "model init"), config.INIT_STD)
-        self.ema, self.step = Ema(self.model, config.EMA), 0
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.WEIGHT_DECAY, "base": config.LR},
-                {"params": vectors, "weight_decay": 0.0, "base": config.LR},
-                {"params": list(encoder.parameters()), "weight_decay": 0.0, "base": config.ENCODER_LR},
-            ],
-            betas=config.BETAS,
-        )
-        self._plans: dict[tuple[int, ...], Packing] = {}
-
-    @property
-    def joint(self) -> bool:
-        """Is the encoder still learning?"""
-        return self.step < self.config.ENCODER_STEPS
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "stage": "pretrain",
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "encoder": self.encoder.state_dict(),
-            "ema": self.ema.state(),
-            "optimizer": self.optimizer.state_dict(),
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.encoder.load_state_dict(state["encoder"])
-        self.ema.load(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
-
-    def start_from(self, state: dict[str, Any]) -> None:
-        """Weights alone: the averaged model and the encoder of another run."""
-        self.encoder.load_state_dict(state["encoder"])
-        self.ema.load({**state["ema"], "updates": 0})
-        self.ema.copy_to(self.model)
-
-    def averaged(self) -> LensTransformer2DModel:
-        model = copy.deepcopy(self.model)
-        self.ema.copy_to(model)
-        return model.eval()
-
-    def _plan(self, lengths: list[int]) -> Packing:
-        key = tuple(lengths)
-        if key not in self._plans:
-            if len(self._plans) > 256:
-                self._plans.clear()
-            side = self.config.SIDE // 16
-            self._plans[key] = plan([(side, side)] * len(lengths), lengths, self.config.MODEL.axes_dims_rope)
-        return self._plans[key]
-
-    def velocity(self, model: LensTransformer2DModel, x_t: Tensor, t: Tensor, ids: list[list[int]]) -> Tensor:
-        """x_t [n, I, C], t [n], token ids (empty list = no text) -> v [n, I, C]."""
-        kept = [i for i, tokens in enumerate(ids) if tokens]
-        width = (len(self.config.MODEL.selected_layer_index), self.config.MODEL.enc_hidden_dim)
-        features = [x_t.new_zeros(0, *width) for _ in ids]
-        if kept:
-            for i, f in zip(kept, encode_batch(self.encoder, [ids[i] for i in kept]), strict=True):
-                features[i] = f
-        packing = self._plan([len(f) for f in features])
-        text = model.project_text(list(torch.cat(features).unbind(1)), packing.text_lengths)
-        return model.denoise(x_t.flatten(0, 1), text, modulate(model, t), packing).view(x_t.shape)
-
-    def train_step(self, batch: Batch) -> tuple[float, float]:
-        """One optimiser step; returns loss and gradient norm. A step that is not finite is skipped and counted."""
-        config = self.config
-        x0, ids = batch
-        generator = keyed(config.SEED, "step", self.step)
-        t = flow_matching.sample_times(len(x0), config.MU, generator, config.STRATIFIED)
-        noise = torch.randn(x0.shape, generator=generator)
-        dropped = torch.rand(len(x0), generator=generator) < config.TEXT_DROPOUT
-        ids = [[] if drop else tokens for drop, tokens in zip(dropped.tolist(), ids)]
-        with contextlib.nullcontext() if self.joint else frozen(self.encoder):
-            v = self.velocity(self.model, flow_matching.interpolate(x0, noise, t[:, None, None]), t, ids)
-        loss = flow_matching.loss(v, x0, noise)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate(self.step, group["base"], config.WARMUP, self.steps, config.DECAY)
-        if self.joint:  # the encoder comes to rest before it is frozen
-            left = 1 - self.step / config.ENCODER_STEPS
-            self.optimizer.param_groups[2]["lr"] *= min(1.0, 4 * left)
-        norm = float(nn.utils.clip_grad_norm_([p for g in self.optimizer.param_groups for p in g["params"]], config.CLIP))
-        if torch.isfinite(torch.tensor(norm)):
-            self.optimizer.step()
-            self.ema.update(self.model)
-        self.step += 1
-        return float(loss), norm
-
-    @torch.no_grad()
-    def validate(self, held: Batch) -> dict[str, float]:
-        """Averaged weights on held-out scenes at fixed times and noise, with text and without it."""
-        model, (x0, ids) = self.averaged(), held
-        generator = keyed(self.config.SEED, "validation")
-        t = flow_matching.sample_times(len(x0), self.config.MU, generator, True)
-        noise = torch.randn(x0.shape, generator=generator)
-        x_t = flow_matching.interpolate(x0, noise, t[:, None, None])
-        model.train()  # whole-batch products: a measure, not a picture
-        losses = [
-            float(flow_matching.loss(self.velocity(model, x_t, t, texts), x0, noise)) for texts in (ids, [[]] * len(ids))
-        ]
-        return {"held": losses[0], "held_no_text": losses[1], "text_share": 1 - losses[0] / losses[1]}
+    def batches(self, window: int, position: int) -> Iterator[tuple[int, int, Batch]]:
+        """(window, position of the next batch, batch) from a position on, without end."""
+        while True:
+            batches = self.window(window)
+            while position < len(batches):
+                position += 1
+                yield window, position, batches[position - 1]
+            window, position = window + 1, 0
 
 
-@contextlib.contextmanager
-def frozen(module: nn.Module):
-    """Features without a graph: parameters neither get gradients nor cost a backward pass."""
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
+@functools.lru_cache(maxsize=4096)
+def packing_of(grid: tuple[int, int], text_lengths: tuple[int, ...], axes: tuple[int, ...]) -> Packing:
+    return plan([grid] * len(text_lengths), list(text_lengths), axes)
 
 
-def pipeline(trainer: Trainer, tokenizer: ChatTokenizer, codec: Any) -> LensPipeline:
-    """The averaged model behind the public pipeline, in memory."""
-    config = trainer.config
-    encoder = TextEncoder(tokenizer, copy.deepcopy(trainer.encoder).eval(), config.MODEL.selected_layer_index)
-    scheduler = sampler.Scheduler(use_dynamic_shifting=False, shift=config.SHIFT)
-    defaults = Defaults("lens", base_resolution=config.SIDE, max_resolution=config.SIDE, time_dtype="float32", **config.SAMPLER)
-    return LensPipeline(trainer.averaged(), encoder, codec, scheduler, defaults)
+class Mini(nn.Module):
+    """The two networks trained together: MMDiT and text encoder."""
+
+    def __init__(self, config: ModuleType, encoder_config: ModuleType, encoder: nn.Module):
+        super().__init__()
+        self.shape = LensConfig.mini()
+        self.transformer = LensTransformer2DModel(self.shape)
+        self.transformer.init_weights(keyed(config.SEED, "transformer init"))
+        self.encoder, self.layers = encoder, encoder_config.LAYERS
+        self.grid = (config.SIDE // 16, config.SIDE // 16)
+
+    def text(self, tokens: Sequence[Sequence[int]], prefix: Sequence[int]) -> list[Tensor]:
+        """Per sample features [T, F, E] (T = 0 for an empty list of ids)."""
+        present = [ids for ids in tokens if ids]
+        found = iter(text_stage.encode_batch(self.encoder, present, prefix, self.layers) if present else [])
+        empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim)
+        return [next(found) if ids else empty for ids in tokens]
+
+    def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """x [B, I, C], t [B], features per sample [T, F, E] -> velocity [B, I, C]."""
+        model, lengths = self.transformer, tuple(len(f) for f in features)
+        packing = packing_of(self.grid, lengths, self.shape.axes_dims_rope)
+        packed = torch.cat(list(features))
+        rows = model.project_text(list(packed.unbind(1)), packing.text_lengths)
+        return model.denoise(x.flatten(0, 1), rows, modulate(model, t), packing).view_as(x)
 
 
-class TrainingCodec:
-    """Decodes with the decoder as it stands in its own run, else with the linear codec."""
+def draw(config: ModuleType, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
+    """x_t, target, t and the captions left after dropout, of one step; dropped samples are moved last."""
+    generator, count = keyed(config.SEED, "step", step), len(batch.tokens)
+    t = flow_matching.sample_times(count, config.MU, generator)
+    noise = torch.randn(batch.latents.shape, generator=generator)
+    dropped = torch.rand(count, generator=generator) < config.TEXT_DROPOUT
+    order = torch.argsort(dropped.int(), stable=True)
+    x, target = flow_matching.noised(batch.latents[order], noise, t)
+    return x, target, t, [[] if dropped[i] else batch.tokens[i] for i in order.tolist()]
+
+
+@torch.no_grad()
+def sample(model: Mini, tokens: Sequence[list[int]], prefix: Sequence[int], seeds: Sequence[int], steps: int, guidance: float,
+           mu: float) -> Tensor:
+    """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C]."""
+    size = (model.grid[0] * model.grid[1], model.shape.in_channels)
+    x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)])
+    features = model.text(tokens, prefix)
+    nothing = [f[:0] for f in features]
+    for now, following in zip(sigma[:-1], sigma[1:]):
+        t = now.expand(len(seeds))
+        v = model.velocity(x, t, features)
+        if guidance != 1:
+            u = model.velocity(x, t, nothing)
+            mixed = u + guidance * (v - u)
+            v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+        x = x + (following - now) * v
+    return x
+
+
+class Painter:
+    """Normalised latents -> pictures, through the best decoder trained so far (the linear codec before there is one)."""
 
     def __init__(self, folder: Path):
-        self.latents, self.decoder = Latents(folder), None
+        self.latents, self.decoder = vae_stage.Latents(folder), None
         if (folder / "decoder.pt").is_file():
-            self.decoder = Half(build(configs.load("mini", "vae")), "decoder")
+            self.decoder = vae_stage.Half(vae_stage.build(configs.load("mini", "vae")), "decoder").eval()
             self.decoder.load_state_dict(load_state(folder / "decoder.pt", "vae decoder")["ema"]["average"])
-            self.decoder.eval()
 
     @torch.no_grad()
-    def decode(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
-        z = self.latents.denormalise(rows[None], *grid)
-        picture = self.decoder(z) if self.decoder is not None else self.latents.codec.decode(z)
-        return picture[0].clamp(-1, 1).permute(1, 2, 0)
+    def __call__(self, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
+        """[B, I, C] -> uint8 [B, H, W, 3]."""
+        z = self.latents.denormalise(tokens, *grid)
+        x = self.decoder(z) if self.decoder is not None else self.latents.codec.decode(z)
+        return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
 
 
-def sheet(path: Path, pipe: LensPipeline, prompts: tuple[str, ...], columns: int = 4, scale: int = 3) -> None:
-    """Fixed prompts and seeds, enlarged."""
-    from PIL import Image
+def draw_sheet(config: ModuleType, model: Mini, tokenizer: text_stage.CaptionTokenizer, painter: Painter, path: Path) -> None:
+    """The fixed prompts with seeds 0, 1, ...; no choice is made."""
+    from .data.sheet import contact_sheet
 
-    pictures = pipe(list(prompts), seed=0).images
-    side = pictures[0].width
-    image = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * side))
-    for i, picture in enumerate(pictures):
-        image.paste(picture, ((i % columns) * side, (i // columns) * side))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(temporary, "PNG")
-    temporary.replace(path)
+    tokens = [tokenizer.encode(p)[0] for p in config.PROMPTS]
+    latents = sample(model, tokens, tokenizer.prefix, range(len(tokens)), **config.SHEET)
+    contact_sheet(list(painter(latents, model.grid)), list(config.PROMPTS), path, columns=8)
 
 
-def export(trainer: Trainer, folder: Path) -> None:
-    """transformer/, text_encoder/, scheduler/ and model_index.json of the released layout, bf16, averaged weights."""
-    config = trainer.config
-    save_transformer(trainer.averaged(), folder / "transformer", torch.bfloat16)
-    export_encoder(trainer.encoder, folder / "text_encoder")
-    write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": config.SHIFT,
-            "stochastic_sampling": False,
-            "use_dynamic_shifting": False,
-        },
-    )
-    index: dict[str, Any] = {
+@torch.no_grad()
+def validate(config: ModuleType, model: Mini, stream: Stream) -> dict[str, float]:
+    """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains."""
+    held = stream.encode(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION))
+    order = sorted(range(config.VALIDATION), key=lambda i: len(held.tokens[i]))
+    generator = keyed(config.SEED, "validation")
+    t = flow_matching.sample_times(config.VALIDATION, config.MU, generator)
+    noise = torch.randn(held.latents.shape, generator=generator)
+    sums = {"with_text": 0.0, "without_text": 0.0}
+    for start in range(0, config.VALIDATION, 64):
+        pick = order[start : start + 64]
+        x, target = flow_matching.noised(held.latents[pick], noise[pick], t[pick])
+        features = model.text([held.tokens[i] for i in pick], stream.tokenizer.prefix)
+        for name, given in (("with_text", features), ("without_text", [f[:0] for f in features])):
+            sums[name] += flow_matching.loss(model.velocity(x, t[pick], given), target).sum().item()
+    result = {name: value / config.VALIDATION for name, value in sums.items()}
+    return {**result, "text_explains": 1 - result["with_text"] / result["without_text"]}
+
+
+class Averaged:
+    """`with Averaged(ema, model):` runs a block on the averaged weights."""
+
+    def __init__(self, ema: Ema, model: nn.Module):
+        self.ema, self.model = ema, model
+
+    def __enter__(self) -> None:
+        self.live = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.ema.copy_to(self.model)
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for name, p in self.model.named_parameters():
+            p.copy_(self.live[name])
+
+
+def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only; the encoder at its own rate."""
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        groups.setdefault((name.split(".")[0], parameter.dim() > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": parameters, "weight_decay": config.WEIGHT_DECAY if matrix else 0.0,
+          "base": config.LR if part == "transformer" else config.ENCODER_LR, "part": part}
+         for (part, matrix), parameters in groups.items()], lr=config.LR, betas=config.BETAS)
+
+
+def train(config: ModuleType, options: argparse.Namespace) -> None:
+    """The loop. State: both networks, optimiser, averages, step, place in the stream."""
+    log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / "pretrain.pt"
+    encoder_config = configs.load(options.config, "encoder")
+    tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
+    fresh = not path.is_file()
+    encoder = (text_stage.load_trained(encoder_config, options.encoder) if fresh and not options.init
+               else text_stage.build(encoder_config))
+    encoder.lm_head.requires_grad_(False)
+    model = Mini(config, encoder_config, encoder).train()
+    optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
+    if not fresh:
+        state = load_state(path, "pretrain")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, window, position = state["step"], state["window"], state["position"]
+    elif options.init:
+        model.load_state_dict(load_state(options.init, "pretrain")["ema"]["average"])
+    ema = Ema(model, config.EMA)
+    if not fresh:
+        ema.load(state["ema"])
+    stream = Stream(config, vae_stage.Latents(options.vae), tokenizer)
+    steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
+    joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
+
+    def save() -> None:
+        save_state(path, {"stage": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                          "ema": ema.state(), "step": step, "window": window, "position": position})
+
+    def freeze() -> None:
+        model.encoder.requires_grad_(False)
+        for parameter in model.encoder.parameters():
+            parameter.grad = None
+
+    if step > joint:
+        freeze()
+    total, since, seen = 0.0, 0, 0
+    for next_window, next_position, batch in stream.batches(window, position):
+        if step >= steps or clock.over:
+            break
+        if step == joint:  # from here on the text features are those of the averaged encoder
+            with torch.no_grad():
+                for name, parameter in model.encoder.named_parameters():
+                    parameter.copy_(ema.average[f"encoder.{name}"])
+            freeze()
+        x, target, t, tokens = draw(config, batch, step)
+        loss = flow_matching.loss(model.velocity(x, t, model.text(tokens, tokenizer.prefix)), target).mean()
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"pretrain: loss is {loss.item()} at step {step}, window {window}, position {position}")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate(step, group["base"] * options.lr_scale, config.WARMUP, steps, decay)
+        optimizer.step()
+        ema.update(model)
+        step, window, position = step + 1, next_window, next_position
+        total, since, seen = total + loss.item(), since + 1, seen + len(tokens)
+        if step % config.LOG_EVERY == 0:
+            extra = {}
+            if step % config.VALIDATE_EVERY == 0:
+                with Averaged(ema, model):
+                    extra = validate(config, model, stream)
+            log(step=step, loss=total / since, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
+            total, since = 0.0, 0
+        if step % config.SAVE_EVERY == 0:
+            save()
+            with Averaged(ema, model):
+                draw_sheet(config, model, tokenizer, Painter(options.vae), options.out / f"sheet_{step:06d}.png")
+    save()
+
+
+def load_trained(config: ModuleType, name: str, path: Path) -> Mini:
+    """Averaged weights of a state file."""
+    encoder_config = configs.load(name, "encoder")
+    model = Mini(config, encoder_config, text_stage.build(encoder_config))
+    model.load_state_dict(load_state(path, "pretrain")["ema"]["average"], strict=True)
+    return model
+
+
+def export(config: ModuleType, options: argparse.Namespace) -> None:
+    """The released layout in bfloat16: transformer, text encoder, VAE, scheduler, model_index.json (tokenizer is there)."""
+    folder: Path = options.export
+    model = load_trained(config, options.config, options.out / "pretrain.pt")
+    checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
+    text_stage.export_model(model.encoder, folder / "text_encoder")
+    vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
+    checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", {
+        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": False,
+        "shift": round(float(np.exp(config.SHEET["mu"])), 6), "time_shift_type": "exponential"})
+    log = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
+    last = next((row for row in reversed(log) if "with_text" in row), {})
+    state = load_state(options.out / "pretrain.pt", "pretrain")
+    checkpoint.write_json(folder / "model_index.json", {
         "_class_name": "LensPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "GptOssModel"],
+        "text_encoder": ["transformers", "GptOssForCausalLM"],
         "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
         "transformer": ["lens", "LensTransformer2DModel"],
         "vae": ["diffusers", "AutoencoderKLFlux2"],
-        "lens": {
-            "name": "Lens-Mini",
-            "variant": "lens",
-            **config.SAMPLER,
-            "base_resolution": config.SIDE,
-            "max_resolution": config.SIDE,
-            "time_dtype": "float32",
-            "training": {"stage": "pretrain", "steps": trainer.step, "samples": trainer.step * config.BATCH},
-        },
-    }
-    write_json(folder / "model_index.json", index)
+        "lens": {"name": "Lens-Mini", "variant": "lens", "num_inference_steps": config.SHEET["steps"],
+                 "guidance_scale": config.SHEET["guidance"], "base_resolution": config.SIDE, "max_resolution": config.SIDE,
+                 "time_dtype": "float32", "trained_steps": state["step"],
+                 "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last}},
+    })
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
-    parser.add_argument("--out", type=Path, default=Path("runs/pretrain"), help="states, logs, sheets (default: runs/pretrain)")
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae"), help="run of the vae stage (default: runs/vae)")
-    parser.add_argument("--encoder", type=Path, default=Path("runs/encoder"), help="run of the encoder stage (default: runs/encoder)")
-    parser.add_argument("--tokenizer", type=Path, default=Path("lens/mini/base/tokenizer"), help="tokenizer folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder of state, log, sheets (default: runs/base)")
+    parser.add_argument("--vae", type=Path, default=Path("runs/vae"), help="folder of the VAE stage (default: runs/vae)")
+    parser.add_argument("--encoder", type=Path, default=Path("runs/encoder/encoder.pt"), metavar="STATE",
+                        help="state file of the encoder stage (default: runs/encoder/encoder.pt)")
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
-    parser.add_argument("--steps", type=int, help="total steps instead of the recipe's; the decay moves with it")
-    parser.add_argument("--init", type=Path, metavar="RUN", help="start from the averaged weights of another run")
+    parser.add_argument("--steps", type=int, help="total steps instead of the recipe's")
+    parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
+    parser.add_argument("--joint-steps", type=int, help="steps during which the encoder trains along, instead of the recipe's")
+    parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every learning rate (default: 1)")
+    parser.add_argument("--init", type=Path, metavar="STATE", help="start from the averaged weights of this state file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout")
 
@@ -285,35 +345,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     config = configs.load(options.config, "pretrain")
-    trainer = Trainer(config, load_encoder(options.encoder), options.steps)
-    path = options.out / "state.pt"
-    if path.is_file():
-        trainer.load(load_state(path, "pretrain"))
-    elif options.init is not None:
-        trainer.start_from(load_state(options.init / "state.pt", "pretrain"))
     if options.export:
-        export(trainer, options.export)
-        return 0
-    tokenizer = ChatTokenizer(options.tokenizer)
-    stream = Stream(config, Latents(options.vae), tokenizer)
-    held = stream.scenes(list(range(VALIDATION_SEED, VALIDATION_SEED + 256)), World("held_out"))
-    log, clock = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
-    total, skipped, since = 0.0, 0, 0
-    while trainer.step < trainer.steps and not clock.over:
-        loss, norm = trainer.train_step(stream.batch(trainer.step))
-        if norm == norm and norm != float("inf"):
-            total, since = total + loss, since + 1
-        else:
-            skipped += 1
-            if skipped > 20:
-                raise FloatingPointError(f"pretrain: {skipped} steps were not finite, the last at step {trainer.step}")
-        if trainer.step % config.LOG_EVERY == 0:
-            extra = trainer.validate(held) if trainer.step % config.SAVE_EVERY == 0 else {}
-            log(step=trainer.step, loss=total / max(1, since), norm=norm, skipped=skipped, seconds=clock.elapsed, **extra)
-            total, since = 0.0, 0
-        if trainer.step % config.SAVE_EVERY == 0:
-            save_state(path, trainer.state())
-        if trainer.step % config.SHEET_EVERY == 0:
-            sheet(options.out / f"sheet-{trainer.step:06d}.png", pipeline(trainer, tokenizer, TrainingCodec(options.vae)), config.PROMPTS)
-    save_state(path, trainer.state())
+        export(config, options)
+    else:
+        train(config, options)
     return 0

@@ -1,1 +1,1 @@
-"""Training objectives as pure functions: tensors in, loss out."""
+"""Losses as pure functions: tensors in, loss out."""

@@ -1,30 +1,36 @@
-"""Flow matching (arXiv 2605.21573, Method): the velocity of a straight path from data to noise.
+"""Flow matching (arXiv 2605.21573, section 4): t = 0 clean, t = 1 noise, x_t = (1 - t) x0 + t eps, target v = eps - x0.
 
-    x_t = (1 - t) x0 + t eps,   v = dx_t/dt = eps - x0,   t in [0, 1], t = 0 clean, t = 1 noise
-    L = mean |v_theta(x_t, t, c) - v|^2,   no weighting over t
-    t = sigmoid(mu + z), z ~ N(0, 1)
+Training times are logit-normal, t = sigmoid(mu + z) with z ~ N(0, 1): the same distribution as shifting logit-normal(0, 1)
+by the scheduler's exponential shift t' = e^mu / (e^mu + 1/t - 1). No weighting over t.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
-def sample_times(count: int, mu: float, generator: torch.Generator, stratified: bool) -> Tensor:
-    """float32 [count] logit-normal times. ``stratified``: one quantile of the law per sample, in random order."""
-    u = torch.rand(count, generator=generator, dtype=torch.float64)
+def shift(t: Tensor, mu: float) -> Tensor:
+    """The scheduler's shift, logit t' = logit t + mu."""
+    return math.exp(mu) / (math.exp(mu) + 1 / t - 1)
+
+
+def sample_times(batch: int, mu: float, generator: torch.Generator, stratified: bool = True) -> Tensor:
+    """float32 [batch] in (0, 1). Stratified: one draw per quantile of the batch, in random order."""
+    u = torch.rand(batch, generator=generator, dtype=torch.float64)
     if stratified:
-        u = (torch.randperm(count, generator=generator) + u) / count
-    z = torch.special.ndtri(u.clamp(1e-9, 1 - 1e-9))
-    return torch.sigmoid(mu + z).float()
+        u = (torch.randperm(batch, generator=generator) + u) / batch
+    return torch.sigmoid(mu + torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))).float()
 
 
-def interpolate(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """x_t of rows: x0 and noise [R, C] float32, t [R, 1]."""
-    return torch.lerp(x0, noise, t)
+def noised(clean: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """clean, noise [B, I, C], t [B] -> (x_t, target velocity), both [B, I, C]."""
+    time = t[:, None, None]
+    return (1 - time) * clean + time * noise, noise - clean
 
 
-def loss(velocity: Tensor, x0: Tensor, noise: Tensor) -> Tensor:
-    """Mean squared error against eps - x0 over all rows and channels, in float32."""
-    return (velocity.float() - (noise - x0)).square().mean()
+def loss(velocity: Tensor, target: Tensor) -> Tensor:
+    """Mean squared error per sample, float32 [B] (over tokens and channels)."""
+    return (velocity.float() - target.float()).pow(2).flatten(1).mean(1)
