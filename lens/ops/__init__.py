@@ -4,7 +4,8 @@
 """
 
 from lens.ops import backend, reference
-from lens.ops.gated_residual import gated_residual, gated_residual_norm_modulate
+from lens.ops.gated_residual import gated_residual
+from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
 from lens.ops.guidance_step import guidance_step
 from lens.ops.joint_attention import joint_attention
 from lens.ops.pack_tokens import pack_tokens, unpack_tokens

@@ -17,6 +17,7 @@ instruction set of the CPU kernels.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import warnings
 from collections.abc import Iterator
@@ -45,10 +46,9 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from lens import _C
+        return importlib.import_module("lens._C"), ""
     except ImportError as error:
         return None, f"lens._C cannot be imported ({error}); build it with `pip install .`"
-    return _C, ""
 
 
 _extension, _missing = _load()

@@ -223,8 +223,9 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     # the default scale is left to the kernel: not every torch this package runs on takes the argument
-    options = {} if scale == q.shape[-1] ** -0.5 else {"scale": scale}
-    return varlen_attn(q, k, v, query_offsets, joint_offsets, longest_query, longest, **options)
+    options: dict[str, Any] = {} if scale == q.shape[-1] ** -0.5 else {"scale": scale}
+    out: Any = varlen_attn(q, k, v, query_offsets, joint_offsets, longest_query, longest, **options)
+    return out
 
 
 def _sample_by_sample(

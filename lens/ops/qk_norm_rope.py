@@ -60,7 +60,7 @@ def qk_norm_rope(
     return call(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets, eps)
 
 
-def _sizes(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, offsets: Tensor) -> dict[str, int]:
+def _sizes(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, offsets: Tensor) -> dict[str, Any]:
     head_dim = weight.shape[0]
     rows = {"RI": image_qkv.shape[0], "RT": text_qkv.shape[0], "B": offsets.shape[0] - 1}
     return {**rows, "N": image_qkv.shape[1] // (3 * head_dim), "H": head_dim}

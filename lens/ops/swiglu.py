@@ -35,22 +35,12 @@ def _forward(h: Tensor) -> Tensor:
     return y
 
 
-@_forward.register_fake
-def _(h: Tensor) -> Tensor:
-    return h.new_empty(h.shape[0], h.shape[1] // 2)
-
-
 @torch.library.custom_op("lens::swiglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _backward(dy: Tensor, h: Tensor) -> Tensor:
     dy, h = dy.contiguous(), h.contiguous()
     dh = torch.empty_like(h)
     backend.launch("swiglu_backward", h, dy=dy, h=h, dh=dh, R=h.shape[0], F=h.shape[1] // 2)
     return dh
-
-
-@_backward.register_fake
-def _(dy: Tensor, h: Tensor) -> Tensor:
-    return h.new_empty(h.shape)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -62,4 +52,6 @@ def _gradients(ctx: Any, dy: Tensor) -> Tensor:
     return _backward(dy, h)
 
 
+_forward.register_fake(lambda h: h.new_empty(h.shape[0], h.shape[1] // 2))
+_backward.register_fake(lambda dy, h: h.new_empty(h.shape))
 _forward.register_autograd(_gradients, setup_context=_save)
