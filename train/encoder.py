@@ -83,15 +83,18 @@ def _experts(mlp: nn.Module, x: Tensor) -> Tensor:
     return torch.einsum("nre,rn->re", out, weight)
 
 
-def _layer(layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None,
-           mask: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+def _layer(
+    layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One decoder layer over x [B, T, E]; `past` holds keys and values [1, N, P, H] shared by the batch."""
     from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb, repeat_kv
 
     attention, (batch, length, _) = layer.self_attn, x.shape
     a = layer.input_layernorm(x)
-    q, k, v = (p(a).view(batch, length, -1, attention.head_dim).transpose(1, 2)
-               for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+    q, k, v = (
+        p(a).view(batch, length, -1, attention.head_dim).transpose(1, 2)
+        for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
     own = (k, v)
     if past is not None:
@@ -112,8 +115,9 @@ def _masks(start: int, length: int, window: int | None) -> Tensor:
     return torch.zeros(length, start + length).masked_fill(~seen, float("-inf"))
 
 
-def residuals(model: nn.Module, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
-              ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+def residuals(
+    model: nn.Module, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
+) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """ids [B, T] -> raw residual stream [B, T, E] after every layer, and each layer's keys and values.
 
     `past`: keys and values of a constant prefix computed with batch 1; positions then start after it. Equal to the full
@@ -132,8 +136,9 @@ def residuals(model: nn.Module, ids: Tensor, past: list[tuple[Tensor, Tensor]] |
     return out, cache
 
 
-def encode_batch(model: nn.Module, tokens: Sequence[Sequence[int]], prefix: Sequence[int],
-                 layers: Sequence[int] = (0, 1, 2, 3)) -> list[Tensor]:
+def encode_batch(
+    model: nn.Module, tokens: Sequence[Sequence[int]], prefix: Sequence[int], layers: Sequence[int] = (0, 1, 2, 3)
+) -> list[Tensor]:
     """Ids after the prefix, any lengths -> per sample features [T, F, E], differentiable in the captions' own path.
 
     The constant prefix runs once with batch 1 and without gradient. Samples of equal length share a batch.
@@ -160,13 +165,17 @@ class Probes(nn.Module):
         self.noun = nn.Linear(width, len(KINDS) + len(COLOUR_INDEX))
         self.scene = nn.Linear(width, len(LAYOUTS) + len(BACKGROUNDS) + 3 * (len(KINDS) + len(COLOUR_INDEX)))
 
-    def forward(self, features: Tensor, nouns: Tensor, noun_labels: Tensor, ends: Tensor, end_labels: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Tensor, nouns: Tensor, noun_labels: Tensor, ends: Tensor, end_labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """features [R, F, E]; rows `nouns` with labels [M, 2]; rows `ends` with labels [B, 8], -100 where unsaid -> loss, accuracy."""
         x = F.rms_norm(features, (features.shape[-1],), eps=1e-5).flatten(1)
         sizes = [len(KINDS), len(COLOUR_INDEX)]
         losses, right = [], []
         parts = list(zip(self.noun(x[nouns]).split(sizes, -1), noun_labels.unbind(-1)))
-        parts += list(zip(self.scene(x[ends]).split([len(LAYOUTS), len(BACKGROUNDS), *sizes * 3], -1), end_labels.unbind(-1)))
+        parts += list(
+            zip(self.scene(x[ends]).split([len(LAYOUTS), len(BACKGROUNDS), *sizes * 3], -1), end_labels.unbind(-1))
+        )
         for logits, labels in parts:
             said = labels >= 0
             if said.any():
@@ -185,9 +194,10 @@ def labels(scene: Scene, offsets: list[tuple[int, int]]) -> tuple[list[tuple[int
         end = text.index(word) + len(word)
         token = max(i for i, (start, _) in enumerate(offsets) if start < end)
         nouns.append((token, KIND_INDEX[kind], COLOUR_INDEX[colour]))
-    layout = scene.relation or ("one" if len(scene.things) == 1 else "row" if len(distinct) > 1 else f"same {len(scene.things)}")
-    background = next((i for i, group in enumerate(BACKGROUNDS.values())
-                       if any(_said(p, text) for p in group)), -100)
+    layout = scene.relation or (
+        "one" if len(scene.things) == 1 else "row" if len(distinct) > 1 else f"same {len(scene.things)}"
+    )
+    background = next((i for i, group in enumerate(BACKGROUNDS.values()) if any(_said(p, text) for p in group)), -100)
     whole = [LAYOUTS.index(layout), background]
     for slot in range(3):
         whole += list(nouns[slot][1:]) if slot < len(nouns) else [-100, -100]
@@ -195,8 +205,10 @@ def labels(scene: Scene, offsets: list[tuple[int, int]]) -> tuple[list[tuple[int
 
 
 def _said(phrase: str, text: str) -> bool:
-    return any(p in text.rstrip(".") and text.rstrip(".").endswith(p)
-               for p in (phrase, phrase.replace("it all", "it"), phrase.replace("it all", "them")))
+    return any(
+        p in text.rstrip(".") and text.rstrip(".").endswith(p)
+        for p in (phrase, phrase.replace("it all", "it"), phrase.replace("it all", "them"))
+    )
 
 
 @functools.lru_cache(maxsize=4)
@@ -204,14 +216,23 @@ def tokenizer_of(folder: str) -> CaptionTokenizer:
     return CaptionTokenizer(ROOT / folder)
 
 
-def batch_of(world: World, tokenizer: CaptionTokenizer, seeds: Sequence[int]) -> tuple[list[list[int]], list[Scene], list[list[tuple[int, int]]]]:
+def batch_of(
+    world: World, tokenizer: CaptionTokenizer, seeds: Sequence[int]
+) -> tuple[list[list[int]], list[Scene], list[list[tuple[int, int]]]]:
     scenes = [world.scene(seed) for seed in seeds]
     encoded = [tokenizer.encode(scene.caption) for scene in scenes]
     return [ids for ids, _ in encoded], scenes, [offsets for _, offsets in encoded]
 
 
-def losses(model: nn.Module, probes: Probes, tokenizer: CaptionTokenizer, ids: list[list[int]], scenes: list[Scene],
-           offsets: list[list[tuple[int, int]]], layers: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def losses(
+    model: nn.Module,
+    probes: Probes,
+    tokenizer: CaptionTokenizer,
+    ids: list[list[int]],
+    scenes: list[Scene],
+    offsets: list[list[tuple[int, int]]],
+    layers: Sequence[int],
+) -> tuple[Tensor, Tensor, Tensor]:
     """(next-token loss, probe loss, probe accuracy) of a batch."""
     features = encode_batch(model, ids, tokenizer.prefix, layers)
     starts, nouns, noun_labels, end_labels = [0], [], [], []
@@ -222,7 +243,9 @@ def losses(model: nn.Module, probes: Probes, tokenizer: CaptionTokenizer, ids: l
         end_labels.append(whole)
         starts.append(starts[-1] + len(sample))
     packed = torch.cat(features)
-    probe, accuracy = probes(packed, torch.tensor(nouns), torch.tensor(noun_labels), torch.tensor(starts[1:]) - 1, torch.tensor(end_labels))
+    probe, accuracy = probes(
+        packed, torch.tensor(nouns), torch.tensor(noun_labels), torch.tensor(starts[1:]) - 1, torch.tensor(end_labels)
+    )
     flat = torch.tensor([i for sample in ids for i in sample])
     follow = torch.ones(len(flat), dtype=torch.bool)
     follow[torch.tensor(starts[1:]) - 1] = False
@@ -239,7 +262,9 @@ def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path 
     with torch.random.fork_rng():
         torch.manual_seed(keyed(config.SEED, "probe init").initial_seed())
         both["probes"] = Probes(len(config.LAYERS) * config.MODEL["hidden_size"])
-    optimizer = torch.optim.AdamW(both.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        both.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"]
+    )
     ema, step, path = Ema(both, recipe["ema"]), 0, out / "encoder.pt"
     if path.is_file():
         state = load_state(path, "encoder")
@@ -252,13 +277,21 @@ def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path 
         ema = Ema(both, recipe["ema"])
 
     def save() -> None:
-        save_state(path, {"stage": "encoder", "model": both.state_dict(), "optimizer": optimizer.state_dict(),
-                          "ema": ema.state(), "step": step})
+        save_state(
+            path,
+            {
+                "stage": "encoder",
+                "model": both.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state(),
+                "step": step,
+            },
+        )
 
     held = batch_of(world, tokenizer, range(VALIDATION_SEED, VALIDATION_SEED + 256))
     while step < recipe["steps"] and not clock.over:
         seeds = range(step * recipe["batch"], (step + 1) * recipe["batch"])
-        lm, probe, accuracy = losses(model, both["probes"], tokenizer, *batch_of(world, tokenizer, seeds), config.LAYERS)
+        lm, probe, _ = losses(model, both["probes"], tokenizer, *batch_of(world, tokenizer, seeds), config.LAYERS)
         optimizer.zero_grad(set_to_none=True)
         (lm + recipe["probe"] * probe).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
@@ -269,8 +302,15 @@ def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path 
         if step % config.LOG_EVERY == 0:
             with torch.no_grad():
                 held_lm, held_probe, held_accuracy = losses(model, both["probes"], tokenizer, *held, config.LAYERS)
-            log(step=step, loss=lm.item(), probe=probe.item(), held_loss=held_lm.item(), held_probe=held_probe.item(),
-                held_accuracy=held_accuracy.item(), seconds=clock.elapsed)
+            log(
+                step=step,
+                loss=lm.item(),
+                probe=probe.item(),
+                held_loss=held_lm.item(),
+                held_probe=held_probe.item(),
+                held_accuracy=held_accuracy.item(),
+                seconds=clock.elapsed,
+            )
         if step % config.SAVE_EVERY == 0:
             save()
     save()
@@ -302,12 +342,16 @@ def export_model(model: nn.Module, folder: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
-    parser.add_argument("--out", type=Path, default=Path("runs/encoder"), help="folder of state and log (default: runs/encoder)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/encoder"), help="folder of state and log (default: runs/encoder)"
+    )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
     parser.add_argument("--steps", type=int, help="total steps instead of the recipe's; the decay moves with it")
     parser.add_argument("--init", type=Path, metavar="STATE", help="start from the averaged weights of this state file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="train nothing; write the encoder in the released layout")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="train nothing; write the encoder in the released layout"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -316,5 +360,7 @@ def run(options: argparse.Namespace) -> int:
     if options.export:
         export_model(load_trained(config, options.out / "encoder.pt"), options.export)
         return 0
-    train(config, options.out, JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.init, options.steps)
+    train(
+        config, options.out, JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.init, options.steps
+    )
     return 0

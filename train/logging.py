@@ -13,7 +13,7 @@ class JsonLog:
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a")
+        self.file = open(path, "a")  # noqa: SIM115 (open for the life of the run)
 
     def __call__(self, **values: float | int | str) -> None:
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}

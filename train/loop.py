@@ -17,7 +17,7 @@ def keyed(seed: int, purpose: str, step: int = 0, sample: int = 0) -> torch.Gene
 
 
 def duration(text: str) -> float:
-    """"90s", "9m", "1.5h" or plain seconds -> seconds. Errors: ValueError naming the text."""
+    """ "90s", "9m", "1.5h" or plain seconds -> seconds. Errors: ValueError naming the text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())
     if match is None:
         raise ValueError(f"duration: {text!r}, expected for example 90s, 9m or 1.5h")

@@ -17,6 +17,7 @@ import functools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -53,8 +54,13 @@ class Batch:
 class Stream:
     """Deterministic batches: window w holds the scenes of seeds w * WINDOW ... sorted by caption length."""
 
-    def __init__(self, config: ModuleType, latents: vae_stage.Latents, tokenizer: text_stage.CaptionTokenizer,
-                 first_seed: int = 0):
+    def __init__(
+        self,
+        config: ModuleType,
+        latents: vae_stage.Latents,
+        tokenizer: text_stage.CaptionTokenizer,
+        first_seed: int = 0,
+    ):
         self.config, self.latents, self.tokenizer, self.first = config, latents, tokenizer, first_seed
         self.world = World()
 
@@ -128,15 +134,22 @@ def draw(config: ModuleType, batch: Batch, step: int) -> tuple[Tensor, Tensor, T
 
 
 @torch.no_grad()
-def sample(model: Mini, tokens: Sequence[list[int]], prefix: Sequence[int], seeds: Sequence[int], steps: int, guidance: float,
-           mu: float) -> Tensor:
+def sample(
+    model: Mini,
+    tokens: Sequence[list[int]],
+    prefix: Sequence[int],
+    seeds: Sequence[int],
+    steps: int,
+    guidance: float,
+    mu: float,
+) -> Tensor:
     """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C]."""
     size = (model.grid[0] * model.grid[1], model.shape.in_channels)
     x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds])
     sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)])
     features = model.text(tokens, prefix)
     nothing = [f[:0] for f in features]
-    for now, following in zip(sigma[:-1], sigma[1:]):
+    for now, following in pairwise(sigma):
         t = now.expand(len(seeds))
         v = model.velocity(x, t, features)
         if guidance != 1:
@@ -164,7 +177,9 @@ class Painter:
         return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
 
 
-def draw_sheet(config: ModuleType, model: Mini, tokenizer: text_stage.CaptionTokenizer, painter: Painter, path: Path) -> None:
+def draw_sheet(
+    config: ModuleType, model: Mini, tokenizer: text_stage.CaptionTokenizer, painter: Painter, path: Path
+) -> None:
     """The fixed prompts with seeds 0, 1, ...; no choice is made."""
     from .data.sheet import contact_sheet
 
@@ -214,9 +229,19 @@ def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
     for name, parameter in model.named_parameters():
         groups.setdefault((name.split(".")[0], parameter.dim() > 1), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": config.WEIGHT_DECAY if matrix else 0.0,
-          "base": config.LR if part == "transformer" else config.ENCODER_LR, "part": part}
-         for (part, matrix), parameters in groups.items()], lr=config.LR, betas=config.BETAS)
+        [
+            {
+                "params": parameters,
+                "weight_decay": config.WEIGHT_DECAY if matrix else 0.0,
+                "base": config.LR if part == "transformer" else config.ENCODER_LR,
+                "part": part,
+            }
+            for (part, matrix), parameters in groups.items()
+        ],
+        lr=config.LR,
+        betas=config.BETAS,
+        fused=True,
+    )
 
 
 def train(config: ModuleType, options: argparse.Namespace) -> None:
@@ -225,8 +250,11 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     encoder_config = configs.load(options.config, "encoder")
     tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
     fresh = not path.is_file()
-    encoder = (text_stage.load_trained(encoder_config, options.encoder) if fresh and not options.init
-               else text_stage.build(encoder_config))
+    encoder = (
+        text_stage.load_trained(encoder_config, options.encoder)
+        if fresh and not options.init
+        else text_stage.build(encoder_config)
+    )
     encoder.lm_head.requires_grad_(False)
     model = Mini(config, encoder_config, encoder).train()
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
@@ -245,8 +273,18 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
 
     def save() -> None:
-        save_state(path, {"stage": "pretrain", "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                          "ema": ema.state(), "step": step, "window": window, "position": position})
+        save_state(
+            path,
+            {
+                "stage": "pretrain",
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state(),
+                "step": step,
+                "window": window,
+                "position": position,
+            },
+        )
 
     def freeze() -> None:
         model.encoder.requires_grad_(False)
@@ -267,7 +305,9 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         x, target, t, tokens = draw(config, batch, step)
         loss = flow_matching.loss(model.velocity(x, t, model.text(tokens, tokenizer.prefix)), target).mean()
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"pretrain: loss is {loss.item()} at step {step}, window {window}, position {position}")
+            raise FloatingPointError(
+                f"pretrain: loss is {loss.item()} at step {step}, window {window}, position {position}"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.CLIP)
@@ -306,40 +346,70 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
     checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
     text_stage.export_model(model.encoder, folder / "text_encoder")
     vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
-    checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", {
-        "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "use_dynamic_shifting": False,
-        "shift": round(float(np.exp(config.SHEET["mu"])), 6), "time_shift_type": "exponential"})
+    checkpoint.write_json(
+        folder / "scheduler" / "scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "use_dynamic_shifting": False,
+            "shift": round(float(np.exp(config.SHEET["mu"])), 6),
+            "time_shift_type": "exponential",
+        },
+    )
     log = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
     last = next((row for row in reversed(log) if "with_text" in row), {})
     state = load_state(options.out / "pretrain.pt", "pretrain")
-    checkpoint.write_json(folder / "model_index.json", {
-        "_class_name": "LensPipeline",
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "GptOssForCausalLM"],
-        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["lens", "LensTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKLFlux2"],
-        "lens": {"name": "Lens-Mini", "variant": "lens", "num_inference_steps": config.SHEET["steps"],
-                 "guidance_scale": config.SHEET["guidance"], "base_resolution": config.SIDE, "max_resolution": config.SIDE,
-                 "time_dtype": "float32", "trained_steps": state["step"],
-                 "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last}},
-    })
+    checkpoint.write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "LensPipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "GptOssForCausalLM"],
+            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+            "transformer": ["lens", "LensTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKLFlux2"],
+            "lens": {
+                "name": "Lens-Mini",
+                "variant": "lens",
+                "num_inference_steps": config.SHEET["steps"],
+                "guidance_scale": config.SHEET["guidance"],
+                "base_resolution": config.SIDE,
+                "max_resolution": config.SIDE,
+                "time_dtype": "float32",
+                "trained_steps": state["step"],
+                "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
+            },
+        },
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
-    parser.add_argument("--out", type=Path, default=Path("runs/base"), help="folder of state, log, sheets (default: runs/base)")
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae"), help="folder of the VAE stage (default: runs/vae)")
-    parser.add_argument("--encoder", type=Path, default=Path("runs/encoder/encoder.pt"), metavar="STATE",
-                        help="state file of the encoder stage (default: runs/encoder/encoder.pt)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/base"), help="folder of state, log, sheets (default: runs/base)"
+    )
+    parser.add_argument(
+        "--vae", type=Path, default=Path("runs/vae"), help="folder of the VAE stage (default: runs/vae)"
+    )
+    parser.add_argument(
+        "--encoder",
+        type=Path,
+        default=Path("runs/encoder/encoder.pt"),
+        metavar="STATE",
+        help="state file of the encoder stage (default: runs/encoder/encoder.pt)",
+    )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
     parser.add_argument("--steps", type=int, help="total steps instead of the recipe's")
     parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
-    parser.add_argument("--joint-steps", type=int, help="steps during which the encoder trains along, instead of the recipe's")
+    parser.add_argument(
+        "--joint-steps", type=int, help="steps during which the encoder trains along, instead of the recipe's"
+    )
     parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every learning rate (default: 1)")
     parser.add_argument("--init", type=Path, metavar="STATE", help="start from the averaged weights of this state file")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -98,8 +98,9 @@ class LinearCodec(nn.Module):
 def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
     """Learn the codec and the token statistics; writes out/codec.pt."""
     recipe, world, seed = config.CODEC, World(), config.SEED
-    pictures = np.concatenate([world.batch(list(range(i, i + 500)), config.SIDE, config.SIDE)[1]
-                               for i in range(0, recipe["scenes"], 500)])
+    pictures = np.concatenate(
+        [world.batch(list(range(i, i + 500)), config.SIDE, config.SIDE)[1] for i in range(0, recipe["scenes"], 500)]
+    )
     validation = to_model(world.batch(list(range(VALIDATION_SEED, VALIDATION_SEED + 512)), config.SIDE, config.SIDE)[1])
     with torch.random.fork_rng():
         torch.manual_seed(keyed(seed, "codec init").initial_seed())
@@ -123,11 +124,27 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
             codec.train()
     codec.eval().requires_grad_(False)
     with torch.no_grad():
-        tokens = torch.cat([patchify(codec.encode(to_model(world.batch(list(range(i, i + 500)), config.SIDE, config.SIDE)[1])))
-                            for i in range(0, config.STATISTICS_SCENES, 500)]).flatten(0, 1).double()
+        tokens = (
+            torch.cat(
+                [
+                    patchify(codec.encode(to_model(world.batch(list(range(i, i + 500)), config.SIDE, config.SIDE)[1])))
+                    for i in range(0, config.STATISTICS_SCENES, 500)
+                ]
+            )
+            .flatten(0, 1)
+            .double()
+        )
     mean, var = tokens.mean(0).float(), tokens.var(0, unbiased=False).float()
-    save_state(out / "codec.pt", {"stage": "vae codec", "model": codec.state_dict(), "mean": mean, "var": var,
-                                  "shape": [config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"]]})
+    save_state(
+        out / "codec.pt",
+        {
+            "stage": "vae codec",
+            "model": codec.state_dict(),
+            "mean": mean,
+            "var": var,
+            "shape": [config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"]],
+        },
+    )
 
 
 class Latents:
@@ -194,8 +211,16 @@ def encoder_loss(moments: torch.Tensor, target: torch.Tensor, noise: float) -> t
     return (mean - target).pow(2).mean() + 0.01 * (log_variance - 2 * math.log(noise)).pow(2).mean()
 
 
-def train_half(config: ModuleType, part: str, out: Path, log: JsonLog, clock: Clock, init: Path | None,
-               steps: int | None, lr: float | None = None) -> bool:
+def train_half(
+    config: ModuleType,
+    part: str,
+    out: Path,
+    log: JsonLog,
+    clock: Clock,
+    init: Path | None,
+    steps: int | None,
+    lr: float | None = None,
+) -> bool:
     """Train one half until its steps or the clock are over; True when the steps are done."""
     recipe = dict(config.DECODER if part == "decoder" else config.ENCODER)
     recipe["steps"] = steps or recipe["steps"]
@@ -203,7 +228,9 @@ def train_half(config: ModuleType, part: str, out: Path, log: JsonLog, clock: Cl
     noise = config.CODEC["noise"]
     latents, world = Latents(out), World()
     half = Half(build(config), part)
-    optimizer = torch.optim.AdamW(half.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"])
+    optimizer = torch.optim.AdamW(
+        half.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"]
+    )
     ema, step, path = Ema(half, recipe["ema"]), 0, out / f"{part}.pt"
     if path.is_file():
         state = load_state(path, f"vae {part}")
@@ -218,8 +245,16 @@ def train_half(config: ModuleType, part: str, out: Path, log: JsonLog, clock: Cl
     held_z = latents.codec.encode(held)
 
     def save() -> None:
-        save_state(path, {"stage": f"vae {part}", "model": half.state_dict(), "optimizer": optimizer.state_dict(),
-                          "ema": ema.state(), "step": step})
+        save_state(
+            path,
+            {
+                "stage": f"vae {part}",
+                "model": half.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state(),
+                "step": step,
+            },
+        )
 
     @torch.no_grad()
     def evaluate() -> dict[str, float]:
@@ -245,7 +280,9 @@ def train_half(config: ModuleType, part: str, out: Path, log: JsonLog, clock: Cl
         if part == "decoder":
             generator = keyed(config.SEED, "decoder noise", step)
             level = recipe["noise"] * torch.rand(batch, 1, 1, 1, generator=generator)
-            detail = min(1.0, max(0.0, (step - recipe["detail_from"]) / (recipe["detail_full"] - recipe["detail_from"])))
+            detail = min(
+                1.0, max(0.0, (step - recipe["detail_from"]) / (recipe["detail_full"] - recipe["detail_from"]))
+            )
             loss = decoder_loss(half(z + level * torch.randn(z.shape, generator=generator)), x, detail)
         else:
             loss = encoder_loss(half(x), z, noise)
@@ -277,7 +314,9 @@ def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: in
             cells.append(torch.cat(list(picture), 2))
     image = ((torch.cat(cells, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
     temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST).save(temporary, "PNG")
+    Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST).save(
+        temporary, "PNG"
+    )
     temporary.replace(path)
 
 
@@ -300,19 +339,32 @@ def export(config: ModuleType, out: Path, folder: Path) -> None:
     temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
     temporary.replace(folder / "diffusion_pytorch_model.safetensors")
     settings = {k: v for k, v in dict(vae.config).items() if k not in ("_name_or_path", "_use_default_values")}
-    write_text(folder / "config.json", json.dumps({"_class_name": "AutoencoderKLFlux2", **settings}, indent=2, sort_keys=True) + "\n")
+    write_text(
+        folder / "config.json",
+        json.dumps({"_class_name": "AutoencoderKLFlux2", **settings}, indent=2, sort_keys=True) + "\n",
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
-    parser.add_argument("--out", type=Path, default=Path("runs/vae"), help="folder of states, logs, sheets (default: runs/vae)")
-    parser.add_argument("--part", choices=("codec", "decoder", "encoder"), help="train this part only (default: all, in this order)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/vae"), help="folder of states, logs, sheets (default: runs/vae)"
+    )
+    parser.add_argument(
+        "--part", choices=("codec", "decoder", "encoder"), help="train this part only (default: all, in this order)"
+    )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
-    parser.add_argument("--steps", type=int, help="total steps of the part, instead of the recipe's; the decay moves with it")
+    parser.add_argument(
+        "--steps", type=int, help="total steps of the part, instead of the recipe's; the decay moves with it"
+    )
     parser.add_argument("--lr", type=float, help="learning rate instead of the recipe's")
-    parser.add_argument("--init", type=Path, metavar="STATE", help="start a part from the averaged weights of this state file")
+    parser.add_argument(
+        "--init", type=Path, metavar="STATE", help="start a part from the averaged weights of this state file"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--export", type=Path, metavar="FOLDER", help="train nothing; write the VAE in the released layout")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="train nothing; write the VAE in the released layout"
+    )
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,6 +1,6 @@
 """Stage "world": look at the small world.
 
-    python -m train world --sheet world.png --count 60 --split train
+python -m train world --sheet world.png --count 60 --split train
 """
 
 from __future__ import annotations
@@ -18,8 +18,14 @@ from PIL import Image, ImageDraw
 from .world import World
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path: Path, columns: int = 10, cell: int = 160,
-                  boxes: Sequence[Sequence[tuple[str, tuple[int, int, int, int]]]] | None = None) -> None:
+def contact_sheet(
+    pictures: Sequence[np.ndarray],
+    captions: Sequence[str],
+    path: Path,
+    columns: int = 10,
+    cell: int = 160,
+    boxes: Sequence[Sequence[tuple[str, tuple[int, int, int, int]]]] | None = None,
+) -> None:
     """Pictures uint8 [H, W, 3] enlarged to `cell` pixels with their captions below; `boxes` are (label, box) to outline."""
     text = 36
     rows = -(-len(pictures) // columns)
@@ -43,11 +49,15 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], path:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sheet", type=Path, default=Path("runs/world.png"), help="picture to write (default: runs/world.png)")
+    parser.add_argument(
+        "--sheet", type=Path, default=Path("runs/world.png"), help="picture to write (default: runs/world.png)"
+    )
     parser.add_argument("--count", type=int, default=60, help="scenes (default: 60)")
     parser.add_argument("--seed", type=int, default=0, help="first seed (default: 0)")
     parser.add_argument("--split", choices=("train", "held_out"), default="train", help="which scenes (default: train)")
-    parser.add_argument("--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"), help="bucket (default: 64 64)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"), help="bucket (default: 64 64)"
+    )
     parser.add_argument("--boxes", action="store_true", help="outline every object with its class and colour")
 
 
@@ -56,7 +66,9 @@ def run(options: argparse.Namespace) -> int:
     start = time.perf_counter()
     scenes, pixels = world.batch(list(range(options.seed, options.seed + options.count)), *options.size)
     spent = time.perf_counter() - start
-    boxes = [[(f"{t.colour or ''} {t.kind}", t.box) for t in scene.things] for scene in scenes] if options.boxes else None
+    boxes = (
+        [[(f"{t.colour or ''} {t.kind}", t.box) for t in scene.things] for scene in scenes] if options.boxes else None
+    )
     contact_sheet(list(pixels), [scene.caption for scene in scenes], options.sheet, boxes=boxes)
     print(f"{options.sheet}: {options.count} scenes, {options.count / spent:.0f} per second with cold caches")
     return 0

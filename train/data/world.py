@@ -85,7 +85,8 @@ def allowed(kind: str, colour: str | None) -> tuple[str, ...]:
     """Backgrounds this object stands out from."""
     own = np.array(surface_lab(kind, colour))
     return tuple(
-        name for name, behind in BEHIND.items()
+        name
+        for name, behind in BEHIND.items()
         if min(float(np.linalg.norm(own - lab(np.array(rgb)))) for rgb in behind) >= MIN_CONTRAST
     )
 
@@ -207,8 +208,9 @@ class World:
         held = any(c in held_out_colours() for c in chosen) or any(pair <= kinds for pair in held_out_pairs())
         return chosen if held == (self.split == "held_out") else None
 
-    def _layout(self, rng: random.Random, chosen: list[tuple[str, str | None]], relation: str | None,
-                height: int, width: int) -> list[tuple[int, int, int, int]]:
+    def _layout(
+        self, rng: random.Random, chosen: list[tuple[str, str | None]], relation: str | None, height: int, width: int
+    ) -> list[tuple[int, int, int, int]]:
         """Cells in fractions of the frame, one object centred in each with jitter; boxes stay inside the frame."""
         count = len(chosen)
         side = min(height, width)

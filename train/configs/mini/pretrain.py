@@ -12,7 +12,7 @@ STEPS, DECAY = 40_000, 12_000
 EMA = 0.998
 LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 50, 500, 1_000
 VALIDATION = 256
-SHEET = dict(steps=20, guidance=3.0, mu=0.5)
+SHEET = {"steps": 20, "guidance": 3.0, "mu": 0.5}
 PROMPTS = (
     "A large red apple on green grass under a blue sky.",
     "a photo of a blue car",

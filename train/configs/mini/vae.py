@@ -2,21 +2,39 @@
 
 SEED = 1
 SIDE = 64
-MODEL = dict(
-    in_channels=3,
-    out_channels=3,
-    latent_channels=8,
-    block_out_channels=(16, 32, 48, 64),
-    decoder_block_out_channels=(16, 32, 64, 96),
-    layers_per_block=1,
-    norm_num_groups=8,
-    mid_block_add_attention=False,
-    sample_size=SIDE,
-)
+MODEL = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 8,
+    "block_out_channels": (16, 32, 48, 64),
+    "decoder_block_out_channels": (16, 32, 64, 96),
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "mid_block_add_attention": False,
+    "sample_size": SIDE,
+}
 # The linear codec whose code is the latent space: channels are whitened; noise makes it robust.
-CODEC = dict(encode_kernel=16, decode_kernel=24, scenes=20_000, batch=64, steps=4_000, lr=3e-3, noise=0.2)
+CODEC = {
+    "encode_kernel": 16,
+    "decode_kernel": 24,
+    "scenes": 20_000,
+    "batch": 64,
+    "steps": 4_000,
+    "lr": 3e-3,
+    "noise": 0.2,
+}
 STATISTICS_SCENES = 10_000
-DECODER = dict(batch=16, lr=2e-3, warmup=100, steps=60_000, decay=12_000, weight_decay=0.0, ema=0.998, noise=0.2,
-               detail_from=1_500, detail_full=4_000)
-ENCODER = dict(batch=16, lr=2e-3, warmup=100, steps=8_000, decay=3_000, weight_decay=0.0, ema=0.995)
+DECODER = {
+    "batch": 16,
+    "lr": 2e-3,
+    "warmup": 100,
+    "steps": 60_000,
+    "decay": 12_000,
+    "weight_decay": 0.0,
+    "ema": 0.998,
+    "noise": 0.2,
+    "detail_from": 1_500,
+    "detail_full": 4_000,
+}
+ENCODER = {"batch": 16, "lr": 2e-3, "warmup": 100, "steps": 8_000, "decay": 3_000, "weight_decay": 0.0, "ema": 0.995}
 SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 1_000, 100, 500
