@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
 import os
 import re
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .config import LensConfig
+from .config import VARIANTS, Defaults, LensConfig
 from .model import LensTransformer2DModel
+from .sampler import Scheduler
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
@@ -50,7 +52,8 @@ _STREAM = {
     },
     "text": {
         "modulation": "txt_mod.1", "norm1": "txt_norm1.weight", "norm2": "txt_norm2.weight", "qkv": "attn.txt_qkv",
-        "q_norm": "attn.norm_added_q.weight", "k_norm": "attn.norm_added_k.weight", "out": "attn.to_add_out", "mlp": "txt_mlp",
+        "q_norm": "attn.norm_added_q.weight", "k_norm": "attn.norm_added_k.weight", "out": "attn.to_add_out",
+        "mlp": "txt_mlp",
     },
 }  # fmt: skip
 
@@ -80,7 +83,9 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: file not found") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
@@ -88,29 +93,40 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Shard:
-    """One memory-mapped safetensors file. Pages are given back after each tensor, so mapping costs no resident memory."""
+    """One memory-mapped safetensors file. Pages are given back after each tensor: mapping costs no resident memory."""
 
     def __init__(self, path: Path):
         self.path = path
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(8)
-            length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
-            if not 2 <= length <= size - 8:
-                raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-            self.header_bytes = head + file.read(length)
+        try:
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                head = file.read(8)
+                length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+                if not 2 <= length <= size - 8:
+                    raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
+                self.header_bytes = head + file.read(length)
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error}") from error
         try:
             header = json.loads(self.header_bytes[8:])
             self.metadata: dict[str, str] = header.pop("__metadata__", {})
             self.entries: dict[str, tuple[str, list[int], int, int]] = {
-                key: (e["dtype"], e["shape"], e["data_offsets"][0], e["data_offsets"][1]) for key, e in header.items()
+                key: (
+                    str(e["dtype"]),
+                    [int(n) for n in e["shape"]],
+                    int(e["data_offsets"][0]),
+                    int(e["data_offsets"][1]),
+                )
+                for key, e in header.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
             raise CheckpointError(f"{path}: broken safetensors header: {error!r}") from None
         self._start = 8 + length
-        end = max((e[3] for e in self.entries.values()), default=0)
-        if self._start + end > size:
-            raise CheckpointError(f"{path}: truncated: {self._start + end} bytes expected from the header, got {size}")
+        for key, (_, shape, begin, end) in self.entries.items():
+            if not 0 <= begin <= end or any(n < 0 for n in shape):
+                raise CheckpointError(f"{path}: {key} has the impossible shape {shape} at bytes {begin} to {end}")
+            if self._start + end > size:
+                raise CheckpointError(f"{path}: truncated: {key} ends at byte {self._start + end}, the file has {size}")
         self._map: mmap.mmap | None = None
 
     def read(self, key: str, into: Callable[[Tensor], None]) -> None:
@@ -119,9 +135,7 @@ class Shard:
         torch_dtype = _DTYPES.get(dtype) or _INTEGERS.get(dtype)
         if torch_dtype is None:
             raise CheckpointError(f"{self.path}: {key} has dtype {dtype}, expected one of {sorted(_DTYPES)}")
-        count = 1
-        for n in shape:
-            count *= n
+        count = math.prod(shape)
         if count * torch_dtype.itemsize != end - begin:
             raise CheckpointError(
                 f"{self.path}: {key} of shape {shape} and dtype {dtype} cannot fill {end - begin} bytes"
@@ -142,21 +156,23 @@ class Shard:
             self._map = None
 
 
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name != "" and Path(name).name == name
+
+
 def open_shards(folder: Path) -> dict[str, Shard]:
     """key -> shard for every tensor of a folder (one file, or shards behind an index). Checks index against headers."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: folder not found")
     indices = sorted(folder.glob("*.safetensors.index.json"))
+    weight_map: dict[str, str] = {}
     if indices:
-        weight_map = read_json(indices[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise CheckpointError(f"{indices[0]}: expected a 'weight_map' object")
-        names = sorted(set(weight_map.values()))
-    else:
-        weight_map = None
-        names = sorted(p.name for p in folder.glob("*.safetensors"))
+        weight_map = read_json(indices[0]).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(_is_file_name(n) for n in weight_map.values()):
+            raise CheckpointError(f"{indices[0]}: expected a 'weight_map' object of keys and file names")
+    names = sorted(set(weight_map.values())) if indices else sorted(p.name for p in folder.glob("*.safetensors"))
     if not names:
-        raise CheckpointError(f"{folder}: no .safetensors file")
+        raise CheckpointError(f"{indices[0] if indices else folder}: no .safetensors file")
     keys: dict[str, Shard] = {}
     for name in names:
         if not (folder / name).is_file():
@@ -166,7 +182,7 @@ def open_shards(folder: Path) -> dict[str, Shard]:
             if key in keys:
                 raise CheckpointError(f"{shard.path}: {key} is also in {keys[key].path.name}")
             keys[key] = shard
-    for key, name in (weight_map or {}).items():
+    for key, name in weight_map.items():
         if key not in keys or keys[key].path.name != name:
             raise CheckpointError(f"{folder / name}: {key} is promised by {indices[0].name} but not in the file")
     return keys
@@ -178,41 +194,54 @@ def load_parameters(
     names: Callable[[str], list[str]] = lambda name: [name],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    ignored: tuple[str, ...] = (),
+    unread: tuple[str, ...] = (),
 ) -> None:
-    """Fill a module built on the meta device from ``folder``, strictly: every key once, every shape exact."""
+    """Fill a module built on the meta device from ``folder``, strictly: every key once, every shape exact.
+
+    ``names`` maps a name of the module to the stored keys it is made of, stacked along the rows. Keys with an
+    ``ignored`` prefix may be in the files; names with an ``unread`` prefix are checked and stay on the meta device.
+    """
     shards = open_shards(folder)
     wanted: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
     expected = {key: name for name in wanted for key in names(name)}
     missing = sorted(set(expected) - set(shards))
     if missing:
+        first = missing[0]
+        file = sorted({s.path.name for s in shards.values()})[0] if len(set(shards.values())) == 1 else ""
         raise CheckpointError(
-            f"{folder}: {len(missing)} keys missing, first {missing[0]!r} of shape {_piece_shape(missing[0], expected, wanted, names)}"
+            f"{folder / file}: {len(missing)} keys missing, first {first!r}, "
+            f"expected with shape {_piece_shape(wanted[expected[first]], names(expected[first]))}"
         )
-    extra = sorted(set(shards) - set(expected))
+    extra = sorted(k for k in set(shards) - set(expected) if not k.startswith(ignored))
     if extra:
         raise CheckpointError(f"{shards[extra[0]].path}: {len(extra)} unexpected keys, first {extra[0]!r}")
+    for key, name in expected.items():  # all of them before the first byte is read
+        stored, shape = shards[key].entries[key][:2]
+        piece_shape = _piece_shape(wanted[name], names(name))
+        if shape != piece_shape:
+            raise CheckpointError(f"{shards[key].path}: {key} must have shape {piece_shape}, got {shape}")
+        allowed = sorted(_DTYPES if wanted[name].is_floating_point() else _INTEGERS)
+        if stored not in allowed:
+            raise CheckpointError(f"{shards[key].path}: {key} must have a dtype of {allowed}, got {stored}")
     for name, target in wanted.items():
+        if name.startswith(unread):
+            continue
         sources = names(name)
         value = torch.empty(target.shape, dtype=dtype if target.is_floating_point() else target.dtype, device=device)
         rows = value.shape[0] // len(sources) if value.dim() else 0
         for i, key in enumerate(sources):
             piece = value[i * rows : (i + 1) * rows] if len(sources) > 1 else value
-            shard = shards[key]
-            stored, shape = shard.entries[key][:2]
-            if list(shape) != list(piece.shape):
-                raise CheckpointError(f"{shard.path}: {key} must have shape {list(piece.shape)}, got {list(shape)}")
-            if target.is_floating_point() and stored not in _DTYPES:
-                raise CheckpointError(f"{shard.path}: {key} must have a dtype of {sorted(_DTYPES)}, got {stored}")
-            shard.read(key, piece.copy_)
+            shards[key].read(key, lambda stored, piece=piece: piece.copy_(stored))  # type: ignore[misc]
         _assign(module, name, value, isinstance(target, nn.Parameter))
     for shard in set(shards.values()):
         shard.close()
 
 
-def _piece_shape(key: str, expected: Mapping[str, str], wanted: Mapping[str, Tensor], names: Callable) -> list[int]:
-    shape = list(wanted[expected[key]].shape)
-    pieces = len(names(expected[key]))
-    return [shape[0] // pieces, *shape[1:]] if pieces > 1 else shape
+def _piece_shape(target: Tensor, pieces: list[str]) -> list[int]:
+    """Shape of one of the stored tensors that make up ``target``."""
+    shape = list(target.shape)
+    return [shape[0] // len(pieces), *shape[1:]] if len(pieces) > 1 else shape
 
 
 def _assign(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
@@ -234,10 +263,8 @@ def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | st
     config = read_json(path)
     if config.get("_class_name", "LensTransformer2DModel") != "LensTransformer2DModel":
         raise CheckpointError(f"{path}: _class_name must be LensTransformer2DModel, got {config['_class_name']!r}")
-    try:
+    with _as_checkpoint_error():
         parsed = LensConfig.from_dict(config, str(path))
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
     with torch.device("meta"):
         model = LensTransformer2DModel(parsed)
     load_parameters(model, folder, released_names, dtype, device)
@@ -255,8 +282,8 @@ def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn
     try:
         with torch.device("meta"):
             vae = AutoencoderKLFlux2.from_config(config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    except Exception as error:  # whatever diffusers trips over in a configuration
+        raise CheckpointError(f"{path}: not a configuration of AutoencoderKLFlux2: {error}") from error
     load_parameters(vae, folder, dtype=dtype, device=device)
     return vae.eval()
 
@@ -270,42 +297,93 @@ def load_text_encoder(
 
     The released config names a class, LensGptOssEncoder, that no library has; model_type gpt_oss is what counts.
     """
-    from transformers import GptOssConfig, GptOssModel, Mxfp4Config
+    from transformers import GptOssConfig, GptOssModel
 
     path = folder / "config.json"
     config = read_json(path)
     if config.get("model_type") != "gpt_oss":
         raise CheckpointError(f"{path}: model_type must be gpt_oss, got {config.get('model_type')!r}")
-    shards = open_shards(folder)  # a truncated file is refused here, with its name
-    parsed = GptOssConfig.from_pretrained(folder)
-    kwargs: dict[str, Any] = {}
     quantization = config.get("quantization_config")
+    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4"):
+        raise CheckpointError(
+            f"{path}: quantization_config must be absent or of quant_method mxfp4, got {quantization!r}"
+        )
+    shards = open_shards(folder)
+    try:
+        parsed = GptOssConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = GptOssModel(parsed)
+    except Exception as error:  # whatever transformers trips over in a configuration
+        raise CheckpointError(f"{path}: not a configuration of GPT-OSS: {error!r}") from error
+    if depth is not None and depth > len(model.layers):
+        raise CheckpointError(
+            f"{path}: num_hidden_layers must be at least {depth}, because the transformer's selected_layer_index "
+            f"names layer {depth - 1}, got {len(model.layers)}"
+        )
     if quantization is not None:
-        if quantization.get("quant_method") != "mxfp4":
-            raise CheckpointError(f"{path}: quant_method must be mxfp4, got {quantization.get('quant_method')!r}")
-        if torch.device(device).type == "cpu":
-            kwargs["quantization_config"] = Mxfp4Config(dequantize=True)
-    if torch.device(device).type != "cpu":
-        kwargs["device_map"] = {"": str(device)}
+        model = _load_mxfp4(folder, parsed, shards, dtype, device)
+    else:
+        prefix = "model." if any(key.startswith("model.") for key in shards) else ""
+        unread = tuple(f"layers.{n}." for n in range(len(model.layers) if depth is None else depth, len(model.layers)))
+        load_parameters(model, folder, lambda name: [prefix + name], dtype, device, ("lm_head.",), unread)
+        model.rotary_emb = type(model.rotary_emb)(parsed).to(device)  # its tables are computed, not stored
+    if depth is not None:
+        del model.layers[depth:]
+    left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
+    if left:
+        raise CheckpointError(f"{folder}: {left[0]!r} is neither stored nor computed by this version of transformers")
+    return model.eval()
+
+
+def _load_mxfp4(
+    folder: Path, config: Any, shards: Mapping[str, Shard], dtype: torch.dtype, device: torch.device | str
+) -> Any:
+    """GPT-OSS with MXFP4 experts (``*_blocks``, ``*_scales``), by transformers: dequantised on a CPU."""
+    from transformers import GptOssModel, Mxfp4Config
+
+    on_cpu = torch.device(device).type == "cpu"
+    kwargs = {"quantization_config": Mxfp4Config(dequantize=True)} if on_cpu else {"device_map": {"": str(device)}}
     try:
         with _quiet_transformers():  # it reports the LM head we leave out; what matters is checked below
             model, info = GptOssModel.from_pretrained(
-                folder, config=parsed, dtype=dtype, output_loading_info=True, **kwargs
+                folder, config=config, dtype=dtype, output_loading_info=True, **kwargs
             )
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
+    except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
     unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
-    for what, keys in (
-        ("missing", info["missing_keys"]),
-        ("unexpected", unexpected),
-        ("misshapen", info["mismatched_keys"]),
-    ):
+    kinds = {"missing": info["missing_keys"], "unexpected": unexpected, "misshapen": info["mismatched_keys"]}
+    for kind, keys in kinds.items():
         if keys:
             file = sorted({s.path.name for s in shards.values()})[0]
-            raise CheckpointError(f"{folder / file}: {len(keys)} {what} keys, first {sorted(map(str, keys))[0]}")
-    if depth is not None:
-        del model.layers[depth:]
-    return model.eval()
+            raise CheckpointError(f"{folder / file}: {len(keys)} {kind} keys, first {min(map(str, keys))}")
+    return model
+
+
+@contextmanager
+def _as_checkpoint_error() -> Iterator[None]:
+    """The ValueErrors of configurations, which already name their file."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def load_scheduler(folder: Path) -> Scheduler:
+    """``scheduler/scheduler_config.json``."""
+    path = folder / "scheduler_config.json"
+    with _as_checkpoint_error():
+        return Scheduler.from_dict(read_json(path), str(path))
+
+
+def check_fit(root: Path, config: LensConfig, encoder_width: int, token_channels: int) -> None:
+    """The transformer must fit the encoder it reads and the VAE it writes for."""
+    path = root / "transformer" / "config.json"
+    for key, expected in (("enc_hidden_dim", encoder_width), ("in_channels", token_channels)):
+        if getattr(config, key) != expected:
+            part = "text encoder's hidden_size" if key == "enc_hidden_dim" else "VAE's 4 * latent_channels"
+            raise CheckpointError(f"{path}: {key} must be the {part} = {expected}, got {getattr(config, key)}")
 
 
 @contextmanager
@@ -339,11 +417,20 @@ def read_index(root: Path) -> dict[str, Any]:
     return index
 
 
+def read_defaults(root: Path, variant: str | None, name: str) -> Defaults:
+    """What a call uses where the caller says nothing, from ``model_index.json``, the caller's variant or the name."""
+    index, path = read_index(root), root / "model_index.json"
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
+    with _as_checkpoint_error():
+        return Defaults.choose(variant, index.get("lens"), name, str(path))
+
+
 EMBEDDED = {"mini": "base", "mini-base": "base", "mini-rl": "rl", "mini-turbo": "turbo"}
 
 
 def resolve(source: str | os.PathLike[str]) -> Path:
-    """ "mini..." -> the embedded weights; an existing folder -> itself; else a hub id, fetched through huggingface_hub."""
+    """ "mini..." -> the embedded weights; an existing folder -> itself; else a hub id, fetched by huggingface_hub."""
     name = os.fspath(source)
     if name in EMBEDDED:
         folder = Path(__file__).parent / "mini" / EMBEDDED[name]
@@ -365,8 +452,17 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     raise CheckpointError(f"{name!r}: expected one of {sorted(EMBEDDED)}, a folder in the released layout or a hub id")
 
 
+def spoken_name(source: str | os.PathLike[str]) -> str:
+    """The name a source speaks of its variant by: the hub id, or the folder's (of a hub cache: the repository's)."""
+    path = Path(os.fspath(source))
+    if not path.is_dir():
+        return str(source)
+    path = path.resolve()
+    return path.parent.parent.name if path.parent.name == "snapshots" else path.name
+
+
 def fingerprint(root: Path) -> str:
-    """SHA-256 over each safetensors file's name, size, header, first and last MiB, in sorted order: cheap and telling."""
+    """SHA-256 over each safetensors file's name, size, header, first and last MiB, in sorted order: cheap, telling."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.safetensors"), key=lambda p: p.relative_to(root).as_posix()):
         size = path.stat().st_size
@@ -399,12 +495,19 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomic(path, lambda p: p.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8") and None)
+    text = json.dumps(value, indent=2) + "\n"
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
 
 
 def released_tensors(model: LensTransformer2DModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
     """(released key, tensor) of every parameter, the inverse of loading."""
     for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise ValueError(f"lens.checkpoint: {name} was dropped by lens.modulation.evict and cannot be saved")
         keys = released_names(name)
         for key, piece in zip(keys, value.chunk(len(keys)) if len(keys) > 1 else [value]):
             yield key, piece.detach().to("cpu", dtype).contiguous()
@@ -413,6 +516,9 @@ def released_tensors(model: LensTransformer2DModel, dtype: torch.dtype) -> Itera
 def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_bytes: int = _SHARD_BYTES) -> None:
     """Write ``stem.safetensors``, or shards of at most ``shard_bytes`` with an index, in key order."""
     from safetensors.torch import save_file
+
+    def write(path: Path, shard: dict[str, Tensor]) -> None:
+        write_atomic(path, lambda temporary: save_file(shard, temporary, {"format": "pt"}))
 
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
@@ -424,12 +530,12 @@ def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_b
         shards[-1][key] = tensors[key]
         size += n
     if len(shards) == 1:
-        write_atomic(folder / f"{stem}.safetensors", lambda p: save_file(shards[0], p, {"format": "pt"}))
+        write(folder / f"{stem}.safetensors", shards[0])
         return
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write_atomic(folder / name, lambda p, shard=shard: save_file(shard, p, {"format": "pt"}))
+        write(folder / name, shard)
         weight_map.update(dict.fromkeys(shard, name))
     write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+import re
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 # Switches of the released config.json that select the only architecture Lens ever shipped.
@@ -43,16 +45,19 @@ class LensConfig:
                 raise ValueError(f"LensConfig: {name} must be a positive integer, got {value!r}")
         if len(self.axes_dims_rope) != 3 or sum(self.axes_dims_rope) != self.attention_head_dim:
             raise ValueError(
-                f"LensConfig: axes_dims_rope must be three even numbers that sum to attention_head_dim = {self.attention_head_dim}, got {self.axes_dims_rope}"
+                "LensConfig: axes_dims_rope must be three even numbers that sum to "
+                f"attention_head_dim = {self.attention_head_dim}, got {self.axes_dims_rope}"
             )
         if any(d % 2 or d < 0 for d in self.axes_dims_rope):
-            raise ValueError(f"LensConfig: axes_dims_rope must be even, got {self.axes_dims_rope}")
+            raise ValueError(f"LensConfig: axes_dims_rope must be even and not negative, got {self.axes_dims_rope}")
         if self.patch_size**2 * self.out_channels != self.in_channels:
             raise ValueError(
-                f"LensConfig: in_channels must be patch_size^2 * out_channels = {self.patch_size**2 * self.out_channels}, got {self.in_channels}"
+                "LensConfig: in_channels must be patch_size^2 * out_channels = "
+                f"{self.patch_size**2 * self.out_channels}, got {self.in_channels}"
             )
-        if not self.selected_layer_index:
-            raise ValueError("LensConfig: selected_layer_index must name at least one layer")
+        layers = self.selected_layer_index
+        if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
+            raise ValueError(f"LensConfig: selected_layer_index must name at least one decoder layer, got {layers}")
 
     @property
     def inner_dim(self) -> int:
@@ -66,7 +71,7 @@ class LensConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any], source: str = "config.json") -> LensConfig:
-        """Read a released ``config.json``. Unknown keys, other architectures and wrong sums raise, naming ``source``."""
+        """Read a released ``config.json``; unknown keys, another architecture, wrong sums raise, naming ``source``."""
         known = {f.name for f in fields(cls)}
         values: dict[str, Any] = {}
         for key, value in config.items():
@@ -92,7 +97,8 @@ class LensConfig:
             raise ValueError(f"{source}: {error}") from None
         if config.get("inner_dim", result.inner_dim) != result.inner_dim:
             raise ValueError(
-                f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {result.inner_dim}, got {config['inner_dim']}"
+                f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {result.inner_dim}, "
+                f"got {config['inner_dim']}"
             )
         return result
 
@@ -117,3 +123,68 @@ class LensConfig:
             enc_hidden_dim=128,
             selected_layer_index=(0, 1, 2, 3),
         )
+
+
+VARIANTS = {"lens": (20, 5.0), "turbo": (4, 1.0), "base": (50, 5.0)}  # default steps and guidance
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a call uses where the caller says nothing; from the checkpoint's metadata or the variant."""
+
+    variant: str
+    num_inference_steps: int
+    guidance_scale: float
+    base_resolution: int = 1024
+    max_resolution: int = 1440  # side of the largest square the model was trained at: above it, a warning
+    time_dtype: str = "reference"  # how the time is rounded, see lens.sampler.conditioning_time
+
+    @classmethod
+    def choose(cls, variant: str | None, metadata: Any, name: str, source: str = "model_index.json") -> Defaults:
+        """The caller's ``variant``, else our ``metadata``'s, else the one ``name`` speaks of, else "lens" (warns).
+
+        metadata: the "lens" entry of ``source``, or None; its other values hold for its own variant. name: hub id or
+        folder name, read as words: "Lens-Turbo", "lens_base_bf16", "LensTurbo", but not "database".
+        """
+        if variant is not None and variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
+        own = cls._read(metadata, source)
+        said = own.pop("variant", None)
+        chosen = variant or said or variant_of_name(name)
+        if chosen is None:
+            chosen = "lens"
+            warnings.warn(
+                f"nothing tells which Lens {name!r} is; assuming variant='lens' (20 steps, guidance 5)", stacklevel=4
+            )
+        if variant is not None and variant != said:
+            own.pop("num_inference_steps", None)
+            own.pop("guidance_scale", None)
+        return replace(cls(chosen, *VARIANTS[chosen]), **own)
+
+    @classmethod
+    def _read(cls, metadata: Any, source: str) -> dict[str, Any]:
+        if metadata is None:
+            return {}
+        if not isinstance(metadata, dict):
+            raise ValueError(f"{source}: 'lens' must be an object, got {metadata!r}")
+        values = {f.name: metadata[f.name] for f in fields(cls) if f.name in metadata}
+        for key, value in values.items():
+            if key in ("num_inference_steps", "base_resolution", "max_resolution"):
+                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
+                expected: Any = "a positive integer"
+            elif key == "guidance_scale":
+                good, expected = isinstance(value, int | float) and 0 <= value < float("inf"), "a number >= 0"
+            else:
+                expected = sorted(VARIANTS) if key == "variant" else ["float32", "reference"]
+                good = value in expected
+            if not good:
+                raise ValueError(f"{source}: lens.{key} must be {expected}, got {value!r}")
+        return values
+
+
+def variant_of_name(name: str) -> str | None:
+    """The variant a hub id's or folder's name speaks of, or None."""
+    low = name.lower()
+    if match := re.search(r"(?:(?<![a-z])|(?<=lens))(turbo|base)(?![a-z])", low):
+        return match[1]
+    return "lens" if re.search(r"(?<![a-z])lens(?![a-z])", low) else None

@@ -7,6 +7,7 @@ image token, E encoder width, F encoder layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import LensConfig
-from .modulation import Modulation, TimeEmbedding, modulate
+from .modulation import Modulation, TimeEmbedding, concatenate, modulate
 from .packing import Packing, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
@@ -57,7 +58,7 @@ class Stream(nn.Module):
 
 
 class Block(nn.Module):
-    """One two-stream block: x += gate1 * attention(norm1(x)); x += gate2 * swiglu(norm2(x)), joint attention over both."""
+    """One two-stream block: x += gate1 * attention(norm1(x)); x += gate2 * swiglu(norm2(x)); joint attention."""
 
     def __init__(self, config: LensConfig):
         super().__init__()
@@ -88,6 +89,10 @@ class LensTransformer2DModel(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.image_out = nn.Linear(width, config.in_channels)
 
+    def layers(self) -> list[Block]:
+        """The blocks in order."""
+        return cast("list[Block]", list(self.blocks))
+
     @property
     def device(self) -> torch.device:
         return self.image_in.weight.device
@@ -104,7 +109,7 @@ class LensTransformer2DModel(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
-        """Fresh weights for training: truncated normals, modulation and output zero, so that every block starts as identity."""
+        """Fresh weights for training: truncated normals; modulation and output zero: every block starts as identity."""
         for name, parameter in self.named_parameters():
             if parameter.dim() == 1:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
@@ -114,7 +119,7 @@ class LensTransformer2DModel(nn.Module):
                 nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
 
     def project_text(self, features: Sequence[Tensor], lengths: list[int]) -> Tensor:
-        """F packed feature tensors [RT, E] -> text rows [RT, D]: RMSNorm each, concatenate, project. Once per prompt."""
+        """F packed features [RT, E] -> text rows [RT, D]: RMSNorm each, concatenate, project. Once per prompt."""
 
         def project(rows: Tensor) -> Tensor:
             layers = zip(rows.chunk(len(self.text_norms), dim=-1), self.text_norms, strict=True)
@@ -138,14 +143,22 @@ class LensTransformer2DModel(nn.Module):
         offsets = (packing.image_offsets, packing.text_offsets)
         groups = (self._groups(packing.image_lengths), self._groups(packing.text_lengths))
         x = [linear(self.image_in, image_rows, groups[IMAGE]), text_rows]
-        normed = [self._norm1(0, s, x[s], modulation, offsets) for s in (IMAGE, TEXT)]
-        last = len(self.blocks) - 1
-        for index, block in enumerate(self.blocks):
-            live = (IMAGE,) if index == last and blocks_out is None else (IMAGE, TEXT)
-            qkv = [linear(stream.qkv, normed[s], groups[s]) for s, stream in enumerate(block.streams())]
+        layers = self.layers()
+        normed = [
+            ops.rms_norm_modulate(x[s], stream.norm1, scale, shift, offsets[s], BLOCK_EPS)
+            for s, stream in enumerate(layers[0].streams())
+            for shift, scale in [modulation.of(0, s)[:2]]
+        ]
+        for index, block in enumerate(layers):
+            following = layers[index + 1] if index + 1 < len(layers) else None
+            live = (IMAGE,) if following is None and blocks_out is None else (IMAGE, TEXT)
             q, k, v = ops.qk_norm_rope(
-                *qkv,
-                *(w for stream in block.streams() for w in (stream.q_norm, stream.k_norm)),
+                linear(block.image.qkv, normed[IMAGE], groups[IMAGE]),
+                linear(block.text.qkv, normed[TEXT], groups[TEXT]),
+                block.image.q_norm,
+                block.image.k_norm,
+                block.text.q_norm,
+                block.text.k_norm,
                 packing.cos,
                 packing.sin,
                 *offsets,
@@ -162,22 +175,17 @@ class LensTransformer2DModel(nn.Module):
                     x[s], y, gate1, stream.norm2, scale2, shift2, offsets[s], BLOCK_EPS
                 )
                 y = linear(stream.w2, ops.swiglu(linear(stream.w13, a, groups[s])), groups[s])
-                if index == last:
+                if following is None:
                     x[s] = ops.gated_residual(x[s], y, gate2, offsets[s])
                 else:
-                    following = self.blocks[index + 1].streams()[s]
                     shift1, scale1 = modulation.of(index + 1, s)[:2]
+                    norm1 = following.streams()[s].norm1
                     x[s], normed[s] = ops.gated_residual_norm_modulate(
-                        x[s], y, gate2, following.norm1, scale1, shift1, offsets[s], BLOCK_EPS
+                        x[s], y, gate2, norm1, scale1, shift1, offsets[s], BLOCK_EPS
                     )
             if blocks_out is not None:
                 blocks_out.append((x[IMAGE], x[TEXT]))
         return linear(self.image_out, self._final_norm(x[IMAGE], modulation, packing), groups[IMAGE])
-
-    def _norm1(self, index: int, s: int, x: Tensor, modulation: Modulation, offsets: tuple[Tensor, Tensor]) -> Tensor:
-        shift1, scale1 = modulation.of(index, s)[:2]
-        weight = self.blocks[index].streams()[s].norm1
-        return ops.rms_norm_modulate(x, weight, scale1, shift1, offsets[s], BLOCK_EPS)
 
     def _final_norm(self, x: Tensor, modulation: Modulation, packing: Packing) -> Tensor:
         """LayerNorm without weights, then scale (first) and shift: once per step, so plain torch."""
@@ -206,9 +214,11 @@ class LensTransformer2DModel(nn.Module):
         """
         batch, length = self._check(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep)
         shapes = list(img_shapes) * batch if len(img_shapes) == 1 else list(img_shapes)
-        if len(shapes) != batch or any(len(s) != 3 or s[0] != 1 or s[1] * s[2] > length for s in shapes):
+        fitting = [len(s) == 3 and s[0] == 1 and min(s) > 0 and s[1] * s[2] <= length for s in shapes]
+        if len(shapes) != batch or not all(fitting):
             raise ValueError(
-                f"lens.transformer: img_shapes must be one or B = {batch} tuples (1, h, w) with h * w <= I = {length}, got {list(img_shapes)}"
+                f"lens.transformer: img_shapes must be one or B = {batch} tuples (1, h, w) with h * w <= I = {length}, "
+                f"got {list(img_shapes)}"
             )
         mask = encoder_hidden_states_mask
         if mask is None:
@@ -227,39 +237,30 @@ class LensTransformer2DModel(nn.Module):
         features = [ops.pack_tokens(f.to(self.dtype), text_index) for f in encoder_hidden_states]
         text_rows = self.project_text(features, packing.text_lengths)
         grouped = self._groups(packing.image_lengths) is not None
-        modulation = stack([modulate(self, t[None]) for t in timestep]) if grouped else modulate(self, timestep)
+        modulation = concatenate([modulate(self, t[None]) for t in timestep]) if grouped else modulate(self, timestep)
         velocity = self.denoise(image_rows, text_rows, modulation, packing, blocks_out)
         return ops.unpack_tokens(velocity, image_index, batch, length)
 
     def _check(
         self, hidden_states: Tensor, features: Sequence[Tensor], mask: Tensor | None, timestep: Tensor
     ) -> tuple[int, int]:
-        config = self.config
+        config, layers = self.config, len(self.config.selected_layer_index)
+
+        def refuse(name: str, expected: object, got: object) -> None:
+            raise ValueError(f"lens.transformer: {name} must be {expected}, got {got}")
+
         if hidden_states.dim() != 3 or hidden_states.shape[2] != config.in_channels:
-            raise ValueError(
-                f"lens.transformer: hidden_states must be [B, I, C = {config.in_channels}], got {list(hidden_states.shape)}"
-            )
-        batch = hidden_states.shape[0]
-        if isinstance(features, Tensor) or len(features) != len(config.selected_layer_index):
+            refuse("hidden_states", f"[B, I, C = {config.in_channels}]", list(hidden_states.shape))
+        batch, length = hidden_states.shape[:2]
+        if isinstance(features, Tensor) or len(features) != layers:
             got = "one tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
-            raise ValueError(
-                f"lens.transformer: encoder_hidden_states must be F = {len(config.selected_layer_index)} tensors, got {got}"
-            )
-        expected = (batch, features[0].shape[1], config.enc_hidden_dim)
+            refuse("encoder_hidden_states", f"F = {layers} tensors", got)
+        expected = [batch, features[0].shape[1] if features[0].dim() == 3 else "T", config.enc_hidden_dim]
         for i, f in enumerate(features):
-            if tuple(f.shape) != expected:
-                raise ValueError(
-                    f"lens.transformer: encoder_hidden_states[{i}] must be [B, T, E] = {list(expected)}, got {list(f.shape)}"
-                )
-        if mask is not None and tuple(mask.shape) != expected[:2]:
-            raise ValueError(
-                f"lens.transformer: encoder_hidden_states_mask must be [B, T] = {list(expected[:2])}, got {list(mask.shape)}"
-            )
-        if tuple(timestep.shape) != (batch,):
-            raise ValueError(f"lens.transformer: timestep must be [B] = [{batch}], got {list(timestep.shape)}")
-        return batch, hidden_states.shape[1]
-
-
-def stack(rows: Sequence[Modulation]) -> Modulation:
-    """Modulations of one sample each -> one of all samples."""
-    return Modulation(torch.cat([r.blocks for r in rows]), torch.cat([r.final for r in rows]))
+            if list(f.shape) != expected:
+                refuse(f"encoder_hidden_states[{i}]", f"[B, T, E] = {expected}", list(f.shape))
+        if mask is not None and list(mask.shape) != expected[:2]:
+            refuse("encoder_hidden_states_mask", f"[B, T] = {expected[:2]}", list(mask.shape))
+        if list(timestep.shape) != [batch]:
+            refuse("timestep", f"[B] = [{batch}]", list(timestep.shape))
+        return batch, length

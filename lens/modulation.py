@@ -7,8 +7,10 @@ needs K rows of [L blocks, 2 streams, 6, D], computed once; the weights may then
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ def sinusoid(timestep: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Modulation:
-    """Modulation of B samples (or K steps): ``blocks`` [B, L, 2, 6, D] (streams image, text), ``final`` [B, 2, D] (scale, shift)."""
+    """Rows of B samples or K steps: ``blocks`` [B, L, 2 (image, text), 6, D], ``final`` [B, 2 (scale, shift), D]."""
 
     blocks: Tensor
     final: Tensor
@@ -43,6 +45,13 @@ class Modulation:
     def of(self, block: int, stream: int) -> tuple[Tensor, ...]:
         """The six [B, D] views (shift1, scale1, gate1, shift2, scale2, gate2) of one block and stream."""
         return self.blocks[:, block, stream].unbind(1)
+
+
+def concatenate(parts: Sequence[Modulation]) -> Modulation:
+    """The rows of several tables, one after another."""
+    if len(parts) == 1:
+        return parts[0]
+    return Modulation(torch.cat([p.blocks for p in parts]), torch.cat([p.final for p in parts]))
 
 
 class TimeEmbedding(nn.Module):
@@ -61,10 +70,11 @@ def modulate(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
     """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one product per block and stream for all rows."""
     k, config = len(timestep), model.config
     temb = F.silu(model.time_embedding(timestep))
-    projections = [p for block in model.blocks for p in (block.image.modulation, block.text.modulation)]
+    projections = [p for block in model.layers() for p in (block.image.modulation, block.text.modulation)]
     if any(p.weight.is_meta for p in projections):
         raise RuntimeError(
-            "lens.modulation: the modulation weights were evicted; reload the transformer for a new schedule"
+            "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
+            "before can be drawn; reload the transformer for a new one"
         )
     blocks = torch.stack([p(temb.to(p.weight.device)).to(temb.device) for p in projections], dim=1)
     final = model.final_modulation(temb).view(k, 2, config.inner_dim)
@@ -80,17 +90,56 @@ def table(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
     timestep = timestep.to(model.device)
     if model.device.type != "cpu":
         return modulate(model, timestep)
-    rows = [modulate(model, t[None]) for t in timestep]
-    return Modulation(torch.cat([r.blocks for r in rows]), torch.cat([r.final for r in rows]))
+    return concatenate([modulate(model, t[None]) for t in timestep])
+
+
+class TableCache:
+    """Tables of the schedules drawn lately; those that were ``prepared`` stay. Safe to share between threads.
+
+    Tables of another model, or of weights loaded or trained since, are forgotten: the versions of the time embedding's
+    and the final projection's weights, which are never evicted, tell.
+    """
+
+    def __init__(self, capacity: int = 8):
+        self.capacity = capacity
+        self._lock = threading.Lock()
+        self._tables: dict[tuple[Any, ...], tuple[Modulation, bool]] = {}
+        self._model: LensTransformer2DModel | None = None
+        self._version: tuple[Any, ...] = ()
+
+    def get(self, model: LensTransformer2DModel, timestep: Tensor, prepared: bool = False) -> Modulation:
+        """The table of a schedule's times, timestep [K] on the host; made where it is not known yet."""
+        key = (tuple(timestep.tolist()), model.dtype, str(model.device))
+        version = _weights_version(model)
+        with self._lock:
+            if self._model is not model or self._version != version:
+                self._model, self._version = model, version
+                self._tables.clear()
+            made, kept = self._tables.pop(key, (None, False))
+        if made is None:
+            made = table(model, timestep)
+        with self._lock:
+            if self._model is model and self._version == version:
+                self._tables[key] = made, prepared or kept
+                passing = [k for k, (_, stays) in self._tables.items() if not stays]
+                for old in passing[: -self.capacity]:
+                    del self._tables[old]
+        return made
+
+
+def _weights_version(model: LensTransformer2DModel) -> tuple[Any, ...]:
+    weights = [*model.time_embedding.parameters(), *model.final_modulation.parameters()]
+    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
 
 
 def evict(model: LensTransformer2DModel, device: torch.device | str = "cpu") -> int:
-    """Move the blocks' modulation weights to ``device``; returns the bytes moved. ``"meta"`` drops them for good.
+    """Move the blocks' modulation weights to ``device``; returns their bytes. ``"meta"`` drops them for good.
 
-    Tables already made stay valid; a new schedule computes each projection where its weights are ("cpu") or raises ("meta").
+    Tables already made stay valid. A new schedule computes each projection where its weights are ("cpu") or raises
+    RuntimeError ("meta"), so ``LensPipeline.prepare`` the schedules to be drawn first.
     """
     moved = 0
-    for block in model.blocks:
+    for block in model.layers():
         for stream in (block.image, block.text):
             moved += sum(p.numel() * p.element_size() for p in stream.modulation.parameters())
             stream.modulation.to(device)

@@ -1,8 +1,8 @@
 """3. Samples of any size and text length -> packed rows: offsets, gather indices, rotary tables.
 
-Two packed streams run through the blocks, image rows and text rows, samples back to back and nothing padded. Attention
-and the rotary tables use the joint layout, per sample [image | text], so ``joint_offsets = image_offsets + text_offsets``.
-The plan is made on the host once per batch and reused for every block and step.
+Two packed streams run through the blocks, image rows and text rows, samples back to back and nothing padded.
+Attention and the rotary tables use the joint layout, per sample [image | text], so ``joint_offsets = image_offsets +
+text_offsets``. The plan is made on the host once per batch and reused for every block and step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from .rope import image_positions, rope_table, text_positions
 
@@ -48,28 +49,29 @@ def plan(
 ) -> Packing:
     """Plan a packed batch.
 
-    grids: one (height, width) in tokens per sample. text_index: per sample the positions of its valid text tokens in its
-    own padded sequence (int64 [T]), or just their number where nothing precedes or splits them.
+    grids: one (height, width) in tokens per sample. text_index: per sample the positions of its valid text tokens in
+    its own padded sequence (int64 [T]), or just their number where nothing precedes or splits them.
     """
     if len(grids) != len(text_index):
         raise ValueError(
             f"lens.packing.plan: one text_index per grid expected, got {len(text_index)} for {len(grids)} grids"
         )
-    positions, image_lengths, text_lengths = [], [], []
+    tables, image_lengths, text_lengths = [], [], []
     for (height, width), index in zip(grids, text_index):
         index = torch.arange(index) if isinstance(index, int) else index.cpu()
-        positions += [image_positions(height, width), text_positions(index, height, width)]
+        positions = torch.cat([image_positions(height, width), text_positions(index, height, width)])
+        # sample by sample: a vectorised cosine gives the last elements of an array other bits than the same ones inside
+        tables.append(rope_table(positions, axes_dims))
         image_lengths.append(height * width)
         text_lengths.append(len(index))
-    cos, sin = rope_table(torch.cat(positions), axes_dims)
     return Packing(
         grids=tuple((int(h), int(w)) for h, w in grids),
         image_lengths=image_lengths,
         text_lengths=text_lengths,
         image_offsets=offsets_of(image_lengths, device),
         text_offsets=offsets_of(text_lengths, device),
-        cos=cos.to(device),
-        sin=sin.to(device),
+        cos=torch.cat([cos for cos, _ in tables]).to(device),
+        sin=torch.cat([sin for _, sin in tables]).to(device),
     )
 
 
@@ -82,3 +84,35 @@ def valid_rows(lengths_or_mask: Sequence[int] | Tensor, length: int) -> Tensor:
         return lengths_or_mask.reshape(-1).nonzero().squeeze(1)
     starts = [torch.arange(n) + b * length for b, n in enumerate(lengths_or_mask)]
     return torch.cat(starts) if starts else torch.zeros(0, dtype=torch.int64)
+
+
+def pad_features(samples: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Tensor]:
+    """B samples of F tensors [T_b, E] -> F tensors [B, T, E], zero padded on the right, and mask bool [B, T]."""
+    lengths = torch.tensor([len(s[0]) for s in samples])
+    features = [pad_sequence([s[f] for s in samples], batch_first=True) for f in range(len(samples[0]))]
+    return features, torch.arange(int(lengths.max()))[None] < lengths[:, None]
+
+
+def split_features(
+    name: str, features: Sequence[Tensor], mask: Tensor | None, layers: int, width: int
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """A caller's padded features, checked -> per sample the F tensors [T_b, E] of its valid tokens, their positions [T_b].
+
+    features: F = ``layers`` tensors [B, T, E = ``width``], finite; mask: bool [B, T], True = valid, None: all valid.
+    """
+    if isinstance(features, Tensor) or len(features) != layers:
+        got = "one tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
+        raise ValueError(f"{name} must be a list of F = {layers} tensors [B, T, E], got {got}")
+    shape = list(features[0].shape)
+    expected = [*shape[:2], width] if len(shape) == 3 else ["B", "T", width]
+    for i, tensor in enumerate(features):
+        if list(tensor.shape) != expected:
+            raise ValueError(f"{name}[{i}] must have the shape [B, T, E] = {expected}, got {list(tensor.shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{name}[{i}] holds NaN or infinity")
+    if mask is None:
+        mask = torch.ones(shape[:2], dtype=torch.bool)
+    if list(mask.shape) != shape[:2]:
+        raise ValueError(f"the mask of {name} must be [B, T] = {shape[:2]}, got {list(mask.shape)}")
+    valid = [row.nonzero().squeeze(1) for row in mask.bool().cpu()]
+    return [[f[b][index.to(f.device)] for f in features] for b, index in enumerate(valid)], valid

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
 
 TOKEN_PIXELS = 16  # the VAE's factor 8 times the 2x2 patch
 
-# (height, width) of the released buckets; aspect ratios are spoken of as "W:H". Other bases follow the formula of bucket_size.
-_RATIOS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")
+# (height, width) of the released buckets from tall to square; the wide ones are their transposes. Aspect ratios are
+# spoken of as "W:H". Other bases follow the formula of bucket_size.
+_TALL = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1))
 _PORTRAIT = {
     1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),
     1440: ((2080, 1040), (1936, 1088), (1760, 1168), (1616, 1216), (1440, 1440)),
@@ -22,46 +26,60 @@ def _round16(value: float) -> int:
     return max(TOKEN_PIXELS, int(value / TOKEN_PIXELS + 0.5) * TOKEN_PIXELS)
 
 
-def parse_ratio(aspect_ratio: str) -> float:
-    """ "W:H" -> height / width. Anything from 1:2 to 2:1 is accepted; outside of that or not "W:H" raises."""
+def parse_ratio(aspect_ratio: str) -> Fraction:
+    """ "W:H" -> width / height. Anything from 1:2 to 2:1 is accepted; outside of that or not "W:H" raises."""
     try:
-        w, h = (float(part) for part in aspect_ratio.split(":"))
-        ratio = h / w
+        w, h = aspect_ratio.split(":")
+        ratio = Fraction(w.strip()) / Fraction(h.strip())
     except (ValueError, ZeroDivisionError, AttributeError):
         raise ValueError(f'aspect_ratio must be "W:H", such as "16:9", got {aspect_ratio!r}') from None
-    if not (math.isfinite(ratio) and 0.5 <= ratio <= 2.0):
+    if not Fraction(1, 2) <= ratio <= 2:
         raise ValueError(f"aspect_ratio must lie between 1:2 and 2:1, got {aspect_ratio!r}")
     return ratio
 
 
 def bucket_size(base_resolution: int, aspect_ratio: str) -> tuple[int, int]:
-    """(height, width) of a bucket: the released table where it has one, else round16(base sqrt(H/W)), round16(base sqrt(W/H))."""
+    """(height, width) of a bucket: the released table's where it has one (of any spelling: 2:4 is 1:2).
+
+    Elsewhere round16(base sqrt(H/W)), round16(base sqrt(W/H)).
+    """
     if base_resolution not in RELEASED_BASES + MINI_BASES:
         raise ValueError(
-            f"base_resolution must be one of {RELEASED_BASES} (released) or {MINI_BASES} (Mini), got {base_resolution!r}"
+            f"base_resolution must be one of {RELEASED_BASES} (released) or {MINI_BASES} (Mini), "
+            f"got {base_resolution!r}"
         )
     ratio = parse_ratio(aspect_ratio)
-    if base_resolution in _PORTRAIT and aspect_ratio in _RATIOS:
-        index = _RATIOS.index(aspect_ratio)
-        if index <= 4:
-            return _PORTRAIT[base_resolution][index]
-        height, width = _PORTRAIT[base_resolution][8 - index]
-        return width, height
-    return _round16(base_resolution * math.sqrt(ratio)), _round16(base_resolution / math.sqrt(ratio))
+    for (w, h), (height, width) in zip(_TALL, _PORTRAIT.get(base_resolution, ())):
+        if ratio == Fraction(w, h):
+            return height, width
+        if ratio == Fraction(h, w):
+            return width, height
+    stretch = math.sqrt(ratio)
+    return _round16(base_resolution / stretch), _round16(base_resolution * stretch)
+
+
+def _pixels(name: str, value: Any) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        pixels = operator.index(value)  # numpy's integers too, never 64.0
+    except TypeError:
+        pixels = 0
+    if pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS:
+        raise ValueError(f"{name} must be a positive multiple of {TOKEN_PIXELS} pixels, got {value!r}")
+    return pixels
 
 
 def check_size(height: int, width: int, max_trained: int) -> tuple[int, int]:
     """Refuse sizes that tokens cannot tile; warn outside 1:2 to 2:1 and above the largest trained base squared."""
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < TOKEN_PIXELS or value % TOKEN_PIXELS:
-            raise ValueError(f"{name} must be a positive multiple of {TOKEN_PIXELS} pixels, got {value!r}")
+    height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
-        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=3)
+        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=4)
     if height * width > max_trained**2:
         warnings.warn(
-            f"{height}x{width} is larger than the largest size this model was trained at ({max_trained}x{max_trained}); "
-            "composition may repeat or drift",
-            stacklevel=3,
+            f"{height}x{width} is larger than the largest size this model was trained at "
+            f"({max_trained}x{max_trained}); composition may repeat or drift",
+            stacklevel=4,
         )
     return height, width
 
@@ -76,15 +94,18 @@ def request_grids(
     default_base: int,
     max_trained: int,
 ) -> list[tuple[int, int]]:
-    """A call's size arguments -> one grid (height, width) in tokens per prompt. Half a pair or two ways at once raise."""
+    """A call's size arguments -> one grid (height, width) in tokens per prompt. Half a pair, or two ways, raises."""
     for a, b, name in ((height, width, "height and width"), (base, ratio, "base_resolution and aspect_ratio")):
         if (a is None) != (b is None):
             raise ValueError(f"{name} must be given together")
     if sum(x is not None for x in (height, base, sizes)) > 1:
         raise ValueError("give only one of sizes, height and width, base_resolution and aspect_ratio")
     if sizes is not None:
-        pairs = [tuple(s) for s in sizes]
-        if len(pairs) != count or any(len(p) != 2 for p in pairs):
+        try:
+            pairs = [(h, w) for h, w in sizes]
+        except (TypeError, ValueError):
+            pairs = []
+        if len(pairs) != count:
             raise ValueError(f"sizes must be one (height, width) per prompt ({count}), got {sizes!r}")
     elif base is not None and ratio is not None:
         pairs = [bucket_size(base, ratio)] * count
@@ -92,5 +113,5 @@ def request_grids(
         pairs = [(height, width)] * count
     else:
         pairs = [(default_base, default_base)] * count
-    checked = [check_size(h, w, max_trained) for h, w in pairs]
-    return [(h // TOKEN_PIXELS, w // TOKEN_PIXELS) for h, w in checked]
+    checked = {pair: check_size(*pair, max_trained) for pair in pairs}  # one warning per size
+    return [(checked[p][0] // TOKEN_PIXELS, checked[p][1] // TOKEN_PIXELS) for p in pairs]

@@ -22,7 +22,7 @@ def image_positions(height: int, width: int) -> Tensor:
 
 
 def text_positions(index: Tensor, height: int, width: int) -> Tensor:
-    """int64 [T, 3]: text token ``index[j]`` sits at max(h//2, w//2) + index[j] on all three axes, so text follows the picture."""
+    """int64 [T, 3]: text token ``index[j]`` sits at max(h//2, w//2) + index[j] on all axes, after the picture."""
     return (index.long() + max(height // 2, width // 2))[:, None].expand(-1, 3)
 
 

@@ -5,7 +5,9 @@ The velocity is d x / d sigma, so a step is x += (sigma_next - sigma) * v. Laten
 
 from __future__ import annotations
 
+import hashlib
 import math
+import operator
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Empirical fit of the released scheduler: mu is linear in the token count at 10 and at 200 steps, interpolated in steps.
+from . import ops
+
+# Empirical fit of the released scheduler: mu is linear in the tokens at 10 and at 200 steps, interpolated in between.
 _SLOPE_10, _OFFSET_10 = 8.73809524e-5, 1.89833333
 _SLOPE_200, _OFFSET_200 = 1.6927e-4, 0.45666666
 _LARGE = 4300  # tokens above which only the 200-step line holds
@@ -23,7 +27,7 @@ _REFUSED = ("use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas", "i
 
 
 def mu(image_tokens: int, steps: int) -> float:
-    """Shift of the time axis for a picture of ``image_tokens`` sampled in ``steps`` (2.198 at 4096 tokens, 20 steps)."""
+    """Shift of the time axis for a picture of ``image_tokens`` drawn in ``steps`` (2.198 at 4096 tokens, 20 steps)."""
     m200 = _SLOPE_200 * image_tokens + _OFFSET_200
     if image_tokens > _LARGE:
         return m200
@@ -69,13 +73,13 @@ class Scheduler:
         """
         if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}")
-        s = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
+        s: Any = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
         if self.use_dynamic_shifting:
             e = math.exp(mu(image_tokens, steps))
             s = e / (e + (1 / s - 1))
         else:
             s = self.shift * s / (1 + (self.shift - 1) * s)
-        return torch.from_numpy(np.append(s.astype(np.float32), np.float32(0)))
+        return torch.from_numpy(np.append(s, 0.0).astype(np.float32))
 
 
 def sigmas(image_tokens: int, steps: int) -> Tensor:
@@ -96,15 +100,44 @@ def conditioning_time(sigma: Tensor, dtype: torch.dtype, time_dtype: str = "refe
     return ((1000.0 * sigma.float()).to(dtype) / 1000).float()
 
 
-def stochastic_step(x: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, noise: Tensor) -> Tensor:
-    """x' = (1 - sigma_next) (x - sigma v) + sigma_next noise, all float32 [R, C], sigma and sigma_next [R, 1]."""
-    return (1 - sigma_next) * (x - sigma * velocity) + sigma_next * noise
+def guided(c: Tensor, u: Tensor | None, guidance: float, offsets: Tensor) -> Tensor:
+    """The guided velocity float32 [R, C] of packed rows by itself: one Euler step of length 1 from zero."""
+    one = torch.ones(len(offsets) - 1, device=c.device)
+    return ops.guidance_step(torch.zeros_like(c, dtype=torch.float32), c, u, one, guidance, offsets)
+
+
+def step(
+    x: Tensor,
+    c: Tensor,
+    u: Tensor | None,
+    sigma: Tensor,
+    sigma_next: Tensor,
+    guidance: float,
+    offsets: Tensor,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """One step of packed latents x float32 [R, C] along velocities c, u [R, C]; sigma, sigma_next float32 [B].
+
+    Euler: x + (sigma_next - sigma) v; with noise [R, C], stochastic: (1 - sigma_next) (x - sigma v) + sigma_next noise.
+    """
+    if noise is None:
+        return ops.guidance_step(x, c, u, (sigma_next - sigma).to(x.device), guidance, offsets)
+    velocity, repeats = guided(c, u, guidance, offsets), offsets.diff().long().cpu()
+    s, s_next = (v.repeat_interleave(repeats)[:, None].to(x.device) for v in (sigma, sigma_next))
+    return (1 - s_next) * (x - s * velocity) + s_next * noise.to(x.device)
 
 
 def step_noise(seed: int, step: int, rows: int, channels: int) -> Tensor:
-    """The noise a stochastic step adds to one picture, float32 [rows, channels], keyed by (seed, step)."""
-    generator = torch.Generator("cpu").manual_seed((seed * 1_000_003 + step + 1) % 2**63)
+    """The noise a stochastic step adds to one picture, float32 [rows, channels], keyed by (seed, purpose, step)."""
+    key = hashlib.sha256(f"lens step noise {seed} {step}".encode()).digest()
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(key[:8], "little") >> 1)
     return torch.randn((rows, channels), generator=generator)
+
+
+def noise_key(noise: Tensor) -> int:
+    """A seed for the step noise of a picture that started from given noise: from its bytes, not from its place."""
+    digest = hashlib.sha256(noise.float().cpu().contiguous().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "little")
 
 
 def start_noise(
@@ -124,8 +157,8 @@ def start_noise(
     unseeded: list[int | None] = [None] * batch
     if latents is not None:
         given = list(latents)
-        if [tuple(x.shape) for x in given] != list(shapes):
-            got = [tuple(x.shape) for x in given]
+        got = [tuple(x.shape) for x in given]
+        if got != list(shapes):
             raise ValueError(f"latents must be {batch} tensors of shapes [I, C] = {list(shapes)}, got {got}")
         if not all(torch.isfinite(x).all() for x in given):
             raise ValueError("latents holds NaN or infinity")
@@ -134,16 +167,29 @@ def start_noise(
         if len(set(shapes)) > 1:
             raise ValueError("one generator draws [B, I, C] at once, so all sizes must be equal; pass one per picture")
         return list(torch.randn((batch, *shapes[0]), generator=generator, device=generator.device)), unseeded
-    seeds = unseeded
     if generator is not None:
         generators = list(generator)
         if len(generators) != batch:
             raise ValueError(f"generator must be one or one per picture ({batch}), got {len(generators)}")
-    else:
-        first = secrets.randbelow(2**31) if seed is None else seed
-        listed = [first + k for k in range(batch)] if isinstance(first, int) else [int(s) for s in first]
-        if len(listed) != batch:
-            raise ValueError(f"seed must be an int or one per picture ({batch}), got {len(listed)}")
-        generators = [torch.Generator("cpu").manual_seed(s) for s in listed]
-        seeds = list(listed)
-    return [torch.randn((1, *s), generator=g, device=g.device)[0] for s, g in zip(shapes, generators)], seeds
+        return [_draw(s, g) for s, g in zip(shapes, generators)], unseeded
+    seeds = _seeds(secrets.randbelow(2**31) if seed is None else seed, batch)
+    drawn = [_draw(s, torch.Generator("cpu").manual_seed(k)) for s, k in zip(shapes, seeds)]
+    return drawn, list(seeds)
+
+
+def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    return torch.randn((1, *shape), generator=generator, device=generator.device)[0]
+
+
+def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
+    """One int counts up from picture to picture; B ints stand as they are."""
+    try:
+        seeds = [operator.index(seed) + k for k in range(batch)]  # type: ignore[arg-type]
+    except TypeError:
+        try:
+            seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
+        except TypeError:
+            seeds = []
+    if len(seeds) != batch or not all(-(2**63) <= s < 2**64 for s in seeds):
+        raise ValueError(f"seed must be an int or one per picture ({batch}), each of 64 bits, got {seed!r}")
+    return seeds

@@ -29,9 +29,10 @@ SYSTEM = (
 )
 ANALYSIS = "Need to generate one image according to the description."
 RETURN = "<|return|>"
+TRUNCATIONS = ("reference", "prompt")
 _SLOT = "\ue000lens-prompt\ue001"  # private-use characters: stands for the prompt while the chat is rendered
 
-# Used where a checkpoint has no chat_template.jinja: the harmony chat of GPT-OSS for exactly the three turns Lens sends.
+# Used where a checkpoint has no chat_template.jinja: the harmony chat of GPT-OSS for just the three turns Lens sends.
 HARMONY_TEMPLATE = """\
 {{- "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\\n" -}}
 {{- "Knowledge cutoff: 2024-06\\nCurrent date: " + strftime_now("%Y-%m-%d") + "\\n\\nReasoning: medium\\n\\n" -}}
@@ -47,6 +48,24 @@ HARMONY_TEMPLATE = """\
   {%- endif -%}
 {%- endfor -%}
 """
+
+
+def prompt_list(name: str, value: str | Sequence[str] | None) -> list[str]:
+    """A call's argument ``name`` as a non-empty list of strings, or ValueError."""
+    values = [value] if isinstance(value, str) else list(value) if value is not None else []
+    if not values or not all(isinstance(v, str) for v in values):
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}")
+    return values
+
+
+def negative_list(value: str | Sequence[str] | None, count: int) -> list[str | None]:
+    """One negative prompt per prompt; None for a blank one: it carries no text at all, not an encoded empty string."""
+    prompts = [""] if value is None else prompt_list("negative_prompt", value)
+    if len(prompts) == 1:
+        prompts = prompts * count
+    if len(prompts) != count:
+        raise ValueError(f"negative_prompt must be one string or one per prompt ({count}), got {len(prompts)}")
+    return [p if p.strip() else None for p in prompts]
 
 
 class ChatTokenizer:
@@ -136,17 +155,20 @@ class ChatTokenizer:
         "reference" cuts the end of the whole (first the assistant turn, then the prompt); "prompt" cuts only the
         prompt, keeps what follows it, and warns. Control markers typed in a prompt are encoded as ordinary text.
         """
-        if truncation not in ("reference", "prompt"):
-            raise ValueError(f"truncation must be 'reference' or 'prompt', got {truncation!r}")
+        if truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}")
         before, after = self.frame(chat_date)
-        if truncation == "reference" and not self._marker.search(prompt):
-            return self._encode(before + prompt + after)[:max_length]
+        if not self._marker.search(prompt):
+            whole = self._encode(before + prompt + after)
+            if truncation == "reference" or len(whole) <= max_length:
+                return whole[:max_length]
         head, middle, tail = self._encode(before), self._encode(prompt, markers=False), self._encode(after)
         if truncation == "prompt" and len(head) + len(middle) + len(tail) > max_length:
             keep = max_length - len(head) - len(tail)
             if keep < 0:
                 raise ValueError(
-                    f"max_sequence_length must be at least {len(head) + len(tail)} with truncation='prompt', got {max_length}"
+                    f"max_sequence_length must be at least {len(head) + len(tail)} with truncation='prompt', "
+                    f"got {max_length}"
                 )
             warnings.warn(f"the prompt has {len(middle)} tokens; only the first {keep} are kept", stacklevel=4)
             middle = middle[:keep]
@@ -154,9 +176,9 @@ class ChatTokenizer:
 
 
 class TextEncoder:
-    """Prompts -> features [T, E] of the selected layers of a GPT-OSS model, one prompt at a time (neighbour-independent)."""
+    """Prompts -> features [T, E] of selected layers of a GPT-OSS model, one prompt at a time: independent of others."""
 
-    def __init__(self, tokenizer: ChatTokenizer, model: nn.Module, layers: Sequence[int]):
+    def __init__(self, tokenizer: ChatTokenizer, model: Any, layers: Sequence[int]):
         self.tokenizer = tokenizer
         self.model = model
         self.layers = tuple(layers)
@@ -194,6 +216,17 @@ class TextEncoder:
             padded[row, : len(sequence)] = torch.tensor(sequence)
             mask[row, : len(sequence)] = True
         return padded, mask
+
+    def encode(
+        self, prompts: Sequence[str], max_sequence_length: int, truncation: str, chat_date: str | None
+    ) -> list[list[Tensor]]:
+        """Per prompt its features, F tensors [T, E]; equal prompts are encoded once and share one list."""
+        cache: dict[str, list[Tensor]] = {}
+        for prompt in prompts:
+            if prompt not in cache:
+                ids = self.tokenizer.encode(prompt, max_sequence_length, truncation, chat_date)
+                cache[prompt] = self.features(ids)
+        return [cache[prompt] for prompt in prompts]
 
     @torch.no_grad()
     def features(self, ids: Sequence[int]) -> list[Tensor]:

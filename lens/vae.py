@@ -6,9 +6,11 @@ Shapes: h x w grid in tokens, C = 4c channels of a token, pictures [H, W, 3] wit
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def unpatchify(rows: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -27,8 +29,9 @@ def patchify(latents: Tensor) -> Tensor:
 class PixelCodec:
     """Decode and encode one picture at a time, so that a picture's bits do not depend on its batch."""
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: Any):
         self.vae = vae
+        self.channels = 4 * int(vae.config.latent_channels)  # of a token
         self._mean = vae.bn.running_mean
         self._std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
 
@@ -41,7 +44,7 @@ class PixelCodec:
 
     @torch.no_grad()
     def encode(self, picture: Tensor) -> Tensor:
-        """Picture [H, W, 3] in [-1, 1] -> normalised token rows [h*w, C]: posterior mode, patchify, (z - mean) / std."""
+        """Picture [H, W, 3] in [-1, 1] -> token rows [h*w, C]: posterior mode, patchify, (z - mean) / std."""
         pixels = picture.to(self._mean.device, self._mean.dtype).permute(2, 0, 1)[None]
         return (patchify(self.vae.encode(pixels).latent_dist.mode())[0] - self._mean) / self._std
 
