@@ -86,8 +86,11 @@ def _experts(mlp: nn.Module, x: Tensor) -> Tensor:
 def _layer(
     layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """One decoder layer over x [B, T, E]; `past` holds keys and values [1, N, P, H] shared by the batch."""
-    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb, repeat_kv
+    """One decoder layer over x [B, T, E]; `past` holds keys and values [1, N, P, H] shared by the batch.
+
+    The shared keys are multiplied with all queries of the batch at once, never copied per sample.
+    """
+    from transformers.models.gpt_oss.modeling_gpt_oss import apply_rotary_pos_emb
 
     attention, (batch, length, _) = layer.self_attn, x.shape
     a = layer.input_layernorm(x)
@@ -96,16 +99,26 @@ def _layer(
         for p in (attention.q_proj, attention.k_proj, attention.v_proj)
     )
     q, k = apply_rotary_pos_emb(q, k, cos, sin)
-    own = (k, v)
+    heads, groups, width = k.shape[1], attention.num_key_value_groups, attention.head_dim
+    grouped = (q * attention.scaling).reshape(
+        batch, heads, groups * length, width
+    )  # query head i reads kv head i // groups
+    parts = [grouped @ k.transpose(2, 3)]
     if past is not None:
-        k, v = (torch.cat([old.expand(batch, -1, -1, -1), new], 2) for old, new in zip(past, own))
-    k, v = repeat_kv(k, attention.num_key_value_groups), repeat_kv(v, attention.num_key_value_groups)
-    scores = q @ k.transpose(2, 3) * attention.scaling + mask
+        shared = grouped.transpose(0, 1).reshape(heads, batch * groups * length, width)
+        parts.insert(0, (shared @ past[0][0].transpose(1, 2)).view(heads, batch, groups * length, -1).transpose(0, 1))
+    scores = torch.cat(parts, -1).view(batch, heads * groups, length, -1) + mask
     sinks = attention.sinks.reshape(1, -1, 1, 1).expand(batch, -1, length, 1)
-    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
-    x = x + attention.o_proj((weights @ v).transpose(1, 2).reshape(batch, length, -1))
+    weights = torch.cat([scores, sinks], -1).softmax(-1).view(batch, heads, groups * length, -1)
+    start = scores.shape[-1] - length
+    mixed = weights[..., start:-1] @ v
+    if past is not None:
+        shared = weights[..., :start].transpose(0, 1).reshape(heads, batch * groups * length, start)
+        mixed = mixed + (shared @ past[1][0]).view(heads, batch, groups * length, width).transpose(0, 1)
+    mixed = mixed.reshape(batch, heads * groups, length, width).transpose(1, 2).reshape(batch, length, -1)
+    x = x + attention.o_proj(mixed)
     a = layer.post_attention_layernorm(x)
-    return x + _experts(layer.mlp, a.reshape(batch * length, -1)).view_as(x), own
+    return x + _experts(layer.mlp, a.reshape(batch * length, -1)).view_as(x), (k, v)
 
 
 def _masks(start: int, length: int, window: int | None) -> Tensor:

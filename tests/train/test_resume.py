@@ -1,0 +1,162 @@
+"""Every stage resumes bit for bit on a CPU: n steps at once equal some, a stop, and the rest."""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from train import configs, encoder, pretrain, vae
+from train.checkpointing import load_state, save_state
+from train.logging import JsonLog
+from train.loop import Clock, Ema, duration, keyed, rate
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe(stage, **changes):
+    module = ModuleType("recipe")
+    module.__dict__.update({k: v for k, v in vars(configs.load("mini", stage)).items() if k.isupper()})
+    for name, value in changes.items():
+        old = getattr(module, name)
+        setattr(module, name, {**old, **value} if isinstance(old, dict) else value)
+    return module
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    out = tmp_path_factory.mktemp("vae")
+    config = recipe("vae", CODEC={"scenes": 500, "steps": 3, "batch": 8}, STATISTICS_SCENES=500)
+    vae.train_codec(config, out, JsonLog(out / "log.jsonl"))
+    return out
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+def assert_same_state(one, two, stage):
+    first, second = load_state(one, stage), load_state(two, stage)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert equal(first[key], second[key]), key
+
+
+@pytest.mark.parametrize("part", ["decoder", "encoder"])
+def test_vae_halves(codec, tmp_path, part):
+    config = recipe("vae", DECODER={"batch": 2, "detail_from": 0, "detail_full": 3}, ENCODER={"batch": 2})
+    for name, stops in (("whole", [4]), ("parts", [1, 4])):
+        out = tmp_path / name
+        out.mkdir()
+        (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
+        for stop in stops:
+            # the schedule belongs to the whole run; a stop is only the clock running out
+            clock = CountingClock(stop - (1 if len(stops) > 1 and stop == 4 else 0))
+            vae.train_half(config, part, out, JsonLog(out / "log.jsonl"), clock, None, 4)
+    assert_same_state(tmp_path / "whole" / f"{part}.pt", tmp_path / "parts" / f"{part}.pt", f"vae {part}")
+
+
+class CountingClock:
+    """Over after a number of questions, so that a stop falls on a known step."""
+
+    def __init__(self, steps):
+        self.left, self.elapsed = steps, 1.0
+
+    @property
+    def over(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_encoder(tmp_path, monkeypatch):
+    config = recipe("encoder", TRAIN={"batch": 4})
+    monkeypatch.setattr(encoder, "VALIDATION_SEED", 10)
+    for name, stops in (("whole", [3]), ("parts", [1, 2])):
+        for stop in stops:
+            encoder.train(config, tmp_path / name, JsonLog(tmp_path / name / "log.jsonl"), CountingClock(stop), None, 3)
+    assert_same_state(tmp_path / "whole" / "encoder.pt", tmp_path / "parts" / "encoder.pt", "encoder")
+
+
+@pytest.fixture(scope="module")
+def text_state(tmp_path_factory):
+    out = tmp_path_factory.mktemp("encoder")
+    encoder.train(recipe("encoder", TRAIN={"batch": 4}), out, JsonLog(out / "log.jsonl"), CountingClock(1), None, 1)
+    return out / "encoder.pt"
+
+
+def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, monkeypatch):
+    """12 steps: windows of 4 batches of 8, joint until step 6; stopped after 1, 5 and 7."""
+    config = recipe("pretrain", WINDOW=32, BATCHES=((0, 8),), WARMUP=2)
+
+    def run(out, stop):
+        monkeypatch.setattr(pretrain, "Clock", lambda _limit: CountingClock(stop))
+        options = argparse.Namespace(
+            config="mini",
+            out=out,
+            vae=codec,
+            encoder=text_state,
+            stop_after=None,
+            steps=12,
+            decay=4,
+            joint_steps=6,
+            lr_scale=1.0,
+            init=None,
+        )
+        pretrain.train(config, options)
+
+    run(tmp_path / "whole", 99)
+    for stop in (1, 4, 2, 99):
+        run(tmp_path / "parts", stop)
+    state = load_state(tmp_path / "whole" / "pretrain.pt", "pretrain")
+    assert (state["step"], state["window"], state["position"]) == (12, 2, 4)
+    assert_same_state(tmp_path / "whole" / "pretrain.pt", tmp_path / "parts" / "pretrain.pt", "pretrain")
+    frozen = [k for k in state["model"] if k.startswith("encoder.") and "lm_head" not in k]
+    drift = [(state["model"][k] - state["ema"]["average"][k]).abs().max().item() for k in frozen]
+    assert max(drift) < 1e-5  # from the freeze on the average stands still on the weights in use
+
+
+def test_stop_after_saves_and_exits_zero(codec, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
+    command = [sys.executable, "-m", "train", "vae", "--out", str(out), "--part", "encoder", "--stop-after", "1s"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert load_state(out / "encoder.pt", "vae encoder")["step"] < configs.load("mini", "vae").ENCODER["steps"]
+
+
+def test_state_files_are_typed_and_never_half_written(tmp_path):
+    path = tmp_path / "a.pt"
+    save_state(path, {"stage": "encoder", "step": 3})
+    assert load_state(path, "encoder")["step"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+    with pytest.raises(ValueError, match="expected 'pretrain'"):
+        load_state(path, "pretrain")
+    with pytest.raises(FileNotFoundError, match="no training state"):
+        load_state(tmp_path / "b.pt", "encoder")
+
+
+def test_helpers():
+    assert [duration(t) for t in ("90s", "9m", "1.5h", "30")] == [90, 540, 5400, 30]
+    with pytest.raises(ValueError, match="9 minutes"):
+        duration("9 minutes")
+    assert [rate(s, 1.0, 2, 10, 4) for s in (0, 1, 5, 8, 9, 10)] == [0.5, 1, 1, 0.5, 0.25, 0]
+    assert torch.equal(torch.rand(3, generator=keyed(1, "a", 2)), torch.rand(3, generator=keyed(1, "a", 2)))
+    assert not torch.equal(torch.rand(3, generator=keyed(1, "a", 2)), torch.rand(3, generator=keyed(1, "a", 3)))
+    module = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(module.weight)
+    ema = Ema(module, 0.5)
+    torch.nn.init.ones_(module.weight)
+    ema.update(module)  # decay (1 + 0) / (10 + 0)
+    assert ema.average["weight"].item() == pytest.approx(0.9)
+    assert Clock(None).over is False
+    assert Clock(0).over is True
