@@ -7,6 +7,7 @@ pictures go to stdout, one per line; progress and notices to stderr.
 from __future__ import annotations
 
 import datetime
+import math
 import secrets
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, cast
 
@@ -74,100 +76,73 @@ def main() -> None:
     app(prog_name="lens")
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> None:
+    if wanted:
         typer.echo(f"lens {__version__}")
         raise typer.Exit
 
 
+VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+
+
+@app.callback()
+def _root(version: Annotated[bool, VERSION] = False) -> None: ...
+
+
 # ------------------------------------------------------------------------------------------------ generate
 
-_WHAT, _HOW, _OUT, _WHERE = "What to draw", "How to draw it", "Files", "Model and machine"
+_what = partial(typer.Option, rich_help_panel="What to draw", show_default=False)
+_how = partial(typer.Option, rich_help_panel="How to draw it", show_default=False)
+_files = partial(typer.Option, rich_help_panel="Files", show_default=False)
+_where = partial(typer.Option, rich_help_panel="Model and machine", show_default=False)
+
+FILE = 'Prompts from a text file, one per line; # starts a comment line; "-" is stdin.'
+LIKE = "Redraw a picture from the recipe inside it; every other option overrides its part of the recipe."
+PER_PROMPT = "Pictures per prompt (default: 1, or as many as --seed lists)."
+SEED = "Starting noise: S gives picture k the seed S + k; a list, one to each (default: random, reported)."
+SIZE = "Height x width in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
+BASE = "Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect."
+GUIDANCE = "How strongly the prompt pulls; 1 turns guidance off and halves the work (default: the model's)."
+CHAT_DATE = f'Date written into the text encoder\'s chat, or "today" (default: {DEFAULT_CHAT_DATE}).'
+TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "prompt" the prompt (default: reference).'
+OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
+NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {pictures.DEFAULT_NAME})."
+SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
+MODEL = "mini, a folder in the released layout, or a hub id (default: mini)."
+VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
+DEVICE = '"cpu", "cuda" or "cuda:1" (default: cuda if usable, else cpu).'
+DTYPE = "Number type of weights and activations (default: bfloat16 on cuda, float32 on cpu)."
+BATCH = "Pictures drawn at once (default: up to 8, fewer when they are large)."
 
 
 @app.command()
 def generate(
-    prompts: Annotated[
-        list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts.", show_default=False)
-    ] = None,
-    file: Annotated[
-        str | None,
-        typer.Option("--file", "-f", help='Prompts from a text file, one per line; # starts a comment line; "-" is stdin.', rich_help_panel=_WHAT),
-    ] = None,
-    negative: Annotated[
-        str | None, typer.Option("--negative", help="What the pictures should not show.", rich_help_panel=_WHAT)
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option("--like", metavar="PICTURE.png", help="Redraw a picture from the recipe inside it; every other option overrides its part of the recipe.", rich_help_panel=_WHAT),
-    ] = None,
-    images_per_prompt: Annotated[
-        int | None, typer.Option("--images-per-prompt", "-n", min=1, help="Pictures per prompt. (default: 1, or as many as --seed lists)", show_default=False, rich_help_panel=_WHAT)
-    ] = None,
-    seed: Annotated[
-        str | None,
-        typer.Option("--seed", "-s", metavar="INT[,INT...]", help="Starting noise: S gives picture k the seed S + k; a list gives one to each picture. (default: random, reported)", show_default=False, rich_help_panel=_WHAT),
-    ] = None,
-    size: Annotated[
-        list[str] | None,
-        typer.Option("--size", metavar="HxW", help="Height x width in pixels, multiples of 16; once for all prompts, or once per prompt. (default: the model's own, square)", show_default=False, rich_help_panel=_HOW),
-    ] = None,
-    height: Annotated[int | None, typer.Option("--height", help="Height in pixels; needs --width.", rich_help_panel=_HOW)] = None,
-    width: Annotated[int | None, typer.Option("--width", help="Width in pixels; needs --height.", rich_help_panel=_HOW)] = None,
-    base: Annotated[
-        int | None, typer.Option("--base", help="Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect.", rich_help_panel=_HOW)
-    ] = None,
-    aspect: Annotated[
-        str | None, typer.Option("--aspect", metavar="W:H", help="Aspect ratio from 1:2 to 2:1; needs --base.", rich_help_panel=_HOW)
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Denoising steps. (default: the model's)", show_default=False, rich_help_panel=_HOW)
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option("--guidance", "-g", min=0.0, help="How strongly the prompt pulls; 1 turns guidance off and halves the work. (default: the model's)", show_default=False, rich_help_panel=_HOW)
-    ] = None,
-    chat_date: Annotated[
-        str | None,
-        typer.Option("--chat-date", metavar="YYYY-MM-DD", help=f'Date written into the text encoder\'s chat, or "today". (default: {DEFAULT_CHAT_DATE})', show_default=False, rich_help_panel=_HOW),
-    ] = None,
-    truncation: Annotated[
-        Truncation | None,
-        typer.Option("--truncation", help='Prompts beyond 512 tokens: "reference" cuts the end of the whole chat, "prompt" only the prompt. (default: reference)', show_default=False, rich_help_panel=_HOW),
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE.png|FOLDER", help="One picture's file, or a folder, made where missing. Existing pictures of the same name are replaced. (default: .)", show_default=False, rich_help_panel=_OUT)
-    ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help=f"File names in the folder, from {{index}}, {{prompt}} and {{seed}}. (default: {pictures.DEFAULT_NAME})", show_default=False, rich_help_panel=_OUT),
-    ] = None,
-    sheet: Annotated[
-        Path | None, typer.Option("--sheet", metavar="FILE.png", help="Also write a contact sheet of all pictures with their prompts.", rich_help_panel=_OUT)
-    ] = None,
-    scale: Annotated[
-        int | None, typer.Option("--scale", min=1, max=64, help="Whole factor by which the sheet enlarges pictures, unsmoothed. (default: small ones to about 192 pixels)", show_default=False, rich_help_panel=_OUT)
-    ] = None,
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="mini, a folder in the released layout, or a hub id. (default: mini)", show_default=False, rich_help_panel=_WHERE),
-    ] = None,
-    variant: Annotated[
-        Variant | None, typer.Option("--variant", help="What the weights are, where the checkpoint does not say: sets default steps and guidance.", show_default=False, rich_help_panel=_WHERE)
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", help='"cpu", "cuda" or "cuda:1". (default: cuda if usable, else cpu)', show_default=False, rich_help_panel=_WHERE)
-    ] = None,
-    dtype: Annotated[
-        DType | None, typer.Option("--dtype", help="Number type of weights and activations (default: bfloat16 on cuda, float32 on cpu).", show_default=False, rich_help_panel=_WHERE)
-    ] = None,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Pictures drawn at once. (default: up to 8, fewer when they are large)", show_default=False, rich_help_panel=_WHERE)
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the pictures' paths only.", rich_help_panel=_WHERE)] = False,
-) -> None:  # fmt: skip
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts.")] = None,
+    file: Annotated[str | None, _what("--file", "-f", help=FILE)] = None,
+    negative: Annotated[str | None, _what("--negative", help="What the pictures should not show.")] = None,
+    like: Annotated[Path | None, _what("--like", metavar="PICTURE.png", help=LIKE)] = None,
+    images_per_prompt: Annotated[int | None, _what("--images-per-prompt", "-n", min=1, help=PER_PROMPT)] = None,
+    seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=SEED)] = None,
+    size: Annotated[list[str] | None, _how("--size", metavar="HxW", help=SIZE)] = None,
+    height: Annotated[int | None, _how("--height", help="Height in pixels; needs --width.")] = None,
+    width: Annotated[int | None, _how("--width", help="Width in pixels; needs --height.")] = None,
+    base: Annotated[int | None, _how("--base", help=BASE)] = None,
+    aspect: Annotated[str | None, _how("--aspect", metavar="W:H", help="From 1:2 to 2:1; needs --base.")] = None,
+    steps: Annotated[int | None, _how("--steps", min=1, help="Denoising steps (default: the model's).")] = None,
+    guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=GUIDANCE)] = None,
+    chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=CHAT_DATE)] = None,
+    truncation: Annotated[Truncation | None, _how("--truncation", help=TRUNCATION)] = None,
+    output: Annotated[Path | None, _files("--output", "-o", metavar="FILE.png|FOLDER", help=OUTPUT)] = None,
+    name: Annotated[str | None, _files("--name", help=NAME)] = None,
+    sheet: Annotated[Path | None, _files("--sheet", metavar="FILE.png", help="Also write a contact sheet.")] = None,
+    scale: Annotated[int | None, _files("--scale", min=1, max=64, help=SCALE)] = None,
+    model: Annotated[str | None, _where("--model", "-m", help=MODEL)] = None,
+    variant: Annotated[Variant | None, _where("--variant", help=VARIANT)] = None,
+    device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
+    dtype: Annotated[DType | None, _where("--dtype", help=DTYPE)] = None,
+    batch_size: Annotated[int | None, _where("--batch-size", min=1, help=BATCH)] = None,
+    quiet: Annotated[bool, _where("--quiet", "-q", help="Print the pictures' paths only.")] = False,
+) -> None:
     """Draw pictures from prompts.
 
     [bold]lens generate "a red apple" -o apple.png[/bold]
@@ -182,6 +157,8 @@ def generate(
         )
         chat_day = _chat_date(chat_date, recipe)
         cut = truncation.value if truncation else recipe.truncation if recipe else Truncation.reference.value
+        if guidance is not None and not math.isfinite(guidance):
+            raise UsageError(f"--guidance must be a finite number, got {guidance}")
         paths = _paths(output, name, request)
         if scale is not None and sheet is None:
             raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
@@ -419,13 +396,15 @@ def _load(
         if recipe and source not in checkpoint.EMBEDDED and "/" not in source:
             raise UsageError(f"the picture was drawn by weights in a folder named {source!r}: give it with --model")
     where = _device(device)
+    kind = variant.value if variant else recipe.variant if recipe else None
     number_type = dtype.value if dtype else recipe.dtype if recipe else None
-    if number_type and number_type not in DType.__members__:
-        raise pictures.RecipeError(f"the recipe's dtype must be float32 or bfloat16, got {number_type!r}")
+    for value, known in ((kind, Variant), (number_type, DType)):
+        if value is not None and value not in known.__members__:
+            raise pictures.RecipeError(f"the recipe names {value!r}, expected one of {', '.join(known.__members__)}")
     with console.status(f"loading {escape(source)}") if not quiet else _nothing():
         return LensPipeline.from_pretrained(
             source,
-            variant=variant.value if variant else None,
+            variant=kind,
             device=where,
             dtype=getattr(torch, number_type) if number_type else None,
         )
@@ -459,7 +438,8 @@ def _model_name(source: str) -> str:
 def _same_checkpoint(recipe: pictures.Recipe, pipe: LensPipeline, like: Path | None, explicit: bool) -> None:
     """Other weights draw another picture: refused, unless the user named those weights himself."""
     if pipe.fingerprint != recipe.fingerprint:
-        what = f"{like} was drawn by other weights (fingerprint {recipe.fingerprint[:12]}, here {str(pipe.fingerprint)[:12]})"
+        theirs, ours = recipe.fingerprint[:12], str(pipe.fingerprint)[:12]
+        what = f"{like} was drawn by other weights (fingerprint {theirs}, here {ours})"
         if not explicit:
             raise checkpoint.CheckpointError(f"{what}; --model names the weights to use")
         warnings.warn(f"{what}: this will be another picture", stacklevel=2)
@@ -492,11 +472,9 @@ def _summary(
 @app.command()
 def doctor(
     model: Annotated[str, typer.Option("--model", "-m", help="Weights for the picture of the self-test.")] = "mini",
-    device: Annotated[
-        str | None, typer.Option("--device", help='"cpu", "cuda" or "cuda:1". (default: cuda if usable, else cpu)', show_default=False)
-    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help=DEVICE, show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
-) -> None:  # fmt: skip
+) -> None:
     """Say what runs here, why, and whether it is right.
 
     Devices, the compiled extension, each op's backend and the reason, packages, then a self-test of about ten seconds:

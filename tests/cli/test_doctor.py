@@ -1,0 +1,142 @@
+"""lens doctor: complete on a healthy installation, and every kind of damage is named with exit code 1."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lens import cli, doctor, ops
+from lens.ops import backend
+from lens.vae import PixelCodec
+
+DEV = Path(__file__).parents[1] / "golden" / "dev"
+CPU = torch.device("cpu")
+
+
+def by_name(findings):
+    return {(f.section, f.name): f for f in findings}
+
+
+def test_a_healthy_installation():
+    result = CliRunner().invoke(cli.app, ["doctor", "--model", str(DEV), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    assert "everything that is here works" in result.stdout
+    for word in ("torch", "driver", "lens._C", "cpu kernels", "batch invariant", "diffusers", "same bits in a batch"):
+        assert word in result.stdout
+    for op in backend.OPS:
+        assert result.stdout.count(f"  {op} ") == 2  # its backend, and its self-test
+
+
+def test_json_says_the_same():
+    result = CliRunner().invoke(cli.app, ["doctor", "--json", "--model", str(DEV), "--device", "cpu"])
+    report = json.loads(result.stdout)
+    assert report["status"] == "ok"
+    assert {"section", "name", "status", "detail", "remedy"} == set(report["findings"][0])
+    tested = {f["name"] for f in report["findings"] if f["section"] == "Self-test on cpu"}
+    assert set(backend.OPS) < tested
+
+
+def test_every_op_has_a_case_whose_result_matters():
+    cases = doctor.op_cases()
+    assert set(cases) == set(backend.OPS)
+    for op, arguments in cases.items():
+        error, spec_error = doctor.compare(op, arguments, torch.bfloat16, CPU)
+        exact = op in ("pack_tokens", "unpack_tokens")
+        assert (spec_error == 0) == exact, op
+        assert error < 0.01
+
+
+@pytest.mark.parametrize("op", backend.OPS)
+@pytest.mark.parametrize("fault", ["scaled", "nan", "raises"])
+def test_a_wrong_op_is_found(monkeypatch, op, fault):
+    right = getattr(ops, op)
+
+    def wrong(*args, **kwargs):
+        if fault == "raises":
+            raise RuntimeError("no such kernel")
+        result = right(*args, **kwargs)
+        first, *rest = result if isinstance(result, tuple) else (result,)
+        first = (
+            first * 1.01 if fault == "scaled" else torch.where(torch.arange(len(first))[:, None] == 3, torch.nan, first)
+        )
+        return (first, *rest) if isinstance(result, tuple) else first
+
+    monkeypatch.setattr(ops, op, wrong)
+    findings = doctor.self_test_ops(CPU)
+    assert {f.name for f in findings if f.status == doctor.BROKEN} == {op}
+    if fault == "raises":
+        assert "no such kernel" in next(f for f in findings if f.name == op).detail
+
+
+def test_a_broken_finding_decides_the_exit_code(monkeypatch):
+    monkeypatch.setattr(doctor, "self_test_picture", lambda *_: [])
+    monkeypatch.setattr(ops, "swiglu", lambda h: h[:, : h.shape[1] // 2])
+    result = CliRunner().invoke(cli.app, ["doctor", "--device", "cpu"])
+    assert result.exit_code == 1
+    assert "broken: swiglu" in result.stdout
+
+
+def test_a_missing_extension_is_broken_and_says_what_to_do(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lens._C", None)
+    (finding,) = doctor.extension()
+    assert finding.status == doctor.BROKEN
+    assert "pip install ." in finding.remedy
+
+
+def test_a_reference_op_is_noted_with_its_reason():
+    with backend.use("reference"):
+        findings = doctor.op_backends(CPU)
+    for f in findings[:-1]:
+        assert (f.status, f.detail) == (doctor.NOTE, "reference: forced to reference")
+
+
+@pytest.mark.parametrize(("version", "detail"), [(None, "missing"), ("4.57.0", "4.57.0, needs >=5")])
+def test_a_missing_or_old_package_is_broken(monkeypatch, version, detail):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "transformers" else real(name))
+    found = by_name(doctor.packages())[("Packages", "transformers")]
+    assert found.status == doctor.BROKEN
+    assert detail in found.detail
+    assert found.remedy == "pip install 'transformers>=5'"
+
+
+def test_a_missing_extra_is_a_note(monkeypatch):
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "fastapi" else real(name))
+    found = by_name(doctor.packages())[("Packages", "[serve]")]
+    assert found.status == doctor.NOTE
+    assert "fastapi" in found.remedy
+
+
+def test_weights_that_are_not_there_are_broken():
+    (finding,) = doctor.self_test_picture(str(DEV.parent / "nowhere"), CPU)
+    assert finding.status == doctor.BROKEN
+    assert "nowhere" in finding.detail
+
+
+@pytest.mark.parametrize(("wrong_call", "name"), [(2, "same bits again"), (4, "same bits in a batch")])
+def test_a_picture_that_changes_is_found(monkeypatch, wrong_call, name):
+    decode, calls = PixelCodec.decode, []
+
+    def drifting(self, rows, grid):
+        calls.append(grid)
+        return decode(self, rows, grid) + (1e-6 if len(calls) == wrong_call else 0)
+
+    monkeypatch.setattr(PixelCodec, "decode", drifting)
+    findings = by_name(doctor.self_test_picture(str(DEV), CPU))
+    assert findings[("Self-test on cpu", name)].status == doctor.BROKEN
+    assert len([f for f in findings.values() if f.status == doctor.BROKEN]) == 1
+
+
+def test_driver_without_usable_cuda(monkeypatch):
+    monkeypatch.setattr(doctor, "driver_version", lambda: "570.10")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert by_name(doctor.devices())[("Devices", "cuda")].status == doctor.NOTE
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    found = by_name(doctor.devices())[("Devices", "cuda")]
+    assert found.status == doctor.BROKEN
+    assert "update the driver" in found.remedy

@@ -1,0 +1,515 @@
+"""lens generate: every option, every refusal, the recipe in the file, and what an interrupt leaves behind."""
+
+import errno
+import inspect
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lens import LensPipeline, __version__, checkpoint, cli, pictures
+
+DEV = Path(__file__).parents[1] / "golden" / "dev"
+FAST = ["--model", str(DEV), "--variant", "lens", "--steps", "2", "--size", "32x32"]
+EXPECTED_RECIPE = {
+    "prompt": "a red apple",
+    "negative": "blurry",
+    "seed": 7,
+    "steps": 3,
+    "guidance": 2.5,
+    "size": (48, 32),
+    "variant": "turbo",
+    "chat_date": "2025-01-31",
+    "truncation": "prompt",
+    "model": "dev",
+    "dtype": "float32",
+    "version": __version__,
+    "fingerprint": checkpoint.fingerprint(DEV),
+}
+
+
+def run(*args, stdin=None):
+    return CliRunner().invoke(cli.app, [str(a) for a in args], input=stdin)
+
+
+def generate(*args, fast=True, stdin=None):
+    return run("generate", *args, *(FAST if fast else []), stdin=stdin)
+
+
+def pixels(path):
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def written(result):
+    """Paths on stdout, after checking that the command succeeded."""
+    assert result.exit_code == 0, result.output
+    return [Path(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def apple(tmp_path_factory):
+    """One picture drawn with every value away from its default."""
+    path = tmp_path_factory.mktemp("apple") / "apple.png"
+    result = generate(
+        "a red apple", "-o", path, "--model", DEV, "--negative", "blurry", "--seed", 7, "--steps", 3, "--guidance", 2.5,
+        "--size", "48x32", "--variant", "turbo", "--chat-date", "2025-01-31", "--truncation", "prompt",
+        "--device", "cpu", "--dtype", "float32", fast=False,
+    )  # fmt: skip
+    assert written(result) == [path]
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_the_picture_is_the_librarys_and_carries_its_recipe(apple):
+    pipe = LensPipeline.from_pretrained(DEV, variant="turbo")
+    expected = pipe(
+        "a red apple", "blurry", height=48, width=32, num_inference_steps=3, guidance_scale=2.5, seed=7,
+        chat_date="2025-01-31", truncation="prompt",
+    ).images[0]  # fmt: skip
+    assert np.array_equal(pixels(apple), np.asarray(expected))
+    assert asdict(pictures.read_recipe(apple)) == EXPECTED_RECIPE
+    with Image.open(apple) as image:
+        assert json.loads(image.text["lens"])["size"] == [48, 32]  # plain JSON under one key
+
+
+def test_prompts_images_per_prompt_and_seeds_are_prompt_major(tmp_path):
+    paths = written(generate("a dog", "Zwei Äpfel, 猫!", "-n", 2, "-s", 5, "-o", tmp_path / "new" / "folder"))
+    assert [p.name for p in paths] == [
+        "000-a-dog-5.png", "001-a-dog-6.png", "002-zwei-äpfel-猫-7.png", "003-zwei-äpfel-猫-8.png",
+    ]  # fmt: skip
+    recipes = [pictures.read_recipe(p) for p in paths]
+    assert [(r.prompt, r.seed) for r in recipes] == [
+        ("a dog", 5),
+        ("a dog", 6),
+        ("Zwei Äpfel, 猫!", 7),
+        ("Zwei Äpfel, 猫!", 8),
+    ]
+    assert len({pixels(p).tobytes() for p in paths}) == 4
+
+
+def test_a_list_of_seeds_sets_the_number_of_pictures(tmp_path):
+    paths = written(generate("a dog", "a cat", "-s", "9,2,9,1", "-o", tmp_path))
+    assert [(r.prompt, r.seed) for r in map(pictures.read_recipe, paths)] == [
+        ("a dog", 9), ("a dog", 2), ("a cat", 9), ("a cat", 1),
+    ]  # fmt: skip
+
+
+def test_without_a_seed_each_run_draws_its_own_and_reports_it(tmp_path):
+    first, second = (written(generate("a dog", "-o", tmp_path / name))[0] for name in "ab")
+    assert pictures.read_recipe(first).seed != pictures.read_recipe(second).seed
+    assert str(pictures.read_recipe(first).seed) in first.name
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_prompts_from_a_file_and_from_stdin(tmp_path, ending):
+    text = ending.join(["# fruit", "a red apple", "", "  a pear # 2  "])
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    from_file = written(generate("--file", tmp_path / "prompts.txt", "-s", 1, "-o", tmp_path / "a"))
+    from_stdin = written(generate("-f", "-", "-s", 1, "-o", tmp_path / "b", stdin=text))
+    for paths in (from_file, from_stdin):
+        assert [pictures.read_recipe(p).prompt for p in paths] == ["a red apple", "a pear # 2"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "height_width"),
+    [
+        (["--size", "64x96"], (64, 96)),
+        (["--height", "48", "--width", "32"], (48, 32)),
+        (["--base", "96", "--aspect", "16:9"], (80, 128)),
+        ([], (64, 64)),
+    ],
+)
+def test_sizes(tmp_path, monkeypatch, flags, height_width):
+    index = {**checkpoint.read_index(DEV), "lens": {"variant": "lens", "base_resolution": 64, "max_resolution": 64}}
+    monkeypatch.setattr(checkpoint, "read_index", lambda root: index)
+    result = generate("a dog", *flags, "--steps", 1, "-m", DEV, "-o", tmp_path / "x.png", fast=False)
+    (path,) = written(result)
+    assert pixels(path).shape[:2] == height_width
+    assert ("larger than the largest size" in result.stderr) == (height_width[0] * height_width[1] > 64 * 64)
+
+
+def test_one_size_per_prompt(tmp_path):
+    result = run(
+        "generate", "a", "b", "-m", DEV, "--steps", 1, "--size", "32x48", "--size", "64x32", "-n", 2, "-o", tmp_path
+    )
+    assert [pixels(p).shape[:2] for p in written(result)] == [(32, 48), (32, 48), (64, 32), (64, 32)]
+
+
+def test_what_is_drawn_together_changes_no_picture(tmp_path):
+    args = ["a dog", "a cat on a mat", "x", "--negative", "fog", "-s", 3]
+    together = written(generate(*args, "-o", tmp_path / "a"))
+    one_by_one = written(generate(*args, "--batch-size", 1, "-o", tmp_path / "b"))
+    for a, b in zip(together, one_by_one, strict=True):
+        assert a.read_bytes() == b.read_bytes()
+
+
+def test_batches_hold_few_large_or_several_small_pictures():
+    large, small = (1024, 1024), (64, 64)
+    assert cli._batches([small] * 20, None) == [range(0, 8), range(8, 16), range(16, 20)]
+    assert cli._batches([large] * 3, None) == [range(0, 2), range(2, 3)]
+    assert cli._batches([(2048, 2048)] * 2, None) == [range(0, 1), range(1, 2)]
+    assert cli._batches([large] * 3, 3) == [range(0, 3)]
+
+
+def test_names(tmp_path):
+    paths = written(generate("a dog", "b", "-s", 4, "--name", "{seed:04d}_{prompt}.PNG", "-o", tmp_path))
+    assert [p.name for p in paths] == ["0004_a-dog.PNG", "0005_b.PNG"]
+    assert pictures.slug("") == "picture"
+    assert pictures.slug("../../etc/passwd") == "etc-passwd"
+    assert len(pictures.slug("word " * 100)) <= 40
+
+
+def test_today_is_written_into_the_recipe_as_a_date(tmp_path):
+    (path,) = written(generate("a dog", "--chat-date", "today", "-o", tmp_path / "x.png"))
+    assert len(pictures.read_recipe(path).chat_date) == len("2026-05-23")
+
+
+def test_quiet_prints_paths_alone(tmp_path):
+    result = generate("a dog", "-q", "-o", tmp_path / "x.png")
+    assert result.stdout == f"{tmp_path / 'x.png'}\n"
+    assert result.stderr == ""
+
+
+def test_the_summary_says_under_which_conditions(tmp_path):
+    result = generate("a dog", "b", "--guidance", 3, "-o", tmp_path)
+    assert "2 pictures of 32x32 drawn in" in result.stderr
+    assert "2 steps, guidance 3, cpu with" in result.stderr
+
+
+def test_progress_counts_every_step_of_every_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_PLAIN_PROGRESS_SECONDS", 0.0)
+    result = generate("a dog", "a cat", "--batch-size", 1, "-o", tmp_path)
+    assert [line for line in result.stderr.splitlines() if line.startswith("step")] == [
+        f"step {k}/4" for k in (1, 2, 3, 4)
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "console", cli.Console(stderr=True, force_terminal=True, width=80))
+    result = generate("a dog", "-o", tmp_path / "x.png")
+    assert result.exit_code == 0
+    assert "drawing" in result.stderr
+    assert "2/2" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ like
+
+
+def test_like_redraws_bit_for_bit(apple, tmp_path):
+    (again,) = written(run("generate", "--like", apple, "--model", DEV, "-o", tmp_path / "again.png"))
+    assert again.read_bytes() == apple.read_bytes()
+
+
+def test_like_redraws_one_picture_of_a_mixed_batch(tmp_path):
+    args = [
+        "a cat",
+        "b",
+        "c d e",
+        "-m",
+        DEV,
+        "--size",
+        "32x64",
+        "--size",
+        "64x32",
+        "--size",
+        "48x48",
+        "--steps",
+        3,
+        "-s",
+        1,
+    ]
+    for path in written(run("generate", *args, "-o", tmp_path)):
+        (again,) = written(run("generate", "--like", path, "-m", DEV, "-o", tmp_path / "again.png"))
+        assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        (["a pear"], {"prompt": "a pear"}),
+        (["--negative", ""], {"negative": ""}),
+        (["--seed", "8"], {"seed": 8}),
+        (["--steps", "2"], {"steps": 2}),
+        (["--guidance", "1"], {"guidance": 1.0}),
+        (["--size", "32x32"], {"size": (32, 32)}),
+        (["--chat-date", "2025-02-01"], {"chat_date": "2025-02-01"}),
+        (["--truncation", "reference"], {"truncation": "reference"}),
+        (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
+        (["--variant", "lens", "--steps", "1"], {"variant": "lens", "steps": 1, "guidance": 5.0}),
+    ],
+)
+def test_a_flag_overrides_its_part_of_the_recipe(apple, tmp_path, flags, changed):
+    (path,) = written(run("generate", *flags, "--like", apple, "--model", DEV, "-o", tmp_path / "x.png"))
+    assert asdict(pictures.read_recipe(path)) == {**EXPECTED_RECIPE, **changed}
+    if set(changed) - {"truncation", "chat_date"}:  # which need not move an 8-bit value of this checkpoint
+        assert pixels(path).tobytes() != pixels(apple).tobytes()
+
+
+def test_like_finds_embedded_weights_by_name_and_refuses_others(apple, tmp_path, monkeypatch):
+    monkeypatch.setitem(checkpoint.EMBEDDED, "mini", str(DEV))
+    recipe = replace(pictures.read_recipe(apple), model="mini")
+    with Image.open(apple) as image:
+        pictures.save_png(image, tmp_path / "mini.png", recipe)
+        pictures.save_png(image, tmp_path / "other.png", replace(recipe, fingerprint="f" * 64))
+        pictures.save_png(image, tmp_path / "old.png", replace(recipe, version="0.0.1"))
+    (again,) = written(run("generate", "--like", tmp_path / "mini.png", "-o", tmp_path / "again.png"))
+    assert np.array_equal(pixels(again), pixels(apple))
+    refused = run("generate", "--like", tmp_path / "other.png", "-o", tmp_path / "no.png")
+    assert refused.exit_code == 1
+    assert "other weights (fingerprint ffffffffffff" in refused.stderr
+    assert not (tmp_path / "no.png").exists()
+    named = run("generate", "--like", tmp_path / "other.png", "-m", "mini", "-o", tmp_path / "yes.png")
+    assert written(named) == [tmp_path / "yes.png"]
+    assert "this will be another picture" in named.stderr
+    old = run("generate", "--like", tmp_path / "old.png", "-o", tmp_path / "old-again.png")
+    assert written(old)
+    assert "drawn by version 0.0.1" in old.stderr
+
+
+def test_like_of_weights_in_a_folder_asks_for_them(apple):
+    result = run("generate", "--like", apple)
+    assert result.exit_code == 2
+    assert "a folder named 'dev': give it with --model" in result.stderr
+
+
+def broken_recipes():
+    good = json.loads(json.dumps(EXPECTED_RECIPE))
+    yield "{", "not valid JSON"
+    yield "[]", "must have the keys"
+    yield json.dumps({k: v for k, v in good.items() if k != "seed"}), "must have the keys"
+    for key, value in [
+        ("seed", -1),
+        ("seed", True),
+        ("size", [64]),
+        ("size", "64x64"),
+        ("steps", 0),
+        ("guidance", "5"),
+        ("prompt", 3),
+    ]:
+        yield json.dumps({**good, key: value}), f"{key} of its recipe"
+
+
+@pytest.mark.parametrize(("text", "message"), list(broken_recipes()))
+def test_a_broken_recipe_is_refused(tmp_path, text, message):
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_itxt("lens", text)
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png", pnginfo=info)
+    result = run("generate", "--like", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "x.png" in result.stderr
+
+
+# ------------------------------------------------------------------------------------------------ contact sheet
+
+
+def test_the_sheet_shows_every_pixel_enlarged_and_a_caption(tmp_path):
+    result = generate(
+        "a dog", "a cat", "-s", 1, "-o", tmp_path, "--sheet", tmp_path / "deep" / "sheet.png", "--scale", 4
+    )
+    *paths, sheet = written(result)
+    page = pixels(sheet)
+    for k, path in enumerate(paths):
+        enlarged = pixels(path).repeat(4, 0).repeat(4, 1)
+        left = 12 + k * (160 + 12)
+        assert np.array_equal(page[12 : 12 + 128, left : left + 128], enlarged)
+        assert (page[12 + 128 :, left : left + 160] < 100).any()  # ink of the caption
+    with pytest.raises(pictures.RecipeError, match="no recipe"):
+        pictures.read_recipe(sheet)
+
+
+@pytest.mark.parametrize(("side", "shown"), [(64, 192), (96, 192), (128, 128), (512, 512), (1024, 512), (1440, 480)])
+def test_the_sheet_brings_pictures_to_a_visible_size(side, shown):
+    page = pictures.contact_sheet([Image.new("RGB", (side, side), (200, 0, 0))], ["x"])
+    red = (np.asarray(page) == (200, 0, 0)).all(-1)
+    assert (red.any(0).sum(), red.any(1).sum()) == (shown, shown)
+
+
+def test_captions_wrap_at_words_and_only_then_inside_them():
+    assert pictures._wrapped("a bb ccc dddd\nseed 3", 6, len) == ["a bb", "ccc", "dddd", "seed 3"]
+    assert pictures._wrapped("abcdefghij k", 4, len) == ["abcd", "efgh", "ij k"]
+    assert pictures._wrapped("", 4, len) == [""]
+    assert pictures._wrapped("ab", 0, len) == ["a", "b"]
+
+
+# ------------------------------------------------------------------------------------------------ refusals
+
+MISTAKES = [
+    ([], "nothing to draw"),
+    (["a", "--size", "64"], "--size must be HEIGHTxWIDTH"),
+    (["a", "--size", "64x65"], "--width must be a positive multiple of 16"),
+    (["a", "--size", "0x64"], "--height must be a positive multiple of 16"),
+    (["a", "b", "c", "--size", "64x64", "--size", "32x32"], "once per prompt (3), got 2"),
+    (["a", "--height", "64"], "--height and --width must be given together"),
+    (["a", "--base", "64"], "--base and --aspect must be given together"),
+    (["a", "--base", "100", "--aspect", "1:1"], "--base must be one of"),
+    (["a", "--base", "64", "--aspect", "5:1"], "--aspect must lie between"),
+    (["a", "--size", "64x64", "--base", "64", "--aspect", "1:1"], "only one of --size"),
+    (["a", "--seed", "x"], "--seed must be a whole number"),
+    (["a", "--seed", "-1"], "--seed must lie between"),
+    (["a", "--seed", "1,2", "-n", "3"], "one per picture (3), got 2"),
+    (["a", "b", "--seed", "1,2,3"], "one per picture (2), got 3"),
+    (["a", "--steps", "0"], "--steps"),
+    (["a", "--guidance", "-1"], "--guidance"),
+    (["a", "--guidance", "nan"], "guidance_scale must be a finite number"),
+    (["a", "--chat-date", "23.5.2026"], "--chat-date must be YYYY-MM-DD"),
+    (["a", "--truncation", "none"], "--truncation"),
+    (["a", "--variant", "mega"], "--variant"),
+    (["a", "--dtype", "float16"], "--dtype"),
+    (["a", "--device", "tpu"], "--device must be"),
+    (["a", "--device", "cuda:9"], "torch sees"),
+    (["a", "--scale", "2"], "give --sheet"),
+    (["a", "--sheet", "x.jpg"], "--sheet must name a .png file"),
+    (["a", "-o", "x.jpg"], "written as .png"),
+    (["a", "b", "-o", "x.png"], "one file for 2 pictures"),
+    (["a", "-o", "x.png", "--name", "y"], "--output x.png is a file"),
+    (["a", "--name", "{colour}"], "unknown field {colour}"),
+    (["a", "--name", "{seed"], "cannot use '{seed'"),
+    (["a", "--name", "up/{seed}"], "names a folder"),
+    (["a", "a", "--name", "{prompt}"], "several pictures the same name"),
+    (["--file", "missing.txt"], "--file missing.txt: No such file"),
+    (["--file", "."], "--file .: Is a directory"),
+    (["a", "--nonsense"], "--nonsense"),
+]
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=[" ".join(args) or "no prompt" for args, _ in MISTAKES])
+def test_a_mistake_is_one_line_and_exit_code_2(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = ["generate", "--model", str(DEV), "--variant", "lens"]
+    result = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, [*common, *args])
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_of_prompts_that_hold_none_or_no_text(tmp_path):
+    (tmp_path / "empty.txt").write_text("# nothing\n\n")
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00\x81")
+    for name, message in (("empty.txt", "no prompt in it"), ("binary.txt", "not UTF-8 text")):
+        result = generate("--file", tmp_path / name)
+        assert result.exit_code == 2
+        assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["a", "--model", "no-such-model"], "no-such-model"),
+        (["a", "--model", "."], "model_index.json"),
+        (["--like", "missing.png"], "missing.png: file not found"),
+        (["--like", "text.png"], "not a readable PNG"),
+        (["--like", "plain.png"], "carries no recipe"),
+        (["--like", "photo.jpg"], "not a readable PNG"),
+    ],
+)
+def test_a_failure_is_one_line_and_exit_code_1(args, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("not a picture")
+    Image.new("RGB", (4, 4)).save("plain.png")
+    Image.new("RGB", (4, 4)).save("photo.jpg")
+    result = run("generate", *args)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_an_output_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    result = generate("a dog", "-o", tmp_path / "file" / "x.png")
+    assert result.exit_code == 1
+    assert str(tmp_path / "file") in result.stderr
+
+
+def test_a_full_disk_keeps_what_was_saved_and_leaves_no_half_file(tmp_path, monkeypatch):
+    save, calls = Image.Image.save, []
+
+    def fill(self, target, **kwargs):
+        calls.append(target)
+        if len(calls) == 2:
+            Path(target).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        save(self, target, **kwargs)
+
+    monkeypatch.setattr(Image.Image, "save", fill)
+    result = generate("a dog", "a cat", "-s", 1, "-o", tmp_path)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["000-a-dog-1.png"]
+
+
+def test_out_of_memory_is_a_failure_with_advice(tmp_path, monkeypatch):
+    import torch
+
+    def exhausted(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+
+    monkeypatch.setattr(LensPipeline, "__call__", exhausted)
+    result = generate("a dog", "-o", tmp_path / "x.png")
+    assert result.exit_code == 1
+    assert "try a smaller --batch-size" in result.stderr
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    def bug(*args, **kwargs):
+        raise KeyError("inside")
+
+    monkeypatch.setattr(LensPipeline, "__call__", bug)
+    assert isinstance(generate("a dog", "-o", tmp_path / "x.png").exception, KeyError)
+
+
+def test_interrupt_exits_130_and_keeps_what_was_saved(tmp_path):
+    command = ["generate", *"abcdefgh", *FAST, "--steps", "60", "--batch-size", "1", "-s", "1", "-o", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", "from lens.cli import main; main()", *command],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+    )  # fmt: skip
+    first = process.stdout.readline().strip()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted; " in errors
+    assert "Traceback" not in errors
+    left = sorted(tmp_path.iterdir())
+    assert Path(first) in left
+    assert len(left) < 8
+    assert all(p.suffix == ".png" and pictures.read_recipe(p).steps == 60 for p in left)
+
+
+# ------------------------------------------------------------------------------------------------ help
+
+
+def test_help_is_complete():
+    root = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["--help"])
+    assert root.exit_code == 0
+    assert "generate" in root.output
+    assert "doctor" in root.output
+    text = CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, ["generate", "--help"]).output
+    options = {line.split()[1]: line for line in text.splitlines() if line.startswith("│ --")}
+    for parameter in inspect.signature(cli.generate).parameters:
+        if parameter != "prompts":
+            line = options[f"--{parameter.replace('_', '-')}"]
+            assert re.search(r"  [A-Z\"m].*\.\s*│$", line), f"no help text: {line}"
+
+
+def test_version():
+    result = run("--version")
+    assert (result.exit_code, result.stdout) == (0, f"lens {__version__}\n")
