@@ -1,0 +1,117 @@
+// Stand-in for the toolkit's <cuda_runtime.h>, found first on the include path when a kernel is
+// compiled for the host: the part of CUDA C++ that the row kernels use, with its real meaning.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "emulation/scheduler.h"
+
+#define __global__ inline
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+// One block runs at a time, so static storage is the block's; the section lets the scheduler poison
+// it before every block.
+#define __shared__ static __attribute__((section("lens_shared")))
+
+using cudaStream_t = void*;
+using cudaError_t = int;
+constexpr cudaError_t cudaSuccess = 0;
+constexpr cudaError_t cudaErrorInvalidValue = 1;
+constexpr cudaError_t cudaErrorNotSupported = 801;
+
+inline cudaError_t cudaGetLastError() { return lens::emulation::last_error(); }
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+  std::memset(pointer, value, bytes);
+  return cudaSuccess;
+}
+
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
+
+template <class T>
+inline T __ldg(const T* pointer) {
+  return *pointer;
+}
+template <class T>
+inline T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+inline T max(T a, T b) {
+  return a < b ? b : a;
+}
+
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
+inline float __expf(float x) { return std::exp(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline uint32_t __float_as_uint(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline float __uint_as_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline double __hiloint2double(int high, int low) {
+  const uint64_t bits = uint64_t(uint32_t(high)) << 32 | uint32_t(low);
+  double x;
+  std::memcpy(&x, &bits, 8);
+  return x;
+}
+inline int __double2hiint(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return int(bits >> 32);
+}
+inline int __double2loint(double x) {
+  uint64_t bits;
+  std::memcpy(&bits, &x, 8);
+  return int(bits);
+}
+
+namespace lens::emulation {
+template <class T>
+T exchange(WarpOp op, uint32_t mask, T value, int argument, int width, int line) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "shuffles move 4 or 8 bytes");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = warp_operation(op, mask, bits, argument, width, line);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+}  // namespace lens::emulation
+
+// The line of the call tells two places apart; macros, because it must be the caller's line.
+#define LENS_WARP(op, mask, value, argument, width) \
+  lens::emulation::exchange(lens::emulation::WarpOp::op, mask, value, argument, width, __LINE__)
+#define LENS_FOURTH(a, b, c, d, ...) d
+#define LENS_LANE_ARGUMENT(a, b, c, ...) c
+#define LENS_VALUE(a, b, ...) b
+#define LENS_MASK(a, ...) a
+#define LENS_SHUFFLE(op, ...)                                        \
+  LENS_WARP(op, LENS_MASK(__VA_ARGS__, ), LENS_VALUE(__VA_ARGS__, ), \
+            LENS_LANE_ARGUMENT(__VA_ARGS__, ), LENS_FOURTH(__VA_ARGS__, 32, 32))
+#define __shfl_sync(...) LENS_SHUFFLE(kShuffle, __VA_ARGS__)
+#define __shfl_xor_sync(...) LENS_SHUFFLE(kShuffleXor, __VA_ARGS__)
+#define __shfl_down_sync(...) LENS_SHUFFLE(kShuffleDown, __VA_ARGS__)
+#define __shfl_up_sync(...) LENS_SHUFFLE(kShuffleUp, __VA_ARGS__)
+#define __ballot_sync(mask, predicate) \
+  uint32_t(LENS_WARP(kBallot, mask, uint64_t((predicate) ? 1 : 0), 0, 32))
+#define LENS_SYNCWARP(mask, ...) LENS_WARP(kSync, mask, uint64_t(0), 0, 32)
+#define __syncwarp(...) LENS_SYNCWARP(__VA_ARGS__ __VA_OPT__(, ) 0xffffffffu, )
+#define __syncthreads() lens::emulation::block_barrier(__LINE__)

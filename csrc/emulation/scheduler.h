@@ -1,0 +1,68 @@
+// Runs the threads of a CUDA grid on one host thread: a fiber per CUDA thread, block after block.
+//
+// A fiber runs until it meets a barrier or a warp operation, so what one thread does between two of
+// those is never seen half done by another; the order in which ready fibers, and blocks, get their
+// turn is a seeded permutation, so that code which needs an order it does not enforce gives wrong
+// numbers under some seed. Reported as an error instead of hanging or passing: barriers that not
+// all threads of a block reach, warp operations whose participants do not agree on mask and place,
+// shuffles from lanes outside the mask, accesses outside guarded buffers, misaligned accesses and
+// whatever else the compiler's trapping checks find, launches a device would refuse.
+//
+// Not modelled: weak memory order, preemption between two barriers, timing, occupancy, registers,
+// bank conflicts, approximate device functions (rsqrtf and friends are the host's, so last bits
+// differ).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <utility>
+
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// what the running fiber sees; set on every switch
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+namespace lens::emulation {
+
+enum class WarpOp : int { kShuffle, kShuffleXor, kShuffleDown, kShuffleUp, kBallot, kSync };
+
+// Called from device code, through the stand-ins of cuda_runtime.h.
+void block_barrier(int line);
+// Exchanges `bits` within the warp; returns what this lane receives.
+uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t bits, int argument, int width, int line);
+[[noreturn]] void fail(const char* what);
+
+// Checks the launch as a device would, then runs every thread of the grid; the outcome is the next
+// last_error().
+void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*),
+              void* closure);
+
+// 0, or the cudaError_t of the first failed launch since the last call.
+int last_error();
+
+// The kernel's parameters are copied once at launch, as on the device.
+template <class... Parameters, class... Arguments>
+void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
+            size_t shared_bytes, Arguments&&... arguments) {
+  struct Closure {
+    void (*kernel)(Parameters...);
+    std::tuple<Parameters...> parameters;
+  } closure{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
+  run_grid(
+      name, grid, block, shared_bytes,
+      [](void* raw) {
+        auto* c = static_cast<Closure*>(raw);
+        std::apply(c->kernel, c->parameters);
+      },
+      &closure);
+}
+
+}  // namespace lens::emulation
