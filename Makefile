@@ -19,6 +19,7 @@ endif
 
 # ---- environment: torch comes pinned from constraints.txt; changed metadata reinstalls
 $(STAMP): pyproject.toml constraints.txt
+	@echo 'Setting up .venv: PyTorch, the other dependencies, and the kernels (some minutes)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	@touch $@
@@ -28,7 +29,7 @@ build: $(STAMP)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
 demo: build
-	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png
+	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png --seed 1
 
 # ---- tests: those that compare running times go alone and first, the rest in parallel
 test: build
