@@ -11,6 +11,7 @@ STAGES = {  # module, what it does
     "vae": ("train.vae", "latents <-> pixels"),
     "encoder": ("train.encoder", "the small GPT-OSS text encoder"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
+    "evaluate": ("train.evaluate.mini_bench", "scores on unseen prompts, and their ceilings"),
 }
 
 

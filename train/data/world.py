@@ -139,6 +139,27 @@ def shadow(width: int) -> np.ndarray:
     return (1 - 0.38 * np.clip(1 - (x * x + y * y), 0, 1) ** 0.8).astype(np.float32)[..., None]
 
 
+def arrangement(
+    count: int, same: bool, relation: str | None, height: int, width: int
+) -> tuple[list[tuple[float, float]], tuple[float, float], tuple[float, float], float]:
+    """Where objects go: cell centres in fractions of the frame, smallest and largest room (w, h) in pixels, jitter in fractions."""
+    side = min(height, width)
+    if count == 1:
+        return [(0.5, 0.5)], (0.62 * side, 0.62 * side), (0.80 * side, 0.80 * side), 0.05
+    if count == 2 and relation == "above":
+        return [(0.5, 0.26), (0.5, 0.74)], (0.56 * side, 0.43 * height), (0.56 * side, 0.46 * height), 0.015
+    if count == 2:
+        return [(0.26, 0.5), (0.74, 0.5)], (0.43 * width, 0.58 * side), (0.46 * width, 0.58 * side), 0.015
+    if count == 3 and same:
+        cells, room = [(0.5, 0.26), (0.26, 0.74), (0.74, 0.74)], (0.42 * width, 0.44 * height)
+    elif count == 3:
+        cells, room = [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)], (0.30 * width, 0.44 * side)
+    else:
+        cells = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
+        room = (0.42 * width, 0.43 * height)
+    return cells, room, room, 0.015
+
+
 class World:
     """Scenes and pixels of one split ("train" or "held_out"). Thread-safe: state is read-only caches."""
 
@@ -156,10 +177,11 @@ class World:
         if height % 16 or width % 16 or min(height, width) < 64:
             raise ValueError(f"World.scene: {height}x{width}, expected multiples of 16 of at least 64")
         rng = random.Random(f"{self.split} {seed} {height}x{width}")
-        while True:
+        for _ in range(10_000):
             scene = self._attempt(rng, seed, height, width)
             if scene is not None:
                 return scene
+        raise ValueError(f"World.scene: tasks {list(self.tasks)} have no scene in split {self.split!r}")
 
     def _attempt(self, rng: random.Random, seed: int, height: int, width: int) -> Scene | None:
         task = rng.choices(list(self.tasks), list(self.tasks.values()))[0]
@@ -211,25 +233,10 @@ class World:
     def _layout(
         self, rng: random.Random, chosen: list[tuple[str, str | None]], relation: str | None, height: int, width: int
     ) -> list[tuple[int, int, int, int]]:
-        """Cells in fractions of the frame, one object centred in each with jitter; boxes stay inside the frame."""
-        count = len(chosen)
-        side = min(height, width)
-        if count == 1:
-            scale = rng.uniform(0.62, 0.80)
-            cells, room = [(0.5, 0.5)], (scale * side, scale * side)
-        elif count == 2:
-            cells = [(0.5, 0.26), (0.5, 0.74)] if relation == "above" else [(0.26, 0.5), (0.74, 0.5)]
-            scale = rng.uniform(0.43, 0.46)
-            room = (0.56 * side, scale * height) if relation == "above" else (scale * width, 0.58 * side)
-        elif count == 3 and len(set(chosen)) == 1:
-            cells = [(0.5, 0.26), (0.26, 0.74), (0.74, 0.74)]
-            room = (0.42 * width, 0.44 * height)
-        elif count == 3:
-            cells, room = [(0.18, 0.5), (0.5, 0.5), (0.82, 0.5)], (0.30 * width, 0.44 * side)
-        else:
-            cells = [(0.26, 0.26), (0.74, 0.26), (0.26, 0.74), (0.74, 0.74)]
-            room = (0.42 * width, 0.43 * height)
-        jitter = 0.05 if count == 1 else 0.015
+        """One object centred in each cell with jitter; boxes stay inside the frame."""
+        cells, smallest, largest, jitter = arrangement(len(chosen), len(set(chosen)) == 1, relation, height, width)
+        scale = rng.random() if smallest != largest else 0.0
+        room = tuple(a + scale * (b - a) for a, b in zip(smallest, largest))
         boxes = []
         for (kind, _), (cx, cy) in zip(chosen, cells):
             w, h = fitted_size(kind, *room)
