@@ -111,6 +111,8 @@ void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream,
   parallel_ranges(split_chunks(stream.rows), stream.rows * 3 * D, [&](int64_t begin, int64_t end) {
     int64_t b = sample_of_row(stream.offsets, p.B, begin * kSplitRows);
     Rotation<A> rotation;
+    alignas(64)
+        A row_sum[2 * kMaxHeadDim];  // the heads of one row: short sums first keeps their error low
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       A* sum = sums + chunk * 2 * H;
       fill_zero(sum, 2 * H);
@@ -123,9 +125,10 @@ void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream,
         const T* dout = static_cast<const T*>(p.dqkv) + joint * D;
         T* din = dqkv_stream + row * 3 * D;
         rotation.fill(cos + joint * (H / 2), sin + joint * (H / 2), H, A(-1));
+        fill_zero(row_sum, 2 * H);
         for (int part = 0; part < 2; ++part) {
           const T* weight = stream.weight[part];
-          A* dweight = sum + part * H;
+          A* dweight = row_sum + part * H;
           for (int64_t head = 0; head < p.N; ++head) {
             const T* x = in + part * D + head * H;
             const T* dy = dout + part * RS * D + head * H;
@@ -146,6 +149,7 @@ void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream,
             });
           }
         }
+        for (int64_t i = 0; i < 2 * H; ++i) sum[i] += row_sum[i];
         std::memcpy(din + 2 * D, dout + 2 * RS * D, size_t(D) * sizeof(T));
       }
     }

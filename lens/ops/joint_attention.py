@@ -1,8 +1,10 @@
 """Attention of every sample over its own [image | text] rows; PyTorch's kernels do the work.
 
-CPU: the flash kernel, one call per sample. Samples of equal lengths share a call where that changes no bit (not in
-bfloat16, whose kernel chooses its blocking by the size of the batch). CUDA: one variable-length call for all samples
-in bfloat16; other dtypes have no such kernel and take one call per sample.
+CPU: the flash kernel, one call per sample, so that a sample's bits do not depend on its batch. Where a gradient is
+recorded, samples of equal lengths share a call: faster for small samples, and equal at rounding level only (the
+kernel's matrix products change bits with the alignment of its scratch memory, which a larger batch moves).
+CUDA: one variable-length call for all samples in bfloat16; other dtypes have no such kernel and take one call per
+sample.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def joint_attention(
     if not text_queries:
         q = _split_streams(q, image_lengths, text_lengths)[0]
     if chosen == "cpu":
-        out = _forward(q, k, v, query_lengths, joint_lengths, scale)[0]
+        recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        out = _forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
     elif q.dtype == torch.bfloat16:
         joint_offsets = image_offsets + text_offsets
         query_offsets = joint_offsets if text_queries else image_offsets
@@ -101,13 +104,13 @@ def _split_streams(x: Tensor, image_lengths: Sequence[int], text_lengths: Sequen
 # CPU ----------------------------------------------------------------------------------------------------------
 
 
-def _groups(queries: Sequence[int], rows: Sequence[int], alone: bool) -> list[tuple[int, int, list[int], list[int]]]:
+def _groups(queries: Sequence[int], rows: Sequence[int], shared: bool) -> list[tuple[int, int, list[int], list[int]]]:
     """Samples that share a call: (queries, rows, first query row of each, first joint row of each)."""
     groups: dict[tuple[int, ...], tuple[int, int, list[int], list[int]]] = {}
     query_start = start = 0
     for b, (query_count, count) in enumerate(zip(queries, rows, strict=True)):
         if query_count:
-            key = (query_count, count, b) if alone else (query_count, count)
+            key = (query_count, count) if shared else (query_count, count, b)
             group = groups.setdefault(key, (query_count, count, [], []))
             group[2].append(query_start)
             group[3].append(start)
@@ -122,6 +125,8 @@ def _consecutive(starts: list[int], rows: int) -> bool:
 
 def _gather(x: Tensor, starts: list[int], rows: int) -> Tensor:
     """Rows starts[g] .. starts[g] + rows - 1 of x [R, N, H]: [G, N, rows, H], a view where they are consecutive."""
+    if x.stride(2) != 1:  # the kernel walks over channels that lie side by side
+        x = x.contiguous()
     if _consecutive(starts, rows):
         taken = x[starts[0] : starts[0] + len(starts) * rows].unflatten(0, (len(starts), rows))
     else:
@@ -137,12 +142,21 @@ def _scatter(x: Tensor, starts: list[int], value: Tensor) -> None:
 
 @torch.library.custom_op("lens::joint_attention", mutates_args=(), device_types="cpu")
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, query_lengths: Sequence[int], joint_lengths: Sequence[int], scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    query_lengths: Sequence[int],
+    joint_lengths: Sequence[int],
+    scale: float,
+    shared: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out [RQ, N, H] and the logarithm of every softmax denominator [RQ, N, 1] for the queries q [RQ, N, H]."""
+    """out [RQ, N, H] and the logarithm of every softmax denominator [RQ, N, 1] for the queries q [RQ, N, H].
+
+    shared: samples of equal lengths take one call.
+    """
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(*q.shape[:2], 1, dtype=reference.arithmetic_dtype(q.dtype))
-    for queries, rows, query_starts, starts in _groups(query_lengths, joint_lengths, q.dtype == torch.bfloat16):
+    for queries, rows, query_starts, starts in _groups(query_lengths, joint_lengths, shared):
         group_out, group_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _gather(q, query_starts, queries), _gather(k, starts, rows), _gather(v, starts, rows), scale=scale
         )
@@ -162,9 +176,10 @@ def _backward(
     query_lengths: Sequence[int],
     joint_lengths: Sequence[int],
     scale: float,
+    shared: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    for queries, rows, query_starts, starts in _groups(query_lengths, joint_lengths, q.dtype == torch.bfloat16):
+    for queries, rows, query_starts, starts in _groups(query_lengths, joint_lengths, shared):
         of_query = [_gather(x, query_starts, queries) for x in (dout, q, out, lse)]
         dq_group, dk_group, dv_group = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             of_query[0],
@@ -192,14 +207,13 @@ def _fake_gradients(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any) -> t
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, ctx.query_lengths, ctx.joint_lengths, ctx.scale = inputs
+    q, k, v, *ctx.plan = inputs
     ctx.save_for_backward(q, k, v, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _gradients(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _backward(dout, *ctx.saved_tensors, ctx.query_lengths, ctx.joint_lengths, ctx.scale)
-    return *gradients, None, None, None
+    return *_backward(dout, *ctx.saved_tensors, *ctx.plan), None, None, None, None
 
 
 _forward.register_fake(_fake)
