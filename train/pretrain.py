@@ -13,29 +13,25 @@ text lengths are equal or nearly so: packed rows need no padding, and equal leng
 from __future__ import annotations
 
 import argparse
-import functools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lens import checkpoint
-from lens.config import LensConfig
-from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
-from lens.packing import Packing, plan
 
 from . import configs
 from . import encoder as text_stage
 from . import vae as vae_stage
 from .checkpointing import load_state, save_state
+from .codec import Latents
 from .data.world import World
+from .generator import Mini, Painter, draw_sheet
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
 from .objectives import flow_matching
@@ -57,7 +53,7 @@ class Stream:
     def __init__(
         self,
         config: ModuleType,
-        latents: vae_stage.Latents,
+        latents: Latents,
         tokenizer: text_stage.CaptionTokenizer,
         first_seed: int = 0,
     ):
@@ -90,38 +86,6 @@ class Stream:
             window, position = window + 1, 0
 
 
-@functools.lru_cache(maxsize=4096)
-def packing_of(grid: tuple[int, int], text_lengths: tuple[int, ...], axes: tuple[int, ...]) -> Packing:
-    return plan([grid] * len(text_lengths), list(text_lengths), axes)
-
-
-class Mini(nn.Module):
-    """The two networks trained together: MMDiT and text encoder."""
-
-    def __init__(self, config: ModuleType, encoder_config: ModuleType, encoder: nn.Module):
-        super().__init__()
-        self.shape = LensConfig.mini()
-        self.transformer = LensTransformer2DModel(self.shape)
-        self.transformer.init_weights(keyed(config.SEED, "transformer init"))
-        self.encoder, self.layers = encoder, encoder_config.LAYERS
-        self.grid = (config.SIDE // 16, config.SIDE // 16)
-
-    def text(self, tokens: Sequence[Sequence[int]], prefix: Sequence[int]) -> list[Tensor]:
-        """Per sample features [T, F, E] (T = 0 for an empty list of ids)."""
-        present = [ids for ids in tokens if ids]
-        found = iter(text_stage.encode_batch(self.encoder, present, prefix, self.layers) if present else [])
-        empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim)
-        return [next(found) if ids else empty for ids in tokens]
-
-    def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """x [B, I, C], t [B], features per sample [T, F, E] -> velocity [B, I, C]."""
-        model, lengths = self.transformer, tuple(len(f) for f in features)
-        packing = packing_of(self.grid, lengths, self.shape.axes_dims_rope)
-        packed = torch.cat(list(features))
-        rows = model.project_text(list(packed.unbind(1)), packing.text_lengths)
-        return model.denoise(x.flatten(0, 1), rows, modulate(model, t), packing).view_as(x)
-
-
 def draw(config: ModuleType, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
     """x_t, target, t and the captions left after dropout, of one step; dropped samples are moved last."""
     generator, count = keyed(config.SEED, "step", step), len(batch.tokens)
@@ -131,61 +95,6 @@ def draw(config: ModuleType, batch: Batch, step: int) -> tuple[Tensor, Tensor, T
     order = torch.argsort(dropped.int(), stable=True)
     x, target = flow_matching.noised(batch.latents[order], noise, t)
     return x, target, t, [[] if dropped[i] else batch.tokens[i] for i in order.tolist()]
-
-
-@torch.no_grad()
-def sample(
-    model: Mini,
-    tokens: Sequence[list[int]],
-    prefix: Sequence[int],
-    seeds: Sequence[int],
-    steps: int,
-    guidance: float,
-    mu: float,
-) -> Tensor:
-    """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C]."""
-    size = (model.grid[0] * model.grid[1], model.shape.in_channels)
-    x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)])
-    features = model.text(tokens, prefix)
-    nothing = [f[:0] for f in features]
-    for now, following in pairwise(sigma):
-        t = now.expand(len(seeds))
-        v = model.velocity(x, t, features)
-        if guidance != 1:
-            u = model.velocity(x, t, nothing)
-            mixed = u + guidance * (v - u)
-            v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-        x = x + (following - now) * v
-    return x
-
-
-class Painter:
-    """Normalised latents -> pictures, through the best decoder trained so far (the linear codec before there is one)."""
-
-    def __init__(self, folder: Path):
-        self.latents, self.decoder = vae_stage.Latents(folder), None
-        if (folder / "decoder.pt").is_file():
-            self.decoder = vae_stage.Half(vae_stage.build(configs.load("mini", "vae")), "decoder").eval()
-            self.decoder.load_state_dict(load_state(folder / "decoder.pt", "vae decoder")["ema"]["average"])
-
-    @torch.no_grad()
-    def __call__(self, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
-        """[B, I, C] -> uint8 [B, H, W, 3]."""
-        z = self.latents.denormalise(tokens, *grid)
-        x = self.decoder(z) if self.decoder is not None else self.latents.codec.decode(z)
-        return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
-
-
-def draw_sheet(
-    config: ModuleType, model: Mini, tokenizer: text_stage.CaptionTokenizer, painter: Painter, path: Path
-) -> None:
-    """The fixed prompts with seeds 0, 1, ...; no choice is made."""
-    from .data.sheet import contact_sheet
-
-    tokens = [tokenizer.encode(p)[0] for p in config.PROMPTS]
-    latents = sample(model, tokens, tokenizer.prefix, range(len(tokens)), **config.SHEET)
-    contact_sheet(list(painter(latents, model.grid)), list(config.PROMPTS), path, columns=8)
 
 
 @torch.no_grad()
@@ -268,7 +177,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     ema = Ema(model, config.EMA)
     if not fresh:
         ema.load(state["ema"])
-    stream = Stream(config, vae_stage.Latents(options.vae), tokenizer)
+    stream = Stream(config, Latents(options.vae), tokenizer)
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
 
@@ -352,7 +261,7 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
             "use_dynamic_shifting": False,
-            "shift": round(float(np.exp(config.SHEET["mu"])), 6),
+            "shift": round(math.exp(config.SHEET["mu"]), 6),
             "time_shift_type": "exponential",
         },
     )

@@ -5,7 +5,7 @@ import torch
 
 from lens.checkpoint import load_text_encoder
 from lens.text_encoder import PREFIX_TOKENS, TextEncoder
-from train import configs
+from train import configs, text_path
 from train import encoder as stage
 from train.data.sprites import KINDS, PALETTE
 from train.data.world import World
@@ -48,7 +48,7 @@ def test_prefix_cache_equals_the_whole_sequence(model, tokenizer):
     captions = [World().scene(seed).caption for seed in range(12)] + ["a red apple " * 20]
     tokens = [tokenizer.encode(caption)[0] for caption in captions]
     assert len(tokenizer.prefix) + max(map(len, tokens)) > CONFIG.MODEL["sliding_window"]
-    for ids, features in zip(tokens, stage.encode_batch(model, tokens, tokenizer.prefix)):
+    for ids, features in zip(tokens, text_path.encode_batch(model, tokens, tokenizer.prefix)):
         whole = hooked(model, tokenizer.prefix + ids)[PREFIX_TOKENS:]
         assert features.shape == whole.shape
         assert (features - whole).norm() <= 1e-5 * whole.norm()
@@ -64,7 +64,7 @@ def test_gradients_equal_those_through_transformers(model, tokenizer):
         (features * weight).sum().backward()
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    ours = gradients(stage.residuals(model, ids)[0][-1][0])
+    ours = gradients(text_path.residuals(model, ids)[0][-1][0])
     taken = []
     hook = model.model.layers[-1].register_forward_hook(
         lambda _m, _a, out: taken.append(out[0] if isinstance(out, tuple) else out)
@@ -84,7 +84,7 @@ def test_released_folder_gives_the_pipeline_the_same_features(model, tokenizer, 
     rounded = stage.build(CONFIG)
     rounded.load_state_dict({k: v.bfloat16().float() for k, v in model.state_dict().items()})
     ids, _ = tokenizer.encode("a penguin under a starry sky")
-    own = stage.encode_batch(rounded, [ids], tokenizer.prefix)[0]
+    own = text_path.encode_batch(rounded, [ids], tokenizer.prefix)[0]
     for layer, features in enumerate(encoder.features(tokenizer.prefix + ids)):
         assert (features - own[:, layer]).norm() <= 1e-5 * own[:, layer].norm()
 
@@ -97,7 +97,7 @@ def test_labels_point_at_the_nouns(tokenizer):
         nouns, whole = stage.labels(scene, offsets)
         assert {(kinds[k], colours[c]) for _, k, c in nouns} == {(t.kind, t.colour) for t in scene.things}
         for token, kind, _ in nouns:
-            start, end = offsets[token]
+            _, end = offsets[token]
             word = scene.caption[:end].lower()
             assert word.endswith((KINDS[kinds[kind]].noun, KINDS[kinds[kind]].plural)), (scene.caption, word)
         assert len(whole) == 8

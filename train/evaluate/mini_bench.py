@@ -61,17 +61,17 @@ def score(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> tuple[dict
 
 
 def from_state(options: argparse.Namespace) -> Painter:
-    from .. import configs, encoder, pretrain
+    from .. import configs, encoder, generator, pretrain
 
     config = configs.load(options.config, "pretrain")
     model = pretrain.load_trained(config, options.config, options.state).eval()
     model.transformer.batch_invariant = False
-    painter = pretrain.Painter(options.vae)
+    painter = generator.Painter(options.vae)
     tokenizer = encoder.tokenizer_of(configs.load(options.config, "encoder").TOKENIZER)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
         tokens = [tokenizer.encode(p)[0] for p in prompts]
-        latents = pretrain.sample(model, tokens, tokenizer.prefix, seeds, options.steps, options.guidance, options.mu)
+        latents = generator.sample(model, tokens, tokenizer.prefix, seeds, options.steps, options.guidance, options.mu)
         return list(painter(latents, model.grid))
 
     return draw
@@ -91,9 +91,9 @@ def from_pipeline(options: argparse.Namespace) -> Painter:
 
 def ceilings(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of true renders and of their reconstructions through the VAE."""
-    from .. import pretrain
+    from .. import generator
 
-    painter, out = pretrain.Painter(options.vae), {"render": {}, "reconstruction": {}}
+    painter, out = generator.Painter(options.vae), {"render": {}, "reconstruction": {}}
     for task in tasks:
         scenes = scenes_of(task, options.per_task)
         pictures = np.stack([World().render(scene) for scene in scenes])
