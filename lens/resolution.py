@@ -74,12 +74,12 @@ def check_size(height: int, width: int, max_trained: int) -> tuple[int, int]:
     """Refuse sizes that tokens cannot tile; warn outside 1:2 to 2:1 and above the largest trained base squared."""
     height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
-        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=4)
+        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=5)
     if height * width > max_trained**2:
         warnings.warn(
             f"{height}x{width} is larger than the largest size this model was trained at "
             f"({max_trained}x{max_trained}); composition may repeat or drift",
-            stacklevel=4,
+            stacklevel=5,  # the caller of the pipeline
         )
     return height, width
 
@@ -113,5 +113,9 @@ def request_grids(
         pairs = [(height, width)] * count
     else:
         pairs = [(default_base, default_base)] * count
-    checked = {pair: check_size(*pair, max_trained) for pair in pairs}  # one warning per size
-    return [(checked[p][0] // TOKEN_PIXELS, checked[p][1] // TOKEN_PIXELS) for p in pairs]
+    grids: dict[tuple[int, int], tuple[int, int]] = {}
+    for pair in pairs:  # one warning per size
+        if pair not in grids:
+            h, w = check_size(*pair, max_trained)
+            grids[pair] = h // TOKEN_PIXELS, w // TOKEN_PIXELS
+    return [grids[pair] for pair in pairs]

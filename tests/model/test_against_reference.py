@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ SHAPES = [
 ]
 
 
-@lru_cache(maxsize=None)
+@cache
 def models(shape: int):
     heads, axes, blocks, layers, encoder, latent = SHAPES[shape]
     config = {
@@ -104,9 +104,7 @@ def test_no_mask_means_every_text_token():
     hidden, features, timestep = batch(config, 3, [6, 6], 5)
     every = torch.ones(2, 5, dtype=torch.bool)
     grids = [(1, 2, 3)]
-    assert torch.equal(
-        ours(hidden, features, None, timestep, grids), ours(hidden, features, every, timestep, grids)
-    )
+    assert torch.equal(ours(hidden, features, None, timestep, grids), ours(hidden, features, every, timestep, grids))
     as_integers = ours(hidden, features, every.long(), timestep, grids)
     assert torch.equal(as_integers, ours(hidden, features, every, timestep, grids))
 
