@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import os
 import secrets
 import sys
 import time
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .pipeline import LensPipeline, LensPipelineOutput
 
 _BATCH, _BATCH_TOKENS = 8, 8192  # pictures, and image tokens, drawn at once unless --batch-size says otherwise
+_SMALL_WORK = 64 * 256  # tokens of a picture times width of the model, up to which one CPU thread is enough
 _PLAIN_PROGRESS_SECONDS = 10.0  # between lines of progress where stderr is no terminal
 
 console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -179,7 +181,7 @@ def generate(
 
         drawn: list[Any] = []
         batches = _batches([r.size for r in request], batch_size)
-        with _step_progress(len(batches) * n_steps, quiet) as advance:
+        with _few_threads(pipe, request) as threads, _step_progress(len(batches) * n_steps, quiet) as advance:
             for batch in batches:
                 items = request[batch.start : batch.stop]
                 result = pipe(
@@ -222,7 +224,7 @@ def generate(
             pictures.save_png(pictures.contact_sheet(drawn, captions, scale), sheet)
             typer.echo(sheet)
         if not quiet:
-            _summary(pipe, request, n_steps, strength, seconds, loaded - began)
+            _summary(pipe, request, n_steps, strength, threads, seconds, loaded - began)
 
 
 @dataclass(frozen=True)
@@ -447,17 +449,40 @@ def _same_checkpoint(recipe: pictures.Recipe, pipe: LensPipeline, like: Path | N
         warnings.warn(f"{like} was drawn by version {recipe.version}, this is {__version__}", stacklevel=2)
 
 
-def _summary(
-    pipe: LensPipeline, request: Sequence[_Item], steps: int, guidance: float, seconds: float, loading: float
-) -> None:
+@contextmanager
+def _few_threads(pipe: LensPipeline, request: Sequence[_Item]) -> Iterator[int]:
+    """One CPU thread for work that more could not speed up, unless OMP_NUM_THREADS says otherwise.
+
+    Threads meet at every operation. Where one operation takes microseconds they bring nothing, and where the cores are
+    busy with something else each meeting waits for the scheduler: measured 100 times slower. Yields the number in use.
+    """
     import torch
 
+    tokens = max(r.size[0] * r.size[1] for r in request) // resolution.TOKEN_PIXELS**2
+    small = tokens * pipe.transformer.config.inner_dim <= _SMALL_WORK
+    before = torch.get_num_threads()
+    if small and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+def _summary(
+    pipe: LensPipeline,
+    request: Sequence[_Item],
+    steps: int,
+    guidance: float,
+    threads: int,
+    seconds: float,
+    loading: float,
+) -> None:
     sizes = sorted({r.size for r in request})
     what = " and ".join(f"{h}x{w}" for h, w in sizes) if len(sizes) < 4 else f"{len(sizes)} sizes"
     count = f"{len(request)} picture{'s' if len(request) > 1 else ''}"
     where = pipe.device.type
     if where == "cpu":
-        threads = torch.get_num_threads()
         where += f" with {threads} thread{'s' if threads > 1 else ''}"
     console.print(
         f"{count} of {what} drawn in {seconds:.1f} s, {seconds / len(request):.2f} s each ({steps} steps, guidance "

@@ -51,7 +51,12 @@ def examine(model: str = "mini", device: torch.device | None = None) -> list[Fin
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     findings = [*system(), *devices(), *extension(), *op_backends(device), *packages()]
     findings += self_test_ops(device)
-    findings += self_test_picture(model, device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a small picture gains nothing from more, and on busy cores each one costs
+    try:
+        findings += self_test_picture(model, device)
+    finally:
+        torch.set_num_threads(threads)
     return findings
 
 
