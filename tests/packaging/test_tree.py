@@ -1,0 +1,91 @@
+"""The rules of the tree that a machine can hold: layers, stems, budgets, links, nothing unfinished or machine-bound."""
+
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+TOP = ["README.md", "Makefile", "CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", ".ci/run"]
+FOLDERS = ["lens", "csrc", "train", "bench", "tests", "docs"]
+TEXT = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".txt", ".json", ".jinja"}
+CPP = {".cpp", ".h", ".cu", ".cuh"}
+
+
+def files(*tops: str, suffixes: set[str] = TEXT) -> list[pathlib.Path]:
+    found = [path for top in tops for path in (ROOT / top).rglob("*")]
+    found = [path for path in found if path.is_file() and path.suffix in suffixes]
+    return sorted(path for path in found if "__pycache__" not in path.parts)
+
+
+def name(path: pathlib.Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def lines_with(pattern: str, paths: list[pathlib.Path]) -> list[str]:
+    """file:line of every match."""
+    regex = re.compile(pattern)
+    return [
+        f"{name(path)}:{number}: {line.strip()[:100]}"
+        for path in paths
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if regex.search(line)
+    ]
+
+
+def test_no_torch_header_in_csrc():
+    assert lines_with(r"#include\s*[<\"](torch|ATen|c10|caffe2)/", files("csrc", suffixes=CPP)) == []
+
+
+def test_inline_ptx_stands_in_one_header():
+    others = [path for path in files("csrc/cuda", suffixes=CPP) if path.name != "hopper.cuh"]
+    assert lines_with(r"\basm\b", others) == []
+
+
+def test_no_float_atomics():
+    assert lines_with(r"\batomicAdd\s*\(", files("csrc", suffixes=CPP)) == []
+
+
+# the files of lens/ops that are no op
+SHARED = {"__init__", "backend", "checks", "reference"}
+# rests on torch, hence without kernel files
+ON_TORCH = {"joint_attention"}
+# the fused form of an op shares the op's files
+FUSED = {"gated_residual_norm_modulate": "gated_residual"}
+STEMS = sorted(p.stem for p in (ROOT / "lens" / "ops").glob("*.py") if p.stem not in SHARED)
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_one_stem_per_op(stem):
+    stem = FUSED.get(stem, stem)
+    places = [f"tests/ops/test_{stem}.py"]
+    if stem not in ON_TORCH:
+        places += [f"csrc/cpu/{stem}.cpp", f"csrc/cuda/{stem}.cuh", f"csrc/cuda/{stem}.cu"]
+    assert [place for place in places if not (ROOT / place).exists()] == []
+
+
+def test_budgets():
+    budgets = [(path, 400) for path in files("csrc/cpu", "csrc/cuda", "csrc/math", suffixes=CPP)]
+    budgets += [(path, 150) for path in files("train/objectives", suffixes={".py"})]
+    budgets += [(ROOT / "lens" / "model.py", 350)]
+    lengths = [(name(path), len(path.read_text().splitlines()), budget) for path, budget in budgets]
+    assert [entry for entry in lengths if entry[1] > entry[2]] == []
+
+
+def test_nothing_unfinished_and_nothing_of_one_machine():
+    # assembled, so that this file does not match itself
+    bad = ["TO" + "DO", "FIX" + "ME", "XX" + "X", "NotImplemented" + "Error"]
+    bad += ["/" + place + "/" for place in ("work", "root", "home", "Users")]
+    bad += ["file" + "://", "pypi" + r"\.org", "python" + "hosted"]
+    paths = [*files(*FOLDERS), *(ROOT / top for top in TOP)]
+    data = [path for path in paths if "golden" in path.parts or path.suffix == ".json"]
+    assert lines_with("|".join(bad), [path for path in paths if path not in data]) == []
+
+
+def test_links_in_the_documentation_lead_somewhere():
+    dead = []
+    for page in [*ROOT.glob("*.md"), *files("docs", suffixes={".md"})]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+            if "://" not in target and not target.startswith("mailto:") and not (page.parent / target).exists():
+                dead.append(f"{name(page)} -> {target}")
+    assert dead == []
