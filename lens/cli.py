@@ -530,7 +530,7 @@ def _clean_exits(saved: Sequence[Path]) -> Iterator[None]:
     import torch
 
     def leave(message: str, code: int) -> NoReturn:
-        console.print(f"[bold red]error:[/bold red] {escape(message)}")
+        console.print(f"[bold red]error:[/bold red] {escape(' '.join(message.split()))}")
         raise typer.Exit(code) from None
 
     try:
