@@ -1,0 +1,139 @@
+"""Which kernel runs, and what is said when the wanted one cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lens import ops
+from lens.ops import backend
+from tests.ops import harness
+
+
+def in_a_child(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, timeout=120)
+
+
+WITHOUT_EXTENSION = "import sys; sys.modules['lens._C'] = None; import torch; from lens import ops; "
+CALL = "print(ops.swiglu(torch.ones(1, 2)).item() > 0.7, ops.backend.report('cpu')[0][1])"
+
+
+def test_the_compiled_kernel_runs_by_default():
+    rows = backend.report("cpu")
+    assert [op for op, _, _ in rows] == list(backend.OPS)
+    assert {chosen for _, chosen, _ in rows} == {"cpu"}
+    assert all(reason for _, _, reason in rows)
+    assert f"lens._C, {backend.isa()} kernels" in {reason for _, _, reason in rows}
+
+
+def test_every_public_op_is_reported():
+    named = {name for name in ops.__all__ if name not in ("backend", "reference")}
+    assert named == set(backend.OPS)
+
+
+def test_use_forces_and_restores(monkeypatch):
+    calls = []
+    monkeypatch.setattr(backend, "launch", lambda kernel, *_, **__: calls.append(kernel))
+    h = torch.ones(3, 4)
+    ops.swiglu(h)
+    with backend.use("reference"):
+        ops.swiglu(h)
+        assert {chosen for _, chosen, _ in backend.report("cpu")} == {"reference"}
+        with backend.use("compiled"):
+            ops.swiglu(h)
+        ops.swiglu(h)
+    with backend.use("cpu"):
+        ops.swiglu(h)
+    assert calls == ["swiglu"] * 3
+    with pytest.raises(ZeroDivisionError), backend.use("reference"):
+        raise ZeroDivisionError
+    assert backend.choose("swiglu", h) == "cpu"
+
+
+def test_use_refuses_unknown_names():
+    expected = "must be one of auto, reference, compiled, cpu, cuda, got 'fast'"
+    with pytest.raises(ValueError, match=expected), backend.use("fast"):
+        pass
+
+
+def test_a_forced_backend_that_cannot_run_raises():
+    with backend.use("cuda"), pytest.raises(RuntimeError, match=r"lens.swiglu: backend 'cuda' was asked for"):
+        ops.swiglu(torch.ones(1, 2))
+    with backend.use("compiled"), pytest.raises(RuntimeError, match="no compiled kernels for device type meta"):
+        ops.swiglu(torch.ones(1, 2, device="meta"))
+    with backend.use("cuda"):
+        assert all(chosen == "none" and "cannot run on cpu" in why for _, chosen, why in backend.report("cpu"))
+
+
+def test_isa():
+    assert backend.available_isas()[0] == "base"
+    assert backend.isa() == backend.available_isas()[-1]
+    for name in backend.available_isas():
+        with backend.use_isa(name):
+            assert backend.isa() == name
+    assert backend.isa() == backend.available_isas()[-1]
+    expected = "instruction set must be base, avx2 or avx512, got sse9"
+    with pytest.raises(ValueError, match=expected), backend.use_isa("sse9"):
+        pass
+
+
+@pytest.mark.skipif("avx512" in backend.available_isas(), reason="this CPU runs every instruction set")
+def test_an_isa_the_cpu_lacks_raises():
+    with pytest.raises(RuntimeError, match="this CPU cannot run the avx512 kernels"), backend.use_isa("avx512"):
+        pass
+
+
+def test_environment():
+    run = in_a_child("from lens import ops; print(ops.backend.isa())", LENS_CPU_ISA="base")
+    assert run.stdout.split() == ["base"], run.stderr
+    run = in_a_child("from lens import ops", LENS_CPU_ISA="mmx")
+    assert "got mmx" in run.stderr
+    assert run.returncode
+    run = in_a_child("import torch; from lens import ops; " + CALL, LENS_OPS_BACKEND="reference")
+    assert run.stdout.split() == ["True", "reference"], run.stderr
+    run = in_a_child("from lens import ops", LENS_OPS_BACKEND="quick")
+    assert "LENS_OPS_BACKEND must be one of" in run.stderr
+    assert run.returncode
+
+
+def test_a_missing_extension_is_named_once():
+    run = in_a_child(WITHOUT_EXTENSION + CALL + "; ops.swiglu(torch.ones(1, 2))")
+    assert run.stdout.split() == ["True", "reference"], run.stderr
+    assert run.stderr.count("the cpu ops run their PyTorch reference: lens._C cannot be imported") == 1
+
+
+def test_a_missing_extension_that_is_asked_for_raises():
+    run = in_a_child(WITHOUT_EXTENSION, LENS_OPS_BACKEND="compiled")
+    assert run.returncode
+    assert "LENS_OPS_BACKEND=compiled cannot run on cpu: lens._C cannot be imported" in run.stderr
+    run = in_a_child(WITHOUT_EXTENSION + "\nwith ops.backend.use('compiled'): ops.swiglu(torch.ones(1, 2))")
+    assert "lens.swiglu: backend 'compiled' was asked for but cannot run on cpu" in run.stderr
+
+
+def test_the_table_itself_refuses():
+    """What the ops never send: the extension still names op, argument, expected and got."""
+    from lens import _C
+
+    zeros = dict.fromkeys(("h", "y", "device", "stream"), 0)
+    with pytest.raises(ValueError, match=r"lens.swiglu: R must be at least 0, got -1"):
+        _C.swiglu(**{**zeros, "device": -1}, R=-1, F=4, dtype=0)
+    with pytest.raises(ValueError, match=r"lens.swiglu: h must point to 8 elements, got a null pointer"):
+        _C.swiglu(**{**zeros, "device": -1}, R=1, F=4, dtype=0)
+    with pytest.raises(ValueError, match=r"lens.swiglu: dtype must be 0, 1 or 2, got 7"):
+        _C.swiglu(**{**zeros, "device": -1}, R=0, F=4, dtype=7)
+    if not _C.with_cuda:
+        with pytest.raises(RuntimeError, match=r"lens.swiglu: this build has no CUDA kernels"):
+            _C.swiglu(**zeros, R=0, F=4, dtype=0)
+
+
+def test_no_torch_in_the_extension():
+    root = harness.__file__.split("tests")[0]
+    for folder, _, files in os.walk(os.path.join(root, "csrc")):
+        for name in files:
+            with open(os.path.join(folder, name), encoding="utf-8") as source:
+                text = source.read()
+            for header in ("<torch/", "<ATen/", "<c10/"):
+                assert header not in text, f"{name} includes {header}"
