@@ -1,0 +1,1 @@
+"""How fast: cases, measurement, comparison. `python -m bench list | run | compare | report`."""
