@@ -142,11 +142,13 @@ def train_half(
     init: Path | None,
     steps: int | None,
     lr: float | None = None,
+    decay: int | None = None,
 ) -> bool:
     """Train one half until its steps or the clock are over; True when the steps are done."""
     recipe = dict(config.DECODER if part == "decoder" else config.ENCODER)
     recipe["steps"] = steps or recipe["steps"]
     recipe["lr"] = lr or recipe["lr"]
+    recipe["decay"] = decay or recipe["decay"]
     noise = config.CODEC["noise"]
     latents, world = Latents(out), World()
     half = Half(build(config), part)
@@ -276,9 +278,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--part", choices=("codec", "decoder", "encoder"), help="train this part only (default: all, in this order)"
     )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
-    parser.add_argument(
-        "--steps", type=int, help="total steps of the part, instead of the recipe's; the decay moves with it"
-    )
+    parser.add_argument("--steps", type=int, help="total steps of the part instead of the recipe's")
+    parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate instead of the recipe's")
     parser.add_argument(
         "--init", type=Path, metavar="STATE", help="start a part from the averaged weights of this state file"
@@ -300,5 +301,5 @@ def run(options: argparse.Namespace) -> int:
         train_codec(config, options.out, log)
     for part in ("decoder", "encoder"):
         if options.part in (None, part):
-            train_half(config, part, options.out, log, clock, options.init, options.steps, options.lr)
+            train_half(config, part, options.out, log, clock, options.init, options.steps, options.lr, options.decay)
     return 0

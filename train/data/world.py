@@ -22,7 +22,15 @@ import numpy as np
 from . import grammar
 from .sprites import KINDS, PAINTABLE, PALETTE, colours_of, fitted_size, lab, sprite, surface_lab
 
-TASKS = {"single": 0.16, "colours": 0.24, "pair": 0.1, "position": 0.16, "counting": 0.15, "binding": 0.14, "row": 0.05}
+TASKS = {
+    "single": 0.12,
+    "colours": 0.20,
+    "pair": 0.09,
+    "position": 0.16,
+    "counting": 0.15,
+    "binding": 0.14,
+    "row": 0.14,
+}
 BACKGROUNDS = tuple(grammar.BACKGROUNDS)
 MIN_CONTRAST = 28.0
 VARIANTS = 8  # horizon heights, tile phases, star fields per background

@@ -1,0 +1,40 @@
+"""`python -m train`: every stage's help names every option with a default or a reason; a sheet of the world is drawn."""
+
+import argparse
+import importlib
+
+import pytest
+from PIL import Image
+
+from train.__main__ import STAGES, main
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_is_complete(stage, capsys):
+    module = importlib.import_module(STAGES[stage][0])
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    for action in parser._actions:
+        assert action.help, (stage, action.dest)
+    with pytest.raises(SystemExit) as stop:
+        main([stage, "--help"])
+    assert stop.value.code == 0
+    assert f"python -m train {stage}" in capsys.readouterr().out
+
+
+def test_unknown_stage_and_recipe(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["fly"])
+    assert stop.value.code == 2
+    assert "fly" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="no recipe 'huge'"):
+        main(["encoder", "--config", "huge", "--out", "nowhere"])
+
+
+def test_world_sheet(tmp_path, capsys):
+    path = tmp_path / "world.png"
+    assert main(["world", "--sheet", str(path), "--count", "12", "--boxes", "--size", "64", "96"]) == 0
+    with Image.open(path) as image:
+        assert image.size == (10 * 164, 2 * 200)
+    assert [p.name for p in tmp_path.iterdir()] == ["world.png"]
+    assert "12 scenes" in capsys.readouterr().out
