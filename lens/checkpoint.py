@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,32 @@ def open_shards(folder: Path) -> dict[str, Shard]:
     return keys
 
 
+def check_entries(
+    folder: Path,
+    shards: Mapping[str, Shard],
+    expected: Mapping[str, tuple[list[int], Iterable[str]]],
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """The stored keys must be the ``expected`` ones (those with an ``ignored`` prefix aside), each key's shape exact
+    and its dtype among the given; the headers tell, before the first byte of data is read."""
+    files = sorted({s.path for s in shards.values()})
+    missing = sorted(set(expected) - set(shards))
+    if missing:
+        raise CheckpointError(
+            f"{files[0] if len(files) == 1 else folder}: {len(missing)} keys missing, first {missing[0]!r}, "
+            f"expected with shape {expected[missing[0]][0]}"
+        )
+    extra = sorted(k for k in set(shards) - set(expected) if not k.startswith(ignored))
+    if extra:
+        raise CheckpointError(f"{shards[extra[0]].path}: {len(extra)} unexpected keys, first {extra[0]!r}")
+    for key, (shape, dtypes) in expected.items():
+        stored, got = shards[key].entries[key][:2]
+        if got != shape:
+            raise CheckpointError(f"{shards[key].path}: {key} must have shape {shape}, got {got}")
+        if stored not in dtypes:
+            raise CheckpointError(f"{shards[key].path}: {key} must have a dtype of {sorted(dtypes)}, got {stored}")
+
+
 def load_parameters(
     module: nn.Module,
     folder: Path,
@@ -205,25 +231,14 @@ def load_parameters(
     shards = open_shards(folder)
     wanted: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
     expected = {key: name for name in wanted for key in names(name)}
-    missing = sorted(set(expected) - set(shards))
-    if missing:
-        first = missing[0]
-        file = sorted({s.path.name for s in shards.values()})[0] if len(set(shards.values())) == 1 else ""
-        raise CheckpointError(
-            f"{folder / file}: {len(missing)} keys missing, first {first!r}, "
-            f"expected with shape {_piece_shape(wanted[expected[first]], names(expected[first]))}"
+    stored_as: dict[str, tuple[list[int], Iterable[str]]] = {}
+    for key, name in expected.items():
+        shape, pieces = list(wanted[name].shape), len(names(name))
+        stored_as[key] = (
+            [shape[0] // pieces, *shape[1:]] if pieces > 1 else shape,
+            _DTYPES if wanted[name].is_floating_point() else _INTEGERS,
         )
-    extra = sorted(k for k in set(shards) - set(expected) if not k.startswith(ignored))
-    if extra:
-        raise CheckpointError(f"{shards[extra[0]].path}: {len(extra)} unexpected keys, first {extra[0]!r}")
-    for key, name in expected.items():  # all of them before the first byte is read
-        stored, shape = shards[key].entries[key][:2]
-        piece_shape = _piece_shape(wanted[name], names(name))
-        if shape != piece_shape:
-            raise CheckpointError(f"{shards[key].path}: {key} must have shape {piece_shape}, got {shape}")
-        allowed = sorted(_DTYPES if wanted[name].is_floating_point() else _INTEGERS)
-        if stored not in allowed:
-            raise CheckpointError(f"{shards[key].path}: {key} must have a dtype of {allowed}, got {stored}")
+    check_entries(folder, shards, stored_as, ignored)
     for name, target in wanted.items():
         if name.startswith(unread):
             continue
@@ -236,12 +251,6 @@ def load_parameters(
         _assign(module, name, value, isinstance(target, nn.Parameter))
     for shard in set(shards.values()):
         shard.close()
-
-
-def _piece_shape(target: Tensor, pieces: list[str]) -> list[int]:
-    """Shape of one of the stored tensors that make up ``target``."""
-    shape = list(target.shape)
-    return [shape[0] // len(pieces), *shape[1:]] if len(pieces) > 1 else shape
 
 
 def _assign(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
@@ -320,10 +329,11 @@ def load_text_encoder(
             f"{path}: num_hidden_layers must be at least {depth}, because the transformer's selected_layer_index "
             f"names layer {depth - 1}, got {len(model.layers)}"
         )
+    prefix = "model." if any(key.startswith("model.") for key in shards) else ""
     if quantization is not None:
-        model = _load_mxfp4(folder, parsed, shards, dtype, device)
+        check_entries(folder, shards, _mxfp4_entries(model, prefix), ("lm_head.",))
+        model = _load_mxfp4(folder, parsed, dtype, device)
     else:
-        prefix = "model." if any(key.startswith("model.") for key in shards) else ""
         unread = tuple(f"layers.{n}." for n in range(len(model.layers) if depth is None else depth, len(model.layers)))
         load_parameters(model, folder, lambda name: [prefix + name], dtype, device, ("lm_head.",), unread)
         model.rotary_emb = type(model.rotary_emb)(parsed).to(device)  # its tables are computed, not stored
@@ -335,28 +345,31 @@ def load_text_encoder(
     return model.eval()
 
 
-def _load_mxfp4(
-    folder: Path, config: Any, shards: Mapping[str, Shard], dtype: torch.dtype, device: torch.device | str
-) -> Any:
+def _mxfp4_entries(model: nn.Module, prefix: str) -> dict[str, tuple[list[int], Iterable[str]]]:
+    """Stored keys of a GPT-OSS model whose experts are MXFP4: 32 inputs share a scale, a byte of a block holds two."""
+    entries: dict[str, tuple[list[int], Iterable[str]]] = {}
+    for name, value in model.state_dict().items():
+        shape = list(value.shape)
+        if ".experts." in name and not name.endswith("_bias"):
+            experts, inputs, outputs = shape
+            entries[f"{prefix}{name}_blocks"] = [experts, outputs, inputs // 32, 16], ("U8",)
+            entries[f"{prefix}{name}_scales"] = [experts, outputs, inputs // 32], ("U8",)
+        else:
+            entries[prefix + name] = shape, _DTYPES
+    return entries
+
+
+def _load_mxfp4(folder: Path, config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """GPT-OSS with MXFP4 experts (``*_blocks``, ``*_scales``), by transformers: dequantised on a CPU."""
     from transformers import GptOssModel, Mxfp4Config
 
     on_cpu = torch.device(device).type == "cpu"
     kwargs = {"quantization_config": Mxfp4Config(dequantize=True)} if on_cpu else {"device_map": {"": str(device)}}
     try:
-        with _quiet_transformers():  # it reports the LM head we leave out; what matters is checked below
-            model, info = GptOssModel.from_pretrained(
-                folder, config=config, dtype=dtype, output_loading_info=True, **kwargs
-            )
+        with _quiet_transformers():  # it reports the LM head we leave out; keys and shapes are already checked
+            return GptOssModel.from_pretrained(folder, config=config, dtype=dtype, **kwargs)
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
-    unexpected = [key for key in info["unexpected_keys"] if not key.startswith("lm_head.")]
-    kinds = {"missing": info["missing_keys"], "unexpected": unexpected, "misshapen": info["mismatched_keys"]}
-    for kind, keys in kinds.items():
-        if keys:
-            file = sorted({s.path.name for s in shards.values()})[0]
-            raise CheckpointError(f"{folder / file}: {len(keys)} {kind} keys, first {min(map(str, keys))}")
-    return model
 
 
 @contextmanager
@@ -434,11 +447,11 @@ def resolve(source: str | os.PathLike[str]) -> Path:
     name = os.fspath(source)
     if name in EMBEDDED:
         folder = Path(__file__).parent / "mini" / EMBEDDED[name]
-        if not folder.is_dir():
-            shipped = [n for n, f in EMBEDDED.items() if (folder.parent / f).is_dir()]
+        if not (folder / "model_index.json").is_file():
+            shipped = [n for n, f in EMBEDDED.items() if (folder.parent / f / "model_index.json").is_file()]
             raise CheckpointError(f"{name!r} is not part of this version of Lens; embedded models: {shipped}")
         return folder
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         return Path(name)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
         from huggingface_hub import snapshot_download

@@ -29,8 +29,11 @@ class LensConfig:
     axes_dims_rope: tuple[int, int, int] = (8, 28, 28)  # channels of a head for frame, row, column
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "selected_layer_index", tuple(self.selected_layer_index))
-        object.__setattr__(self, "axes_dims_rope", tuple(self.axes_dims_rope))
+        for name in ("selected_layer_index", "axes_dims_rope"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(type(v) is int for v in values):
+                raise ValueError(f"LensConfig: {name} must be a list of integers, got {values!r}")
+            object.__setattr__(self, name, tuple(values))
         for name in (
             "num_layers",
             "num_attention_heads",
@@ -56,7 +59,7 @@ class LensConfig:
                 f"{self.patch_size**2 * self.out_channels}, got {self.in_channels}"
             )
         layers = self.selected_layer_index
-        if not layers or not all(isinstance(n, int) and n >= 0 for n in layers):
+        if not layers or min(layers) < 0:
             raise ValueError(f"LensConfig: selected_layer_index must name at least one decoder layer, got {layers}")
 
     @property

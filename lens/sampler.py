@@ -60,9 +60,12 @@ class Scheduler:
             raise ValueError(f"{source}: time_shift_type must be 'exponential', got {config['time_shift_type']!r}")
         if config.get("num_train_timesteps", 1000) != 1000:
             raise ValueError(f"{source}: num_train_timesteps must be 1000, got {config['num_train_timesteps']!r}")
+        shift = config.get("shift", 1.0)
+        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+            raise ValueError(f"{source}: shift must be a positive number, got {shift!r}")
         return cls(
             use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
-            shift=float(config.get("shift", 1.0)),
+            shift=float(shift),
             stochastic_sampling=bool(config.get("stochastic_sampling", False)),
         )
 

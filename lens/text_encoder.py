@@ -142,8 +142,8 @@ class ChatTokenizer:
             text = environment.from_string(self._template).render(
                 messages=messages, add_generation_prompt=False, **self._special
             )
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"{self._template_name}: cannot be rendered: {error}") from error
+        except Exception as error:  # a template is a program: it may fail in any way
+            raise CheckpointError(f"{self._template_name}: cannot be rendered: {error!r}") from error
         before, slot, after = text.partition(_SLOT)
         if not slot or _SLOT in after:
             raise CheckpointError(f"{self._template_name}: must contain the user's message exactly once")

@@ -218,7 +218,7 @@ def test_refusals(change, message):
 
 
 def test_one_generator_cannot_draw_mixed_sizes():
-    with pytest.raises(ValueError, match="one generator draws .* pass one per picture"):
+    with pytest.raises(ValueError, match=r"one generator draws .* pass one per picture"):
         shared()([A, B], sizes=[(32, 32), (32, 48)], generator=torch.Generator(), num_inference_steps=1)
 
 
