@@ -11,6 +11,7 @@ Last line: the same table as JSON.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import time
@@ -87,6 +88,14 @@ def call(op: Callable[..., Any], case: Case, backward: bool) -> Callable[[], Any
     return lambda: torch.autograd.grad(op(**arguments), leaves, douts)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse what was freed. New pages for every result would cost more than the kernels, by luck of the
+    allocator for one variant and not for another."""
+    libc, m_trim_threshold, m_mmap_max = ctypes.CDLL(None), -1, -4
+    if not (libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1)):
+        raise RuntimeError("this C library has no mallopt that works; the bench is written for glibc")
+
+
 def take_turns(variants: list[Callable[[], Any]], seconds: float) -> list[float]:
     """Best time of each variant in milliseconds; they run one after the other until the time is up."""
     best = [float("inf")] * len(variants)
@@ -125,6 +134,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=3.0, help="per case, after compilation")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     rows = []
     with backend.use_isa(options.isa or backend.isa()):
         print(

@@ -36,7 +36,7 @@ def expect_residual(op: str, x: Tensor, y: Tensor, gate: Tensor, offsets: Tensor
     checks.expect_modulation(op, "gate", gate, x, batch, x.shape[1])
 
 
-@torch.library.custom_op("lens::gated_residual", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::gated_residual")
 def _forward(x: Tensor, y: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
     x, gate = x.contiguous(), checks.dense_rows(gate)
     out = torch.empty_like(x)
@@ -56,7 +56,7 @@ def _forward(x: Tensor, y: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-@torch.library.custom_op("lens::gated_residual_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::gated_residual_backward")
 def _backward(dout: Tensor, y: Tensor, gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     y, gate = y.contiguous(), checks.dense_rows(gate)
     dy, dgate = torch.empty_like(y), y.new_empty(gate.shape)

@@ -38,7 +38,7 @@ def gated_residual_norm_modulate(
     return _forward(x, y, gate, weight, scale, shift, offsets, eps)
 
 
-@torch.library.custom_op("lens::gated_residual_norm_modulate", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::gated_residual_norm_modulate")
 def _forward(
     x: Tensor,
     y: Tensor,
@@ -75,7 +75,7 @@ def _forward(
     return x_new, normed
 
 
-@torch.library.custom_op("lens::gated_residual_norm_modulate_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::gated_residual_norm_modulate_backward")
 def _backward(
     dx_new: Tensor,
     dnormed: Tensor,

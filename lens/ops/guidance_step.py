@@ -40,7 +40,7 @@ def guidance_step(
     return _forward(x, cond, uncond, delta, float(guidance), offsets)
 
 
-@torch.library.custom_op("lens::guidance_step", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::guidance_step")
 def _forward(x: Tensor, cond: Tensor, uncond: Tensor | None, delta: Tensor, guidance: float, offsets: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)

@@ -140,7 +140,7 @@ def _scatter(x: Tensor, starts: list[int], value: Tensor) -> None:
         x[start : start + sample.shape[0]] = sample
 
 
-@torch.library.custom_op("lens::joint_attention", mutates_args=(), device_types="cpu")
+@backend.custom_op("lens::joint_attention", devices=("cpu",))
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -165,7 +165,7 @@ def _forward(
     return out, lse
 
 
-@torch.library.custom_op("lens::joint_attention_backward", mutates_args=(), device_types="cpu")
+@backend.custom_op("lens::joint_attention_backward", devices=("cpu",))
 def _backward(
     dout: Tensor,
     q: Tensor,

@@ -54,7 +54,7 @@ def _expect_rows(op: str, rows: Tensor, like: Tensor, slots: int) -> None:
         checks.refuse(op, "C must be at least 1, got 0")
 
 
-@torch.library.custom_op("lens::pack_tokens", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::pack_tokens")
 def _pack(x: Tensor, rows: Tensor) -> Tensor:
     x, rows = x.contiguous(), rows.contiguous()
     (batch, length, channels), count = x.shape, rows.shape[0]
@@ -68,7 +68,7 @@ def _(x: Tensor, rows: Tensor) -> Tensor:
     return x.new_empty(rows.shape[0], x.shape[2])
 
 
-@torch.library.custom_op("lens::unpack_tokens", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::unpack_tokens")
 def _unpack(packed: Tensor, rows: Tensor, batch: int, length: int) -> Tensor:
     packed, rows = packed.contiguous(), rows.contiguous()
     count, channels = packed.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lens.ops import backend, checks, reference
@@ -66,7 +65,7 @@ def _sizes(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, offsets: Tensor)
     return {**rows, "N": image_qkv.shape[1] // (3 * head_dim), "H": head_dim}
 
 
-@torch.library.custom_op("lens::qk_norm_rope", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::qk_norm_rope")
 def _forward(
     image_qkv: Tensor,
     text_qkv: Tensor,
@@ -102,7 +101,7 @@ def _forward(
     return qkv
 
 
-@torch.library.custom_op("lens::qk_norm_rope_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::qk_norm_rope_backward")
 def _backward(
     dqkv: Tensor,
     image_qkv: Tensor,

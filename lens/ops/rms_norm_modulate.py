@@ -35,7 +35,7 @@ def rms_norm_modulate(
     return _forward(x, weight, scale, shift, offsets, eps)
 
 
-@torch.library.custom_op("lens::rms_norm_modulate", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::rms_norm_modulate")
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: Tensor, eps: float) -> Tensor:
     x, scale, shift = x.contiguous(), checks.dense_rows(scale), checks.dense_rows(shift)
     y = torch.empty_like(x)
@@ -58,7 +58,7 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: T
     return y
 
 
-@torch.library.custom_op("lens::rms_norm_modulate_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::rms_norm_modulate_backward")
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -26,7 +26,7 @@ def swiglu(h: Tensor) -> Tensor:
     return _forward(h)
 
 
-@torch.library.custom_op("lens::swiglu", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::swiglu")
 def _forward(h: Tensor) -> Tensor:
     h = h.contiguous()
     rows, hidden = h.shape[0], h.shape[1] // 2
@@ -35,7 +35,7 @@ def _forward(h: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("lens::swiglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
+@backend.custom_op("lens::swiglu_backward")
 def _backward(dy: Tensor, h: Tensor) -> Tensor:
     dy, h = dy.contiguous(), h.contiguous()
     dh = torch.empty_like(h)
