@@ -116,9 +116,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def slug(prompt: str) -> str:
-    """A prompt as part of a file name: words of any script joined by "-", at most 40 characters."""
+    """A prompt as part of a file name: words of any script joined by "-", as many as fit 40 characters."""
     words = "-".join(re.findall(r"[^\W_]+", prompt.lower()))
-    return words[:40].rstrip("-") or "picture"
+    if len(words) > 40:
+        words = words[:41].rpartition("-")[0] or words[:40]
+    return words or "picture"
 
 
 def check_name(pattern: str) -> None:
