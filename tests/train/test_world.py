@@ -15,6 +15,7 @@ from train.data.world import (
     World,
     allowed,
     backdrop,
+    contrast,
     held_out_colours,
     held_out_pairs,
 )
@@ -147,8 +148,11 @@ def test_contrast_rule(scenes):
         for thing in scene.things:
             own = np.array(sprites.surface_lab(thing.kind, thing.colour))
             for rgb in BEHIND[scene.background]:
-                assert np.linalg.norm(own - sprites.lab(np.array(rgb))) >= MIN_CONTRAST
-    assert "night" not in allowed("apple", "black") or MIN_CONTRAST <= 28
+                assert contrast(own, sprites.lab(np.array(rgb))) >= MIN_CONTRAST
+    for kind in sprites.PAINTABLE:  # the pairs an eye loses
+        assert kind == "mushroom" or "night" not in allowed(kind, "black")  # a black mushroom's spots are pale
+        assert "checker" not in allowed(kind, "white")
+        assert len([c for c in sprites.PALETTE if allowed(kind, c)]) == len(sprites.PALETTE)
 
 
 def is_held_out(scene):

@@ -5,7 +5,7 @@
     pixels = world.render(scene)                          # uint8 [64, 64, 3]
 
 Rules: a scene depends on (seed, split, height, width) only; nothing is cut at the frame; every object differs from
-its background by at least MIN_CONTRAST in Lab; two objects of one scene never share both class and colour; scenes with
+its background by a `contrast` of at least MIN_CONTRAST; two objects of one scene never share both class and colour; scenes with
 a held-out colour x class or class x class pair never appear in "train" and always in "held_out".
 """
 
@@ -88,6 +88,12 @@ def held_out_pairs() -> frozenset[frozenset[str]]:
     return frozenset(p for p in pairs if _draw("held-out pair " + " ".join(sorted(p))) < 0.1)
 
 
+def contrast(one: np.ndarray, two: np.ndarray) -> float:
+    """How far two Lab colours are apart to the eye: distance, with hue counting less where both are dark."""
+    hue = min(1.0, max(float(one[0]), float(two[0])) / 50)
+    return float(np.hypot(one[0] - two[0], hue * np.linalg.norm(one[1:] - two[1:])))
+
+
 @functools.cache
 def allowed(kind: str, colour: str | None) -> tuple[str, ...]:
     """Backgrounds this object stands out from."""
@@ -95,7 +101,7 @@ def allowed(kind: str, colour: str | None) -> tuple[str, ...]:
     return tuple(
         name
         for name, behind in BEHIND.items()
-        if min(float(np.linalg.norm(own - lab(np.array(rgb)))) for rgb in behind) >= MIN_CONTRAST
+        if min(contrast(own, lab(np.array(rgb))) for rgb in behind) >= MIN_CONTRAST
     )
 
 

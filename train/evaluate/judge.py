@@ -19,7 +19,7 @@ import numpy as np
 from ..data.sprites import KINDS, colours_of, fitted_size, sprite
 from ..data.world import BACKGROUNDS, VARIANTS, Scene, arrangement, backdrop
 
-EXPLAINED = 0.4  # share of the squared difference a fit must explain to count as an object
+EXPLAINED = 0.5  # share of the squared difference a fit must explain to count as an object
 STRAY = 0.06  # share of pixels outside all boxes that may differ from the backdrop by more than STRAY_LEVEL
 STRAY_LEVEL = 60.0  # of 255, root mean square over channels
 

@@ -55,6 +55,7 @@ def score(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> tuple[dict
         "high": high,
         "class": float(np.mean(classes)),
         "colour": float(np.mean(colours)) if colours else float("nan"),
+        "fit": float(np.mean([seen.explained for v in verdicts for seen in v.things])),
         "clean": float(np.mean([v.clean for v in verdicts])),
         "pictures": len(verdicts),
     }, verdicts
@@ -109,7 +110,7 @@ def ceilings(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, dic
 def report(name: str, row: dict[str, float]) -> None:
     print(
         f"{name:26s} whole {row['whole']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  class {row['class']:.3f}  "
-        f"colour {row['colour']:.3f}  nothing else {row['clean']:.3f}  ({row['pictures']:.0f} pictures)",
+        f"colour {row['colour']:.3f}  fit {row['fit']:.3f}  nothing else {row['clean']:.3f}  ({row['pictures']:.0f} pictures)",
         flush=True,
     )
 
