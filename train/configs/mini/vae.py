@@ -28,13 +28,13 @@ DECODER = {
     "batch": 16,
     "lr": 2e-3,
     "warmup": 100,
-    "steps": 60_000,
-    "decay": 12_000,
+    "steps": 3_600,
+    "decay": 1_500,
     "weight_decay": 0.0,
     "ema": 0.998,
     "noise": 0.2,
     "detail_from": 1_500,
     "detail_full": 4_000,
 }
-ENCODER = {"batch": 16, "lr": 2e-3, "warmup": 100, "steps": 8_000, "decay": 3_000, "weight_decay": 0.0, "ema": 0.995}
+ENCODER = {"batch": 16, "lr": 2e-3, "warmup": 100, "steps": 1_500, "decay": 1_000, "weight_decay": 0.0, "ema": 0.995}
 SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 1_000, 100, 500
