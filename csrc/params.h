@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "math/types.h"
+
 namespace lens {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
@@ -25,9 +27,11 @@ enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat64 = 2 };
 // written nor read. So neither the thread count nor the other samples change a sample's sums.
 constexpr int64_t kSplitRows = 32;
 
-constexpr int64_t split_slot(int64_t offset, int64_t b) { return offset / kSplitRows + b; }
-constexpr int64_t split_slots(int64_t R, int64_t B) { return R / kSplitRows + B; }
-constexpr int64_t split_chunks(int64_t rows) { return (rows + kSplitRows - 1) / kSplitRows; }
+LENS_HD constexpr int64_t split_slot(int64_t offset, int64_t b) { return offset / kSplitRows + b; }
+LENS_HD constexpr int64_t split_slots(int64_t R, int64_t B) { return R / kSplitRows + B; }
+LENS_HD constexpr int64_t split_chunks(int64_t rows) {
+  return (rows + kSplitRows - 1) / kSplitRows;
+}
 
 // packed[r] = x[rows[r]]
 struct PackTokensParams {

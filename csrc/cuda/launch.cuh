@@ -1,0 +1,76 @@
+// Host side of every launcher: the launch itself, alignment, the choice of a kernel by storage
+// type.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <initializer_list>
+
+#include "math/types.h"
+#include "params.h"
+
+// <<<>>> under nvcc; compiled for the host, the emulator runs the same kernel.
+#if defined(__CUDACC__)
+#define LENS_LAUNCH(kernel, grid, block, stream, ...) \
+  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#else
+#define LENS_LAUNCH(kernel, grid, block, stream, ...) \
+  (static_cast<void>(stream), lens::emulation::launch(#kernel, kernel, grid, block, 0, __VA_ARGS__))
+#endif
+
+namespace lens::gpu {
+
+// A row of this kernel is one warp, a block four rows.
+constexpr int kRowsPerBlock = 4;
+
+constexpr int64_t ceil_div(int64_t n, int64_t d) { return (n + d - 1) / d; }
+
+inline dim3 row_grid(int64_t rows) { return dim3(unsigned(ceil_div(rows, kRowsPerBlock))); }
+
+struct View {
+  const void* pointer;
+  int64_t row_elements;  // distance of two rows
+};
+
+// Whether every row of every view starts on a 16-byte boundary and holds whole 16-byte chunks.
+template <class T>
+bool chunks_fit(int64_t width, std::initializer_list<View> views) {
+  bool fit = width * int64_t(sizeof(T)) % 16 == 0;
+  for (const View& view : views) {
+    fit &= reinterpret_cast<uintptr_t>(view.pointer) % 16 == 0;
+    fit &= view.row_elements * int64_t(sizeof(T)) % 16 == 0;
+  }
+  return fit;
+}
+
+// Calls f with a null T* for the storage type; more rows than a grid can hold, columns that int
+// cannot count, or an unknown type are an error. Otherwise the state of the launches.
+template <class F>
+int launch_for(DType dtype, int64_t rows, int64_t width, F f) {
+  if (rows > 0x7fffffff || width > 0x3fffffff) return int(cudaErrorNotSupported);
+  switch (dtype) {
+    case DType::kFloat32:
+      f(static_cast<float*>(nullptr));
+      break;
+    case DType::kBFloat16:
+      f(static_cast<Bf16*>(nullptr));
+      break;
+    case DType::kFloat64:
+      f(static_cast<double*>(nullptr));
+      break;
+    default:
+      return int(cudaErrorInvalidValue);
+  }
+  return int(cudaGetLastError());
+}
+
+template <class Pointer>
+struct PointeeOf;
+template <class T>
+struct PointeeOf<T*> {
+  using type = T;
+};
+#define LENS_TYPE_OF(tag) typename lens::gpu::PointeeOf<decltype(tag)>::type
+
+}  // namespace lens::gpu
