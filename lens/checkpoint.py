@@ -266,6 +266,22 @@ def _assign(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> 
 # ------------------------------------------------------------------------------------------------ parts
 
 
+def placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where to load to, and as what: None means cuda and bfloat16 where usable, else cpu and float32."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    if dtype is None:
+        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"dtype must be torch.float32 or torch.bfloat16 (float16 overflows in this model), got {dtype}"
+        )
+    return chosen, dtype
+
+
 def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
     """``transformer/`` of the released layout -> our model in eval mode."""
     path = folder / "config.json"

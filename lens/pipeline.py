@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -55,7 +56,7 @@ class _Batch:
     negative: _Text | None
     guidance: float
     sigma: Tensor
-    noise_keys: list[int]  # seeds of the noise of stochastic steps
+    noise_keys: list[int]  # B seeds of the noise of stochastic steps, where the scheduler takes such
 
     @property
     def lengths(self) -> list[int]:
@@ -124,7 +125,7 @@ class LensPipeline:
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. A checkpoint that
         cannot be used raises lens.checkpoint.CheckpointError, which names the file, the key and what was expected.
         """
-        device, dtype = _placement(device, dtype)
+        device, dtype = checkpoint.placement(device, dtype)
         root = checkpoint.resolve(source)
         defaults = checkpoint.read_defaults(root, variant, checkpoint.spoken_name(source))
         scheduler = checkpoint.load_scheduler(root / "scheduler")
@@ -266,7 +267,9 @@ class LensPipeline:
             negative = self._given_text(name, negative_prompt_embeds, negative_prompt_mask, count, each)
         elif guidance != 1.0:
             negative = self._written_text(negatives, each, encoding)
-        keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
+        keys: list[int] = []
+        if self.scheduler.stochastic_sampling:
+            keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
         batch = _Batch(grids, text, negative, guidance, sigma, keys)
         final = self._denoise(batch, noise, schedule, table, callback_on_step_end, wanted)
         images = self._finish(final, batch, output_type)
@@ -376,38 +379,23 @@ class LensPipeline:
         if output_type == "latent":
             return batch.shaped(torch.cat(rows))
         pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, batch.grids)]
-        if output_type == "np":
-            import numpy as np
-
-            arrays = [vae.to_numpy(p) for p in pictures]
-            return np.stack(arrays) if batch.same_size else arrays
-        from PIL import Image
-
-        return [Image.fromarray(vae.to_uint8(p)) for p in pictures]
+        if output_type == "pil":
+            return [vae.to_pil(p) for p in pictures]
+        arrays = [vae.to_numpy(p) for p in pictures]
+        return np.stack(arrays) if batch.same_size else arrays
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
 
 
-def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and chosen.index is None:
-        chosen = torch.device("cuda", torch.cuda.current_device())
-    if dtype is None:
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(
-            f"dtype must be torch.float32 or torch.bfloat16 (float16 overflows in this model), got {dtype}"
-        )
-    return chosen, dtype
-
-
 def _prompt_count(prompt: str | Sequence[str] | None, embeds: Sequence[Tensor] | None) -> int:
     if (prompt is None) == (embeds is None):
         raise ValueError("give exactly one of prompt and prompt_embeds")
-    return len(prompt_list("prompt", prompt)) if embeds is None else len(embeds[0])
+    if embeds is None:
+        return len(prompt_list("prompt", prompt))
+    if not len(embeds) or not len(embeds[0]):
+        raise ValueError("prompt_embeds must be a list of F tensors [B, T, E] with B >= 1")
+    return len(embeds[0])
 
 
 def _check_call(

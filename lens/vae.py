@@ -6,11 +6,14 @@ Shapes: h x w grid in tokens, C = 4c channels of a token, pictures [H, W, 3] wit
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 def unpatchify(rows: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -57,3 +60,10 @@ def to_numpy(picture: Tensor) -> np.ndarray:
 def to_uint8(picture: Tensor) -> np.ndarray:
     """[-1, 1] -> uint8 [H, W, 3], truncated as the reference does, not rounded."""
     return ((picture.cpu() + 1) * 127.5).to(torch.uint8).numpy()
+
+
+def to_pil(picture: Tensor) -> Image:
+    """[-1, 1] -> an 8-bit RGB picture."""
+    from PIL.Image import fromarray
+
+    return fromarray(to_uint8(picture))

@@ -39,7 +39,9 @@ def cases(folder: str) -> dict:
 
 def of(kind: str) -> list:
     return [
-        pytest.param(folder, case, id=f"{folder}-{case['key']}") for folder in FOLDERS for case in cases(folder)[kind]
+        pytest.param(folder, case, id=f"{folder}-{case['key']}")
+        for folder in FOLDERS
+        for case in cases(folder).get(kind, [])
     ]
 
 

@@ -193,6 +193,8 @@ CLASHES = [
     (dict(negative_prompt_embeds=[torch.zeros(1, 3, 64)] * 3), "must be a list of F = 4 tensors .* got 3 tensors"),
     (dict(negative_prompt_embeds=[torch.zeros(2, 3, 64)] * 4), r"one prompt or one per prompt \(1\), got 2"),
     (dict(prompt=None, prompt_embeds=torch.zeros(1, 3, 64)), "got one tensor"),
+    (dict(prompt=None, prompt_embeds=[]), "must be a list of F tensors"),
+    (dict(prompt=None, prompt_embeds=[torch.zeros(0, 3, 64)] * 4), "with B >= 1"),
     (dict(prompt=None, prompt_embeds=[torch.zeros(1, 3, 63)] * 4), r"\[B, T, E\] = \[1, 3, 64\], got \[1, 3, 63\]"),
     (dict(prompt=None, prompt_embeds=[torch.full((1, 3, 64), math.nan)] * 4), r"prompt_embeds\[0\] holds NaN"),
     (dict(prompt=None, prompt_embeds=[torch.zeros(1, 3, 64)] * 4, prompt_mask=torch.ones(1, 4)), r"must be \[B, T\]"),
