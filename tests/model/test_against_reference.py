@@ -99,6 +99,42 @@ def test_padded_batch_of_one_grid_meets_the_plain_model(shape):
 
 
 @torch.no_grad()
+def test_each_norm_has_its_own_epsilon():
+    """At small activations every epsilon counts: 1e-6 in the blocks, for q and k and at the end, 1e-5 for the text."""
+    config, _, _ = models(0)
+    reference = ReferenceLens(config).randomize(seed=0)
+    for name, p in reference.named_parameters():
+        if "qkv" in name:
+            p[: 2 * len(p) // 3].mul_(0.01)  # q and k
+        elif name.startswith(("img_in", "txt_in")):
+            p.mul_(0.003)
+        elif "_mod" in name or name.startswith("norm_out"):
+            p.mul_(0.1)
+    ours = as_lens(reference, config)
+    hidden, features, timestep = batch(config, 3, [12], 5)
+    features = [f * 3e-4 for f in features]
+    mask = torch.ones(1, 5, dtype=torch.bool)
+    velocity = ours(hidden, features, mask, timestep, [(1, 3, 4)])
+    assert relative(velocity, reference(hidden, features, mask, timestep, (3, 4))) <= 1e-5
+    for part in (
+        "img_norm1",
+        "img_norm2",
+        "txt_norm1",
+        "txt_norm2",
+        "norm_q",
+        "norm_k",
+        "norm_added_q",
+        "norm_added_k",
+    ):
+        norm = next(m for n, m in reference.named_modules() if n.endswith(f".{part}"))
+        norm.eps = 1e-5
+        assert relative(velocity, reference(hidden, features, mask, timestep, (3, 4))) > 3e-5, part
+        norm.eps = 1e-6
+    reference.txt_norm[1].eps = 1e-6
+    assert relative(velocity, reference(hidden, features, mask, timestep, (3, 4))) > 2e-5
+
+
+@torch.no_grad()
 def test_no_mask_means_every_text_token():
     config, _, ours = models(0)
     hidden, features, timestep = batch(config, 3, [6, 6], 5)
