@@ -1,0 +1,184 @@
+"""Builds csrc/cuda for the host and stands in for the GPU: lens.ops calls, the emulator runs the launchers as they are.
+
+The library is compiled with g++ into build/emulation, one object per source, named by the hash of what goes into it.
+`Emulator.launch` replaces `lens.ops.backend.launch`: every tensor is copied into a buffer of its own between two
+inaccessible pages, as far off a 16-byte boundary as the tensor is; outputs hold NaN until written. The struct of each
+kernel is read from csrc/params.h, so that the two cannot disagree.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import fcntl
+import functools
+import hashlib
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens.ops import backend
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "csrc"
+BUILD = ROOT / "build" / "emulation"
+# checks that trap: misaligned vector accesses, array bounds (shared memory), integer overflow
+FLAGS = [
+    "-x", "c++", "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-Wall", "-Wextra", "-Werror",
+    "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift",
+    "-fsanitize-undefined-trap-on-error", "-DLENS_WITH_CUDA=1",
+]  # fmt: skip
+
+
+class EmulationError(RuntimeError):
+    """A launch that would not have gone well on a device; the message says where and why."""
+
+
+# ---- building
+
+
+def _compile(source: pathlib.Path, include: pathlib.Path, key: str) -> pathlib.Path:
+    """The object of one source, compiled with `include` in place of csrc; `key` names its content."""
+    target = BUILD / f"{source.stem}-{key}.o"
+    if not target.exists():
+        partial = target.with_suffix(f".{os.getpid()}.part")
+        command = ["g++", *FLAGS, f"-I{include}/emulation", f"-I{include}", "-c", str(source), "-o", str(partial)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise AssertionError(f"{source.name} does not compile for the emulator:\n{done.stderr}")
+        partial.replace(target)
+    return target
+
+
+def _digest(paths: list[pathlib.Path]) -> str:
+    digest = hashlib.sha256(repr(FLAGS).encode())
+    for path in sorted(paths, key=lambda path: path.name):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def build(tree: pathlib.Path, only: str = "") -> pathlib.Path:
+    """The library made of tree/cuda and tree/emulation; with `only`, of that launcher and the emulator alone."""
+    headers = [*tree.glob("*/*.h"), *tree.glob("*/*.cuh"), tree / "params.h"]
+    sources = [*tree.glob("emulation/*.cpp"), *tree.glob(f"cuda/{only or '*'}.cu")]
+    common = _digest(headers)
+    keys = {source: hashlib.sha256(common.encode() + source.read_bytes()).hexdigest()[:16] for source in sources}
+    library = BUILD / f"{only or 'all'}-{hashlib.sha256(''.join(sorted(keys.values())).encode()).hexdigest()[:16]}.so"
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / f"{library.stem}.lock", "w") as lock:  # tests may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+                objects = list(pool.map(lambda source: _compile(source, tree, keys[source]), sources))
+            partial = library.with_suffix(f".{os.getpid()}.part")
+            # a launcher that is left out stays undefined: it fails when called, not when loaded
+            subprocess.run(["g++", "-shared", "-Wl,-z,lazy", "-o", partial, *objects], check=True)
+            partial.replace(library)
+    return library
+
+
+def mutant(folder: pathlib.Path, stem: str, file: str, old: str, new: str) -> Emulator:
+    """The emulator of one op, bfloat16 alone, with one piece of text in csrc/cuda replaced."""
+    tree = folder / "csrc"
+    shutil.copytree(SOURCE, tree)
+
+    def replace(name: str, before: str, after: str) -> None:
+        path = tree / "cuda" / name
+        text = path.read_text()
+        assert text.count(before) == 1, f"{name} must hold {before!r} once, holds it {text.count(before)} times"
+        path.write_text(text.replace(before, after))
+
+    for unused in ("kFloat32", "kFloat64"):  # a third of the compile time
+        path = tree / "cuda" / "launch.cuh"
+        path.write_text(re.sub(rf"case DType::{unused}:\s*f\(.*?\);\s*break;", "", path.read_text(), flags=re.DOTALL))
+    replace(file, old, new)
+    return Emulator(build(tree, stem))
+
+
+# ---- the structs of params.h
+
+_CTYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "DType": ctypes.c_int}
+
+
+@functools.cache
+def structs() -> dict[str, tuple[type[ctypes.Structure], set[str]]]:
+    """Kernel stem -> (its params struct, the names of the arrays it writes)."""
+    text = re.sub(r"//[^\n]*", "", (SOURCE / "params.h").read_text())
+    layouts: dict[str, tuple[type[ctypes.Structure], set[str]]] = {}
+    for name, body in re.findall(r"struct (\w+Params) \{(.*?)\};", text, re.DOTALL):
+        fields: list[tuple[str, Any]] = []
+        written = set()
+        for constant, kind, star, names in re.findall(r"(const )?(\w+)(\*?) ([\w, ]+);", body):
+            for field in names.split(","):
+                fields.append((field.strip(), ctypes.c_void_p if star else _CTYPES[kind]))
+                if star and not constant and field.strip() != "stream":
+                    written.add(field.strip())
+        layouts[name] = type(name, (ctypes.Structure,), {"_fields_": fields}), written
+    return {stem: layouts[name] for stem, name in re.findall(r"OP\((\w+), (\w+)\)", text)}
+
+
+# ---- running
+
+
+def _span(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class Emulator:
+    """One library of emulated launchers; `seed` orders threads and blocks (0: as they are numbered)."""
+
+    def __init__(self, library: pathlib.Path) -> None:
+        self.library = ctypes.CDLL(str(library), mode=os.RTLD_LAZY)
+        self.library.lens_emulation_allocate.restype = ctypes.c_void_p
+        self.library.lens_emulation_allocate.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
+        self.library.lens_emulation_free.argtypes = [ctypes.c_void_p]
+        self.library.lens_emulation_message.restype = ctypes.c_char_p
+        self.library.lens_emulation_seed.argtypes = [ctypes.c_uint64]
+        self.seed = 0
+        self.calls: list[str] = []
+
+    def launch(self, kernel: str, like: Tensor, dtype: torch.dtype | None = None, **arguments: Any) -> None:
+        """In place of backend.launch. EmulationError: the launch failed or wrote where it must not."""
+        self.calls.append(kernel)
+        layout, written = structs()[kernel]
+        size = getattr(self.library, f"lens_emulation_sizeof_{kernel}")
+        size.restype = ctypes.c_int64
+        assert size() == ctypes.sizeof(layout), f"{layout.__name__}: the tests read params.h wrongly"
+        params = layout(dtype=backend.DTYPES[dtype or like.dtype], stream=None)
+        assert {name for name, _ in layout._fields_} == {*arguments, "dtype", "stream"}
+
+        buffers: dict[str, tuple[int, Tensor]] = {}
+        for name, value in arguments.items():
+            if isinstance(value, Tensor):
+                address = self.library.lens_emulation_allocate(name.encode(), _span(value), value.data_ptr() % 16)
+                assert address, "out of memory"
+                if name not in written:
+                    ctypes.memmove(address, value.data_ptr(), _span(value))
+                buffers[name] = address, value
+                value = address
+            setattr(params, name, value)
+        self.library.lens_emulation_seed(self.seed)
+        error = getattr(self.library, f"lens_emulation_{kernel}")(ctypes.byref(params))
+        faults = []
+        for name, (address, tensor) in buffers.items():
+            if name in written:
+                ctypes.memmove(tensor.data_ptr(), address, _span(tensor))
+            elif ctypes.string_at(address, _span(tensor)) != ctypes.string_at(tensor.data_ptr(), _span(tensor)):
+                faults.append(f"{kernel} wrote into its input {name}")
+            if self.library.lens_emulation_free(address):
+                faults.append(f"{kernel} wrote beside {name}")
+        if error:
+            message = self.library.lens_emulation_message().decode() if error < 801 else "not supported"
+            raise EmulationError(f"{kernel}: error {error}: {message}")
+        if faults:
+            raise EmulationError("; ".join(faults))
