@@ -13,7 +13,7 @@ from lens.packing import plan
 from tests.model.test_against_reference import SHAPES, models
 
 GRIDS = st.tuples(st.integers(1, 7), st.integers(1, 7))
-SAMPLES = st.lists(st.tuples(GRIDS, st.integers(0, 12), st.integers(0, 5)), min_size=2, max_size=5)
+SAMPLES = st.lists(st.tuples(GRIDS, st.integers(0, 12), st.integers(0, 5)), min_size=2, max_size=4)
 
 
 @cache
@@ -55,10 +55,13 @@ def forward(model, config: dict, samples: list, padding: int = 0):
 
 
 @given(st.integers(0, len(SHAPES) - 1), SAMPLES, st.integers(0, 3), st.randoms(use_true_random=False))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @torch.no_grad()
 def test_any_neighbours_any_order_any_padding(shape, samples, padding, random):
     config, model = typed(shape, torch.float32)
+    samples = samples + [
+        (grid, text, seed + 10) for grid, text, seed in samples[:2]
+    ]  # equal shapes may be computed together
     alone = [forward(model, config, [s])[0] for s in samples]
     together = forward(model, config, samples, padding)
     assert all(map(torch.equal, together, alone))
