@@ -60,6 +60,10 @@ def test_one_forward_at_guidance_1():
     with counted(shared().text_encoder, "features") as encoded:
         shared()(PROMPTS, "blurry", guidance_scale=1.0, **SMALL)
     assert len(encoded) == 2  # the negative prompt is not even encoded
+    given = shared().encode_text(["blurry", "dull"])
+    with counted(shared().transformer, "denoise") as calls:
+        shared()(PROMPTS, negative_prompt_embeds=given[0], negative_prompt_mask=given[1], guidance_scale=1.0, **SMALL)
+    assert [args[3].batch_size for args, _ in calls] == [2] * 2
 
 
 def test_text_is_encoded_and_projected_once_per_prompt():
