@@ -102,6 +102,13 @@ inline void set_isa(const std::string& name) {
 
 // ---- kernels. device: -1 for the CPU, else the index of the GPU (already current).
 inline void check_launch(const char* op, int error) {
+  constexpr int kNotSupported =
+      801;  // cudaErrorNotSupported, which the launchers return themselves
+  if (error == kNotSupported) {
+    throw std::runtime_error(std::string("lens.") + op +
+                             ": the CUDA kernel does not serve sizes this large; the limits stand "
+                             "in csrc/cuda beside the launcher");
+  }
   if (error != 0) {
     throw std::runtime_error(std::string("lens.") + op +
                              ": the CUDA launch failed with cudaError " + std::to_string(error));

@@ -198,11 +198,17 @@ void start_fiber(unsigned index) {
   frame[6] = reinterpret_cast<uintptr_t>(&fiber_main);
   g_block.fibers[index] = Fiber{};
   g_block.fibers[index].stack_pointer = frame;
-  make_ready(index);
 }
 
+// Seed 0: in turn. Odd seeds: any ready fiber. Even seeds: the one made ready last, so that a warp
+// runs ahead of the others as far as the next barrier lets it.
 unsigned take_ready() {
   Block& b = g_block;
+  if (g_seed && g_seed % 2 == 0) {
+    const unsigned index = b.ready.back();
+    b.ready.pop_back();
+    return index;
+  }
   const size_t waiting = b.ready.size() - b.next_ready;
   const size_t chosen = b.next_ready + (g_seed ? random_below(waiting) : 0);
   std::swap(b.ready[chosen], b.ready[b.next_ready]);
@@ -212,6 +218,19 @@ unsigned take_ready() {
     b.next_ready = 0;
   }
   return index;
+}
+
+// All threads of the block, whole warps in a permuted order where the seed asks for one.
+void make_all_ready() {
+  const unsigned warps = (g_block.threads + kWarp - 1) / kWarp;
+  const unsigned first = g_seed ? unsigned(random_below(warps)) : 0;
+  const bool backwards = g_seed && random_below(2);
+  for (unsigned i = 0; i < warps; ++i) {
+    const unsigned warp = (first + (backwards ? warps - 1 - i : i)) % warps;
+    for (unsigned t = warp * kWarp; t < (warp + 1) * kWarp && t < g_block.threads; ++t) {
+      make_ready(t);
+    }
+  }
 }
 
 void report_deadlock() {
@@ -246,6 +265,7 @@ void run_block() {
     std::memset(__start_lens_shared, 0xff, size_t(__stop_lens_shared - __start_lens_shared));
   }
   for (unsigned i = 0; i < b.threads; ++i) start_fiber(i);
+  make_all_ready();
   while (b.live && !b.aborted) {
     if (b.ready.empty()) {
       report_deadlock();
@@ -325,7 +345,7 @@ void block_barrier(int line) {
   }
   if (b.at_barrier == b.threads) {
     b.at_barrier = 0;
-    for (unsigned i = 0; i < b.threads; ++i) make_ready(i);
+    make_all_ready();
   }
   to_scheduler();
 }

@@ -1,12 +1,14 @@
 // Runs the threads of a CUDA grid on one host thread: a fiber per CUDA thread, block after block.
 //
 // A fiber runs until it meets a barrier or a warp operation, so what one thread does between two of
-// those is never seen half done by another; the order in which ready fibers, and blocks, get their
-// turn is a seeded permutation, so that code which needs an order it does not enforce gives wrong
-// numbers under some seed. Reported as an error instead of hanging or passing: barriers that not
-// all threads of a block reach, warp operations whose participants do not agree on mask and place,
-// shuffles from lanes outside the mask, accesses outside guarded buffers, misaligned accesses and
-// whatever else the compiler's trapping checks find, launches a device would refuse.
+// those is never seen half done by another. The seed decides who is next, and in which order the
+// blocks run: 0, as they are numbered; odd, any ready thread; even, whoever became ready last, so
+// that a warp runs ahead as far as the next barrier lets it. Code that needs an order it does not
+// enforce gives wrong numbers under some seed; shared memory holds NaN before every block. Reported
+// as an error instead of hanging or passing: barriers that not all threads of a block reach, warp
+// operations whose participants do not agree on mask and place, shuffles from lanes outside the
+// mask, accesses outside guarded buffers, misaligned accesses and whatever else the compiler's
+// trapping checks find, launches a device would refuse.
 //
 // Not modelled: weak memory order, preemption between two barriers, timing, occupancy, registers,
 // bank conflicts, approximate device functions (rsqrtf and friends are the host's, so last bits

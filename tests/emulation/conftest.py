@@ -1,9 +1,9 @@
 """`emulated`: lens.ops on CPU tensors, run by the CUDA kernels under the emulator."""
 
 import pytest
-from tests.emulation import emulator
 
 from lens.ops import backend
+from tests.emulation import emulator
 
 
 @pytest.fixture(scope="session")

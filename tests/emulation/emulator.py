@@ -135,7 +135,7 @@ def _span(tensor: Tensor) -> int:
 
 
 class Emulator:
-    """One library of emulated launchers; `seed` orders threads and blocks (0: as they are numbered)."""
+    """One library of emulated launchers; `seed` orders threads and blocks (see csrc/emulation/scheduler.h)."""
 
     def __init__(self, library: pathlib.Path) -> None:
         self.library = ctypes.CDLL(str(library), mode=os.RTLD_LAZY)
