@@ -96,7 +96,7 @@ def pad_features(samples: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Ten
 def split_features(
     name: str, features: Sequence[Tensor], mask: Tensor | None, layers: int, width: int
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """A caller's padded features, checked -> per sample the F tensors [T_b, E] of its valid tokens, their positions [T_b].
+    """A caller's features, checked -> per sample the F tensors [T_b, E] of its valid tokens, their positions [T_b].
 
     features: F = ``layers`` tensors [B, T, E = ``width``], finite; mask: bool [B, T], True = valid, None: all valid.
     """

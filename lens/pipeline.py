@@ -282,7 +282,7 @@ class LensPipeline:
         self._schedules([image_tokens], num_inference_steps, prepared=True)
 
     def _schedules(self, lengths: list[int], steps: int, prepared: bool = False) -> tuple[Tensor, Tensor, Modulation]:
-        """Sigmas float32 [B, steps + 1], the first table row of each sample [B], one table of the distinct schedules."""
+        """Sigmas float32 [B, steps + 1], each sample's first table row [B], one table of the distinct schedules."""
         tokens = sorted(set(lengths))
         sigmas = [self.scheduler.sigmas(n, steps) for n in tokens]
         times = [sampler.conditioning_time(s[:-1], self.dtype, self.defaults.time_dtype) for s in sigmas]

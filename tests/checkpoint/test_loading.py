@@ -168,7 +168,8 @@ E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 def dequantise(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """blocks uint8 [X, rows, groups, 16], scales uint8 [X, rows, groups] -> bfloat16 [X, groups * 32, rows].
 
-    A byte holds two E2M1 numbers (sign, two bits of exponent, one of mantissa), the low half first; a scale s is 2^(s - 127).
+    A byte holds two E2M1 numbers (sign, two bits of exponent, one of mantissa), the low half first; a scale s means
+    2^(s - 127).
     """
     table = torch.tensor(E2M1 + [-v for v in E2M1], dtype=torch.float64)
     pairs = torch.stack([table[(blocks & 15).long()], table[(blocks >> 4).long()]], -1).flatten(-2)

@@ -67,7 +67,7 @@ def mixes(draw):
 @settings(max_examples=40, deadline=None, derandomize=True)
 @torch.no_grad()
 def test_any_mix_meets_the_plain_model(mix):
-    """Samples of different grids, texts and masks in one packed forward; the plain model draws them one grid at a time."""
+    """Different grids, texts and masks in one packed forward; the plain model takes them one grid at a time."""
     shape, grids, mask, seed = mix
     config, reference, ours = models(shape)
     tokens = [h * w for h, w in grids]

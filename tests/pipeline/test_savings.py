@@ -29,7 +29,7 @@ def noise(count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 5.0])
 def test_no_mask_and_no_text_in_blank_negatives(plain, guidance):
-    """The plain path pads, masks and doubles the batch, whatever the guidance; the blank half has masked zeros for text."""
+    """The plain path pads, masks and doubles the batch at any guidance; the blank half has masked zeros for text."""
     start = noise(2)
     ours = shared()(PROMPTS, latents=start, guidance_scale=guidance, **SMALL).images
     theirs = reference_sample(plain, start, shared().encode_text(PROMPTS), None, (2, 3), 2, guidance)

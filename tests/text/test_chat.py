@@ -183,7 +183,10 @@ def test_templates_that_cannot_be_used(tmp_path, template, message):
 
 
 def test_template_may_break_loops_and_read_special_tokens(tmp_path):
-    template = "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.content }}{% endfor %}{{ eos_token }}after"
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}{% break %}{% endif %}{{ m.content }}"
+        "{% endfor %}{{ eos_token }}after"
+    )
     before, after = ChatTokenizer(folder(tmp_path, template)).frame("2026-05-23")
     assert before == "<|start|>" + SYSTEM
     assert after == ""  # cut at the return marker
