@@ -8,6 +8,14 @@ int64_t bytes_of_row(int64_t C, DType dtype) {
   return C * (dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8);
 }
 
+// Last row + 1 of the run of consecutive tokens that starts at packed row r: a sample's tokens are
+// copied at once.
+int64_t end_of_run(const int64_t* rows, int64_t r, int64_t end) {
+  int64_t stop = r + 1;
+  while (stop < end && rows[stop] == rows[stop - 1] + 1) ++stop;
+  return stop;
+}
+
 }  // namespace
 
 void pack_tokens(const PackTokensParams& p) {
@@ -15,8 +23,11 @@ void pack_tokens(const PackTokensParams& p) {
   const char* x = static_cast<const char*>(p.x);
   char* packed = static_cast<char*>(p.packed);
   parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      std::memcpy(packed + r * bytes, x + p.rows[r] * bytes, size_t(bytes));
+    for (int64_t r = begin; r < end;) {
+      const int64_t stop = end_of_run(p.rows, r, end);
+      std::memcpy(packed + r * bytes, x + p.rows[r] * bytes, size_t((stop - r) * bytes));
+      r = stop;
+    }
   });
 }
 
@@ -28,8 +39,11 @@ void unpack_tokens(const UnpackTokensParams& p) {
     std::memset(x + begin * bytes, 0, size_t((end - begin) * bytes));
   });
   parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r)
-      std::memcpy(x + p.rows[r] * bytes, packed + r * bytes, size_t(bytes));
+    for (int64_t r = begin; r < end;) {
+      const int64_t stop = end_of_run(p.rows, r, end);
+      std::memcpy(x + p.rows[r] * bytes, packed + r * bytes, size_t((stop - r) * bytes));
+      r = stop;
+    }
   });
 }
 
