@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lens import checkpoint
+
 FORMAT = 1
 
 
@@ -32,6 +34,18 @@ def load_state(path: Path, expect: str) -> dict[str, Any]:
             f"{path}: stage {state.get('stage')!r} format {state.get('format')!r}, expected {expect!r} format {FORMAT}"
         )
     return state
+
+
+def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a released-layout folder (`transformer/`, `vae/`, ...), floats as float32. Errors as in loading."""
+    out: dict[str, torch.Tensor] = {}
+    for key, shard in checkpoint.open_shards(folder).items():
+
+        def take(value: torch.Tensor, key: str = key) -> None:
+            out[key] = value.float() if value.is_floating_point() else value.clone()
+
+        shard.read(key, take)
+    return out
 
 
 def write_text(path: Path, text: str) -> None:

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import configs
-from .checkpointing import load_state, save_state, write_text
+from .checkpointing import folder_tensors, load_state, save_state, write_text
 from .data.grammar import BACKGROUNDS
 from .data.sprites import KINDS, PALETTE
 from .data.world import Scene, World
@@ -170,7 +170,10 @@ def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path 
         ema.load(state["ema"])
         step = state["step"]
     elif init is not None:
-        both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
+        if init.is_dir():  # the probes are not shipped: they start afresh
+            model.load_state_dict(folder_tensors(init / "text_encoder"))
+        else:
+            both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
         ema = Ema(both, recipe["ema"])
 
     def save() -> None:
@@ -244,7 +247,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
     parser.add_argument("--steps", type=int, help="total steps instead of the recipe's; the decay moves with it")
-    parser.add_argument("--init", type=Path, metavar="STATE", help="start from the averaged weights of this state file")
+    parser.add_argument(
+        "--init", type=Path, metavar="PATH", help="start from the weights of a state file, or of a checkpoint folder"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the encoder in the released layout"

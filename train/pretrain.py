@@ -28,7 +28,7 @@ from lens import checkpoint
 from . import configs
 from . import encoder as text_stage
 from . import vae as vae_stage
-from .checkpointing import load_state, save_state
+from .checkpointing import folder_tensors, load_state, save_state
 from .codec import Latents
 from .data.world import World
 from .generator import Mini, Painter, draw_sheet
@@ -153,6 +153,16 @@ def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
     )
 
 
+def start_from(model: Mini, source: Path) -> None:
+    """Weights alone: the averages of a state file, or both networks of a checkpoint folder in the released layout."""
+    if source.is_dir():
+        transformer = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
+        model.transformer.load_state_dict(transformer.state_dict())
+        model.encoder.load_state_dict(folder_tensors(source / "text_encoder"))
+    else:
+        model.load_state_dict(load_state(source, "pretrain")["ema"]["average"])
+
+
 def train(config: ModuleType, options: argparse.Namespace) -> None:
     """The loop. State: both networks, optimiser, averages, step, place in the stream."""
     log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / "pretrain.pt"
@@ -173,7 +183,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         optimizer.load_state_dict(state["optimizer"])
         step, window, position = state["step"], state["window"], state["position"]
     elif options.init:
-        model.load_state_dict(load_state(options.init, "pretrain")["ema"]["average"])
+        start_from(model, options.init)
     ema = Ema(model, config.EMA)
     if not fresh:
         ema.load(state["ema"])
@@ -314,7 +324,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--joint-steps", type=int, help="steps during which the encoder trains along, instead of the recipe's"
     )
     parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every learning rate (default: 1)")
-    parser.add_argument("--init", type=Path, metavar="STATE", help="start from the averaged weights of this state file")
+    parser.add_argument(
+        "--init", type=Path, metavar="PATH", help="start from the weights of a state file, or of a checkpoint folder"
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout"

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from . import configs
-from .checkpointing import load_state, save_state, write_text
+from .checkpointing import folder_tensors, load_state, save_state, write_text
 from .codec import Latents, LinearCodec, patchify, psnr, to_model
 from .data.world import World
 from .logging import JsonLog
@@ -163,7 +163,12 @@ def train_half(
         ema.load(state["ema"])
         step = state["step"]
     elif init is not None:
-        half.load_state_dict(load_state(init, f"vae {part}")["ema"]["average"])
+        if init.is_dir():
+            whole = build(config)
+            whole.load_state_dict(folder_tensors(init / "vae"))
+            half.load_state_dict(Half(whole, part).state_dict())
+        else:
+            half.load_state_dict(load_state(init, f"vae {part}")["ema"]["average"])
         ema = Ema(half, recipe["ema"])
     held = to_model(world.batch(list(range(VALIDATION_SEED, VALIDATION_SEED + 256)), config.SIDE, config.SIDE)[1])
     held_z = latents.codec.encode(held)
@@ -282,7 +287,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate instead of the recipe's")
     parser.add_argument(
-        "--init", type=Path, metavar="STATE", help="start a part from the averaged weights of this state file"
+        "--init", type=Path, metavar="PATH", help="start a part from the weights of a state file or a checkpoint folder"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from train import configs, encoder, pretrain, vae
-from train.checkpointing import load_state, save_state
+from train.checkpointing import folder_tensors, load_state, save_state
+from train.generator import Mini
 from train.logging import JsonLog
 from train.loop import Clock, Ema, duration, keyed, rate
 
@@ -160,3 +161,23 @@ def test_helpers():
     assert ema.average["weight"].item() == pytest.approx(0.9)
     assert Clock(None).over is False
     assert Clock(0).over is True
+
+
+def test_every_stage_starts_from_the_shipped_weights(codec):
+    """`--init lens/mini/base`: a clone without any state file continues from weights alone."""
+    shipped = ROOT / "lens" / "mini" / "base"
+    tensors = folder_tensors(shipped / "text_encoder")
+    encoder_config = configs.load("mini", "encoder")
+    model = Mini(configs.load("mini", "pretrain"), encoder_config, encoder.build(encoder_config))
+    pretrain.start_from(model, shipped)
+    assert torch.equal(model.encoder.state_dict()["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+    stored = folder_tensors(shipped / "transformer")
+    assert torch.equal(model.transformer.image_in.weight, stored["img_in.weight"])
+
+    out = codec / "from-shipped"
+    out.mkdir()
+    (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
+    config = recipe("vae", DECODER={"batch": 2})
+    vae.train_half(config, "decoder", out, JsonLog(out / "log.jsonl"), Clock(None), shipped, 1)
+    first = load_state(out / "decoder.pt", "vae decoder")["model"]["body.conv_in.weight"]
+    assert (first - folder_tensors(shipped / "vae")["decoder.conv_in.weight"]).abs().max() < 0.01  # one small step away
