@@ -28,6 +28,10 @@ $(STAMP): pyproject.toml constraints.txt
 build: $(STAMP)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+# Without a driver the demo draws on the CPU and need not wait for CUDA kernels.
+ifeq ($(wildcard /dev/nvidiactl),)
+demo: export LENS_CUDA ?= OFF
+endif
 demo: build
 	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png --seed 1
 
