@@ -25,7 +25,7 @@ from lens import ops
 from lens.ops import backend, reference
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WIDTH, HEADS, HEAD_DIM, HIDDEN, CHANNELS = 1536, 24, 64, 4096, 128
+WIDTH, HEADS, HEAD_DIM, HIDDEN, CHANNELS, ENCODER = 1536, 24, 64, 4096, 128, 2880
 IMAGE, TEXT = [2048, 2048], [415, 100]
 GOAL = 1.3  # float32: at most this many times Inductor's time, and less than eager's
 
@@ -61,9 +61,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     sampler = {"x": make(rows, CHANNELS, wide=True), "cond": make(rows, CHANNELS), "uncond": make(rows, CHANNELS)}
     sampler |= {"delta": make(len(IMAGE), wide=True), "guidance": 5.0, "offsets": image_offsets}
     return {
-        "pack_tokens": Case({"x": make(len(TEXT), max(TEXT), WIDTH), "rows": valid}),
+        "pack_tokens": Case({"x": make(len(TEXT), max(TEXT), ENCODER), "rows": valid}),
         "unpack_tokens": Case(
-            {"packed": make(text_rows, WIDTH), "rows": valid, "batch": len(TEXT), "length": max(TEXT)}
+            {"packed": make(text_rows, ENCODER), "rows": valid, "batch": len(TEXT), "length": max(TEXT)}
         ),
         "rms_norm_modulate": Case({"x": x, **modulation}),
         "qk_norm_rope": Case({**qkv, **joint}),
