@@ -8,6 +8,18 @@ int64_t bytes_of_row(int64_t C, DType dtype) {
   return C * (dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8);
 }
 
+// memcpy by registers: the C library's string instructions are a tenth slower at these sizes
+// (measured on Zen 4).
+void copy(char* to, const char* from, int64_t bytes) {
+  int64_t i = 0;
+  for (; i + 4 * kRegisterBytes <= bytes; i += 4 * kRegisterBytes) {
+    Simd<float> part[4];
+    std::memcpy(part, from + i, sizeof part);
+    std::memcpy(to + i, part, sizeof part);
+  }
+  std::memcpy(to + i, from + i, size_t(bytes - i));
+}
+
 // Last row + 1 of the run of consecutive tokens that starts at packed row r: a sample's tokens are
 // copied at once.
 int64_t end_of_run(const int64_t* rows, int64_t r, int64_t end) {
@@ -25,7 +37,7 @@ void pack_tokens(const PackTokensParams& p) {
   parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end;) {
       const int64_t stop = end_of_run(p.rows, r, end);
-      std::memcpy(packed + r * bytes, x + p.rows[r] * bytes, size_t((stop - r) * bytes));
+      copy(packed + r * bytes, x + p.rows[r] * bytes, (stop - r) * bytes);
       r = stop;
     }
   });
@@ -41,7 +53,7 @@ void unpack_tokens(const UnpackTokensParams& p) {
   parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end;) {
       const int64_t stop = end_of_run(p.rows, r, end);
-      std::memcpy(x + p.rows[r] * bytes, packed + r * bytes, size_t((stop - r) * bytes));
+      copy(x + p.rows[r] * bytes, packed + r * bytes, (stop - r) * bytes);
       r = stop;
     }
   });
