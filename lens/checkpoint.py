@@ -7,6 +7,7 @@ scheduler/. Our own metadata, where present, is the "lens" entry of model_index.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import mmap
@@ -30,6 +31,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
 _SHARD_BYTES = 15_000_000
 _MIB = 1 << 20
+_SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
 
 
 class CheckpointError(ValueError):
@@ -171,6 +173,13 @@ def open_shards(folder: Path) -> dict[str, Shard]:
         if not isinstance(weight_map, dict) or not all(_is_file_name(n) for n in weight_map.values()):
             raise CheckpointError(f"{indices[0]}: expected a 'weight_map' object of keys and file names")
     names = sorted(set(weight_map.values())) if indices else sorted(p.name for p in folder.glob("*.safetensors"))
+    if not indices:  # shards count only through an index; beside a whole file they are the rest of an older save
+        whole = [name for name in names if not _SHARD_NAME.fullmatch(name)]
+        if names and not whole:
+            raise CheckpointError(
+                f"{folder / names[0]}: a shard without its index, expected a *.safetensors.index.json"
+            )
+        names = whole
     if not names:
         raise CheckpointError(f"{indices[0] if indices else folder}: no .safetensors file")
     keys: dict[str, Shard] = {}
@@ -543,7 +552,11 @@ def released_tensors(model: LensTransformer2DModel, dtype: torch.dtype) -> Itera
 
 
 def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_bytes: int = _SHARD_BYTES) -> None:
-    """Write ``stem.safetensors``, or shards of at most ``shard_bytes`` with an index, in key order."""
+    """Write ``stem.safetensors``, or shards of at most ``shard_bytes`` with an index, in key order.
+
+    A save over an older one is whole at every moment: new files take names of their own, one rename switches from all
+    old to all new, and only then the old files go.
+    """
     from safetensors.torch import save_file
 
     def write(path: Path, shard: dict[str, Tensor]) -> None:
@@ -558,15 +571,25 @@ def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_b
             size = 0
         shards[-1][key] = tensors[key]
         size += n
+    index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
+    old = {p for p in folder.glob(f"{stem}-*.safetensors") if _SHARD_NAME.fullmatch(p.name)}
     if len(shards) == 1:
-        write(folder / f"{stem}.safetensors", shards[0])
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards, 1):
-        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
-        write(folder / name, shard)
-        weight_map.update(dict.fromkeys(shard, name))
-    write_json(folder / f"{stem}.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
+        write(single, shards[0])
+        index.unlink(missing_ok=True)  # until here the index, and with it the old shards, had precedence
+    else:
+        count = len(shards)
+        for generation in itertools.count():
+            stamp = f"{stem}-r{generation}" if generation else stem
+            names = [f"{stamp}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+            if not any((folder / name).exists() for name in names):
+                break
+        for name, shard in zip(names, shards):
+            write(folder / name, shard)
+        weight_map = {key: name for name, shard in zip(names, shards) for key in shard}
+        write_json(index, {"metadata": {}, "weight_map": weight_map})
+        single.unlink(missing_ok=True)
+    for path in old:
+        path.unlink()
 
 
 def save_transformer(model: LensTransformer2DModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:

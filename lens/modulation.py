@@ -96,8 +96,9 @@ def table(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
 class TableCache:
     """Tables of the schedules drawn lately; those that were ``prepared`` stay. Safe to share between threads.
 
-    Tables of another model, or of weights loaded or trained since, are forgotten: the versions of the time embedding's
-    and the final projection's weights, which are never evicted, tell.
+    Tables of another model, or of weights changed since, are forgotten. A change is seen by the version torch keeps of
+    every weight on the model's device; weights that were evicted cannot change. Writes through ``.data`` have no
+    version: ``forget`` after them. A model in training (any of these weights requires a gradient) is never cached.
     """
 
     def __init__(self, capacity: int = 8):
@@ -105,31 +106,47 @@ class TableCache:
         self._lock = threading.Lock()
         self._tables: dict[tuple[Any, ...], tuple[Modulation, bool]] = {}
         self._model: LensTransformer2DModel | None = None
-        self._version: tuple[Any, ...] = ()
+        self._versions: dict[str, tuple[int, int]] = {}
 
     def get(self, model: LensTransformer2DModel, timestep: Tensor, prepared: bool = False) -> Modulation:
         """The table of a schedule's times, timestep [K] on the host; made where it is not known yet."""
         key = (tuple(timestep.tolist()), model.dtype, str(model.device))
-        version = _weights_version(model)
+        weights = _weights(model)
+        if any(w.requires_grad for w in weights.values()):
+            return table(model, timestep)
+        versions = {n: (w.data_ptr(), 0 if w.is_inference() else w._version) for n, w in weights.items()}
         with self._lock:
-            if self._model is not model or self._version != version:
-                self._model, self._version = model, version
+            if self._model is not model or any(self._versions.get(n, v) != v for n, v in versions.items()):
                 self._tables.clear()
-            made, kept = self._tables.pop(key, (None, False))
-        if made is None:
-            made = table(model, timestep)
+            self._model = model
+            self._versions |= versions
+            if key in self._tables:
+                made, kept = self._tables.pop(key)  # to the end: the latest used
+                self._tables[key] = made, prepared or kept
+                return made
+        made = table(model, timestep)
         with self._lock:
-            if self._model is model and self._version == version:
+            if self._model is model and all(self._versions[n] == v for n, v in versions.items()):
+                kept = self._tables.get(key, (made, False))[1]
                 self._tables[key] = made, prepared or kept
                 passing = [k for k, (_, stays) in self._tables.items() if not stays]
                 for old in passing[: -self.capacity]:
                     del self._tables[old]
         return made
 
+    def forget(self) -> None:
+        """Drop every table, prepared ones too: the weights were changed behind torch's back."""
+        with self._lock:
+            self._tables.clear()
 
-def _weights_version(model: LensTransformer2DModel) -> tuple[Any, ...]:
-    weights = [*model.time_embedding.parameters(), *model.final_modulation.parameters()]
-    return tuple((w.data_ptr(), 0 if w.is_inference() else w._version) for w in weights)
+
+def _weights(model: LensTransformer2DModel) -> dict[str, Tensor]:
+    """The weights a table is made of, by name; without those that were evicted from the model's device."""
+    modules = {"time": model.time_embedding, "final": model.final_modulation}
+    for i, block in enumerate(model.layers()):
+        modules |= {f"{i}.image": block.image.modulation, f"{i}.text": block.text.modulation}
+    named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
+    return {name: p for name, p in named.items() if p.device == model.device}
 
 
 def evict(model: LensTransformer2DModel, device: torch.device | str = "cpu") -> int:

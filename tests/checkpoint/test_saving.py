@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -176,3 +177,57 @@ def test_fingerprint_sees_other_weights(tmp_path, change):
     else:
         shutil.copy(file, file.with_name("other.safetensors"))
     assert fingerprint(tmp_path / "c") != fingerprint(FOLDER)
+
+
+def _save(folder, value, shard_bytes):
+    checkpoint.save_tensors(folder, "model", {f"t{k}": torch.full((100,), value + k) for k in range(4)}, shard_bytes)
+
+
+def _load(folder):
+    found = {}
+    for key, shard in checkpoint.open_shards(folder).items():
+        shard.read(key, lambda value, key=key: found.update({key: value.clone()}))
+    return {key: float(found[key][0]) for key in sorted(found)}
+
+
+OLD, NEW = ({f"t{k}": float(v + k) for k in range(4)} for v in (0, 100))
+
+
+@pytest.mark.parametrize("before", [400, 800, 10_000])
+@pytest.mark.parametrize("after", [400, 800, 10_000])
+def test_a_save_over_another_is_all_old_or_all_new(tmp_path, monkeypatch, before, after):
+    """Whatever step of the save fails, the folder loads as one of the two models, never as a mix."""
+    whole = tmp_path / "whole"
+    _save(whole, 0.0, before)
+    _save(whole, 100.0, after)
+    assert _load(whole) == NEW
+    assert len(list(whole.iterdir())) == {400: 5, 800: 3, 10_000: 1}[after]
+    seen = set()
+    for step in range(12):
+        folder = tmp_path / str(step)
+        _save(folder, 0.0, before)
+        calls = iter(range(100))
+
+        def fail_at(original, calls=calls, step=step):
+            def call(*arguments, **named):
+                if next(calls) == step:
+                    raise KeyboardInterrupt
+                return original(*arguments, **named)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", fail_at(os.replace))
+            patch.setattr(type(folder), "unlink", fail_at(type(folder).unlink))
+            with contextlib.suppress(KeyboardInterrupt):
+                _save(folder, 100.0, after)
+        assert _load(folder) in (OLD, NEW)
+        seen.add(_load(folder) == NEW)
+    assert seen == {True, False}
+
+
+def test_shards_without_their_index_are_refused(tmp_path):
+    _save(tmp_path, 0.0, 400)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    with pytest.raises(checkpoint.CheckpointError, match="a shard without its index"):
+        checkpoint.open_shards(tmp_path)

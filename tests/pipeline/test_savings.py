@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 
 import pytest
 import torch
@@ -165,3 +166,42 @@ def test_positions_follow_the_mask_not_the_packing():
     whole = packing.plan([(4, 6)], [9], (8, 28, 28))
     assert torch.equal(left.cos[24:], whole.cos[24:][[3, 4, 7]])
     assert not same_bits(left.cos[24:], whole.cos[24:27])
+
+
+def test_prepared_tables_survive_threads():
+    """Two threads on one prepared, evicted pipeline: looking a table up never takes it away from the other."""
+    pipe = fresh()
+    pipe.prepare(image_tokens=6, num_inference_steps=2)
+    modulation.evict(pipe.transformer, "meta")
+    errors = []
+
+    def look() -> None:
+        try:
+            for _ in range(3000):
+                pipe._schedules([6], 2)
+        except RuntimeError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=look) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+
+
+def test_changed_weights_change_the_table():
+    """A block's own modulation weights count; weights in training are never cached; ``forget`` covers ``.data``."""
+    pipe = fresh()
+    first = pipe(PROMPTS, seed=1, **SMALL).images
+    weight = pipe.transformer.blocks[0].image.modulation.weight
+    with torch.no_grad():
+        weight.mul_(1.5)
+    second = pipe(PROMPTS, seed=1, **SMALL).images
+    assert not torch.equal(first, second)
+    weight.data.div_(1.5)
+    pipe._tables.forget()
+    assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, first)
+    weight.requires_grad_(True)
+    weight.data.mul_(1.5)
+    assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, second)
