@@ -55,7 +55,20 @@ def prompt_list(name: str, value: str | Sequence[str] | None) -> list[str]:
     values = [value] if isinstance(value, str) else list(value) if value is not None else []
     if not values or not all(isinstance(v, str) for v in values):
         raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}")
+    for v in values:
+        if re.search("[\ud800-\udfff]", v):  # also how Python spells bytes of the command line that are not UTF-8
+            raise ValueError(f"{name} must be Unicode text, got characters that stand for none: {v!r}")
     return values
+
+
+def parse_date(text: Any) -> datetime.date:
+    """ "YYYY-MM-DD" -> the day. ISO 8601's other spellings, which Python reads or not by its version, raise too."""
+    try:
+        if re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", text):
+            return datetime.date.fromisoformat(text)
+    except (TypeError, ValueError):
+        pass
+    raise ValueError(f'chat_date must be "YYYY-MM-DD" or None, got {text!r}')
 
 
 def negative_list(value: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -88,11 +101,13 @@ class ChatTokenizer:
         self._plain.encode_special_tokens = True
         config_path = folder / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
-        self._special = {
-            key: value["content"] if isinstance(value, dict) else value
-            for key, value in config.items()
-            if key.endswith("_token") and isinstance(value, str | dict)
-        }
+        self._special: dict[str, str] = {}
+        for key, value in config.items():
+            if key.endswith("_token") and isinstance(value, str | dict):
+                content = value.get("content") if isinstance(value, dict) else value
+                if not isinstance(content, str):
+                    raise CheckpointError(f"{config_path}: content of {key} must be a string, got {content!r}")
+                self._special[key] = content
         pad = self._special.get("pad_token")
         pad_id = self._with_markers.token_to_id(pad) if pad else None
         self.pad_id = pad_id if pad_id is not None else 0
@@ -115,16 +130,11 @@ class ChatTokenizer:
 
     def frame(self, chat_date: str | None) -> tuple[str, str]:
         """The rendered chat before and after the prompt, cut at the return marker; ``None`` means today's date."""
-        return self._frame(chat_date or datetime.date.today().isoformat())
+        return self._frame(datetime.date.today() if chat_date is None else parse_date(chat_date))
 
-    def _render_frame(self, date: str) -> tuple[str, str]:
+    def _render_frame(self, day: datetime.date) -> tuple[str, str]:
         import jinja2
         from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        try:
-            day = datetime.date.fromisoformat(date)
-        except ValueError:
-            raise ValueError(f'chat_date must be "YYYY-MM-DD" or None, got {date!r}') from None
 
         def refuse(message: str) -> None:
             raise jinja2.TemplateError(message)

@@ -140,7 +140,7 @@ def test_chat_date(tmp_path, monkeypatch):
     assert "Current date: 2031-02-03\n" in chat.frame(None)[0]
     monkeypatch.setattr(Day, "today", classmethod(lambda cls: cls(2031, 2, 4)))
     assert "Current date: 2031-02-04\n" in chat.frame(None)[0]  # not the day of the first call
-    for date in ("2026-5-23", "today", "2026-02-30"):
+    for date in ("2026-5-23", "today", "2026-02-30", "", "20260523", "2026-W21-6", 5, datetime.datetime(2026, 5, 23)):
         with pytest.raises(ValueError, match=r'chat_date must be "YYYY-MM-DD" or None, got'):
             chat.frame(date)
 
@@ -200,6 +200,20 @@ def test_broken_tokenizer_is_named(tmp_path, content):
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: (file not found|not a tokenizers file)"):
         ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"content": 5}', '{"content": null}'])
+def test_broken_special_token_is_named(tmp_path, content):
+    folder(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"pad_token": {content}}}')
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json: content of pad_token must be a string, got"):
+        ChatTokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("arguments", [{"prompt": "caf\udce9"}, {"prompt": "cafe", "negative_prompt": ["\ud800 fog"]}])
+def test_text_that_is_not_unicode_is_refused(arguments):
+    with pytest.raises(ValueError, match=r"prompt must be Unicode text, got .* '.*\\ud"):
+        shared()(**arguments, height=32, width=32, num_inference_steps=1)
 
 
 def test_features_are_raw_residuals_of_the_selected_layers():
