@@ -222,8 +222,10 @@ PYBIND11_MODULE(_C, m) {
 #undef LENS_BIND
 #if defined(LENS_WITH_CUDA)
   m.attr("with_cuda") = true;
+  m.attr("cuda_targets") = LENS_CUDA_TARGETS;  // "80-real 90a-real 120-virtual", say
 #else
   m.attr("with_cuda") = false;
+  m.attr("cuda_targets") = "";
 #endif
   m.attr("split_rows") = kSplitRows;
   m.def("isa", [] { return isas()[current_isa()].name; });

@@ -179,9 +179,8 @@ def extension() -> list[Finding]:
         ),
     ]
     if module.with_cuda:
-        archs = getattr(module, "cuda_archs", "")
-        archs = archs if isinstance(archs, str) else " ".join(map(str, archs))
-        return [*found, Finding(section, "cuda kernels", OK, f"built in{', for ' + archs if archs else ''}")]
+        targets = module.cuda_targets.replace("-real", "").replace("-virtual", " and newer")
+        return [*found, Finding(section, "cuda kernels", OK, f"built in, for {targets}")]
     wanted = driver_version() is not None
     remedy = "LENS_CUDA=ON pip install . from the checkout; nvcc is fetched where it is missing" if wanted else ""
     return [*found, Finding(section, "cuda kernels", NOTE if wanted else OK, "not built in", remedy)]

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_a_missing_extension_is_broken_and_says_what_to_do(monkeypatch):
     (finding,) = doctor.extension()
     assert finding.status == doctor.BROKEN
     assert "pip install ." in finding.remedy
+
+
+def test_the_targets_of_a_cuda_build_are_told(monkeypatch):
+    names = {"__file__": "_C.so", "isa": lambda: "avx2", "available_isas": lambda: ["base", "avx2"]}
+    cuda = {"with_cuda": True, "cuda_targets": "80-real 90a-real 120-virtual"}
+    monkeypatch.setitem(sys.modules, "lens._C", types.SimpleNamespace(**names, **cuda))
+    assert doctor.extension()[-1].detail == "built in, for 80 90a 120 and newer"
+    monkeypatch.setitem(sys.modules, "lens._C", types.SimpleNamespace(**names, with_cuda=False, cuda_targets=""))
+    monkeypatch.setattr(doctor, "driver_version", lambda: None)
+    assert (doctor.extension()[-1].status, doctor.extension()[-1].detail) == (doctor.OK, "not built in")
+    monkeypatch.setattr(doctor, "driver_version", lambda: "570.10")
+    assert doctor.extension()[-1].status == doctor.NOTE
+    assert "LENS_CUDA=ON" in doctor.extension()[-1].remedy
 
 
 def test_a_reference_op_is_noted_with_its_reason():
