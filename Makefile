@@ -15,7 +15,7 @@ export LENS_CUDA_ARCHS ?= 80 90a
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: demo test check build bench cuda-check gpu-check nightly
+.PHONY: demo test check build bench cuda-check gpu-check
 
 # ---- environment: torch comes pinned from constraints.txt; changed metadata reinstalls
 $(STAMP): pyproject.toml constraints.txt
@@ -37,11 +37,8 @@ demo: build
 
 # ---- tests: those that compare running times go alone and first, the rest in parallel
 test: build
-	$(PYTEST) -q -m 'timing and not nightly' || [ $$? -eq 5 ]  # 5: no such test
-	$(PYTEST) -q -n $(JOBS) -m 'not timing and not nightly'
-
-nightly: build
-	$(PYTEST) -q -m nightly
+	$(PYTEST) -q -m timing
+	$(PYTEST) -q -n $(JOBS) -m 'not timing'
 
 check: $(STAMP)
 	$(BIN)/ruff check .
