@@ -109,3 +109,15 @@ def test_refuses_rows_outside(row):
             ops.pack_tokens(**made)
         with pytest.raises(ValueError, match=rf"lens.unpack_tokens: {expected}"):
             ops.unpack_tokens(torch.zeros(5, 5), made["rows"], 3, 4)
+
+
+@pytest.mark.parametrize(("rows", "where"), [([0, 0], 1), ([5, 1, 2, 5], 3), ([3, 2, 1, 2], 3)])
+def test_refuses_a_token_twice(rows, where):
+    """Two threads would write it, and its bits would depend on the later one."""
+    made = torch.tensor(rows)
+    expected = rf"rows must name no token twice, got rows\[{where}\] = {rows[where]} again"
+    with compiled():
+        with pytest.raises(ValueError, match=rf"lens.unpack_tokens: {expected}"):
+            ops.unpack_tokens(torch.zeros(len(rows), 5), made, 2, 3)
+        with pytest.raises(ValueError, match=rf"lens.pack_tokens: {expected}"):
+            ops.pack_tokens(torch.zeros(2, 3, 5), made)
