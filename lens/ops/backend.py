@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens.ops.checks import dense_rows
 from lens.ops.reference import arithmetic_dtype
 
 CHOICES = ("auto", "reference", "compiled", "cpu", "cuda")
@@ -181,6 +182,14 @@ def column_sums(x: Tensor, batch: int, planes: int) -> Tensor:
     """Workspace for column sums per sample over x [R, D]: [split_slots(R, B), planes, D]; see csrc/params.h."""
     slots = x.shape[0] // extension("column_sums").split_rows + batch
     return x.new_empty(slots, planes, x.shape[1], dtype=arithmetic_dtype(x.dtype))
+
+
+def rows_and_tables(x: Tensor, **tables: Tensor) -> dict[str, Any]:
+    """Arguments of a kernel over x [R, D]: R, B, D, and of each modulation table [B, D] its rows and their stride."""
+    dense = {name: dense_rows(table) for name, table in tables.items()}
+    strides = {f"{name}_stride": table.stride(0) for name, table in dense.items()}
+    sizes = {"R": x.shape[0], "B": next(iter(dense.values())).shape[0], "D": x.shape[1]}
+    return {**dense, **strides, **sizes}
 
 
 def split_chunks(rows: int) -> int:

@@ -38,42 +38,34 @@ def expect_residual(op: str, x: Tensor, y: Tensor, gate: Tensor, offsets: Tensor
 
 @backend.custom_op("lens::gated_residual")
 def _forward(x: Tensor, y: Tensor, gate: Tensor, offsets: Tensor) -> Tensor:
-    x, gate = x.contiguous(), checks.dense_rows(gate)
+    x = x.contiguous()
     out = torch.empty_like(x)
     backend.launch(
         "gated_residual",
         x,
         x=x,
         y=y.contiguous(),
-        gate=gate,
         offsets=offsets.contiguous(),
         out=out,
-        R=x.shape[0],
-        B=gate.shape[0],
-        D=x.shape[1],
-        gate_stride=gate.stride(0),
+        **backend.rows_and_tables(x, gate=gate),
     )
     return out
 
 
 @backend.custom_op("lens::gated_residual_backward")
 def _backward(dout: Tensor, y: Tensor, gate: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    y, gate = y.contiguous(), checks.dense_rows(gate)
+    y = y.contiguous()
     dy, dgate = torch.empty_like(y), y.new_empty(gate.shape)
     backend.launch(
         "gated_residual_backward",
         y,
         dout=dout.contiguous(),
         y=y,
-        gate=gate,
         offsets=offsets.contiguous(),
         dy=dy,
         dgate=dgate,
         workspace=backend.column_sums(y, gate.shape[0], 1),
-        R=y.shape[0],
-        B=gate.shape[0],
-        D=y.shape[1],
-        gate_stride=gate.stride(0),
+        **backend.rows_and_tables(y, gate=gate),
     )
     return dy, dgate
 

@@ -40,36 +40,20 @@ def gated_residual_norm_modulate(
 
 @backend.custom_op("lens::gated_residual_norm_modulate")
 def _forward(
-    x: Tensor,
-    y: Tensor,
-    gate: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    offsets: Tensor,
-    eps: float,
+    x: Tensor, y: Tensor, gate: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    x, gate = x.contiguous(), checks.dense_rows(gate)
-    scale, shift = checks.dense_rows(scale), checks.dense_rows(shift)
+    x = x.contiguous()
     x_new, normed = torch.empty_like(x), torch.empty_like(x)
     backend.launch(
         "gated_residual_norm_modulate",
         x,
         x=x,
         y=y.contiguous(),
-        gate=gate,
         weight=weight.contiguous(),
-        scale=scale,
-        shift=shift,
         offsets=offsets.contiguous(),
         x_new=x_new,
         normed=normed,
-        R=x.shape[0],
-        B=gate.shape[0],
-        D=x.shape[1],
-        gate_stride=gate.stride(0),
-        scale_stride=scale.stride(0),
-        shift_stride=shift.stride(0),
+        **backend.rows_and_tables(x, gate=gate, scale=scale, shift=shift),
         eps=eps,
     )
     return x_new, normed
@@ -87,7 +71,7 @@ def _backward(
     offsets: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    x_new, gate, scale = x_new.contiguous(), checks.dense_rows(gate), checks.dense_rows(scale)
+    x_new = x_new.contiguous()
     dx, dy, dweight = torch.empty_like(x_new), torch.empty_like(x_new), weight.new_empty(weight.shape)
     dgate, dscale, dshift = (x_new.new_empty(gate.shape) for _ in range(3))
     backend.launch(
@@ -97,9 +81,7 @@ def _backward(
         dnormed=dnormed.contiguous(),
         x_new=x_new,
         y=y.contiguous(),
-        gate=gate,
         weight=weight.contiguous(),
-        scale=scale,
         offsets=offsets.contiguous(),
         dx=dx,
         dy=dy,
@@ -108,11 +90,7 @@ def _backward(
         dscale=dscale,
         dshift=dshift,
         workspace=backend.column_sums(x_new, gate.shape[0], 3),
-        R=x_new.shape[0],
-        B=gate.shape[0],
-        D=x_new.shape[1],
-        gate_stride=gate.stride(0),
-        scale_stride=scale.stride(0),
+        **backend.rows_and_tables(x_new, gate=gate, scale=scale),
         eps=eps,
     )
     return dx, dy, dgate, dweight, dscale, dshift

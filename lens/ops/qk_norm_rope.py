@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lens.ops import backend, checks, reference
+
+_WEIGHTS = ("image_q_weight", "image_k_weight", "text_q_weight", "text_k_weight")
+_INPUTS = ("image_qkv", "text_qkv", *_WEIGHTS, "cos", "sin", "image_offsets", "text_offsets")
 
 
 def qk_norm_rope(
@@ -44,8 +48,7 @@ def qk_norm_rope(
     if width % (3 * head_dim):
         checks.refuse(op, f"image_qkv must be [RI, 3 N H] with H = {head_dim}, got {list(image_qkv.shape)}")
     weights = (image_q_weight, image_k_weight, text_q_weight, text_k_weight)
-    names = ("image_q_weight", "image_k_weight", "text_q_weight", "text_k_weight")
-    for name, weight in zip(names, weights, strict=True):
+    for name, weight in zip(_WEIGHTS, weights, strict=True):
         checks.expect_shape(op, name, weight, "H", head_dim)
         checks.expect_like(op, name, weight, image_qkv)
     for name, table in (("cos", cos), ("sin", sin)):
@@ -59,10 +62,12 @@ def qk_norm_rope(
     return call(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets, eps)
 
 
-def _sizes(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, offsets: Tensor) -> dict[str, Any]:
-    head_dim = weight.shape[0]
+def _arguments(*inputs: Tensor) -> dict[str, Any]:
+    """What both kernels take: the inputs by name, side by side in memory, and the sizes."""
+    values: dict[str, Any] = {name: x.contiguous() for name, x in zip(_INPUTS, inputs, strict=True)}
+    image_qkv, text_qkv, weight, offsets = inputs[0], inputs[1], inputs[2], inputs[-1]
     rows = {"RI": image_qkv.shape[0], "RT": text_qkv.shape[0], "B": offsets.shape[0] - 1}
-    return {**rows, "N": image_qkv.shape[1] // (3 * head_dim), "H": head_dim}
+    return {**values, **rows, "N": image_qkv.shape[1] // (3 * weight.shape[0]), "H": weight.shape[0]}
 
 
 @backend.custom_op("lens::qk_norm_rope")
@@ -79,25 +84,10 @@ def _forward(
     text_offsets: Tensor,
     eps: float,
 ) -> Tensor:
-    sizes = _sizes(image_qkv, text_qkv, image_q_weight, image_offsets)
-    qkv = image_qkv.new_empty(3, sizes["RI"] + sizes["RT"], sizes["N"], sizes["H"])
-    backend.launch(
-        "qk_norm_rope",
-        qkv,
-        image_qkv=image_qkv.contiguous(),
-        text_qkv=text_qkv.contiguous(),
-        image_q_weight=image_q_weight.contiguous(),
-        image_k_weight=image_k_weight.contiguous(),
-        text_q_weight=text_q_weight.contiguous(),
-        text_k_weight=text_k_weight.contiguous(),
-        cos=cos.contiguous(),
-        sin=sin.contiguous(),
-        image_offsets=image_offsets.contiguous(),
-        text_offsets=text_offsets.contiguous(),
-        qkv=qkv,
-        **sizes,
-        eps=eps,
-    )
+    weights = image_q_weight, image_k_weight, text_q_weight, text_k_weight
+    arguments = _arguments(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets)
+    qkv = _fake(image_qkv, text_qkv, image_q_weight)
+    backend.launch("qk_norm_rope", qkv, **arguments, qkv=qkv, eps=eps)
     return qkv
 
 
@@ -116,35 +106,21 @@ def _backward(
     text_offsets: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    sizes = _sizes(image_qkv, text_qkv, image_q_weight, image_offsets)
-    dimage_qkv, dtext_qkv = image_qkv.new_empty(image_qkv.shape), text_qkv.new_empty(text_qkv.shape)
-    dimage_q, dimage_k, dtext_q, dtext_k = (image_q_weight.new_empty(sizes["H"]) for _ in range(4))
-    chunks = backend.split_chunks(sizes["RI"]) + backend.split_chunks(sizes["RT"])
+    weights = image_q_weight, image_k_weight, text_q_weight, text_k_weight
+    arguments = _arguments(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets)
+    gradients = [torch.empty_like(arguments[name]) for name in _INPUTS[:6]]
+    arguments |= {f"d{name}": gradient for name, gradient in zip(_INPUTS, gradients)}
+    chunks = backend.split_chunks(image_qkv.shape[0]) + backend.split_chunks(text_qkv.shape[0])
     backend.launch(
         "qk_norm_rope_backward",
         dqkv,
+        **arguments,
         dqkv=dqkv.contiguous(),
-        image_qkv=image_qkv.contiguous(),
-        text_qkv=text_qkv.contiguous(),
-        image_q_weight=image_q_weight.contiguous(),
-        image_k_weight=image_k_weight.contiguous(),
-        text_q_weight=text_q_weight.contiguous(),
-        text_k_weight=text_k_weight.contiguous(),
-        cos=cos.contiguous(),
-        sin=sin.contiguous(),
-        image_offsets=image_offsets.contiguous(),
-        text_offsets=text_offsets.contiguous(),
-        dimage_qkv=dimage_qkv,
-        dtext_qkv=dtext_qkv,
-        dimage_q_weight=dimage_q,
-        dimage_k_weight=dimage_k,
-        dtext_q_weight=dtext_q,
-        dtext_k_weight=dtext_k,
-        workspace=cos.new_empty(chunks, 2, sizes["H"]),
-        **sizes,
+        workspace=cos.new_empty(chunks, 2, image_q_weight.shape[0]),
         eps=eps,
     )
-    return dimage_qkv, dtext_qkv, dimage_q, dimage_k, dtext_q, dtext_k
+    dimage, dtext, dimage_q, dimage_k, dtext_q, dtext_k = gradients
+    return dimage, dtext, dimage_q, dimage_k, dtext_q, dtext_k
 
 
 def _fake(image_qkv: Tensor, text_qkv: Tensor, weight: Tensor, *_: Any) -> Tensor:

@@ -37,22 +37,16 @@ def rms_norm_modulate(
 
 @backend.custom_op("lens::rms_norm_modulate")
 def _forward(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: Tensor, eps: float) -> Tensor:
-    x, scale, shift = x.contiguous(), checks.dense_rows(scale), checks.dense_rows(shift)
+    x = x.contiguous()
     y = torch.empty_like(x)
     backend.launch(
         "rms_norm_modulate",
         x,
         x=x,
         weight=weight.contiguous(),
-        scale=scale,
-        shift=shift,
         offsets=offsets.contiguous(),
         y=y,
-        R=x.shape[0],
-        B=scale.shape[0],
-        D=x.shape[1],
-        scale_stride=scale.stride(0),
-        shift_stride=shift.stride(0),
+        **backend.rows_and_tables(x, scale=scale, shift=shift),
         eps=eps,
     )
     return y
@@ -62,27 +56,22 @@ def _forward(x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, offsets: T
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dy, x, scale = dy.contiguous(), x.contiguous(), checks.dense_rows(scale)
-    (rows, width), batch = x.shape, scale.shape[0]
-    dx, dweight = torch.empty_like(x), weight.new_empty(width)
-    dscale, dshift = x.new_empty(batch, width), x.new_empty(batch, width)
+    x = x.contiguous()
+    dx, dweight = torch.empty_like(x), weight.new_empty(weight.shape)
+    dscale, dshift = x.new_empty(scale.shape), x.new_empty(scale.shape)
     backend.launch(
         "rms_norm_modulate_backward",
         x,
-        dy=dy,
+        dy=dy.contiguous(),
         x=x,
         weight=weight.contiguous(),
-        scale=scale,
         offsets=offsets.contiguous(),
         dx=dx,
         dweight=dweight,
         dscale=dscale,
         dshift=dshift,
-        workspace=backend.column_sums(x, batch, 2),
-        R=rows,
-        B=batch,
-        D=width,
-        scale_stride=scale.stride(0),
+        workspace=backend.column_sums(x, scale.shape[0], 2),
+        **backend.rows_and_tables(x, scale=scale),
         eps=eps,
     )
     return dx, dweight, dscale, dshift

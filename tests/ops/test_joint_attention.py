@@ -1,14 +1,12 @@
-import sys
-
 import pytest
 import torch
 
 from lens import ops
+from lens.ops import _samples
 from tests.ops import harness
 from tests.ops.harness import DTYPES, Inputs, Maker, compiled, offsets_of, same_bits
 
 OP = "joint_attention"
-module = sys.modules["lens.ops.joint_attention"]
 # image lengths, text lengths, heads, head dim
 CASES = {
     "production": ([256, 60], [100, 0], 8, 64),
@@ -104,8 +102,10 @@ def test_same_bits_from_run_to_run():
 def test_equal_samples_share_a_call(monkeypatch):
     """Two groups of two samples: two calls where a gradient is recorded, four in inference."""
     calls = []
-    gather = module._gather
-    monkeypatch.setattr(module, "_gather", lambda x, starts, rows: calls.append(len(starts)) or gather(x, starts, rows))
+    gather = _samples.gather
+    monkeypatch.setattr(
+        _samples, "gather", lambda x, starts, rows: calls.append(len(starts)) or gather(x, starts, rows)
+    )
     made = harness.cast(inputs(*CASES["equal but apart"]), torch.float32)
     with compiled():
         ops.joint_attention(**made)

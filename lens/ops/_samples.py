@@ -1,0 +1,44 @@
+"""Samples of packed rows as batches: which share a call, and their rows there and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def groups(queries: Sequence[int], rows: Sequence[int], shared: bool) -> list[tuple[int, int, list[int], list[int]]]:
+    """Samples that share a call: (queries, rows, first query row of each, first joint row of each)."""
+    groups: dict[tuple[int, ...], tuple[int, int, list[int], list[int]]] = {}
+    query_start = start = 0
+    for b, (query_count, count) in enumerate(zip(queries, rows, strict=True)):
+        if query_count:
+            key = (query_count, count) if shared else (query_count, count, b)
+            group = groups.setdefault(key, (query_count, count, [], []))
+            group[2].append(query_start)
+            group[3].append(start)
+        query_start += query_count
+        start += count
+    return list(groups.values())
+
+
+def _consecutive(starts: list[int], rows: int) -> bool:
+    return starts == list(range(starts[0], starts[0] + len(starts) * rows, rows))
+
+
+def gather(x: Tensor, starts: list[int], rows: int) -> Tensor:
+    """Rows starts[g] .. starts[g] + rows - 1 of x [R, N, H]: [G, N, rows, H], a view where they are consecutive."""
+    if x.stride(2) != 1:  # the kernel walks over channels that lie side by side
+        x = x.contiguous()
+    if _consecutive(starts, rows):
+        taken = x[starts[0] : starts[0] + len(starts) * rows].unflatten(0, (len(starts), rows))
+    else:
+        taken = torch.stack([x[start : start + rows] for start in starts])
+    return taken.transpose(1, 2)
+
+
+def scatter(x: Tensor, starts: list[int], value: Tensor) -> None:
+    """The inverse: value [G, N, rows, H] into x."""
+    for start, sample in zip(starts, value.transpose(1, 2), strict=True):
+        x[start : start + sample.shape[0]] = sample
