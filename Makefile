@@ -34,6 +34,7 @@ demo: export LENS_CUDA ?= OFF
 endif
 demo: build
 	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png --seed 1
+	@echo 'Look at demo/sheet.png'
 
 # ---- tests: those that compare running times go alone and first, the rest in parallel
 test: build
