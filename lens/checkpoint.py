@@ -17,6 +17,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,97 @@ def released_names(name: str) -> list[str]:
         return [f"{prefix}{stream[part]}{leaf}"]
     top, _, rest = name.partition(".")
     return [f"{_TOP[top]}.{rest}"]
+
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+# Switches of the released transformer that select the only architecture Lens ever shipped.
+_FIXED = {"gate_mlp": True, "rms_norm": True, "multi_layer_encoder_feature": True}
+# Switches of the released scheduler that would change a picture and that Lens does not have.
+_REFUSED = ("use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas", "invert_sigmas", "shift_terminal")
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def transformer_config(values: dict[str, Any], source: str = "config.json") -> LensConfig:
+    """A released ``transformer/config.json``; unknown keys, another architecture, wrong sums raise, naming ``source``."""
+    name = values.get("_class_name", "LensTransformer2DModel")
+    if name != "LensTransformer2DModel":
+        raise CheckpointError(f"{source}: _class_name must be LensTransformer2DModel, got {name!r}")
+    known = {f.name for f in fields(LensConfig)}
+    ours: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.startswith("_") or key == "inner_dim":
+            continue
+        if key in _FIXED:
+            if value != _FIXED[key]:
+                raise CheckpointError(
+                    f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens"
+                )
+        elif key in known:
+            ours[key] = tuple(value) if isinstance(value, list) else value
+        else:
+            raise CheckpointError(
+                f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}"
+            )
+    for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
+        if key not in ours:
+            raise CheckpointError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")
+    try:
+        config = LensConfig(**ours)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    if values.get("inner_dim", config.inner_dim) != config.inner_dim:
+        raise CheckpointError(
+            f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {config.inner_dim}, "
+            f"got {values['inner_dim']}"
+        )
+    return config
+
+
+def released_config(config: LensConfig) -> dict[str, Any]:
+    """The inverse: ``transformer/config.json``, ready for json.dump."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return {"_class_name": "LensTransformer2DModel", "inner_dim": config.inner_dim, **_FIXED, **values}
+
+
+def scheduler_config(values: dict[str, Any], source: str = "scheduler_config.json") -> Scheduler:
+    """A released ``scheduler_config.json``; what would change a picture and Lens does not have is refused."""
+    name = values.get("_class_name", _SCHEDULER)
+    if name != _SCHEDULER:
+        raise CheckpointError(f"{source}: _class_name must be {_SCHEDULER}, got {name!r}")
+    for key in _REFUSED:
+        if values.get(key):
+            raise CheckpointError(f"{source}: {key} is not supported, expected false or null, got {values[key]!r}")
+    for key, only in (("time_shift_type", "exponential"), ("num_train_timesteps", 1000)):
+        if values.get(key, only) != only:
+            raise CheckpointError(f"{source}: {key} must be {only!r}, got {values[key]!r}")
+    shift = values.get("shift", 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise CheckpointError(f"{source}: shift must be a positive number, got {shift!r}")
+    return Scheduler(
+        use_dynamic_shifting=bool(values.get("use_dynamic_shifting", False)),
+        shift=float(shift),
+        stochastic_sampling=bool(values.get("stochastic_sampling", False)),
+    )
+
+
+def released_scheduler(scheduler: Scheduler) -> dict[str, Any]:
+    """The inverse: ``scheduler_config.json``, ready for json.dump."""
+    fixed = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
+    return {"_class_name": _SCHEDULER, **fixed, **asdict(scheduler)}
+
+
+def released_index(about: dict[str, Any]) -> dict[str, Any]:
+    """``model_index.json`` of a checkpoint whose own metadata is ``about``."""
+    return {
+        "_class_name": "LensPipeline",
+        "scheduler": ["diffusers", _SCHEDULER],
+        "text_encoder": ["transformers", "GptOssForCausalLM"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["lens", "LensTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "lens": about,
+    }
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -294,11 +386,7 @@ def placement(device: str | torch.device | None, dtype: torch.dtype | None) -> t
 def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
     """``transformer/`` of the released layout -> our model in eval mode."""
     path = folder / "config.json"
-    config = read_json(path)
-    if config.get("_class_name", "LensTransformer2DModel") != "LensTransformer2DModel":
-        raise CheckpointError(f"{path}: _class_name must be LensTransformer2DModel, got {config['_class_name']!r}")
-    with _as_checkpoint_error():
-        parsed = LensConfig.from_dict(config, str(path))
+    parsed = transformer_config(read_json(path), str(path))
     with torch.device("meta"):
         model = LensTransformer2DModel(parsed)
     load_parameters(model, folder, released_names, dtype, device)
@@ -397,22 +485,10 @@ def _load_mxfp4(folder: Path, config: Any, dtype: torch.dtype, device: torch.dev
         raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
 
 
-@contextmanager
-def _as_checkpoint_error() -> Iterator[None]:
-    """The ValueErrors of configurations, which already name their file."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except ValueError as error:
-        raise CheckpointError(str(error)) from None
-
-
 def load_scheduler(folder: Path) -> Scheduler:
     """``scheduler/scheduler_config.json``."""
     path = folder / "scheduler_config.json"
-    with _as_checkpoint_error():
-        return Scheduler.from_dict(read_json(path), str(path))
+    return scheduler_config(read_json(path), str(path))
 
 
 def check_fit(root: Path, config: LensConfig, encoder_width: int, token_channels: int) -> None:
@@ -460,8 +536,10 @@ def read_defaults(root: Path, variant: str | None, name: str) -> Defaults:
     index, path = read_index(root), root / "model_index.json"
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
-    with _as_checkpoint_error():
+    try:
         return Defaults.choose(variant, index.get("lens"), name, str(path))
+    except ValueError as error:  # names the file
+        raise CheckpointError(str(error)) from None
 
 
 EMBEDDED = {"mini": "base", "mini-base": "base", "mini-rl": "rl", "mini-turbo": "turbo"}
@@ -595,4 +673,28 @@ def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_b
 def save_transformer(model: LensTransformer2DModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
     """Write ``transformer/`` in the released layout."""
     save_tensors(folder, "diffusion_pytorch_model", dict(released_tensors(model, dtype)))
-    write_json(folder / "config.json", model.config.to_dict())
+    write_json(folder / "config.json", released_config(model.config))
+
+
+def save_text_encoder(model: nn.Module, folder: Path) -> None:
+    """Write ``text_encoder/`` of a GPT-OSS model of transformers: configuration and bfloat16 weights."""
+    tensors = {name: value.to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    save_tensors(folder, "model", tensors)
+    config: Any = model.config
+    values = json.loads(config.to_json_string(use_diff=False))
+    values.update(architectures=["GptOssForCausalLM"], dtype="bfloat16", torch_dtype="bfloat16")
+    for key in ("_name_or_path", "transformers_version"):
+        values.pop(key, None)
+    write_json(folder / "config.json", dict(sorted(values.items())))
+
+
+def save_vae(vae: nn.Module, folder: Path) -> None:
+    """Write ``vae/`` of a diffusers AutoencoderKLFlux2: bfloat16 weights, statistics float32 for they scale all latents."""
+    tensors = {
+        name: value.cpu().contiguous() if name.startswith("bn.") else value.to("cpu", torch.bfloat16).contiguous()
+        for name, value in vae.state_dict().items()
+    }
+    save_tensors(folder, "diffusion_pytorch_model", tensors)
+    config: Any = vae.config
+    values = {k: v for k, v in dict(config).items() if k not in ("_name_or_path", "_use_default_values")}
+    write_json(folder / "config.json", dict(sorted({"_class_name": "AutoencoderKLFlux2", **values}.items())))

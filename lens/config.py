@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
-
-# Switches of the released config.json that select the only architecture Lens ever shipped.
-_FIXED = {"gate_mlp": True, "rms_norm": True, "multi_layer_encoder_feature": True}
 
 
 @dataclass(frozen=True)
 class LensConfig:
-    """The MMDiT's shape; field names are those of the released ``transformer/config.json``.
+    """The MMDiT's shape.
 
     ``selected_layer_index`` are the zero-based decoder layers of the text encoder whose raw residual stream is read.
     """
@@ -71,44 +68,6 @@ class LensConfig:
     def mlp_hidden_dim(self) -> int:
         """Hidden width of the SwiGLU: int(D / 3 * 8) (4096 at 1536, 341 at 128)."""
         return int(self.inner_dim / 3 * 8)
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any], source: str = "config.json") -> LensConfig:
-        """Read a released ``config.json``; unknown keys, another architecture, wrong sums raise, naming ``source``."""
-        known = {f.name for f in fields(cls)}
-        values: dict[str, Any] = {}
-        for key, value in config.items():
-            if key.startswith("_") or key == "inner_dim":
-                continue
-            if key in _FIXED:
-                if value != _FIXED[key]:
-                    raise ValueError(
-                        f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens"
-                    )
-            elif key in known:
-                values[key] = tuple(value) if isinstance(value, list) else value
-            else:
-                raise ValueError(
-                    f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}"
-                )
-        for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
-            if key not in values:
-                raise ValueError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")
-        try:
-            result = cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{source}: {error}") from None
-        if config.get("inner_dim", result.inner_dim) != result.inner_dim:
-            raise ValueError(
-                f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {result.inner_dim}, "
-                f"got {config['inner_dim']}"
-            )
-        return result
-
-    def to_dict(self) -> dict[str, Any]:
-        """The released ``config.json``, ready for json.dump."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return {"_class_name": "LensTransformer2DModel", "inner_dim": self.inner_dim, **_FIXED, **values}
 
     @classmethod
     def tiny(cls) -> LensConfig:

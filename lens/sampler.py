@@ -23,7 +23,6 @@ from . import ops
 _SLOPE_10, _OFFSET_10 = 8.73809524e-5, 1.89833333
 _SLOPE_200, _OFFSET_200 = 1.6927e-4, 0.45666666
 _LARGE = 4300  # tokens above which only the 200-step line holds
-_REFUSED = ("use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas", "invert_sigmas")
 
 
 def mu(image_tokens: int, steps: int) -> float:
@@ -38,36 +37,11 @@ def mu(image_tokens: int, steps: int) -> float:
 
 @dataclass(frozen=True)
 class Scheduler:
-    """The part of ``scheduler_config.json`` that Lens honours; anything else that would change a picture is refused."""
+    """How the sigmas of a call are spaced, and whether a step adds noise."""
 
-    use_dynamic_shifting: bool = True
+    use_dynamic_shifting: bool = True  # shift by mu of the picture's size, else by ``shift``
     shift: float = 3.0
     stochastic_sampling: bool = False
-
-    @classmethod
-    def from_dict(cls, config: dict[str, Any], source: str = "scheduler_config.json") -> Scheduler:
-        name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-        if name != "FlowMatchEulerDiscreteScheduler":
-            raise ValueError(f"{source}: _class_name must be FlowMatchEulerDiscreteScheduler, got {name!r}")
-        for key in _REFUSED:
-            if config.get(key):
-                raise ValueError(f"{source}: {key} is not supported, expected false")
-        if config.get("shift_terminal"):
-            raise ValueError(
-                f"{source}: shift_terminal is not supported, expected null, got {config['shift_terminal']!r}"
-            )
-        if config.get("time_shift_type", "exponential") != "exponential":
-            raise ValueError(f"{source}: time_shift_type must be 'exponential', got {config['time_shift_type']!r}")
-        if config.get("num_train_timesteps", 1000) != 1000:
-            raise ValueError(f"{source}: num_train_timesteps must be 1000, got {config['num_train_timesteps']!r}")
-        shift = config.get("shift", 1.0)
-        if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
-            raise ValueError(f"{source}: shift must be a positive number, got {shift!r}")
-        return cls(
-            use_dynamic_shifting=bool(config.get("use_dynamic_shifting", False)),
-            shift=float(shift),
-            stochastic_sampling=bool(config.get("stochastic_sampling", False)),
-        )
 
     def sigmas(self, image_tokens: int, steps: int) -> Tensor:
         """float32 [steps + 1], from 1 down to the terminal 0.

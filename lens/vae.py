@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def unpatchify(rows: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Token rows [h*w, C] -> latents [1, C/4, 2h, 2w]."""
-    (h, w), c = grid, rows.shape[1] // 4
-    return rows.view(h, w, c, 2, 2).permute(2, 0, 3, 1, 4).reshape(1, c, 2 * h, 2 * w)
+    """Token rows [B, h*w, C] -> latents [B, C/4, 2h, 2w]."""
+    (h, w), b, c = grid, rows.shape[0], rows.shape[2] // 4
+    return rows.view(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(b, c, 2 * h, 2 * w)
 
 
 def patchify(latents: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ class PixelCodec:
     def decode(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:
         """Normalised token rows [h*w, C] -> picture [H, W, 3] in [-1, 1], float32."""
         rows = rows.to(self._mean.device, self._mean.dtype)
-        latents = unpatchify(rows * self._std + self._mean, grid)
+        latents = unpatchify((rows * self._std + self._mean)[None], grid)
         return self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1).permute(1, 2, 0)
 
     @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,12 @@ FORMAT = 1
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, containers of them) so that `path` is never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # a file, not a path: torch.save would store the temporary's name inside
+            torch.save({"format": FORMAT, **state}, file)
+
+    checkpoint.write_atomic(path, write)
 
 
 def load_state(path: Path, expect: str) -> dict[str, Any]:
@@ -50,10 +48,8 @@ def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    checkpoint.write_atomic(path, write)

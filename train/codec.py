@@ -14,26 +14,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lens.vae import patchify, unpatchify
+
 from .checkpointing import load_state
 
 
 def to_model(pixels: np.ndarray) -> torch.Tensor:
     """uint8 [n, H, W, 3] -> float32 [n, 3, H, W] in [-1, 1]."""
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
-
-
-def patchify(latents: torch.Tensor) -> torch.Tensor:
-    """[n, c, 2h, 2w] -> [n, h*w, 4c], channel order (c p1 p2)."""
-    n, c, height, width = latents.shape
-    x = latents.view(n, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(n, (height // 2) * (width // 2), c * 4)
-
-
-def unpatchify(tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Inverse of `patchify` for a grid of height x width tokens."""
-    n, _, channels = tokens.shape
-    x = tokens.view(n, height, width, channels // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(n, channels // 4, height * 2, width * 2)
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
@@ -93,4 +81,4 @@ class Latents:
 
     def denormalise(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Normalised tokens of a height x width token grid -> latents [n, 8, 2 height, 2 width] for the decoder."""
-        return unpatchify(tokens * torch.sqrt(self.var + self.EPS) + self.mean, height, width)
+        return unpatchify(tokens * torch.sqrt(self.var + self.EPS) + self.mean, (height, width))

@@ -24,8 +24,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from lens import checkpoint
+
 from . import configs
-from .checkpointing import folder_tensors, load_state, save_state, write_text
+from .checkpointing import folder_tensors, load_state, save_state
 from .data.grammar import BACKGROUNDS
 from .data.sprites import KINDS, PALETTE
 from .data.world import Scene, World
@@ -224,22 +226,6 @@ def load_trained(config: ModuleType, path: Path) -> nn.Module:
     return model
 
 
-def export_model(model: nn.Module, folder: Path) -> None:
-    """A released text_encoder folder: config.json and bfloat16 safetensors."""
-    from safetensors.torch import save
-
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: value.to(torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
-    temporary = folder / ".model.safetensors.tmp"
-    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    temporary.replace(folder / "model.safetensors")
-    values = json.loads(model.config.to_json_string(use_diff=False))
-    values.update(architectures=["GptOssForCausalLM"], dtype="bfloat16", torch_dtype="bfloat16")
-    for key in ("_name_or_path", "transformers_version"):
-        values.pop(key, None)
-    write_text(folder / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
     parser.add_argument(
@@ -260,7 +246,7 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     config = configs.load(options.config, "encoder")
     if options.export:
-        export_model(load_trained(config, options.out / "encoder.pt"), options.export)
+        checkpoint.save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)
         return 0
     train(
         config, options.out, JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.init, options.steps

@@ -13,7 +13,6 @@ text lengths are equal or nearly so: packed rows need no padding, and equal leng
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lens import checkpoint
+from lens.sampler import Scheduler
 
 from . import configs
 from . import encoder as text_stage
@@ -32,7 +32,7 @@ from .checkpointing import folder_tensors, load_state, save_state
 from .codec import Latents
 from .data.world import World
 from .generator import Mini, Painter, draw_sheet
-from .logging import JsonLog
+from .logging import JsonLog, read_log
 from .loop import Clock, Ema, duration, keyed, rate
 from .objectives import flow_matching
 
@@ -263,43 +263,24 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
     folder: Path = options.export
     model = load_trained(config, options.config, options.out / "pretrain.pt")
     checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
-    text_stage.export_model(model.encoder, folder / "text_encoder")
+    checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
     vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
-    checkpoint.write_json(
-        folder / "scheduler" / "scheduler_config.json",
-        {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "use_dynamic_shifting": False,
-            "shift": round(math.exp(config.SHEET["mu"]), 6),
-            "time_shift_type": "exponential",
-        },
-    )
-    log = [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
-    last = next((row for row in reversed(log) if "with_text" in row), {})
+    scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
+    checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.released_scheduler(scheduler))
+    last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
     state = load_state(options.out / "pretrain.pt", "pretrain")
-    checkpoint.write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "LensPipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "GptOssForCausalLM"],
-            "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
-            "transformer": ["lens", "LensTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKLFlux2"],
-            "lens": {
-                "name": "Lens-Mini",
-                "variant": "lens",
-                "num_inference_steps": config.SHEET["steps"],
-                "guidance_scale": config.SHEET["guidance"],
-                "base_resolution": config.SIDE,
-                "max_resolution": config.SIDE,
-                "time_dtype": "float32",
-                "trained_steps": state["step"],
-                "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
-            },
-        },
-    )
+    about = {
+        "name": "Lens-Mini",
+        "variant": "lens",
+        "num_inference_steps": config.SHEET["steps"],
+        "guidance_scale": config.SHEET["guidance"],
+        "base_resolution": config.SIDE,
+        "max_resolution": config.SIDE,
+        "time_dtype": "float32",
+        "trained_steps": state["step"],
+        "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
+    }
+    checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

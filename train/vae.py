@@ -18,20 +18,21 @@ normalised with BatchNorm statistics measured once over STATISTICS_SCENES scenes
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lens import checkpoint
+from lens.vae import patchify
+
 from . import configs
-from .checkpointing import folder_tensors, load_state, save_state, write_text
-from .codec import Latents, LinearCodec, patchify, psnr, to_model
+from .checkpointing import folder_tensors, load_state, save_state
+from .codec import Latents, LinearCodec, psnr, to_model
 from .data.world import World
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
@@ -242,36 +243,19 @@ def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: in
             picture = group[row * columns : (row + 1) * columns].clamp(-1, 1)
             cells.append(torch.cat(list(picture), 2))
     image = ((torch.cat(cells, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-    temporary = path.with_name(f".{path.name}.tmp")
-    Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST).save(
-        temporary, "PNG"
-    )
-    temporary.replace(path)
+    large = Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST)
+    checkpoint.write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
 def export(config: ModuleType, out: Path, folder: Path) -> None:
     """Averaged weights of both halves and the token statistics as a released VAE folder in bfloat16."""
-    from safetensors.torch import save
-
     vae, latents = build(config), Latents(out)
     for part in ("decoder", "encoder"):
         half = Half(vae, part)
         half.load_state_dict(load_state(out / f"{part}.pt", f"vae {part}")["ema"]["average"])
     vae.bn.running_mean.copy_(latents.mean)
     vae.bn.running_var.copy_(latents.var)
-    tensors: dict[str, Any] = {}
-    for name, value in vae.state_dict().items():  # statistics stay float32: they scale every latent
-        keep = name.startswith("bn.")
-        tensors[name] = value.contiguous() if keep else value.to(torch.bfloat16).contiguous()
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".diffusion_pytorch_model.safetensors.tmp"
-    temporary.write_bytes(save(tensors, metadata={"format": "pt"}))
-    temporary.replace(folder / "diffusion_pytorch_model.safetensors")
-    settings = {k: v for k, v in dict(vae.config).items() if k not in ("_name_or_path", "_use_default_values")}
-    write_text(
-        folder / "config.json",
-        json.dumps({"_class_name": "AutoencoderKLFlux2", **settings}, indent=2, sort_keys=True) + "\n",
-    )
+    checkpoint.save_vae(vae, folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -157,7 +157,7 @@ def test_released_size():
     keys = [key for name in sizes for key in checkpoint.released_names(name)]
     assert len(keys) == len(set(keys)) == 1264
     assert sum(n for name, n in sizes.items() if ".modulation." in name) == 1_359_839_232
-    assert LensConfig.from_dict(LensConfig().to_dict()) == LensConfig()
+    assert checkpoint.transformer_config(checkpoint.released_config(LensConfig())) == LensConfig()
 
 
 # ---------------------------------------------------------------------------------------------- MXFP4
@@ -362,11 +362,11 @@ def test_impossible_index(copy, weights):
     refuse(copy, str(index), "expected a 'weight_map' object of keys and file names")
 
 
-def test_key_in_two_shards(copy):
-    index, value = sharded(copy)
-    index.unlink()
-    other = next(n for n in sorted(set(value["weight_map"].values())) if n != value["weight_map"][KEY])
-    edit(index.parent / other, lambda t: t.update({KEY: torch.zeros(384, 128)}))
+def test_key_in_two_files(copy):
+    whole = transformer_file(copy)
+    other = whole.with_name("other.safetensors")
+    shutil.copy(whole, other)
+    edit(other, lambda tensors: [tensors.pop(key) for key in list(tensors) if key != KEY])
     refuse(copy, KEY, "is also in")
 
 

@@ -12,6 +12,7 @@ import torch
 
 import lens.sampler
 from lens import resolution
+from lens.checkpoint import released_scheduler, scheduler_config
 from lens.sampler import Scheduler, conditioning_time
 from tests.reference_model import reference_sigmas
 
@@ -108,16 +109,18 @@ def test_sigmas(tokens, steps):
     torch.testing.assert_close(1000 * sigmas[:-1], oracle.timesteps, rtol=0, atol=2e-4)
     if steps <= 50:  # in float64
         torch.testing.assert_close(sigmas, reference_sigmas(tokens, steps), rtol=0, atol=2e-7)
-    assert torch.equal(sigmas, Scheduler.from_dict({"use_dynamic_shifting": True, "shift": 9.0}).sigmas(tokens, steps))
+    assert torch.equal(sigmas, scheduler_config({"use_dynamic_shifting": True, "shift": 9.0}).sigmas(tokens, steps))
 
 
 def test_scheduler_of_the_release():
     from tests.small_pipeline import FOLDER
 
     config = json.loads((FOLDER / "scheduler" / "scheduler_config.json").read_text())
-    assert Scheduler.from_dict(config) == Scheduler(True, 3.0, False)
-    assert Scheduler.from_dict(config | {"stochastic_sampling": True}) == Scheduler(True, 3.0, True)
-    assert Scheduler.from_dict({}) == Scheduler(False, 1.0, False)
+    assert scheduler_config(config) == Scheduler(True, 3.0, False)
+    assert scheduler_config(config | {"stochastic_sampling": True}) == Scheduler(True, 3.0, True)
+    assert scheduler_config({}) == Scheduler(False, 1.0, False)
+    for scheduler in (Scheduler(), Scheduler(False, 1.5, True)):
+        assert scheduler_config(released_scheduler(scheduler)) == scheduler
 
 
 def test_time_is_rounded_twice():

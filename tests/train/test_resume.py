@@ -12,7 +12,7 @@ import torch
 from train import configs, encoder, pretrain, vae
 from train.checkpointing import folder_tensors, load_state, save_state
 from train.generator import Mini
-from train.logging import JsonLog
+from train.logging import JsonLog, read_log
 from train.loop import Clock, Ema, duration, keyed, rate
 
 ROOT = Path(__file__).parents[2]
@@ -144,6 +144,27 @@ def test_state_files_are_typed_and_never_half_written(tmp_path):
         load_state(path, "pretrain")
     with pytest.raises(FileNotFoundError, match="no training state"):
         load_state(tmp_path / "b.pt", "encoder")
+
+
+def test_a_failed_save_leaves_the_old_state_and_nothing_else(tmp_path):
+    path = tmp_path / "a.pt"
+    save_state(path, {"stage": "encoder", "step": 3})
+    with pytest.raises(Exception, match="pickle"):
+        save_state(path, {"stage": "encoder", "step": lambda: 4})
+    assert load_state(path, "encoder")["step"] == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_a_log_with_a_cut_line_is_read_without_it(tmp_path):
+    path = tmp_path / "log.jsonl"
+    JsonLog(path)(step=1, loss=0.5)
+    with path.open("ab") as file:
+        file.write(b'{"time": 1.0, "step": 2, "lo')
+    for step in (3, 4):
+        JsonLog(path)(step=step)
+    with path.open("ab") as file:
+        file.write(b'12\n{"step": 5, "\xc3')
+    assert [row["step"] for row in read_log(path)] == [1, 3, 4]
 
 
 def test_helpers():

