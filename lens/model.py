@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import ops
 from .config import LensConfig
 from .modulation import Modulation, TimeEmbedding, concatenate, modulate
-from .packing import Packing, plan, valid_rows
+from .packing import Packing, expect_tensors, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
 TEXT_EPS = 1e-5  # RMSNorm of the encoder's features
@@ -214,7 +214,10 @@ class LensTransformer2DModel(nn.Module):
         """
         batch, length = self._check(hidden_states, encoder_hidden_states, encoder_hidden_states_mask, timestep)
         shapes = list(img_shapes) * batch if len(img_shapes) == 1 else list(img_shapes)
-        fitting = [len(s) == 3 and s[0] == 1 and min(s) > 0 and s[1] * s[2] <= length for s in shapes]
+        fitting = [
+            isinstance(s, Sequence) and len(s) == 3 and s[0] == 1 and min(s) > 0 and s[1] * s[2] <= length
+            for s in shapes
+        ]
         if len(shapes) != batch or not all(fitting):
             raise ValueError(
                 f"lens.transformer: img_shapes must be one or B = {batch} tuples (1, h, w) with h * w <= I = {length}, "
@@ -249,6 +252,11 @@ class LensTransformer2DModel(nn.Module):
         def refuse(name: str, expected: object, got: object) -> None:
             raise ValueError(f"lens.transformer: {name} must be {expected}, got {got}")
 
+        expect_tensors("lens.transformer: hidden_states", [hidden_states])
+        expect_tensors("lens.transformer: encoder_hidden_states", features)
+        for name, value in (("encoder_hidden_states_mask", mask), ("timestep", timestep)):
+            if not isinstance(value, Tensor | None):
+                refuse(name, "a tensor", type(value).__name__)
         if hidden_states.dim() != 3 or hidden_states.shape[2] != config.in_channels:
             refuse("hidden_states", f"[B, I, C = {config.in_channels}]", list(hidden_states.shape))
         batch, length = hidden_states.shape[:2]
@@ -261,6 +269,6 @@ class LensTransformer2DModel(nn.Module):
                 refuse(f"encoder_hidden_states[{i}]", f"[B, T, E] = {expected}", list(f.shape))
         if mask is not None and list(mask.shape) != expected[:2]:
             refuse("encoder_hidden_states_mask", f"[B, T] = {expected[:2]}", list(mask.shape))
-        if list(timestep.shape) != [batch]:
-            refuse("timestep", f"[B] = [{batch}]", list(timestep.shape))
+        if timestep is None or list(timestep.shape) != [batch]:
+            refuse("timestep", f"[B] = [{batch}]", timestep if timestep is None else list(timestep.shape))
         return batch, length

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,6 +87,19 @@ def valid_rows(lengths_or_mask: Sequence[int] | Tensor, length: int) -> Tensor:
     return torch.cat(starts) if starts else torch.zeros(0, dtype=torch.int64)
 
 
+def expect_tensors(name: str, value: Any) -> list[Tensor]:
+    """A caller's tensors, one [B, ...] or a sequence of B -> list; what is no real floating-point tensor raises."""
+    try:
+        parts = list(value)
+    except TypeError:
+        parts = [value]
+    for part in parts:
+        if not isinstance(part, Tensor) or not part.is_floating_point():
+            got = part.dtype if isinstance(part, Tensor) else type(part).__name__
+            raise ValueError(f"{name} must hold floating-point tensors, got {got}")
+    return parts
+
+
 def pad_features(samples: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], Tensor]:
     """B samples of F tensors [T_b, E] -> F tensors [B, T, E], zero padded on the right, and mask bool [B, T]."""
     lengths = torch.tensor([len(s[0]) for s in samples])
@@ -100,8 +114,9 @@ def split_features(
 
     features: F = ``layers`` tensors [B, T, E = ``width``], finite; mask: bool [B, T], True = valid, None: all valid.
     """
-    if isinstance(features, Tensor) or len(features) != layers:
-        got = "one tensor" if isinstance(features, Tensor) else f"{len(features)} tensors"
+    parts = expect_tensors(name, features)
+    if isinstance(features, Tensor) or len(parts) != layers:
+        got = "one tensor" if isinstance(features, Tensor) else f"{len(parts)} tensors"
         raise ValueError(f"{name} must be a list of F = {layers} tensors [B, T, E], got {got}")
     shape = list(features[0].shape)
     expected = [*shape[:2], width] if len(shape) == 3 else ["B", "T", width]
@@ -112,7 +127,8 @@ def split_features(
             raise ValueError(f"{name}[{i}] holds NaN or infinity")
     if mask is None:
         mask = torch.ones(shape[:2], dtype=torch.bool)
-    if list(mask.shape) != shape[:2]:
-        raise ValueError(f"the mask of {name} must be [B, T] = {shape[:2]}, got {list(mask.shape)}")
+    if not isinstance(mask, Tensor) or list(mask.shape) != shape[:2]:
+        own = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"the mask of {name} must be [B, T] = {shape[:2]}, got {own}")
     valid = [row.nonzero().squeeze(1) for row in mask.bool().cpu()]
     return [[f[b][index.to(f.device)] for f in features] for b, index in enumerate(valid)], valid

@@ -21,7 +21,7 @@ from . import checkpoint, resolution, sampler, vae
 from .config import Defaults
 from .model import LensTransformer2DModel
 from .modulation import Modulation, TableCache, concatenate
-from .packing import Grid, Packing, offsets_of, pad_features, plan, split_features
+from .packing import Grid, Packing, expect_tensors, offsets_of, pad_features, plan, split_features
 from .sampler import Scheduler
 from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, ChatTokenizer, TextEncoder, negative_list, prompt_list
 
@@ -73,13 +73,14 @@ class _Batch:
 
     def packed(self, name: str, value: Any, like: Tensor) -> Tensor:
         """What a callback returned, [B, I, C] or a list, checked -> packed rows [R, C]."""
-        parts = [part.to(like.device, like.dtype) for part in value]
+        name = f"callback_on_step_end: {name}"
+        parts = [part.to(like.device, like.dtype) for part in expect_tensors(name, value)]
         expected, got = [(n, like.shape[1]) for n in self.lengths], [tuple(part.shape) for part in parts]
         if got != expected:
-            raise ValueError(f"callback_on_step_end: {name} must have shapes {expected}, got {got}")
+            raise ValueError(f"{name} must have shapes {expected}, got {got}")
         rows = torch.cat(parts)
         if not torch.isfinite(rows).all():
-            raise ValueError(f"callback_on_step_end: {name} holds NaN or infinity")
+            raise ValueError(f"{name} holds NaN or infinity")
         return rows
 
 
@@ -236,9 +237,12 @@ class LensPipeline:
         Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        guidance = float(self.defaults.guidance_scale if guidance_scale is None else guidance_scale)
-        each, wanted = num_images_per_prompt, tuple(callback_on_step_end_tensor_inputs)
-        _check_call(each, guidance, output_type, wanted, max_sequence_length, truncation)
+        steps = sampler.count("num_inference_steps", steps)
+        each = sampler.count("num_images_per_prompt", num_images_per_prompt)
+        max_sequence_length = sampler.count("max_sequence_length", max_sequence_length)
+        guidance = _guidance(self.defaults.guidance_scale if guidance_scale is None else guidance_scale)
+        wanted = callback_on_step_end_tensor_inputs
+        _check_call(output_type, wanted, truncation)
         for name, embeds, mask in (
             ("prompt", prompt_embeds, prompt_mask),
             ("negative_prompt", negative_prompt_embeds, negative_prompt_mask),
@@ -271,7 +275,7 @@ class LensPipeline:
         if self.scheduler.stochastic_sampling:
             keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
         batch = _Batch(grids, text, negative, guidance, sigma, keys)
-        final = self._denoise(batch, noise, schedule, table, callback_on_step_end, wanted)
+        final = self._denoise(batch, noise, schedule, table, callback_on_step_end, tuple(wanted))
         images = self._finish(final, batch, output_type)
         return LensPipelineOutput(images, seeds) if return_dict else (images,)
 
@@ -362,9 +366,9 @@ class LensPipeline:
             raise ValueError(f"callback_on_step_end: {name} cannot be replaced at guidance 1, where nothing reads it")
         config = self.transformer.config
         _, held = pad_features(old.features)
-        moved = isinstance(features, list | tuple) and features and features[0].shape[:2] != held.shape
-        mask = None if moved else held
         name = f"callback_on_step_end: {name}"
+        moved = any(part.shape[:2] != held.shape for part in expect_tensors(name, features)[:1])
+        mask = None if moved else held
         samples, index = split_features(name, features, mask, len(config.selected_layer_index), config.enc_hidden_dim)
         if len(samples) != len(old.index):
             raise ValueError(f"{name} must hold B = {len(old.index)} samples, got {len(samples)}")
@@ -393,25 +397,29 @@ def _prompt_count(prompt: str | Sequence[str] | None, embeds: Sequence[Tensor] |
         raise ValueError("give exactly one of prompt and prompt_embeds")
     if embeds is None:
         return len(prompt_list("prompt", prompt))
-    if not len(embeds) or not len(embeds[0]):
+    parts = expect_tensors("prompt_embeds", embeds)
+    if not parts or not parts[0].dim() or not len(parts[0]):
         raise ValueError("prompt_embeds must be a list of F tensors [B, T, E] with B >= 1")
-    return len(embeds[0])
+    return len(parts[0])
 
 
-def _check_call(
-    each: int, guidance: float, output_type: str, wanted: Sequence[str], max_length: int, truncation: str
-) -> None:
-    for name, value in (("num_images_per_prompt", each), ("max_sequence_length", max_length)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+def _guidance(value: Any) -> float:
+    try:
+        guidance = float(value)
+    except (TypeError, ValueError):
+        guidance = math.nan
     if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance_scale must be a finite number >= 0, got {guidance!r}")
+        raise ValueError(f"guidance_scale must be a finite number >= 0, got {value!r}")
+    return guidance
+
+
+def _check_call(output_type: str, wanted: Sequence[str], truncation: str) -> None:
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}")
-    if set(wanted) - set(CALLBACK_TENSORS):
-        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {tuple(wanted)}")
+    if not isinstance(wanted, Sequence) or not all(name in CALLBACK_TENSORS for name in wanted):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {wanted!r}")
 
 
 def _copy(value: Any) -> Any:

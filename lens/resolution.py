@@ -113,6 +113,7 @@ def request_grids(
         pairs = [(height, width)] * count
     else:
         pairs = [(default_base, default_base)] * count
+    pairs = [(_pixels("height", h), _pixels("width", w)) for h, w in pairs]
     grids: dict[tuple[int, int], tuple[int, int]] = {}
     for pair in pairs:  # one warning per size
         if pair not in grids:

@@ -18,11 +18,23 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .packing import expect_tensors
 
 # Empirical fit of the released scheduler: mu is linear in the tokens at 10 and at 200 steps, interpolated in between.
 _SLOPE_10, _OFFSET_10 = 8.73809524e-5, 1.89833333
 _SLOPE_200, _OFFSET_200 = 1.6927e-4, 0.45666666
 _LARGE = 4300  # tokens above which only the 200-step line holds
+
+
+def count(name: str, value: Any) -> int:
+    """A positive whole number, numpy's too, but neither True nor 2.0."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    return number
 
 
 def mu(image_tokens: int, steps: int) -> float:
@@ -48,8 +60,7 @@ class Scheduler:
 
         s = linspace(1, 1/n, n); dynamic: s' = e^mu / (e^mu + 1/s - 1); static: s' = shift s / (1 + (shift - 1) s).
         """
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
-            raise ValueError(f"num_inference_steps must be a positive integer, got {steps!r}")
+        steps = count("num_inference_steps", steps)
         s: Any = np.linspace(1.0, 1.0 / steps, steps).astype(np.float32)
         if self.use_dynamic_shifting:
             e = math.exp(mu(image_tokens, steps))
@@ -133,7 +144,7 @@ def start_noise(
         raise ValueError("seed, generator and latents exclude each other")
     unseeded: list[int | None] = [None] * batch
     if latents is not None:
-        given = list(latents)
+        given = expect_tensors("latents", latents)
         got = [tuple(x.shape) for x in given]
         if got != list(shapes):
             raise ValueError(f"latents must be {batch} tensors of shapes [I, C] = {list(shapes)}, got {got}")
@@ -145,9 +156,10 @@ def start_noise(
             raise ValueError("one generator draws [B, I, C] at once, so all sizes must be equal; pass one per picture")
         return list(torch.randn((batch, *shapes[0]), generator=generator, device=generator.device)), unseeded
     if generator is not None:
-        generators = list(generator)
-        if len(generators) != batch:
-            raise ValueError(f"generator must be one or one per picture ({batch}), got {len(generators)}")
+        generators = list(generator) if isinstance(generator, Sequence) else []
+        if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
+            what = generator if len(generators) in (0, batch) else len(generators)
+            raise ValueError(f"generator must be one torch.Generator or one per picture ({batch}), got {what!r}")
         return [_draw(s, g) for s, g in zip(shapes, generators)], unseeded
     seeds = _seeds(secrets.randbelow(2**31) if seed is None else seed, batch)
     drawn = [_draw(s, torch.Generator("cpu").manual_seed(k)) for s, k in zip(shapes, seeds)]

@@ -171,6 +171,11 @@ BAD = [
     ("grid too large", dict(grids=[(1, 3, 3)]), "img_shapes must be one or B = 2 tuples"),
     ("grids", dict(grids=[(1, 2, 3)] * 3), "img_shapes must be one or B = 2 tuples"),
     ("frames", dict(grids=[(2, 1, 3)]), "img_shapes must be one or B = 2 tuples"),
+    ("no list of grids", dict(grids=(1, 2, 3)), "img_shapes must be one or B = 2 tuples"),
+    ("hidden number", dict(hidden=0.5), "hidden_states must hold floating-point tensors, got float"),
+    ("complex", dict(features=[torch.zeros(2, 5, 64).cfloat()] * 4), "encoder_hidden_states must hold floating-point"),
+    ("mask list", dict(mask=[[True] * 5] * 2), "encoder_hidden_states_mask must be a tensor, got list"),
+    ("time number", dict(timestep=0.5), "timestep must be a tensor, got float"),
     ("empty grid", dict(grids=[(1, 0, 3)]), "img_shapes must be one or B = 2 tuples"),
 ]
 

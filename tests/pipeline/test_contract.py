@@ -133,6 +133,11 @@ def test_numpy_and_large_seeds():
     assert shared()(A, seed=2**63 - 1, **LATENT).seeds == [2**63 - 1]
 
 
+def test_numpy_counts():
+    two = draw(A, seed=7, num_images_per_prompt=np.int64(2), num_inference_steps=np.int32(2))
+    assert torch.equal(two, draw(A, seed=7, num_images_per_prompt=2))
+
+
 def test_generators():
     def generators(*seeds):
         return [torch.Generator().manual_seed(s) for s in seeds]
@@ -209,6 +214,19 @@ CLASHES = [
     (dict(max_sequence_length=0), "max_sequence_length must be a positive integer"),
     (dict(chat_date="23.5.2026"), 'chat_date must be "YYYY-MM-DD" or None'),
     (dict(callback_on_step_end_tensor_inputs=("latent",)), "callback_on_step_end_tensor_inputs must be among"),
+    (dict(callback_on_step_end_tensor_inputs=None), "callback_on_step_end_tensor_inputs must be among"),
+    (dict(latents=np.zeros((1, 6, 128), np.float32)), "latents must hold floating-point tensors, got ndarray"),
+    (dict(latents=torch.zeros(1, 6, 128).cfloat()), r"latents must hold floating-point tensors, got torch\.complex64"),
+    (dict(latents=3), "latents must hold floating-point tensors, got int"),
+    (dict(generator=5), "generator must be one torch.Generator or one per picture"),
+    (dict(generator=[1]), "generator must be one torch.Generator or one per picture"),
+    (dict(prompt=None, prompt_embeds=[np.zeros((1, 3, 64))] * 4), "prompt_embeds must hold floating-point tensors"),
+    (dict(prompt=None, prompt_embeds=[None] * 4), "prompt_embeds must hold floating-point tensors, got NoneType"),
+    (dict(prompt=None, prompt_embeds=[torch.zeros(1, 3, 64)] * 4, prompt_mask=[[True] * 3]), "got list"),
+    (dict(chat_date=5), 'chat_date must be "YYYY-MM-DD" or None, got 5'),
+    (dict(guidance_scale="strong"), "guidance_scale must be a finite number"),
+    (dict(height=None, width=None, sizes=[([], 48)]), "height must be a positive multiple of 16 pixels"),
+    (dict(num_images_per_prompt=True), "num_images_per_prompt must be a positive integer"),
 ]
 
 
@@ -468,6 +486,8 @@ BAD_RETURNS = [
     ([1], "must return a dict of"),
     ({"latents": torch.zeros(2, 5, 128)}, r"latents must have shapes \[\(6, 128\), \(6, 128\)\]"),
     ({"latents": torch.full((2, 6, 128), math.nan)}, "latents holds NaN or infinity"),
+    ({"latents": 5}, "callback_on_step_end: latents must hold floating-point tensors, got int"),
+    ({"prompt_embeds": 5}, "callback_on_step_end: prompt_embeds must hold floating-point tensors, got int"),
     ({"noise_pred": torch.zeros(1, 6, 128)}, "noise_pred must have shapes"),
     ({"prompt_embeds": [torch.zeros(1, 3, 64)] * 4}, "prompt_embeds must hold B = 2 samples, got 1"),
     ({"prompt_embeds": [torch.full((2, 3, 64), math.inf)] * 4}, r"prompt_embeds\[0\] holds NaN or infinity"),
