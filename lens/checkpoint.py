@@ -597,7 +597,10 @@ def fingerprint(root: Path) -> str:
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """``write(temporary)``, flush to disk, rename to ``path``: a killed or failed save leaves the old file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:  # part of the name only: one as long as the disk allows must still fit
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".part")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     os.close(handle)
     try:
         write(Path(temporary))
@@ -605,8 +608,10 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:  # name the file, not the temporary
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 

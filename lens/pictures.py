@@ -108,7 +108,7 @@ def read_recipe(path: Path) -> Recipe:
             text = getattr(image, "text", {}).get(RECIPE_KEY)
     except FileNotFoundError:
         raise RecipeError(f"{path}: file not found") from None
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise RecipeError(f"{path}: not a readable PNG file: {error}") from None
     if text is None:
         raise RecipeError(f"{path}: carries no recipe; only PNG files written by lens generate do")

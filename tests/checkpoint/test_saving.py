@@ -231,3 +231,28 @@ def test_shards_without_their_index_are_refused(tmp_path):
     (tmp_path / "model.safetensors.index.json").unlink()
     with pytest.raises(checkpoint.CheckpointError, match="a shard without its index"):
         checkpoint.open_shards(tmp_path)
+
+
+def test_failed_writes_name_the_file_and_long_names_fit(tmp_path):
+    longest = tmp_path / ("x" * 250 + ".png")
+    checkpoint.write_atomic(longest, lambda temporary: temporary.write_bytes(b"1"))
+    assert longest.read_bytes() == b"1"
+
+    def full(temporary):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        checkpoint.write_atomic(tmp_path / "a.png", full)
+    assert error.value.filename == str(tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == [longest]
+
+
+def test_a_picture_too_large_to_open_is_refused(tmp_path, monkeypatch):
+    from PIL import Image
+
+    from lens import pictures
+
+    Image.new("RGB", (64, 64)).save(tmp_path / "big.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(pictures.RecipeError, match="not a readable PNG"):
+        pictures.read_recipe(tmp_path / "big.png")
