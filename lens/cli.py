@@ -27,7 +27,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from . import __version__, checkpoint, pictures, resolution
-from .text_encoder import DEFAULT_CHAT_DATE
+from .text_encoder import DEFAULT_CHAT_DATE, parse_date
 
 if TYPE_CHECKING:
     from .pipeline import LensPipeline, LensPipelineOutput
@@ -338,7 +338,7 @@ def _chat_date(text: str | None, recipe: pictures.Recipe | None) -> str:
     if text == "today":
         return datetime.date.today().isoformat()
     try:
-        return datetime.date.fromisoformat(text).isoformat()
+        return parse_date(text).isoformat()
     except ValueError:
         raise UsageError(f'--chat-date must be YYYY-MM-DD or "today", got {text!r}') from None
 
@@ -395,8 +395,9 @@ def _load(
     source = model
     if source is None:
         source = recipe.model if recipe else "mini"
-        if recipe and source not in checkpoint.EMBEDDED and "/" not in source:
-            raise UsageError(f"the picture was drawn by weights in a folder named {source!r}: give it with --model")
+        if recipe and source not in checkpoint.EMBEDDED:  # a file from elsewhere opens no path and fetches nothing
+            what = "the hub id" if "/" in source else "a folder named"
+            raise UsageError(f"the picture was drawn by weights in {what} {source!r}: give it with --model")
     where = _device(device)
     kind = variant.value if variant else recipe.variant if recipe else None
     number_type = dtype.value if dtype else recipe.dtype if recipe else None

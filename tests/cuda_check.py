@@ -112,9 +112,7 @@ def limits_of(text: str, file: str) -> list[Limit]:
                 own.append(note)
         line = text.count("\n", 0, at) + 1
         if not any(note.group(2) == name for note in own):
-            raise CheckError(
-                f"{file}:{line}: kernel {name} has no limit; write `// registers <= N: {name}` above it"
-            )
+            raise CheckError(f"{file}:{line}: kernel {name} has no limit; write `// registers <= N: {name}` above it")
         for note in own:
             used.add(note.start())
             limits.append(Limit(note.group(2), int(note.group(1)), f"{file}:{line}"))
@@ -131,8 +129,7 @@ def limit_for(report: Report, limits: list[Limit]) -> Limit | None:
     fitting = [
         limit
         for limit in limits
-        if limit.name == report.kernel
-        or ("<" in limit.name and compact.startswith(limit.name.replace(" ", "")))
+        if limit.name == report.kernel or ("<" in limit.name and compact.startswith(limit.name.replace(" ", "")))
     ]
     return max(fitting, key=lambda limit: len(limit.name), default=None)
 
@@ -245,9 +242,7 @@ def table(reports: list[Report], limits: list[Limit]) -> str:
         rows.append((report.function, report.target, *numbers))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
-        )
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
 
@@ -314,9 +309,7 @@ def check(source: pathlib.Path, nvcc: str) -> tuple[list[Report], list[Limit], l
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=pathlib.Path, default=ROOT / "csrc", help="folder that holds cuda/")
     options = parser.parse_args(arguments)
     try:
@@ -332,9 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     for sentence in found:
         print(f"cuda-check: {sentence}", file=sys.stderr)
     kernels = len({report.kernel for report in reports if report.entry})
-    print(
-        f"cuda-check: {kernels} kernels, {len(reports)} reports ({', '.join(TARGETS)}), {len(found)} faults"
-    )
+    print(f"cuda-check: {kernels} kernels, {len(reports)} reports ({', '.join(TARGETS)}), {len(found)} faults")
     return 1 if found else 0
 
 

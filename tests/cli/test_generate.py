@@ -516,3 +516,17 @@ def test_help_is_complete():
 def test_version():
     result = run("--version")
     assert (result.exit_code, result.stdout) == (0, f"lens {__version__}\n")
+
+
+@pytest.mark.parametrize("model", ["../../etc", "./dev", "stranger/weights", "dev"])
+def test_a_recipe_opens_no_path_and_fetches_nothing(apple, tmp_path, monkeypatch, model):
+    monkeypatch.setattr(checkpoint, "resolve", lambda source: pytest.fail(f"{source} was opened"))
+    with Image.open(apple) as image:
+        pictures.save_png(image, tmp_path / "a.png", replace(pictures.read_recipe(apple), model=model))
+    result = generate("--like", tmp_path / "a.png", fast=False)
+    assert result.exit_code == 2, result.output
+    assert "give it with --model" in " ".join(result.stderr.split())
+
+
+def test_chat_dates_have_one_spelling():
+    assert generate("an apple", "--chat-date", "20260523").exit_code == 2
