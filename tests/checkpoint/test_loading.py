@@ -411,6 +411,7 @@ SETTINGS = [
     ("transformer/config.json", {"guidance_embeds": True}, "unknown key 'guidance_embeds'"),
     ("transformer/config.json", {"num_layers": "3"}, "num_layers must be a positive integer, got '3'"),
     ("transformer/config.json", {"num_layers": 0}, "num_layers must be a positive integer, got 0"),
+    ("transformer/config.json", {"num_layers": 2**40}, "num_layers is 1099511627776, more than the keys stored in"),
     ("transformer/config.json", {"axes_dims_rope": [8, 28, 26]}, "sum to attention_head_dim = 64, got (8, 28, 26)"),
     ("transformer/config.json", {"axes_dims_rope": [7, 29, 28]}, "axes_dims_rope must be even"),
     ("transformer/config.json", {"axes_dims_rope": 64}, "axes_dims_rope must be a list of integers, got 64"),
