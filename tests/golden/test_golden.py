@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lens import LensPipeline
+from lens import LensConfig, LensPipeline
 from lens.checkpoint import load_transformer
 from tests.reference_model import ReferenceLens, reference_sample, reference_sigmas, relative
 
@@ -211,3 +211,7 @@ def test_bf16_over_seeds(folder):
         ratios.append(relative(ours(hidden, features, mask, time, [(1, h, w)]), truth) / theirs)
     assert max(ratios) <= 1.1, ratios
     assert statistics.median(ratios) <= 1.0, ratios
+
+
+def test_tiny_is_the_shape_of_the_golden_checkpoint():
+    assert load_transformer(ROOT / "dev" / "transformer", torch.float32, "cpu").config == LensConfig.tiny()
