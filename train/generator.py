@@ -10,6 +10,7 @@ from types import ModuleType
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lens.config import LensConfig
@@ -23,8 +24,12 @@ from . import vae as vae_stage
 from .checkpointing import load_state
 from .codec import Latents
 from .data.sheet import contact_sheet
+from .data.stream import Step
 from .loop import keyed
 from .objectives import flow_matching
+from .text_path import residuals
+
+Past = list[tuple[Tensor, Tensor]]  # keys and values of every encoder layer
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,12 +37,25 @@ def packing_of(grid: tuple[int, int], text_lengths: tuple[int, ...], axes: tuple
     return plan([grid] * len(text_lengths), list(text_lengths), axes)
 
 
+def shape_of(config: ModuleType, encoder_config: ModuleType) -> LensConfig:
+    """The MMDiT of a recipe: its own MODEL, reading the layers and the width of the recipe's encoder."""
+    width = encoder_config.MODEL["hidden_size"]
+    return LensConfig(**config.MODEL, enc_hidden_dim=width, selected_layer_index=encoder_config.LAYERS)
+
+
+def row_index(lengths: Sequence[int], longest: int) -> Tensor:
+    """Rows of the valid tokens of a padded [B, longest, ...] tensor seen as [B * longest, ...]: int64 [R]."""
+    count = torch.tensor(lengths)
+    valid = torch.arange(longest)[None] < count[:, None]
+    return valid.flatten().nonzero().squeeze(1)
+
+
 class Mini(nn.Module):
     """The two networks trained together: MMDiT and text encoder."""
 
     def __init__(self, config: ModuleType, encoder_config: ModuleType, encoder: nn.Module):
         super().__init__()
-        self.shape = LensConfig.mini()
+        self.shape = shape_of(config, encoder_config)
         self.transformer = LensTransformer2DModel(self.shape)
         self.transformer.init_weights(keyed(config.SEED, "transformer init"))
         self.encoder, self.layers = encoder, encoder_config.LAYERS
@@ -50,13 +68,54 @@ class Mini(nn.Module):
         empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim)
         return [next(found) if ids else empty for ids in tokens]
 
-    def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
-        """x [B, I, C], t [B], features per sample [T, F, E] -> velocity [B, I, C]."""
-        model, lengths = self.transformer, tuple(len(f) for f in features)
-        packing = packing_of(self.grid, lengths, self.shape.axes_dims_rope)
-        packed = torch.cat(list(features))
+    @torch.no_grad()
+    def past(self, prefix: Sequence[int]) -> Past:
+        """Keys and values of the constant prefix, without gradient: made once per set of weights and shared by all samples."""
+        return residuals(self.encoder, torch.tensor([list(prefix)]))[1]
+
+    def packed_text(self, ids: Tensor, lengths: Sequence[int], past: Past) -> tuple[Tensor, Tensor]:
+        """ids [n, T] padded on the right -> features [RT, F, E] of the valid tokens, and the last layer's [RT, E].
+
+        One call for all: attention is causal, so what pads the right is read by nobody.
+        """
+        if not len(ids):
+            empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim)
+            return empty, empty[:, 0]
+        states, _ = residuals(self.encoder, ids, past)
+        rows = row_index(lengths[: len(ids)], ids.shape[1])
+        stacked = torch.stack([*(states[layer] for layer in self.layers), states[-1]], 2).flatten(0, 1)
+        packed = stacked if len(rows) == len(stacked) else stacked.index_select(0, rows)
+        return packed[:, :-1], packed[:, -1]
+
+    def next_token(self, last: Tensor, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """Mean cross-entropy of each caption's following token, from the last layer's rows [RT, E]; 0 without captions."""
+        if not len(ids):
+            return last.sum()
+        lengths = lengths[: len(ids)]
+        flat = ids.flatten()[row_index(lengths, ids.shape[1])]
+        ends = torch.cumsum(torch.tensor(lengths), 0) - 1
+        follows = torch.ones(len(flat), dtype=torch.bool)
+        follows[ends] = False
+        rows = follows.nonzero().squeeze(1)
+        logits = self.encoder.lm_head(self.encoder.model.norm(last[rows]))
+        return F.cross_entropy(logits.float(), flat[rows + 1])
+
+    def flow(self, x: Tensor, t: Tensor, packed: Tensor, lengths: Sequence[int]) -> Tensor:
+        """x [B, I, C], t [B], features of all samples [RT, F, E], text lengths of the samples -> velocity [B, I, C]."""
+        model = self.transformer
+        packing = packing_of(self.grid, tuple(lengths), self.shape.axes_dims_rope)
         rows = model.project_text(list(packed.unbind(1)), packing.text_lengths)
         return model.denoise(x.flatten(0, 1), rows, modulate(model, t), packing).view_as(x)
+
+    def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
+        """The same with features per sample [T, F, E]."""
+        return self.flow(x, t, torch.cat(list(features)), [len(f) for f in features])
+
+    def forward(self, step: Step, past: Past, language: bool) -> tuple[Tensor, Tensor]:
+        """Flow-matching loss per sample [B]; next-token loss of the captions (0 unless asked for)."""
+        packed, last = self.packed_text(step.ids, step.lengths, past)
+        flow = flow_matching.loss(self.flow(step.x, step.t, packed, step.lengths), step.target)
+        return flow, self.next_token(last, step.ids, step.lengths) if language else flow.new_zeros(())
 
 
 @torch.no_grad()
@@ -89,10 +148,10 @@ def sample(
 class Painter:
     """Normalised latents -> pictures, through the best decoder trained so far (the linear codec before there is one)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, recipe: str = "mini"):
         self.latents, self.decoder = Latents(folder), None
         if (folder / "decoder.pt").is_file():
-            self.decoder = vae_stage.Half(vae_stage.build(configs.load("mini", "vae")), "decoder").eval()
+            self.decoder = vae_stage.Half(vae_stage.build(configs.load(recipe, "vae")), "decoder").eval()
             self.decoder.load_state_dict(load_state(folder / "decoder.pt", "vae decoder")["ema"]["average"])
 
     @torch.no_grad()

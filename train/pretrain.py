@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lens import checkpoint
 from lens.sampler import Scheduler
@@ -30,7 +29,7 @@ from . import encoder as text_stage
 from . import vae as vae_stage
 from .checkpointing import folder_tensors, load_state, save_state
 from .codec import Latents
-from .data.world import World
+from .data.stream import Step, Stream, draw, world_of
 from .generator import Mini, Painter, draw_sheet
 from .logging import JsonLog, read_log
 from .loop import Clock, Ema, duration, keyed, rate
@@ -39,79 +38,25 @@ from .objectives import flow_matching
 VALIDATION_SEED = 1_000_000_000
 
 
-@dataclass
-class Batch:
-    """Latents [B, I, C]; per sample its caption's ids after the prefix."""
-
-    latents: Tensor
-    tokens: list[list[int]]
-
-
-class Stream:
-    """Deterministic batches: window w holds the scenes of seeds w * WINDOW ... sorted by caption length."""
-
-    def __init__(
-        self,
-        config: ModuleType,
-        latents: Latents,
-        tokenizer: text_stage.CaptionTokenizer,
-        first_seed: int = 0,
-    ):
-        self.config, self.latents, self.tokenizer, self.first = config, latents, tokenizer, first_seed
-        self.world = World()
-
-    def batch_size(self, window: int) -> int:
-        return max((start, size) for start, size in self.config.BATCHES if start <= window)[1]
-
-    def encode(self, seeds: Sequence[int]) -> Batch:
-        scenes, pixels = self.world.batch(list(seeds), self.config.SIDE, self.config.SIDE)
-        latents = torch.cat([self.latents.encode(pixels[i : i + 256]) for i in range(0, len(pixels), 256)])
-        return Batch(latents, [self.tokenizer.encode(scene.caption)[0] for scene in scenes])
-
-    def window(self, index: int) -> list[Batch]:
-        count, size = self.config.WINDOW, self.batch_size(index)
-        whole = self.encode(range(self.first + index * count, self.first + (index + 1) * count))
-        order = sorted(range(count), key=lambda i: (len(whole.tokens[i]), i))
-        cuts = [order[i : i + size] for i in range(0, count, size)]
-        mixed = torch.randperm(len(cuts), generator=keyed(self.config.SEED, "window order", index)).tolist()
-        return [Batch(whole.latents[cuts[c]], [whole.tokens[i] for i in cuts[c]]) for c in mixed]
-
-    def batches(self, window: int, position: int) -> Iterator[tuple[int, int, Batch]]:
-        """(window, position of the next batch, batch) from a position on, without end."""
-        while True:
-            batches = self.window(window)
-            while position < len(batches):
-                position += 1
-                yield window, position, batches[position - 1]
-            window, position = window + 1, 0
-
-
-def draw(config: ModuleType, batch: Batch, step: int) -> tuple[Tensor, Tensor, Tensor, list[list[int]]]:
-    """x_t, target, t and the captions left after dropout, of one step; dropped samples are moved last."""
-    generator, count = keyed(config.SEED, "step", step), len(batch.tokens)
-    t = flow_matching.sample_times(count, config.MU, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
-    dropped = torch.rand(count, generator=generator) < config.TEXT_DROPOUT
-    order = torch.argsort(dropped.int(), stable=True)
-    x, target = flow_matching.noised(batch.latents[order], noise, t)
-    return x, target, t, [[] if dropped[i] else batch.tokens[i] for i in order.tolist()]
-
-
 @torch.no_grad()
-def validate(config: ModuleType, model: Mini, stream: Stream) -> dict[str, float]:
+def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
     """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains."""
     held = stream.encode(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION))
-    order = sorted(range(config.VALIDATION), key=lambda i: len(held.tokens[i]))
+    order = sorted(range(config.VALIDATION), key=lambda i: held.lengths[i])
     generator = keyed(config.SEED, "validation")
     t = flow_matching.sample_times(config.VALIDATION, config.MU, generator)
     noise = torch.randn(held.latents.shape, generator=generator)
-    sums = {"with_text": 0.0, "without_text": 0.0}
+    sums, past = {"with_text": 0.0, "without_text": 0.0}, model.past(prefix)
     for start in range(0, config.VALIDATION, 64):
         pick = order[start : start + 64]
-        x, target = flow_matching.noised(held.latents[pick], noise[pick], t[pick])
-        features = model.text([held.tokens[i] for i in pick], stream.tokenizer.prefix)
-        for name, given in (("with_text", features), ("without_text", [f[:0] for f in features])):
-            sums[name] += flow_matching.loss(model.velocity(x, t[pick], given), target).sum().item()
+        batch = held.take(pick)
+        x, target = flow_matching.noised(batch.latents, noise[pick], t[pick])
+        for name, ids, lengths in (
+            ("with_text", batch.ids, batch.lengths),
+            ("without_text", batch.ids[:0], [0] * len(pick)),
+        ):
+            losses, _ = model(Step(x, target, t[pick], ids, lengths), past, False)
+            sums[name] += losses.sum().item()
     result = {name: value / config.VALIDATION for name, value in sums.items()}
     return {**result, "text_explains": 1 - result["with_text"] / result["without_text"]}
 
@@ -174,7 +119,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         if fresh and not options.init
         else text_stage.build(encoder_config)
     )
-    encoder.lm_head.requires_grad_(False)
+    encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
     model = Mini(config, encoder_config, encoder).train()
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
     if not fresh:
@@ -187,7 +132,9 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     ema = Ema(model, config.EMA)
     if not fresh:
         ema.load(state["ema"])
-    stream = Stream(config, Latents(options.vae), tokenizer)
+    stream = Stream(
+        config, world_of(options.config), Latents(options.vae).encode, lambda caption: tokenizer.encode(caption)[0]
+    )
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
 
@@ -212,7 +159,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
 
     if step > joint:
         freeze()
-    total, since, seen = 0.0, 0, 0
+    total, language, since, seen, past = 0.0, 0.0, 0, 0, None
     for next_window, next_position, batch in stream.batches(window, position):
         if step >= steps or clock.over:
             break
@@ -221,32 +168,40 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
                 for name, parameter in model.encoder.named_parameters():
                     parameter.copy_(ema.average[f"encoder.{name}"])
             freeze()
-        x, target, t, tokens = draw(config, batch, step)
-        loss = flow_matching.loss(model.velocity(x, t, model.text(tokens, tokenizer.prefix)), target).mean()
-        if not torch.isfinite(loss):
+        if past is None or step <= joint:  # the prefix changes as long as the encoder trains
+            past = model.past(tokenizer.prefix)
+        flow, words = model(draw(config, batch, step), past, step < joint and config.LM_WEIGHT > 0)
+        loss = flow.mean()
+        if not torch.isfinite(loss + words):
             raise FloatingPointError(
                 f"pretrain: loss is {loss.item()} at step {step}, window {window}, position {position}"
             )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        (loss + config.LM_WEIGHT * words).backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.CLIP)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, group["base"] * options.lr_scale, config.WARMUP, steps, decay)
         optimizer.step()
         ema.update(model)
         step, window, position = step + 1, next_window, next_position
-        total, since, seen = total + loss.item(), since + 1, seen + len(tokens)
+        total, language, since, seen = total + loss.item(), language + words.item(), since + 1, seen + len(flow)
         if step % config.LOG_EVERY == 0:
-            extra = {}
+            extra = {"next_token": language / since} if language else {}
             if step % config.VALIDATE_EVERY == 0:
                 with Averaged(ema, model):
-                    extra = validate(config, model, stream)
+                    extra |= validate(config, model, stream, tokenizer.prefix)
             log(step=step, loss=total / since, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
-            total, since = 0.0, 0
+            total, language, since = 0.0, 0.0, 0
         if step % config.SAVE_EVERY == 0:
             save()
             with Averaged(ema, model):
-                draw_sheet(config, model, tokenizer, Painter(options.vae), options.out / f"sheet_{step:06d}.png")
+                draw_sheet(
+                    config,
+                    model,
+                    tokenizer,
+                    Painter(options.vae, options.config),
+                    options.out / f"sheet_{step:06d}.png",
+                )
     save()
 
 

@@ -2,10 +2,19 @@
 
 SEED = 3
 SIDE = 64
+MODEL = {
+    "num_layers": 6,
+    "num_attention_heads": 2,
+    "attention_head_dim": 64,
+    "in_channels": 32,
+    "out_channels": 8,
+    "axes_dims_rope": (8, 28, 28),
+}
 MU = 0.5
 TEXT_DROPOUT = 0.1
 WINDOW = 2_048  # scenes sorted by caption length together
 BATCHES = ((0, 32),)  # (from window, batch); larger from a later window where samples, not steps, are scarce
+LM_WEIGHT = 0.1  # of the captions' next-token loss while the encoder trains along: it stays a language model
 JOINT_STEPS = 4_000  # the encoder trains along until then, and is frozen at its average
 LR, ENCODER_LR, WARMUP, WEIGHT_DECAY, BETAS, CLIP = 2e-3, 1e-3, 100, 0.01, (0.9, 0.95), 1.0
 STEPS, DECAY = 23_000, 8_000
