@@ -194,14 +194,10 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
             total, language, since = 0.0, 0.0, 0
         if step % config.SAVE_EVERY == 0:
             save()
+            sheet = options.out / f"sheet_{step:06d}.png"
             with Averaged(ema, model):
-                draw_sheet(
-                    config,
-                    model,
-                    tokenizer,
-                    Painter(options.vae, options.config),
-                    options.out / f"sheet_{step:06d}.png",
-                )
+                draw_sheet(config, model, tokenizer, Painter(options.vae, options.config), sheet)
+            log.picture("sheet", sheet, step)
     save()
 
 
