@@ -25,6 +25,8 @@ from PIL import Image
 
 from lens import checkpoint
 
+from .kinds import KINDS
+
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 TARBALL_SHA256 = "c1bb7eee7de090205a232518a9ab4adb3df458bfbe8a1f78232991194c8b2e58"
 PILLOW = "13.0.0"
@@ -32,26 +34,9 @@ SIDE = 96
 OPAQUE = 24  # alpha at which a pixel counts as part of the object when trimming
 ASSETS = Path(__file__).parent / "assets" / "emoji"
 
-SOURCES = {  # class name -> file stem (code points) inside the package
-    "apple": "1f34e",
-    "car": "1f697",
-    "heart": "2764-fe0f",
-    "star": "2b50",
-    "key": "1f511",
-    "book": "1f4d5",
-    "umbrella": "2602-fe0f",
-    "fish": "1f41f",
-    "shirt": "1f455",
-    "balloon": "1f388",
-    "bell": "1f514",
-    "mushroom": "1f344",
-    "teapot": "1fad6",
-    "house": "1f3e0",
-    "tree": "1f333",
-    "crown": "1f451",
-    "cactus": "1f335",
-    "penguin": "1f427",
-}
+SOURCES = {
+    name: kind.stem for name, kind in KINDS.items()
+}  # class name -> code points, the file stem inside the package
 
 
 def pixel_hash(image: Image.Image) -> str:

@@ -14,56 +14,24 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .kinds import KINDS, PAINTABLE, PALETTE, Kind
+
 ASSETS = Path(__file__).parent / "assets" / "emoji"
 
-PALETTE = {  # word -> sRGB; nine colours that stay distinct at 64 pixels (brown is too near orange in shade)
-    "red": (220, 32, 40),
-    "orange": (250, 132, 20),
-    "yellow": (250, 206, 40),
-    "green": (40, 160, 60),
-    "blue": (36, 104, 226),
-    "purple": (128, 58, 190),
-    "pink": (250, 120, 180),
-    "black": (44, 44, 50),
-    "white": (236, 236, 242),
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One class. `paint`: centre hue in turns of the part to recolour, "all", or None where it is never recoloured."""
-
-    name: str
-    noun: str
-    plural: str
-    natural: str | None  # the palette word that truly describes the unpainted asset, None where no single word does
-    paint: float | str | None = None
-
-
-KINDS = {
-    kind.name: kind
-    for kind in (
-        Kind("apple", "apple", "apples", "red", 0.97),
-        Kind("car", "car", "cars", "red", 0.97),
-        Kind("heart", "heart", "hearts", "red", "all"),
-        Kind("star", "star", "stars", "yellow", "all"),
-        Kind("key", "key", "keys", "yellow", "all"),
-        Kind("book", "book", "books", "red", 0.95),
-        Kind("umbrella", "umbrella", "umbrellas", "purple", 0.75),
-        Kind("fish", "fish", "fish", "blue", "all"),
-        Kind("shirt", "shirt", "shirts", "green", "all"),
-        Kind("balloon", "balloon", "balloons", "red", 0.91),
-        Kind("bell", "bell", "bells", "yellow", "all"),
-        Kind("mushroom", "mushroom", "mushrooms", "red", 0.97),
-        Kind("teapot", "teapot", "teapots", "red", "all"),
-        Kind("house", "house", "houses", None),
-        Kind("tree", "tree", "trees", "green"),
-        Kind("crown", "crown", "crowns", "yellow"),
-        Kind("cactus", "cactus", "cactuses", "green"),
-        Kind("penguin", "penguin", "penguins", None),
-    )
-}
-PAINTABLE = tuple(kind.name for kind in KINDS.values() if kind.paint is not None)
+__all__ = [
+    "KINDS",
+    "PAINTABLE",
+    "PALETTE",
+    "Kind",
+    "Sprite",
+    "artwork",
+    "colours_of",
+    "fitted_size",
+    "lab",
+    "recolour",
+    "sprite",
+    "surface_lab",
+]
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
