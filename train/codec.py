@@ -7,7 +7,10 @@ z = (W * x + b - mean) / std at stride 8, learned in a minute together with its 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +19,28 @@ import torch.nn.functional as F
 
 from lens.vae import patchify, unpatchify
 
-from .checkpointing import load_state
+from .checkpointing import load_state, save_state
+from .data.labels import CLASSES, COLOURS, labelled
+from .data.world import World
+from .logging import JsonLog
+from .loop import keyed, rate
+from .objectives.autoencoding import TokenHead, head_accuracy, head_loss
+
+VALIDATION_SEED = 1_000_000_000  # scenes from here on are never trained on
 
 
-def to_model(pixels: np.ndarray) -> torch.Tensor:
-    """uint8 [n, H, W, 3] -> float32 [n, 3, H, W] in [-1, 1]."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+def to_model(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """uint8 [n, H, W, 3] (array, or tensor on any device) -> float32 [n, 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
+    """An AutoencoderKLFlux2 of that configuration with weights drawn from the seed."""
+    from diffusers import AutoencoderKLFlux2
+
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed(seed, "vae init").initial_seed())
+        return AutoencoderKLFlux2(**shape).train()
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
@@ -62,23 +81,166 @@ class LinearCodec(nn.Module):
         self.decode_filter.bias.copy_(mean.view(3, 64).mean(1))
 
 
+def head_of(config: ModuleType, purpose: str) -> TokenHead:
+    """A head that names the class and the colour on every token, its weights drawn from the recipe's seed."""
+    sizes = (len(CLASSES), len(COLOURS))
+    with torch.random.fork_rng():  # torch's layers draw from the global generator before ours fills them
+        return TokenHead(config.MODEL["latent_channels"], sizes, keyed(config.SEED, purpose + " head"))
+
+
+def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
+    """Learn the codec and the token statistics; writes out/codec.pt.
+
+    Loss: mean |decode(z + noise) - x|^2 + head * (cross-entropy of class and colour of every token, read from z + noise by
+    a small network that is then discarded): the linear transform keeps what tells classes and colours apart. With head 0
+    there is no such network.
+    """
+    recipe, seed = config.CODEC, config.SEED
+    pictures, labels = labelled(range(recipe["scenes"]), config.SIDE)
+    validation, held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + 512), config.SIDE)
+    held = to_model(validation)
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed(seed, "codec init").initial_seed())
+        codec = LinearCodec(config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"])
+    codec.start_from_principal_components(to_model(pictures[:4000]))
+    head = head_of(config, "codec") if recipe["head"] > 0 else None
+    parameters = [*codec.parameters(), *(head.parameters() if head else ())]
+    optimizer = torch.optim.Adam(parameters, lr=recipe["lr"])
+    for step in range(recipe["steps"]):
+        generator = keyed(seed, "codec", step)
+        pick = torch.randint(len(pictures), (recipe["batch"],), generator=generator)
+        x = to_model(pictures[pick.numpy()])
+        z = codec.encode(x)
+        rough = z + recipe["noise"] * torch.randn(z.shape, generator=generator)
+        loss = (codec.decode(rough) - x).pow(2).mean()
+        if head:
+            loss = loss + recipe["head"] * head_loss(head(rough), labels[pick])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], 1, recipe["steps"], recipe["steps"])
+        optimizer.step()
+        if step % 500 == 499:
+            extra = {}
+            codec.eval()
+            with torch.no_grad():
+                z = codec.encode(held)
+                if head:
+                    extra = dict(zip(("class", "colour"), head_accuracy(head.eval()(z), held_labels)))
+                    head.train()
+                log(part="codec", step=step + 1, psnr=psnr(codec.decode(z), held), **extra)
+            codec.train()
+    codec.eval().requires_grad_(False)
+    mean, var = statistics(lambda pixels: codec.encode(to_model(pixels)), config)
+    save_state(
+        out / "codec.pt",
+        {
+            "stage": "vae codec",
+            "model": codec.state_dict(),
+            "mean": mean,
+            "var": var,
+            "shape": [config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"]],
+        },
+    )
+
+
+@torch.no_grad()
+def statistics(encode: Callable[[np.ndarray], torch.Tensor], config: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance [4c] of the token channels over STATISTICS_SCENES training scenes, on the CPU in float64."""
+    world, count = World(), config.STATISTICS_SCENES
+    total = torch.zeros(2, 4 * config.MODEL["latent_channels"], dtype=torch.float64)
+    tokens = 0
+    for start in range(0, count, 250):
+        pixels = world.batch(list(range(start, min(start + 250, count))), config.SIDE, config.SIDE)[1]
+        rows = patchify(encode(pixels)).flatten(0, 1).double().cpu()
+        total += torch.stack([rows.sum(0), rows.pow(2).sum(0)])
+        tokens += len(rows)
+    mean, square = total / tokens
+    return mean.float(), (square - mean.pow(2)).float()
+
+
+def probe(config: ModuleType, latents: Latents, log: JsonLog) -> dict[str, float]:
+    """How much a frozen latent space says about its tokens: a fresh head trained on it, accuracy on held-out object tokens.
+
+    Twice: reading clean latents, and latents under unit noise of PROBE's level, as a generator meets them.
+    """
+    recipe, result = config.PROBE, {}
+    pictures, labels = labelled(range(recipe["scenes"]), config.SIDE)
+    held, held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + recipe["held"]), config.SIDE)
+    with torch.no_grad():
+        z, held_z = (
+            torch.cat(
+                [latents.latents(to_model(p[i : i + 250]).to(latents.device)).cpu() for i in range(0, len(p), 250)]
+            )
+            for p in (pictures, held)
+        )
+    std = z.std((0, 2, 3), keepdim=True)
+    for name, noise in (("", 0.0), ("_noisy", recipe["noise"])):
+        head = head_of(config, "probe")
+        optimizer = torch.optim.Adam(head.parameters(), lr=recipe["lr"])
+        for step in range(recipe["steps"]):
+            generator = keyed(config.SEED, "probe", step)
+            pick = torch.randint(len(z), (recipe["batch"],), generator=generator)
+            rough = z[pick] + noise * std * torch.randn((recipe["batch"], *z.shape[1:]), generator=generator)
+            optimizer.zero_grad()
+            head_loss(head(rough), labels[pick]).backward()
+            optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], 1, recipe["steps"], recipe["steps"])
+            optimizer.step()
+        rough = held_z + noise * std * torch.randn(held_z.shape, generator=keyed(config.SEED, "probe held"))
+        right = head_accuracy(head.eval()(rough), held_labels)
+        result.update({f"class{name}": right[0], f"colour{name}": right[1]})
+    log(part="probe", **result)
+    return result
+
+
 class Latents:
-    """The frozen latent space: pixels -> normalised tokens, as the released VAE's mode would give them."""
+    """The frozen latent space of a stage folder: pixels -> normalised tokens, as the released VAE's mode would give them.
+
+    Either `codec.pt` (the linear codec) or `joint.pt` (the trained encoder's posterior mode; averaged weights): the same
+    calls serve both. Errors: a folder with both, with neither, or with a joint training that is not finished.
+    """
 
     EPS = 1e-4  # batch_norm_eps of the released layout
 
-    def __init__(self, folder: Path):
-        state = load_state(folder / "codec.pt", "vae codec")
-        self.codec = LinearCodec(*state["shape"])
-        self.codec.load_state_dict(state["model"])
-        self.codec.eval().requires_grad_(False)
-        self.mean, self.var = state["mean"], state["var"]
+    def __init__(self, folder: Path, device: torch.device | str = "cpu"):
+        self.device, self.vae, self.codec = torch.device(device), None, None
+        if (folder / "joint.pt").is_file():
+            if (folder / "codec.pt").is_file():
+                raise ValueError(
+                    f"Latents: {folder} holds codec.pt and joint.pt, expected one latent space in a folder"
+                )
+            state = load_state(folder / "joint.pt", "vae joint")
+            if state["mean"] is None:
+                raise ValueError(
+                    f"Latents: {folder / 'joint.pt'} is at step {state['step']}, expected a finished training"
+                )
+            self.vae = autoencoder(state["shape"], 0).eval().requires_grad_(False).to(self.device)
+            for name, parameter in self.vae.named_parameters():
+                parameter.copy_(state["ema"]["average"][f"vae.{name}"])
+        else:
+            state = load_state(folder / "codec.pt", "vae codec")
+            self.codec = LinearCodec(*state["shape"])
+            self.codec.load_state_dict(state["model"])
+            self.codec.eval().requires_grad_(False).to(self.device)
+        self.mean, self.var = state["mean"].to(self.device), state["var"].to(self.device)
 
     @torch.no_grad()
-    def encode(self, pixels: np.ndarray) -> torch.Tensor:
-        """uint8 [n, H, W, 3] -> normalised tokens float32 [n, H/16 * W/16, 32]."""
-        return (patchify(self.codec.encode(to_model(pixels))) - self.mean) / torch.sqrt(self.var + self.EPS)
+    def latents(self, x: torch.Tensor) -> torch.Tensor:
+        """[n, 3, H, W] in [-1, 1] -> latents [n, c, H/8, W/8]."""
+        if self.codec is not None:
+            return self.codec.encode(x)
+        return self.vae.encode(x).latent_dist.mode()
+
+    @torch.no_grad()
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Latents [n, c, h, w] -> [n, 3, 8h, 8w]: the codec's inverse, or the jointly trained decoder."""
+        return self.codec.decode(z) if self.codec is not None else self.vae.decode(z, return_dict=False)[0]
+
+    @torch.no_grad()
+    def encode(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """uint8 [n, H, W, 3] (array, or tensor on any device) -> normalised tokens float32 [n, H/16 * W/16, 4c]."""
+        z = patchify(self.latents(to_model(pixels).to(self.device)))
+        return (z - self.mean) / torch.sqrt(self.var + self.EPS)
 
     def denormalise(self, tokens: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Normalised tokens of a height x width token grid -> latents [n, 8, 2 height, 2 width] for the decoder."""
+        """Normalised tokens of a height x width token grid -> latents [n, c, 2 height, 2 width] for the decoder."""
         return unpatchify(tokens * torch.sqrt(self.var + self.EPS) + self.mean, (height, width))

@@ -2,103 +2,48 @@
 
     python -m train vae --config mini --out runs/vae                       # codec, then decoder, then encoder
     python -m train vae --config mini --out runs/vae --part decoder --stop-after 25m     # again to resume
+    python -m train vae --config mini_gpu --out runs/joint --part joint --device cuda    # everything together
+    python -m train vae --config mini --out runs/vae --part probe          # what the latents say about their tokens
     python -m train vae --config mini --out runs/vae --export lens/mini/vae
 
-The latent space is fixed first and cheaply: an overlapped linear transform (one strided convolution, learned in a
-minute or two together with its transposed inverse, under noise, every channel at unit variance) is the *codec*. Then
+Two ways to a latent space. On a CPU it is fixed first and cheaply: an overlapped linear transform (one strided
+convolution, learned in a minute or two together with its transposed inverse, under noise, every channel at unit
+variance) is the *codec*. Then
 
     decoder:  minimise  |D(z + noise) - x|   over z = codec(x)      what draws every picture
     encoder:  minimise  |E(x) - codec(x)|^2  and a posterior width equal to the codec's noise
 
 are two independent regressions. Nothing downstream waits for them: a generator trained on codec(x) stays valid while the
-decoder keeps improving. Latents of a picture: 8 channels per 8x8 pixels; patchified (c p1 p2) to 32 per token and
-normalised with BatchNorm statistics measured once over STATISTICS_SCENES scenes.
+decoder keeps improving. Where there is a GPU, encoder and decoder are trained together (train/joint.py) and the encoder's
+posterior mode is the latent space. Latents of a picture: c channels per 8x8 pixels; patchified (c p1 p2) to 4c per token
+and normalised with BatchNorm statistics measured once over STATISTICS_SCENES scenes. A folder holds one of the two.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from lens import checkpoint
-from lens.vae import patchify
 
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
-from .codec import Latents, LinearCodec, psnr, to_model
+from .codec import VALIDATION_SEED, Latents, autoencoder, probe, psnr, to_model, train_codec
 from .data.world import World
+from .joint import train_joint
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
-
-VALIDATION_SEED = 1_000_000_000  # scenes from here on are never trained on
-
-
-def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
-    """Learn the codec and the token statistics; writes out/codec.pt."""
-    recipe, world, seed = config.CODEC, World(), config.SEED
-    pictures = np.concatenate(
-        [world.batch(list(range(i, i + 500)), config.SIDE, config.SIDE)[1] for i in range(0, recipe["scenes"], 500)]
-    )
-    validation = to_model(world.batch(list(range(VALIDATION_SEED, VALIDATION_SEED + 512)), config.SIDE, config.SIDE)[1])
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed(seed, "codec init").initial_seed())
-        codec = LinearCodec(config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"])
-    codec.start_from_principal_components(to_model(pictures[:4000]))
-    optimizer = torch.optim.Adam(codec.parameters(), lr=recipe["lr"])
-    for step in range(recipe["steps"]):
-        generator = keyed(seed, "codec", step)
-        pick = torch.randint(len(pictures), (recipe["batch"],), generator=generator)
-        x = to_model(pictures[pick.numpy()])
-        z = codec.encode(x)
-        loss = (codec.decode(z + recipe["noise"] * torch.randn(z.shape, generator=generator)) - x).pow(2).mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], 1, recipe["steps"], recipe["steps"])
-        optimizer.step()
-        if step % 500 == 499:
-            codec.eval()
-            with torch.no_grad():
-                log(part="codec", step=step + 1, psnr=psnr(codec.decode(codec.encode(validation)), validation))
-            codec.train()
-    codec.eval().requires_grad_(False)
-    with torch.no_grad():
-        tokens = (
-            torch.cat(
-                [
-                    patchify(codec.encode(to_model(world.batch(list(range(i, i + 500)), config.SIDE, config.SIDE)[1])))
-                    for i in range(0, config.STATISTICS_SCENES, 500)
-                ]
-            )
-            .flatten(0, 1)
-            .double()
-        )
-    mean, var = tokens.mean(0).float(), tokens.var(0, unbiased=False).float()
-    save_state(
-        out / "codec.pt",
-        {
-            "stage": "vae codec",
-            "model": codec.state_dict(),
-            "mean": mean,
-            "var": var,
-            "shape": [config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"]],
-        },
-    )
+from .objectives.autoencoding import detail_at, reconstruction_loss, regression_loss
 
 
 def build(config: ModuleType) -> nn.Module:
     """An AutoencoderKLFlux2 with weights drawn from the recipe's seed."""
-    from diffusers import AutoencoderKLFlux2
-
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed(config.SEED, "vae init").initial_seed())
-        return AutoencoderKLFlux2(**config.MODEL).train()
+    return autoencoder(config.MODEL, config.SEED)
 
 
 class Half(nn.Module):
@@ -111,27 +56,47 @@ class Half(nn.Module):
         self.point = vae.post_quant_conv if part == "decoder" else vae.quant_conv
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Decoder: [n, 8, h, w] -> [n, 3, 8h, 8w]. Encoder: the reverse, 16 channels of moments."""
+        """Decoder: [n, c, h, w] -> [n, 3, 8h, 8w]. Encoder: the reverse, 2c channels of moments."""
         return self.body(self.point(x)) if self.part == "decoder" else self.point(self.body(x))
 
 
-def decoder_loss(output: torch.Tensor, target: torch.Tensor, detail: float) -> torch.Tensor:
-    """4 MSE + 4 MSE of 8x8 means + detail (0.5 L1 + 0.5 L1 of horizontal and vertical differences).
+@torch.no_grad()
+def rebase(half: Half, vae: nn.Module, latents: Latents, side: int, scenes: int = 1_024) -> float:
+    """Fold the affine map between the latents of `vae` and those of `latents` into the 1x1 convolution of a half of `vae`.
 
-    Squares first (colour is learned fast), absolute differences later (edges): detail rises from 0 to 1.
+    Least squares over every latent pixel of `scenes` training scenes: for the decoder z_vae ~ A z + b goes before, for the
+    encoder z ~ A z_vae + b after (its means; its log variances stay). Returns the share of variance the map explains.
     """
-    error = output - target
-    loss = 4 * error.pow(2).mean() + 4 * F.avg_pool2d(error, 8).pow(2).mean()
-    if detail > 0:
-        edges = (error[..., 1:] - error[..., :-1]).abs().mean() + (error[..., 1:, :] - error[..., :-1, :]).abs().mean()
-        loss = loss + detail * (0.5 * error.abs().mean() + 0.5 * edges)
-    return loss
+    pixels = World().batch(list(range(scenes)), side, side)[1]
+    x = [to_model(pixels[i : i + 64]) for i in range(0, scenes, 64)]
+    old = torch.cat([vae.encode(part).latent_dist.mode() for part in x]).transpose(0, 1).flatten(1).T.double()
+    new = torch.cat([latents.latents(part) for part in x]).transpose(0, 1).flatten(1).T.double()
+    given, wanted = (new, old) if half.part == "decoder" else (old, new)
+    design = torch.cat([given, torch.ones(len(given), 1, dtype=torch.float64)], 1)
+    solution = torch.linalg.lstsq(design, wanted).solution
+    rest = (wanted - design @ solution).pow(2).sum() / (wanted - wanted.mean(0)).pow(2).sum()
+    a, b, channels = solution[:-1].T, solution[-1], wanted.shape[1]
+    weight, bias = half.point.weight[:, :, 0, 0].double(), half.point.bias.double()
+    if half.part == "decoder":
+        weight, bias = weight @ a, bias + weight @ b
+    else:
+        weight = torch.cat([a @ weight[:channels], weight[channels:]])
+        bias = torch.cat([a @ bias[:channels] + b, bias[channels:]])
+    half.point.weight.copy_(weight[:, :, None, None])
+    half.point.bias.copy_(bias)
+    return 1 - rest.item()
 
 
-def encoder_loss(moments: torch.Tensor, target: torch.Tensor, noise: float) -> torch.Tensor:
-    """Squared error of the posterior mean, and of the log variance against log(noise^2)."""
-    mean, log_variance = moments.chunk(2, 1)
-    return (mean - target).pow(2).mean() + 0.01 * (log_variance - 2 * math.log(noise)).pow(2).mean()
+def start_half(config: ModuleType, half: Half, latents: Latents, init: Path, log: JsonLog) -> None:
+    """Weights of a state file, or of a checkpoint folder, then carried over to the basis of `latents`."""
+    if not init.is_dir():
+        half.load_state_dict(load_state(init, f"vae {half.part}")["ema"]["average"])
+        return
+    whole = build(config).eval()
+    whole.load_state_dict(folder_tensors(init / "vae"))
+    half.load_state_dict(Half(whole, half.part).state_dict())
+    share = rebase(half, whole, latents, config.SIDE)
+    log(part=half.part, start=str(init), basis_explained=share)
 
 
 def train_half(
@@ -147,38 +112,34 @@ def train_half(
 ) -> bool:
     """Train one half until its steps or the clock are over; True when the steps are done."""
     recipe = dict(config.DECODER if part == "decoder" else config.ENCODER)
-    recipe["steps"] = steps or recipe["steps"]
-    recipe["lr"] = lr or recipe["lr"]
-    recipe["decay"] = decay or recipe["decay"]
+    recipe.update({k: v for k, v in (("steps", steps), ("lr", lr), ("decay", decay)) if v})
     noise = config.CODEC["noise"]
     latents, world = Latents(out), World()
     half = Half(build(config), part)
     optimizer = torch.optim.AdamW(
         half.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"]
     )
-    ema, step, path = Ema(half, recipe["ema"]), 0, out / f"{part}.pt"
+    step, path, state = 0, out / f"{part}.pt", None
     if path.is_file():
         state = load_state(path, f"vae {part}")
         half.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        ema.load(state["ema"])
-        step = state["step"]
+        step, init = state["step"], state["init"]
     elif init is not None:
-        if init.is_dir():
-            whole = build(config)
-            whole.load_state_dict(folder_tensors(init / "vae"))
-            half.load_state_dict(Half(whole, part).state_dict())
-        else:
-            half.load_state_dict(load_state(init, f"vae {part}")["ema"]["average"])
-        ema = Ema(half, recipe["ema"])
+        start_half(config, half, latents, init, log)
+    ema = Ema(half, recipe["ema"])
+    if state is not None:
+        ema.load(state["ema"])
     held = to_model(world.batch(list(range(VALIDATION_SEED, VALIDATION_SEED + 256)), config.SIDE, config.SIDE)[1])
-    held_z = latents.codec.encode(held)
+    held_z = latents.latents(held)
 
     def save() -> None:
         save_state(
             path,
             {
                 "stage": f"vae {part}",
+                "shape": dict(config.MODEL),
+                "init": None if init is None else str(init),
                 "model": half.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "ema": ema.state(),
@@ -206,16 +167,15 @@ def train_half(
         batch = recipe["batch"]
         seeds = list(range(step * batch, (step + 1) * batch))
         x = to_model(world.batch(seeds, config.SIDE, config.SIDE)[1])
-        z = latents.codec.encode(x)
+        z = latents.latents(x)
         if part == "decoder":
             generator = keyed(config.SEED, "decoder noise", step)
             level = recipe["noise"] * torch.rand(batch, 1, 1, 1, generator=generator)
-            detail = min(
-                1.0, max(0.0, (step - recipe["detail_from"]) / (recipe["detail_full"] - recipe["detail_from"]))
-            )
-            loss = decoder_loss(half(z + level * torch.randn(z.shape, generator=generator)), x, detail)
+            # a trained decoder has its colours: all terms from the start
+            detail = 1.0 if init is not None else detail_at(step, recipe["detail_from"], recipe["detail_full"])
+            loss = reconstruction_loss(half(z + level * torch.randn(z.shape, generator=generator)), x, detail)
         else:
-            loss = encoder_loss(half(x), z, noise)
+            loss = regression_loss(half(x), z, noise)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(half.parameters(), 1.0)
@@ -247,12 +207,29 @@ def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: in
     checkpoint.write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
+def decoder_of(folder: Path, latents: Latents) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The best way from latents [n, c, h, w] to pixels [n, 3, 8h, 8w] a stage folder has, on the device of `latents`.
+
+    The jointly trained decoder, or the trained decoder half, or (before there is one) the codec's own inverse.
+    """
+    path = folder / "decoder.pt"
+    if latents.vae is not None or not path.is_file():
+        return latents.decode
+    state = load_state(path, "vae decoder")
+    half = Half(autoencoder(state["shape"], 0), "decoder").eval().requires_grad_(False)
+    half.load_state_dict(state["ema"]["average"])
+    return half.to(latents.device)
+
+
 def export(config: ModuleType, out: Path, folder: Path) -> None:
-    """Averaged weights of both halves and the token statistics as a released VAE folder in bfloat16."""
-    vae, latents = build(config), Latents(out)
-    for part in ("decoder", "encoder"):
-        half = Half(vae, part)
-        half.load_state_dict(load_state(out / f"{part}.pt", f"vae {part}")["ema"]["average"])
+    """Averaged weights and the token statistics as a released VAE folder in bfloat16; both halves, or the joint training's."""
+    latents = Latents(out)
+    vae = latents.vae
+    if vae is None:
+        vae = build(config)
+        for part in ("decoder", "encoder"):
+            half = Half(vae, part)
+            half.load_state_dict(load_state(out / f"{part}.pt", f"vae {part}")["ema"]["average"])
     vae.bn.running_mean.copy_(latents.mean)
     vae.bn.running_var.copy_(latents.var)
     checkpoint.save_vae(vae, folder)
@@ -264,15 +241,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/vae"), help="folder of states, logs, sheets (default: runs/vae)"
     )
     parser.add_argument(
-        "--part", choices=("codec", "decoder", "encoder"), help="train this part only (default: all, in this order)"
+        "--part",
+        choices=("codec", "decoder", "encoder", "joint", "probe"),
+        help="train this part only (default: codec, decoder, encoder); probe: measure what frozen latents say",
     )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
     parser.add_argument("--steps", type=int, help="total steps of the part instead of the recipe's")
     parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
     parser.add_argument("--lr", type=float, help="learning rate instead of the recipe's")
     parser.add_argument(
-        "--init", type=Path, metavar="PATH", help="start a part from the weights of a state file or a checkpoint folder"
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="start a part from the weights of a state file or a checkpoint folder; joint: also from a folder of halves",
     )
+    parser.add_argument("--head", type=float, help="joint: weight of the class and colour head instead of the recipe's")
+    parser.add_argument("--device", default="cpu", help="joint, probe: cpu or cuda (bfloat16 there; default: cpu)")
+    parser.add_argument("--compile", action="store_true", help="joint: compile encoder and decoder")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the VAE in the released layout"
@@ -286,6 +271,12 @@ def run(options: argparse.Namespace) -> int:
         export(config, options.out, options.export)
         return 0
     log, clock = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
+    if options.part == "joint":
+        train_joint(config, options, log, clock)
+        return 0
+    if options.part == "probe":
+        probe(config, Latents(options.out, options.device), log)
+        return 0
     if not (options.out / "codec.pt").is_file():
         train_codec(config, options.out, log)
     for part in ("decoder", "encoder"):

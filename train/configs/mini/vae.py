@@ -22,8 +22,10 @@ CODEC = {
     "steps": 4_000,
     "lr": 3e-3,
     "noise": 0.2,
+    "head": 0.02,  # weight of the cross-entropy of every token's class and colour
 }
 STATISTICS_SCENES = 10_000
+PROBE = {"scenes": 10_000, "held": 2_000, "batch": 64, "steps": 1_500, "lr": 3e-3, "noise": 0.5}
 DECODER = {
     "batch": 16,
     "lr": 2e-3,
@@ -37,4 +39,21 @@ DECODER = {
     "detail_full": 4_000,
 }
 ENCODER = {"batch": 16, "lr": 2e-3, "warmup": 100, "steps": 1_500, "decay": 1_000, "weight_decay": 0.0, "ema": 0.995}
+# Encoder, decoder and head together (--part joint): what a GPU does, here to be tried.
+JOINT = {
+    "batch": 16,
+    "lr": 2e-3,
+    "warmup": 100,
+    "steps": 6_000,
+    "decay": 2_000,
+    "weight_decay": 0.0,
+    "ema": 0.998,
+    "kl": 1e-6,
+    "noise": 0.2,  # of each channel's deviation, at most
+    "head": 0.02,
+    "detail_from": 1_500,
+    "detail_full": 4_000,
+    "pool": 0,
+}
+VALIDATION = 256
 SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 1_000, 100, 500

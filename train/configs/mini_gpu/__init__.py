@@ -1,0 +1,1 @@
+"""The recipe of Lens-Mini on one H200: 10-20 minutes in all."""
