@@ -1,259 +1,182 @@
-"""From a scene to a sentence: every caption is true, 6-35 tokens long, one of several paraphrases.
+"""From a scene to a caption: every caption is true, in one of four styles.
 
-Grammar (probabilities in `caption`): an object phrase is [article|number] [size] [colour] noun; a relation phrase joins
-two of them; a background clause may follow. A class in its natural colour may go unnamed in colour ("a star" is yellow);
-any other colour is always said, so a prompt without a colour word has one right answer.
+"geneval": the forms of the GenEval benchmark, "a photo of ...". "brief": 6-35 tokens, one of many paraphrases. "dense":
+40-100 words (`dense`). "translated": brief, in Chinese, French, Japanese or Spanish (`translations`).
+
+A class in its natural colour may go unnamed in colour ("a star" is yellow), a sign may be black on white unsaid; any other
+colour, and any unusual size or place of a single object, is always said, so a prompt has one right answer.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from typing import TYPE_CHECKING
 
-from .sprites import KINDS
+from . import dense, translations
+from .kinds import KINDS, PALETTE
+from .layout import place_of, size_of
+from .phrases import (
+    BACKGROUNDS,
+    COUNT,
+    NUMBERS,
+    PAIR,
+    PLACED,
+    PLACES,
+    RELATIONS,
+    ROW,
+    SIGN,
+    SIGN_ABOVE,
+    SIGN_ALONE,
+    SIGN_BELOW,
+    SIGN_COLOURS,
+    SIGN_SAYS,
+    SINGLE,
+    SIZES,
+)
+from .translations import LANGUAGES
 
 if TYPE_CHECKING:
-    from .world import Scene, Thing
+    from .world import Scene, Sign, Thing
 
-NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
-
-BACKGROUNDS = {
-    "grey": (
-        "on a plain grey background",
-        "on grey",
-        "in front of a grey wall",
-        "with a simple grey backdrop",
-        "against a flat grey background",
-        "on a grey backdrop",
-        "with grey behind it all",
-        "set on plain grey",
-    ),
-    "pink": (
-        "on a plain pink background",
-        "on a pink backdrop",
-        "in front of a pink wall",
-        "with a simple pink backdrop",
-        "against a flat pink background",
-        "on soft pink",
-        "with pink behind it all",
-        "set on plain pink",
-    ),
-    "mint": (
-        "on a plain mint background",
-        "on a mint backdrop",
-        "in front of a mint wall",
-        "with a simple mint backdrop",
-        "against a flat mint background",
-        "on pale mint",
-        "with mint behind it all",
-        "set on plain mint",
-    ),
-    "lavender": (
-        "on a plain lavender background",
-        "on a lavender backdrop",
-        "in front of a lavender wall",
-        "with a simple lavender backdrop",
-        "against a flat lavender background",
-        "on pale lavender",
-        "with lavender behind it all",
-        "set on plain lavender",
-    ),
-    "meadow": (
-        "on green grass under a blue sky",
-        "in a meadow with a clear blue sky",
-        "on a lawn under the sky",
-        "outdoors on the grass",
-        "on a sunny meadow",
-        "in a green field below a blue sky",
-        "on grass on a clear day",
-        "in a meadow",
-    ),
-    "table": (
-        "on a wooden table by a cream wall",
-        "in a room with a wooden table",
-        "on a wooden table",
-        "on a brown table in front of a cream wall",
-        "standing on a wooden desk",
-        "on a table made of wood",
-        "indoors on a wooden table",
-        "on wooden boards by a pale wall",
-    ),
-    "checker": (
-        "on a checkered wall",
-        "against a checkered background",
-        "in front of checkered tiles",
-        "with a checkered backdrop",
-        "on white and blue tiles",
-        "before a tiled wall",
-        "on a checkerboard pattern",
-        "with pale tiles behind",
-    ),
-    "night": (
-        "against a dark starry night",
-        "in the night sky",
-        "on a dark night with stars",
-        "under a starry sky at night",
-        "in front of a dark sky full of stars",
-        "at night among the stars",
-        "with a starry night behind",
-        "in a starry night",
-    ),
-}
-
-SINGLE = (
-    "a photo of {x}",
-    "a picture of {x}",
-    "{x}",
-    "an image of {x}",
-    "there is {x}",
-    "a drawing of {x}",
-    "{x} in the center of the picture",
-    "{x} in the middle",
-    "one can see {x}",
-    "this picture shows {x}",
-)
-PAIR = (
-    "a photo of {x} and {y}",
-    "a picture of {x} and {y}",
-    "{x} and {y}",
-    "{x} next to {y}",
-    "{x} beside {y}",
-    "there is {x} and {y}",
-    "an image of {x} with {y} beside it",
-    "{x} together with {y}",
-)
-RELATIONS = {
-    "left": (
-        "{x} to the left of {y}",
-        "{x} left of {y}",
-        "{x} on the left and {y} on the right",
-        "on the left {x}, on the right {y}",
-        "a photo of {x} left of {y}",
-        "a picture of {x} to the left of {y}",
-        "{y} on the right and {x} on the left",
-        "{x} at the left side of {y}",
-    ),
-    "right": (
-        "{x} to the right of {y}",
-        "{x} right of {y}",
-        "{x} on the right and {y} on the left",
-        "on the right {x}, on the left {y}",
-        "a photo of {x} right of {y}",
-        "a picture of {x} to the right of {y}",
-        "{y} on the left and {x} on the right",
-        "{x} at the right side of {y}",
-    ),
-    "above": (
-        "{x} above {y}",
-        "{x} at the top and {y} at the bottom",
-        "{x} over {y}",
-        "a photo of {x} above {y}",
-        "a picture of {x} above {y}",
-        "{y} at the bottom with {x} above it",
-        "{x} higher up than {y}",
-        "at the top {x}, below it {y}",
-    ),
-    "below": (
-        "{x} below {y}",
-        "{x} at the bottom and {y} at the top",
-        "{x} under {y}",
-        "a photo of {x} below {y}",
-        "a picture of {x} below {y}",
-        "{y} at the top with {x} below it",
-        "{x} beneath {y}",
-        "at the bottom {x}, above it {y}",
-    ),
-}
-COUNT = (
-    "a photo of {n}",
-    "a picture of {n}",
-    "{n}",
-    "exactly {n}",
-    "there are {n}",
-    "an image of {n}",
-    "a group of {n}",
-    "one can see {n}",
-)
-ROW = (
-    "{x}, {y} and {z} in a row",
-    "from left to right {x}, {y} and {z}",
-    "{x} on the left, {y} in the middle and {z} on the right",
-    "a photo of {x}, {y} and {z}",
-    "a row of {x}, {y} and {z}",
-    "a picture of {x}, {y} and {z} side by side",
-)
-SIZES = ("large", "big")
+STYLES = ("geneval", "brief", "dense", "translated")
+OTHER = {"left": "right", "right": "left", "above": "below", "below": "above"}
 
 
-def noun(thing: Thing, number: int, rng: random.Random, colour_words: float) -> str:
+def is_unusual(scene: Scene) -> bool:
+    """Whether a single object is small, huge or off the middle."""
+    if scene.task not in ("single_object", "colors"):
+        return False
+    box = scene.things[0].box
+    size, place = size_of(box, scene.height, scene.width), place_of(box, scene.height, scene.width)
+    return size != "large" or place != ("middle", "middle")
+
+
+def can_say(scene: Scene, style: str) -> bool:
+    """Whether a caption of that style gives the scene away without loss."""
+    if style == "geneval":
+        coloured = scene.sign is not None and (scene.sign.paper, scene.sign.ink) != ("white", "black")
+        one = scene.task == "counting" and len(scene.things) == 1
+        return scene.task != "row" and not (is_unusual(scene) or coloured or one)
+    if style == "translated":
+        return scene.task in translations.TASKS and not is_unusual(scene)
+    return style in STYLES
+
+
+def with_article(phrase: str) -> str:
+    vowel = (phrase[0] in "aeiou" and not re.match(r"(uni|use|eu|one\b)", phrase)) or phrase.startswith("hour")
+    return ("an " if vowel else "a ") + phrase
+
+
+def noun(thing: Thing, number: int, rng: random.Random, colour_words: float, synonyms: float = 0.0) -> str:
+    """[colour] noun; a natural colour is said with probability `colour_words`, any other always."""
     kind = KINDS[thing.kind]
     natural = thing.colour is None or thing.colour == kind.natural
     say_colour = thing.colour is not None and (not natural or rng.random() < colour_words)
     word = kind.noun if number == 1 else kind.plural
-    if thing.kind == "shirt" and rng.random() < 0.3:
-        word = "t-" + word
+    if number == 1 and kind.also and rng.random() < synonyms:
+        word = rng.choice(kind.also)
     return f"{thing.colour} {word}" if say_colour else word
 
 
-def with_article(phrase: str) -> str:
-    return ("an " if phrase[0] in "aeiou" else "a ") + phrase
+def caption(scene: Scene, rng: random.Random, style: str = "brief", language: str = "en") -> str:
+    """A true caption of the scene; `rng` decides the wording only.
+
+    Errors: ValueError for an unknown style or language, or a style that cannot say this scene (`can_say`).
+    """
+    if style not in STYLES or (language not in LANGUAGES if style == "translated" else language != "en"):
+        expected = f"one of {STYLES}, 'en' or for 'translated' one of {LANGUAGES}"
+        raise ValueError(f"caption: style {style!r} in language {language!r}, expected {expected}")
+    if not can_say(scene, style):
+        raise ValueError(f"caption: style {style!r} cannot say this scene of task {scene.task!r} (see can_say)")
+    if style == "geneval":
+        return geneval(scene, rng)
+    if style == "dense":
+        return dense.caption(scene, rng)
+    if style == "translated":
+        return translations.caption(scene, rng, language, 0.5)
+    return brief(scene, rng)
 
 
-def caption(scene: Scene, rng: random.Random) -> str:
-    """A true sentence about the scene. `rng` decides the wording only."""
-    spoken = 0.7 if KINDS[scene.things[0].kind].paint is not None else 0.4
+def geneval(scene: Scene, rng: random.Random) -> str:
+    always = 1.0 if scene.task in ("colors", "color_attr") else 0.0
     if scene.task == "counting":
-        text = rng.choice(COUNT).format(
-            n=f"{NUMBERS[len(scene.things)]} {noun(scene.things[0], len(scene.things), rng, spoken)}"
-        )
-        if len(scene.things) == 1:
-            text = text.replace("there are", "there is").replace("a group of one", "just one")
-    else:
-        phrases = []
-        for thing in scene.things:
-            phrase = noun(thing, 1, rng, spoken)
-            if scene.task in ("single", "colours") and rng.random() < 0.2:
-                phrase = f"{rng.choice(SIZES)} {phrase}"
-            phrases.append(with_article(phrase))
-        if scene.task in ("single", "colours"):
-            text = rng.choice(SINGLE).format(x=phrases[0])
-        elif scene.task == "row":
-            text = rng.choice(ROW).format(x=phrases[0], y=phrases[1], z=phrases[2])
-        elif scene.relation in ("left", "above") and scene.task in ("position", "binding", "pair"):
-            if scene.task == "position" or (scene.relation == "above") or rng.random() < 0.4:
-                other = {"left": "right", "above": "below"}[scene.relation]
-                if rng.random() < 0.5:
-                    text = rng.choice(RELATIONS[scene.relation]).format(x=phrases[0], y=phrases[1])
-                else:
-                    text = rng.choice(RELATIONS[other]).format(x=phrases[1], y=phrases[0])
-            else:
-                text = rng.choice(PAIR).format(x=phrases[0], y=phrases[1])
-        else:
-            raise ValueError(f"caption: task {scene.task!r} with relation {scene.relation!r} is not in the grammar")
-    if rng.random() < 0.78:
+        return f"a photo of {NUMBERS[len(scene.things)]} {noun(scene.things[0], len(scene.things), rng, always)}"
+    phrases = [with_article(noun(thing, 1, rng, always)) for thing in scene.things]
+    if scene.sign:
+        return "a photo of " + " and ".join([*phrases, f'a sign that says "{scene.sign.text}"'])
+    if scene.task == "position":
+        first, relation, second = phrases[0], scene.relation, phrases[1]
+        if rng.random() < 0.5:
+            first, relation, second = second, OTHER[relation], first
+        return f"a photo of {first} {relation}{' of' if relation in ('left', 'right') else ''} {second}"
+    return "a photo of " + " and ".join(phrases)
+
+
+def sign_phrase(sign: Sign, rng: random.Random) -> str:
+    """A sign with its text; black on white may go unsaid."""
+    if (sign.paper, sign.ink) == ("white", "black") and rng.random() < 0.7:
+        return rng.choice(SIGN).format(c="a sign", t=sign.text)
+    carrier = rng.choice(SIGN_COLOURS).format(paper=sign.paper, ink=sign.ink)
+    return rng.choice(SIGN_SAYS).format(c=with_article(carrier), t=sign.text)
+
+
+def brief(scene: Scene, rng: random.Random) -> str:
+    text = _brief(scene, rng)
+    if rng.random() < 0.78 or (scene.task == "text" and rng.random() < 0.5):
         clause = rng.choice(BACKGROUNDS[scene.background])
         if "it all" in clause:
-            clause = clause.replace("it all", "them" if len(scene.things) > 1 else "it")
-        text = f"{text}, {clause}" if rng.random() < 0.5 else f"{text} {clause}"
+            clause = clause.replace("it all", "them" if len(scene.things) + (scene.sign is not None) > 1 else "it")
+        text = f"{text}, {clause}" if rng.random() < 0.5 or scene.sign else f"{text} {clause}"
     if rng.random() < 0.5:
         text = text[0].upper() + text[1:] + "."
     return text
 
 
-def words() -> set[str]:
-    """Every lower-case word the grammar can say (the tokenizer's closure is built over these)."""
-    out: set[str] = (
-        set(NUMBERS.values()) | set(SIZES) | {"a", "an", "just", "is", "are", "t-shirt", "t-shirts", "them", "it"}
-    )
-    from .sprites import PALETTE
+def _brief(scene: Scene, rng: random.Random) -> str:
+    spoken = 0.4 if not scene.things or KINDS[scene.things[0].kind].paint is None else 0.7
+    if scene.task == "counting":
+        count = len(scene.things)
+        text = rng.choice(COUNT).format(n=f"{NUMBERS[count]} {noun(scene.things[0], count, rng, spoken)}")
+        if count == 1:
+            text = text.replace("there are", "there is").replace("a group of one", "just one")
+        return text
+    phrases, unusual = [], is_unusual(scene)
+    for thing in scene.things:
+        phrase = noun(thing, 1, rng, spoken, synonyms=0.1)
+        if scene.task in ("single_object", "colors"):
+            size = size_of(thing.box, scene.height, scene.width)
+            if size in SIZES and (size != "large" or rng.random() < 0.2):
+                phrase = f"{rng.choice(SIZES[size])} {phrase}"
+        phrases.append(with_article(phrase))
+    if scene.task == "text":
+        sign = sign_phrase(scene.sign, rng)
+        if not phrases:
+            return rng.choice(SIGN_ALONE).format(s=sign)
+        return rng.choice(SIGN_ABOVE if scene.relation == "above" else SIGN_BELOW).format(x=phrases[0], s=sign)
+    if unusual:
+        place = place_of(scene.things[0].box, scene.height, scene.width)
+        if place != ("middle", "middle"):
+            return rng.choice(PLACED).format(x=phrases[0], p=rng.choice(PLACES[place]))
+    if scene.task in ("single_object", "colors"):
+        return rng.choice(SINGLE).format(x=phrases[0])
+    if scene.task == "row":
+        return rng.choice(ROW).format(x=phrases[0], y=phrases[1], z=phrases[2])
+    if scene.task == "position" or scene.relation == "above" or rng.random() < 0.4:
+        if rng.random() < 0.5:
+            return rng.choice(RELATIONS[scene.relation]).format(x=phrases[0], y=phrases[1])
+        return rng.choice(RELATIONS[OTHER[scene.relation]]).format(x=phrases[1], y=phrases[0])
+    return rng.choice(PAIR).format(x=phrases[0], y=phrases[1])
 
-    out |= set(PALETTE)
-    for kind in KINDS.values():
-        out |= {kind.noun, kind.plural}
-    templates = [*SINGLE, *PAIR, *COUNT, *ROW, *(t for group in RELATIONS.values() for t in group)]
-    templates += [t for group in BACKGROUNDS.values() for t in group]
-    for template in templates:
-        for letter in "xyzn":
-            template = template.replace("{" + letter + "}", " ")
-        out |= {word.strip(",.") for word in template.split()}
-    return {word for word in out if word}
+
+def words() -> set[str]:
+    """Every word the grammar can say in lower case, and the pieces of its Chinese and Japanese; sign texts left out."""
+    out = set(NUMBERS.values()) | {"a", "an", "just", "is", "are", "them", "it", "of", "sign"} | set(PALETTE)
+    texts = [name for kind in KINDS.values() for name in (kind.noun, kind.plural, *kind.also)]
+    for group in (SINGLE, PAIR, COUNT, ROW, PLACED, SIGN, SIGN_SAYS, SIGN_COLOURS, SIGN_ALONE, SIGN_ABOVE, SIGN_BELOW):
+        texts += group
+    for table in (BACKGROUNDS, RELATIONS, SIZES, PLACES):
+        texts += [text for group in table.values() for text in group]
+    for text in [*texts, *dense.texts()]:
+        out |= {word.strip(',.;:"').lower() for word in re.sub(r"\{\w+\}", " ", text).split()}
+    return {word for word in out | translations.words() if word}

@@ -1,22 +1,59 @@
 """Stage "world": look at the small world.
 
 python -m train world --sheet world.png --count 60 --split train
+python -m train world --sheet world.png --captions dense --classes core --size 128 128
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import textwrap
 import time
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from lens.checkpoint import write_atomic
 
-from .world import World
+from .grammar import STYLES
+from .kinds import CORE
+from .world import TASKS, World
+
+WIDE_FONTS = ("NotoSansCJK-Regular.ttc", "NotoSansCJK-Medium.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf")
+
+
+@functools.cache
+def wide_font() -> ImageFont.FreeTypeFont | None:
+    """A font with Chinese and Japanese, where the system has one."""
+    for name in WIDE_FONTS:
+        try:
+            return ImageFont.truetype(name, 10)
+        except OSError:
+            continue
+    return None
+
+
+def is_wide(text: str) -> bool:
+    return any(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+
+
+def drawable(text: str, wide: bool) -> str:
+    """What of a caption the label font draws; Chinese and Japanese as \\u escapes where no font has them."""
+    if wide or not is_wide(text):
+        return text
+    return "".join(f"\\u{ord(c):04x}" if unicodedata.east_asian_width(c) in "WF" else c for c in text)
+
+
+def broken(text: str, columns: int) -> list[str]:
+    """Lines of at most that many letter widths: a Chinese or Japanese letter is two wide and may end a line."""
+    if not is_wide(text):
+        return textwrap.wrap(text, columns)
+    half = max(1, columns // 2)
+    return [text[i : i + half] for i in range(0, len(text), half)]
 
 
 def contact_sheet(
@@ -28,11 +65,13 @@ def contact_sheet(
     boxes: Sequence[Sequence[tuple[str, tuple[int, int, int, int]]]] | None = None,
 ) -> None:
     """Pictures uint8 [H, W, 3] enlarged to `cell` pixels with their captions below; `boxes` are (label, box) to outline."""
-    text = 36
+    wide = wide_font()
+    lines = [broken(drawable(caption, wide is not None), cell // 6) for caption in captions]
+    text = 3 + 11 * min(24, max(3, *(len(found) for found in lines)))
     rows = -(-len(pictures) // columns)
     canvas = Image.new("RGB", (columns * (cell + 4), rows * (cell + text + 4)), "white")
     pen = ImageDraw.Draw(canvas)
-    for i, (picture, caption) in enumerate(zip(pictures, captions)):
+    for i, picture in enumerate(pictures):
         x, y = i % columns * (cell + 4), i // columns * (cell + text + 4)
         scale = cell / max(picture.shape[:2])
         size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
@@ -41,8 +80,9 @@ def contact_sheet(
             outline = [x + box[0] * scale, y + box[1] * scale, x + box[2] * scale - 1, y + box[3] * scale - 1]
             pen.rectangle(outline, outline="red")
             pen.text((outline[0] + 2, outline[1]), label, fill="red")
-        for line, words in enumerate(textwrap.wrap(caption, cell // 6)[:3]):
-            pen.text((x, y + cell + 1 + 11 * line), words, fill="black")
+        for line, words in enumerate(lines[i][:24]):
+            font = wide if is_wide(words) else None
+            pen.text((x, y + cell + 1 + 11 * line), words, fill="black", font=font)
     write_atomic(path, lambda temporary: canvas.save(temporary, "PNG"))
 
 
@@ -56,17 +96,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, nargs=2, default=(64, 64), metavar=("HEIGHT", "WIDTH"), help="bucket (default: 64 64)"
     )
+    parser.add_argument("--classes", choices=("core", "all"), default="all", help="classes drawn from (default: all)")
+    parser.add_argument(
+        "--captions", choices=("mixed", *STYLES), default="mixed", help="caption style (default: the mix)"
+    )
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="these tasks only, in equal shares")
     parser.add_argument("--boxes", action="store_true", help="outline every object with its class and colour")
 
 
 def run(options: argparse.Namespace) -> int:
-    world = World(options.split)
+    tasks = dict.fromkeys(options.tasks, 1.0) if options.tasks else None
+    world = World(options.split, tasks, CORE if options.classes == "core" else None, options.captions)
     start = time.perf_counter()
     scenes, pixels = world.batch(list(range(options.seed, options.seed + options.count)), *options.size)
     spent = time.perf_counter() - start
-    boxes = (
-        [[(f"{t.colour or ''} {t.kind}", t.box) for t in scene.things] for scene in scenes] if options.boxes else None
-    )
-    contact_sheet(list(pixels), [scene.caption for scene in scenes], options.sheet, boxes=boxes)
+    boxes = None
+    if options.boxes:
+        boxes = [
+            [(f"{t.colour or ''} {t.kind}", t.box) for t in s.things] + ([(s.sign.text, s.sign.box)] if s.sign else [])
+            for s in scenes
+        ]
+    captions = [f"[{s.style}{'' if s.language == 'en' else ' ' + s.language}] {s.caption}" for s in scenes]
+    contact_sheet(list(pixels), captions, options.sheet, boxes=boxes)
     print(f"{options.sheet}: {options.count} scenes, {options.count / spent:.0f} per second with cold caches")
     return 0
