@@ -41,6 +41,7 @@ TASKS = {
 CAPTIONS = {"geneval": 0.08, "brief": 0.72, "dense": 0.12, "translated": 0.08}
 COUNTS = {1: 0.07, 2: 0.28, 3: 0.27, 4: 0.26, 5: 0.12}
 UNUSUAL = 0.15  # share of single objects that are small, huge or off the middle
+SPECIAL = {"small": 0.25, "huge": 0.15, **{place: 0.075 for place in PLACES if place != ("middle", "middle")}}
 TRIES = 200  # attempts at a task before another one is drawn
 
 
@@ -200,8 +201,7 @@ class World:
             return None
         plan = arrangement(count, len(set(chosen)) == 1, relation, height, width)
         if task in ("single_object", "colors") and rng.random() < UNUSUAL:
-            special = rng.choice(("small", "huge", *PLACES, *PLACES))
-            plan = alone("small" if special == ("middle", "middle") else special, height, width)
+            plan = alone(rng.choices(list(SPECIAL), list(SPECIAL.values()))[0], height, width)
         cells, smallest, largest, jitter = plan
         scale = rng.random()
         room = tuple(a + scale * (b - a) for a, b in zip(smallest, largest))
