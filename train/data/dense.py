@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 MIN_WORDS, MAX_WORDS = 40, 100
 
 SIZES = {
-    "small": ("small", "little", "small-sized"),
+    "small": ("small", "little", "rather small"),
     "medium": ("medium-sized", "mid-sized"),
-    "large": ("large", "big", "large-sized"),
+    "large": ("large", "big", "rather large"),
     "huge": ("huge", "very large", "enormous"),
 }
 PLACES = {
@@ -66,15 +66,19 @@ OPEN_COUNT = (
     "Exactly {n} are arranged {l}.",
     "The picture shows {n}, arranged {l}.",
     "There are {n} in this image, placed {l}.",
-    "{n} can be seen {l}.",
+    "{n} can be seen, arranged {l}.",
     "This is a picture of {n}, set out {l}.",
     "The scene holds {n}, no more and no less, {l}.",
     "A group of {n} is laid out {l}.",
 )
 LAYOUTS = {
-    2: ("side by side", "next to each other", "one on the left and one on the right"),
-    3: ("in a triangle with one at the top and two below", "with one above and two below", "like a small pyramid"),
-    4: ("in a square, two above and two below", "in two rows of two", "one in each corner of the frame"),
+    2: ("side by side", "next to each other", "with one on the left and one on the right"),
+    3: (
+        "in a triangle with one at the top and two below",
+        "with one above and two below",
+        "in the shape of a small pyramid",
+    ),
+    4: ("in a square, two above and two below", "in two rows of two", "with one in each corner of the frame"),
     5: (
         "like the five dots of a die",
         "with one in the middle and one in each corner",
@@ -182,13 +186,13 @@ SIGN = (
     'The {p} sign carries the text "{t}" in large {i} letters.',
 )
 BACKDROPS = {
-    "grey": ("a plain grey wall", "a flat grey backdrop", "an even grey surface", "a simple grey backdrop"),
-    "pink": ("a plain pink wall", "a flat pink backdrop", "an even pink surface", "a soft pink backdrop"),
-    "mint": ("a plain mint wall", "a flat mint backdrop", "an even mint green surface", "a pale mint backdrop"),
+    "grey": ("a plain grey wall", "a flat grey surface", "an even grey color", "a simple grey wall"),
+    "pink": ("a plain pink wall", "a flat pink surface", "an even pink color", "a soft pink wall"),
+    "mint": ("a plain mint wall", "a flat mint surface", "an even mint green color", "a pale mint wall"),
     "lavender": (
         "a plain lavender wall",
-        "a flat lavender backdrop",
-        "an even lavender surface",
+        "a flat lavender surface",
+        "an even lavender color",
         "a pale lavender wall",
     ),
     "meadow": (
@@ -198,7 +202,7 @@ BACKDROPS = {
         "an open meadow on a clear day",
     ),
     "table": (
-        "a wooden table in front of a cream wall",
+        "a wooden table by a cream wall",
         "a brown table top of wooden boards and a pale wall",
         "a room with a wooden desk and a cream wall",
         "a table made of wood beside a pale wall",
@@ -244,7 +248,7 @@ BACKGROUND = (
     "The background is {b}.",
     "In the background there is {b}.",
     "Everything is set against {b}.",
-    "The scene is set in front of {b}.",
+    "The setting is {b}.",
     "{b} forms the background.",
     "{b} fills the rest of the picture.",
     "The backdrop is {b}.",
