@@ -17,9 +17,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from lens import checkpoint
 from lens.vae import patchify, unpatchify
 
 from .checkpointing import load_state, save_state
+from .data.kinds import CORE
 from .data.labels import CLASSES, COLOURS, labelled
 from .data.world import World
 from .logging import JsonLog
@@ -32,6 +34,27 @@ VALIDATION_SEED = 1_000_000_000  # scenes from here on are never trained on
 def to_model(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
     """uint8 [n, H, W, 3] (array, or tensor on any device) -> float32 [n, 3, H, W] in [-1, 1]."""
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+
+
+def held_out_pictures(side: int, count: int = 256) -> dict[str, torch.Tensor]:
+    """Scenes that no part trains on, in [-1, 1]: "" of all classes and tasks, "_core" of the CORE classes, "_text" with signs."""
+    seeds = list(range(VALIDATION_SEED, VALIDATION_SEED + count))
+    worlds = {"": World(), "_core": World(classes=CORE), "_text": World(tasks={"text": 1.0})}
+    return {name: to_model(world.batch(seeds, side, side)[1]) for name, world in worlds.items()}
+
+
+def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: int = 12, rows: int = 3) -> None:
+    """Originals above their reconstructions, enlarged twice."""
+    from PIL import Image
+
+    cells, columns = [], min(columns, len(originals))
+    for row in range(min(rows, len(originals) // columns)):
+        for group in (originals, copies):
+            picture = group[row * columns : (row + 1) * columns].clamp(-1, 1)
+            cells.append(torch.cat(list(picture.cpu()), 2))
+    image = ((torch.cat(cells, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
+    large = Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST)
+    checkpoint.write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
 def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
@@ -98,7 +121,7 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
     recipe, seed = config.CODEC, config.SEED
     pictures, labels = labelled(range(recipe["scenes"]), config.SIDE)
     validation, held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + 512), config.SIDE)
-    held = to_model(validation)
+    held, pictured = held_out_pictures(config.SIDE), to_model(validation)
     with torch.random.fork_rng():
         torch.manual_seed(keyed(seed, "codec init").initial_seed())
         codec = LinearCodec(config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"])
@@ -120,14 +143,14 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
         optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], 1, recipe["steps"], recipe["steps"])
         optimizer.step()
         if step % 500 == 499:
-            extra = {}
             codec.eval()
             with torch.no_grad():
-                z = codec.encode(held)
+                found = {f"psnr{name}": psnr(codec.decode(codec.encode(x)), x) for name, x in held.items()}
                 if head:
-                    extra = dict(zip(("class", "colour"), head_accuracy(head.eval()(z), held_labels)))
+                    right = head_accuracy(head.eval()(codec.encode(pictured)), held_labels)
+                    found.update(zip(("class", "colour"), right))
                     head.train()
-                log(part="codec", step=step + 1, psnr=psnr(codec.decode(z), held), **extra)
+            log(part="codec", step=step + 1, **found)
             codec.train()
     codec.eval().requires_grad_(False)
     mean, var = statistics(lambda pixels: codec.encode(to_model(pixels)), config)

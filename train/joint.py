@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpointing import folder_tensors, load_state, save_state
-from .codec import VALIDATION_SEED, autoencoder, head_of, psnr, statistics, to_model
+from .codec import VALIDATION_SEED, autoencoder, head_of, psnr, sheet, statistics, to_model
 from .data.labels import labelled
 from .logging import JsonLog
 from .loop import Clock, Ema, keyed, rate
@@ -132,13 +132,15 @@ def start_joint(model: Joint, init: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(model: Joint, ema: Ema, held: Tensor, labels: Tensor) -> dict[str, float]:
-    """Averaged weights on held-out scenes: PSNR of mode -> pixels; the head's accuracy on object tokens."""
+def evaluate(model: Joint, ema: Ema, held: Tensor, labels: Tensor, path: Path) -> dict[str, float]:
+    """Averaged weights on held-out scenes: PSNR of mode -> pixels, a sheet; the head's accuracy on object tokens."""
     live = {name: p.detach().clone() for name, p in model.named_parameters()}
     ema.copy_to(model)
     model.eval()
     z = torch.cat([model.moments(x)[0] for x in held.split(32)])
-    result = {"psnr": psnr(torch.cat([model.pixels(c) for c in z.split(32)]), held)}
+    copy = torch.cat([model.pixels(c) for c in z.split(32)])
+    result = {"psnr": psnr(copy, held)}
+    sheet(path, held, copy)
     if model.head is not None:
         result.update(zip(("class", "colour"), head_accuracy(model.head(z), labels)))
     model.train()
@@ -225,7 +227,8 @@ def train_joint(config: ModuleType, options: argparse.Namespace, log: JsonLog, c
             extra = {}
             if step % config.EVALUATE_EVERY == 0:
                 with low:
-                    extra = evaluate(model, ema, held, held_labels)
+                    extra = evaluate(model, ema, held, held_labels, options.out / "joint.png")
+                log.picture("joint", options.out / "joint.png", step)
             log(part="joint", step=step, **means, seconds=clock.elapsed, **extra)
             sums, since = {}, 0
         if step % config.SAVE_EVERY == 0:

@@ -33,7 +33,7 @@ from lens import checkpoint
 
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
-from .codec import VALIDATION_SEED, Latents, autoencoder, probe, psnr, to_model, train_codec
+from .codec import Latents, autoencoder, held_out_pictures, probe, psnr, sheet, to_model, train_codec
 from .data.world import World
 from .joint import train_joint
 from .logging import JsonLog
@@ -130,8 +130,8 @@ def train_half(
     ema = Ema(half, recipe["ema"])
     if state is not None:
         ema.load(state["ema"])
-    held = to_model(world.batch(list(range(VALIDATION_SEED, VALIDATION_SEED + 256)), config.SIDE, config.SIDE)[1])
-    held_z = latents.latents(held)
+    held = held_out_pictures(config.SIDE, config.VALIDATION)
+    held_z = {name: latents.latents(x) for name, x in held.items()}
 
     def save() -> None:
         save_state(
@@ -151,14 +151,17 @@ def train_half(
     def evaluate() -> dict[str, float]:
         live = {k: v.clone() for k, v in half.state_dict().items()}
         ema.copy_to(half)
-        if part == "decoder":
-            rough = held_z + noise * torch.randn(held_z.shape, generator=keyed(config.SEED, "held noise"))
-            outputs = [torch.cat([half(c) for c in z.split(32)]) for z in (held_z, rough)]
-            result = {"psnr": psnr(outputs[0], held), "psnr_noisy": psnr(outputs[1], held)}
-            sheet(out / "decoder.png", held, outputs[0])
-        else:
-            mean = torch.cat([half(c).chunk(2, 1)[0] for c in held.split(32)])
-            result = {"latent_mse": (mean - held_z).pow(2).mean().item()}
+        result = {}
+        for name, z in held_z.items():
+            if part == "decoder":
+                rough = z + noise * torch.randn(z.shape, generator=keyed(config.SEED, "held noise"))
+                copy, noisy = (torch.cat([half(c) for c in latent.split(32)]) for latent in (z, rough))
+                result.update({f"psnr{name}": psnr(copy, held[name]), f"psnr_noisy{name}": psnr(noisy, held[name])})
+                sheet(out / f"decoder{name}.png", held[name], copy)
+                log.picture(f"decoder{name}", out / f"decoder{name}.png", step)
+            else:
+                mean = torch.cat([half(c).chunk(2, 1)[0] for c in held[name].split(32)])
+                result[f"latent_mse{name}"] = (mean - z).pow(2).mean().item()
         half.load_state_dict(live)
         return result
 
@@ -191,20 +194,6 @@ def train_half(
             save()
     save()
     return step >= recipe["steps"]
-
-
-def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: int = 12, rows: int = 3) -> None:
-    """Originals above their reconstructions, enlarged twice."""
-    from PIL import Image
-
-    cells = []
-    for row in range(rows):
-        for group in (originals, copies):
-            picture = group[row * columns : (row + 1) * columns].clamp(-1, 1)
-            cells.append(torch.cat(list(picture), 2))
-    image = ((torch.cat(cells, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
-    large = Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST)
-    checkpoint.write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
 def decoder_of(folder: Path, latents: Latents) -> Callable[[torch.Tensor], torch.Tensor]:

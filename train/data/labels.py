@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from .sprites import KINDS, PALETTE, sprite
+from .kinds import KINDS, PALETTE
+from .sprites import sprite
 from .world import Scene, World
 
 TOKEN = 16  # pixels
@@ -32,7 +33,7 @@ def token_labels(scene: Scene) -> np.ndarray:
     for t in scene.things:
         keep = sprite(t.kind, t.colour, t.box[2] - t.box[0], t.box[3] - t.box[1]).keep[..., 0]
         layers.append((_CLASS[t.kind], _COLOUR[t.colour or "none"], t.box, keep))
-    if getattr(scene, "sign", None) is not None:
+    if scene.sign is not None:
         layers.append((_CLASS["sign"], _COLOUR[scene.sign.paper], scene.sign.box, 0.0))
     seen = np.ones((scene.height, scene.width), np.float32)  # share of a pixel that later layers leave in sight
     shares = np.full((1 + len(layers), scene.height // TOKEN, scene.width // TOKEN), COVER, np.float32)

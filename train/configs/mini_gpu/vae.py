@@ -35,5 +35,5 @@ JOINT = {
     "pool": 100_000,  # scenes rendered once by all processes and kept on the device: 4.9 GB
 }
 PROBE = {"scenes": 10_000, "held": 2_000, "batch": 64, "steps": 1_500, "lr": 3e-3, "noise": 0.5}
-VALIDATION = 256
+VALIDATION = 256  # scenes
 SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 1_000, 100, 500
