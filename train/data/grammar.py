@@ -13,7 +13,7 @@ import random
 import re
 from typing import TYPE_CHECKING
 
-from . import dense, translations
+from . import dense, dense_phrases, translations
 from .kinds import KINDS, PALETTE
 from .layout import place_of, size_of
 from .phrases import (
@@ -177,6 +177,6 @@ def words() -> set[str]:
         texts += group
     for table in (BACKGROUNDS, RELATIONS, SIZES, PLACES):
         texts += [text for group in table.values() for text in group]
-    for text in [*texts, *dense.texts()]:
+    for text in [*texts, *dense_phrases.texts()]:
         out |= {word.strip(',.;:"').lower() for word in re.sub(r"\{\w+\}", " ", text).split()}
     return {word for word in out | translations.words() if word}
