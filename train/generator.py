@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
-from lens.packing import Packing, plan
+from lens.packing import Packing, offsets_of, plan
 
 from . import configs
 from . import encoder as text_stage
@@ -32,9 +32,25 @@ from .text_path import residuals
 Past = list[tuple[Tensor, Tensor]]  # keys and values of every encoder layer
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
+def _plan_of_one(grid: tuple[int, int], text_length: int, axes: tuple[int, ...]) -> Packing:
+    return plan([grid], [text_length], axes)
+
+
+@functools.lru_cache(maxsize=256)
 def packing_of(grid: tuple[int, int], text_lengths: tuple[int, ...], axes: tuple[int, ...]) -> Packing:
-    return plan([grid] * len(text_lengths), list(text_lengths), axes)
+    """The plan of a batch of one grid, joined from the plans of its samples, which are kept."""
+    parts = [_plan_of_one(grid, length, axes) for length in text_lengths]
+    image_lengths = [grid[0] * grid[1]] * len(parts)
+    return Packing(
+        grids=(grid,) * len(parts),
+        image_lengths=image_lengths,
+        text_lengths=list(text_lengths),
+        image_offsets=offsets_of(image_lengths),
+        text_offsets=offsets_of(text_lengths),
+        cos=torch.cat([part.cos for part in parts]),
+        sin=torch.cat([part.sin for part in parts]),
+    )
 
 
 def shape_of(config: ModuleType, encoder_config: ModuleType) -> LensConfig:
@@ -158,7 +174,7 @@ class Painter:
     def __call__(self, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
         """[B, I, C] -> uint8 [B, H, W, 3]."""
         z = self.latents.denormalise(tokens, *grid)
-        x = self.decoder(z) if self.decoder is not None else self.latents.codec.decode(z)
+        x = self.decoder(z) if self.decoder is not None else self.latents.decode(z)
         return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
 
 

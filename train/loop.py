@@ -10,10 +10,12 @@ import time
 import torch
 
 
-def keyed(seed: int, purpose: str, step: int = 0, sample: int = 0) -> torch.Generator:
-    """A CPU generator that depends on (seed, purpose, step, sample) alone."""
+def keyed(
+    seed: int, purpose: str, step: int = 0, sample: int = 0, device: torch.device | str = "cpu"
+) -> torch.Generator:
+    """A generator, on the CPU unless told otherwise, that depends on (seed, purpose, step, sample) alone."""
     digest = hashlib.sha256(f"{seed} {purpose} {step} {sample}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def duration(text: str) -> float:

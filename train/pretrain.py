@@ -27,13 +27,14 @@ from lens.sampler import Scheduler
 from . import configs
 from . import encoder as text_stage
 from . import vae as vae_stage
-from .checkpointing import folder_tensors, load_state, save_state
+from .checkpointing import load_state, save_state, write_text
 from .codec import Latents
-from .data.stream import Step, Stream, draw, world_of
+from .data.stream import Source, Step, Stream, draw
 from .generator import Mini, Painter, draw_sheet
 from .logging import JsonLog, read_log
 from .loop import Clock, Ema, duration, keyed, rate
 from .objectives import flow_matching
+from .warm_start import rebase_latents
 
 VALIDATION_SEED = 1_000_000_000
 
@@ -41,7 +42,7 @@ VALIDATION_SEED = 1_000_000_000
 @torch.no_grad()
 def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
     """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains."""
-    held = stream.encode(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION))
+    held = stream.encode(stream.render(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION)))
     order = sorted(range(config.VALIDATION), key=lambda i: held.lengths[i])
     generator = keyed(config.SEED, "validation")
     t = flow_matching.sample_times(config.VALIDATION, config.MU, generator)
@@ -98,12 +99,12 @@ def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
     )
 
 
-def start_from(model: Mini, source: Path) -> None:
+def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
     """Weights alone: the averages of a state file, or both networks of a checkpoint folder in the released layout."""
     if source.is_dir():
         transformer = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
         model.transformer.load_state_dict(transformer.state_dict())
-        model.encoder.load_state_dict(folder_tensors(source / "text_encoder"))
+        model.encoder.load_state_dict(text_stage.weights_of_folder(encoder_config, source))
     else:
         model.load_state_dict(load_state(source, "pretrain")["ema"]["average"])
 
@@ -114,27 +115,27 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     encoder_config = configs.load(options.config, "encoder")
     tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
     fresh = not path.is_file()
-    encoder = (
-        text_stage.load_trained(encoder_config, options.encoder)
-        if fresh and not options.init
-        else text_stage.build(encoder_config)
-    )
-    encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
-    model = Mini(config, encoder_config, encoder).train()
+    model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
+    model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
+    latents = Latents(options.vae)
+    if fresh and options.init:
+        start_from(model, options.init, encoder_config)
+        if options.init.is_dir():
+            share = rebase_latents(model.transformer, options.init, latents, configs.world(options.config), config.SIDE)
+            log(step=0, latents_carried_over=share)
+    if fresh and (options.encoder or not options.init):
+        trained = text_stage.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
+        model.encoder.load_state_dict(trained.state_dict())
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
     if not fresh:
         state = load_state(path, "pretrain")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, window, position = state["step"], state["window"], state["position"]
-    elif options.init:
-        start_from(model, options.init)
     ema = Ema(model, config.EMA)
     if not fresh:
         ema.load(state["ema"])
-    stream = Stream(
-        config, world_of(options.config), Latents(options.vae).encode, lambda caption: tokenizer.encode(caption)[0]
-    )
+    stream = Stream(config, Source(options.config, config.SIDE), latents.encode, options.workers)
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
 
@@ -199,6 +200,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
                 draw_sheet(config, model, tokenizer, Painter(options.vae, options.config), sheet)
             log.picture("sheet", sheet, step)
     save()
+    stream.close()
 
 
 def load_trained(config: ModuleType, name: str, path: Path) -> Mini:
@@ -210,8 +212,11 @@ def load_trained(config: ModuleType, name: str, path: Path) -> Mini:
 
 
 def export(config: ModuleType, options: argparse.Namespace) -> None:
-    """The released layout in bfloat16: transformer, text encoder, VAE, scheduler, model_index.json (tokenizer is there)."""
+    """The released layout in bfloat16: transformer, text encoder, tokenizer, VAE, scheduler, model_index.json."""
     folder: Path = options.export
+    tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
+    for file in sorted(tokenizer.iterdir()):
+        write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
     model = load_trained(config, options.config, options.out / "pretrain.pt")
     checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
     checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
@@ -219,7 +224,7 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
     scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
     checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.released_scheduler(scheduler))
     last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
-    state = load_state(options.out / "pretrain.pt", "pretrain")
+    state, world = load_state(options.out / "pretrain.pt", "pretrain"), configs.world(options.config)
     about = {
         "name": "Lens-Mini",
         "variant": "lens",
@@ -228,6 +233,8 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
         "base_resolution": config.SIDE,
         "max_resolution": config.SIDE,
         "time_dtype": "float32",
+        "classes": list(world.classes),
+        "caption_styles": list(world.captions),
         "trained_steps": state["step"],
         "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
     }
@@ -245,9 +252,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder",
         type=Path,
-        default=Path("runs/encoder/encoder.pt"),
         metavar="STATE",
-        help="state file of the encoder stage (default: runs/encoder/encoder.pt)",
+        help="state file of the encoder stage (default: runs/encoder/encoder.pt; with --init, the encoder found there)",
     )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
     parser.add_argument("--steps", type=int, help="total steps instead of the recipe's")
@@ -257,9 +263,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--lr-scale", type=float, default=1.0, help="factor on every learning rate (default: 1)")
     parser.add_argument(
-        "--init", type=Path, metavar="PATH", help="start from the weights of a state file, or of a checkpoint folder"
+        "--init",
+        type=Path,
+        metavar="PATH",
+        help="start from the weights of a state file, or of a checkpoint folder (carried over to these latents)",
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--workers", type=int, default=0, help="processes that render scenes ahead of time (default: 0, none)"
+    )
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout"
     )

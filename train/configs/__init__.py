@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..data.world import World
 
 
 def load(name: str, stage: str) -> ModuleType:
@@ -14,3 +18,11 @@ def load(name: str, stage: str) -> ModuleType:
         if error.name and error.name.startswith("train.configs"):
             raise ValueError(f"no recipe {name!r} for stage {stage!r} in train/configs") from None
         raise
+
+
+def world(name: str, split: str = "train") -> World:
+    """The world a recipe trains on."""
+    from ..data.world import World  # recipes are read without the sprites
+
+    own = load(name, "world")
+    return World(split, own.TASKS, own.CLASSES, own.CAPTIONS)

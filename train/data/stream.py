@@ -7,7 +7,13 @@ A batch depends on the recipe, the window and its place in it alone.
 
 from __future__ import annotations
 
+import functools
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -15,14 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import configs
 from ..loop import keyed
 from ..objectives import flow_matching
 from .world import World
-
-
-def world_of(name: str, split: str = "train") -> World:
-    """The world a recipe trains on."""
-    return World(split)
 
 
 @dataclass
@@ -35,24 +37,41 @@ class Batch:
 
     def take(self, rows: Sequence[int]) -> Batch:
         """The samples of these rows; ids no longer than the longest of them."""
-        lengths, index = [self.lengths[i] for i in rows], torch.as_tensor(rows)
+        lengths = [self.lengths[i] for i in rows]
+        index = torch.tensor(rows).to(self.ids.device)
         return Batch(self.latents[index], self.ids[index, : max(lengths)], lengths)
 
 
 @dataclass
 class Rendered:
-    """What a worker makes of a run of seeds: pixels uint8 [n, H, W, 3], all token ids in one row, their number per sample."""
+    """What is made of a run of seeds: pixels uint8 [n, H, W, 3], all token ids in one row, their number per sample."""
 
     pixels: np.ndarray
     ids: np.ndarray
     lengths: np.ndarray
 
 
-def render(world: World, encode: Callable[[str], list[int]], seeds: Sequence[int], side: int) -> Rendered:
-    scenes, pixels = world.batch(list(seeds), side, side)
-    tokens = [encode(scene.caption) for scene in scenes]
-    flat = np.fromiter((i for ids in tokens for i in ids), np.int32)
-    return Rendered(pixels, flat, np.array([len(ids) for ids in tokens], np.int64))
+@dataclass(frozen=True)
+class Source:
+    """Scenes and captions of a recipe as arrays. Two words long, so that every worker builds the rest for itself."""
+
+    recipe: str
+    side: int
+
+    def render(self, seeds: Sequence[int]) -> Rendered:
+        world, encode = _built(self.recipe)
+        scenes, pixels = world.batch(list(seeds), self.side, self.side)
+        tokens = [encode(scene.caption) for scene in scenes]
+        flat = np.fromiter((i for ids in tokens for i in ids), np.int32)
+        return Rendered(pixels, flat, np.array([len(ids) for ids in tokens], np.int64))
+
+
+@functools.lru_cache(maxsize=4)
+def _built(recipe: str) -> tuple[World, Callable[[str], list[int]]]:
+    from ..encoder import tokenizer_of
+
+    tokenizer = tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
+    return configs.world(recipe), lambda caption: tokenizer.encode(caption)[0]
 
 
 def padded(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
@@ -62,38 +81,86 @@ def padded(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return out
 
 
-class Stream:
-    """Batches from any place on. `encode_pixels`: uint8 [n, H, W, 3] -> normalised tokens [n, I, C]; `encode_text`: ids."""
+class Workers:
+    """`map(seeds)` renders chunks of seeds in other processes, or here and now with 0 of them; the arrays are the same."""
 
-    CHUNK = 256  # scenes encoded into latents at once
+    def __init__(self, source: Source, count: int):
+        if count < 0:
+            raise ValueError(f"Workers: count must not be negative, got {count}")
+        self.source, self.pool = source, None
+        if count:
+            spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads and the device of the training
+            self.pool = ProcessPoolExecutor(count, spawn, _start_worker)
+
+    def submit(self, chunks: Sequence[Sequence[int]]) -> list[Callable[[], Rendered]]:
+        """One function per chunk that waits for its result."""
+        if self.pool is None:
+            return [functools.partial(self.source.render, chunk) for chunk in chunks]
+        return [self.pool.submit(self.source.render, chunk).result for chunk in chunks]
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _start_worker() -> None:
+    """A worker leaves stop signals to the training, which saves first, and ends with it, however it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class Stream:
+    """Batches from any place on. `encode_pixels`: uint8 [n, H, W, 3] -> normalised tokens [n, I, C] on `device`.
+
+    Windows are rendered AHEAD of the one in use by `workers` processes; their number changes no bit of any batch.
+    """
+
+    CHUNK = 256  # scenes rendered by a worker, and encoded into latents, at once
+    AHEAD = 2
 
     def __init__(
         self,
         config: ModuleType,
-        world: World,
+        source: Source,
         encode_pixels: Callable[[np.ndarray], Tensor],
-        encode_text: Callable[[str], list[int]],
+        workers: int = 0,
+        device: torch.device | str = "cpu",
         first_seed: int = 0,
     ):
-        self.config, self.world, self.first = config, world, first_seed
-        self.encode_pixels, self.encode_text = encode_pixels, encode_text
+        self.config, self.encode_pixels, self.device, self.first = config, encode_pixels, device, first_seed
+        self.workers, self.coming = Workers(source, workers), {}
 
     def batch_size(self, window: int) -> int:
         return max((start, size) for start, size in self.config.BATCHES if start <= window)[1]
 
-    def encode(self, seeds: Sequence[int]) -> Batch:
-        parts = [
-            render(self.world, self.encode_text, seeds[i : i + self.CHUNK], self.config.SIDE)
-            for i in range(0, len(seeds), self.CHUNK)
-        ]
-        lengths = np.concatenate([part.lengths for part in parts])
-        ids = padded(np.concatenate([part.ids for part in parts]), lengths)
-        latents = torch.cat([self.encode_pixels(part.pixels) for part in parts])
-        return Batch(latents, torch.from_numpy(ids), lengths.tolist())
+    def render(self, seeds: Sequence[int]) -> list[Callable[[], Rendered]]:
+        return self.workers.submit([seeds[i : i + self.CHUNK] for i in range(0, len(seeds), self.CHUNK)])
+
+    def encode(self, parts: Sequence[Callable[[], Rendered]]) -> Batch:
+        """The samples of these chunks as one batch."""
+        found, latents = [], []
+        for wait in parts:
+            part = wait()
+            latents.append(self.encode_pixels(part.pixels))
+            found.append((part.ids, part.lengths))
+        lengths = np.concatenate([own for _, own in found])
+        ids = torch.from_numpy(padded(np.concatenate([own for own, _ in found]), lengths))
+        return Batch(torch.cat(latents), ids.to(self.device), lengths.tolist())
 
     def window(self, index: int) -> list[Batch]:
         count, size = self.config.WINDOW, self.batch_size(index)
-        whole = self.encode(range(self.first + index * count, self.first + (index + 1) * count))
+        for near in range(index, index + 1 + (self.AHEAD if self.workers.pool else 0)):
+            if near not in self.coming:
+                self.coming[near] = self.render(range(self.first + near * count, self.first + (near + 1) * count))
+        whole = self.encode(self.coming.pop(index))
         order = sorted(range(count), key=lambda i: (whole.lengths[i], i))
         cuts = [order[i : i + size] for i in range(0, count, size)]
         mixed = torch.randperm(len(cuts), generator=keyed(self.config.SEED, "window order", index)).tolist()
@@ -107,6 +174,11 @@ class Stream:
                 position += 1
                 yield window, position, batches[position - 1]
             window, position = window + 1, 0
+
+    def close(self) -> None:
+        """End the workers."""
+        self.coming.clear()
+        self.workers.close()
 
 
 @dataclass
@@ -122,14 +194,16 @@ class Step:
 
 
 def draw(config: ModuleType, batch: Batch, step: int) -> Step:
-    """Times, noise and caption dropout of a step."""
-    generator, count = keyed(config.SEED, "step", step), len(batch.lengths)
-    t = flow_matching.sample_times(count, config.MU, generator)
-    noise = torch.randn(batch.latents.shape, generator=generator)
+    """Times, noise and caption dropout of a step. On a GPU the noise alone is drawn there, from a key of its own."""
+    generator, count, device = keyed(config.SEED, "step", step), len(batch.lengths), batch.latents.device
+    t = flow_matching.sample_times(count, config.MU, generator).to(device)
+    source = generator if device.type == "cpu" else keyed(config.SEED, "noise", step, device=device)
+    noise = torch.randn(batch.latents.shape, generator=source, device=device)
     dropped = torch.rand(count, generator=generator) < config.TEXT_DROPOUT
     order = torch.argsort(dropped.int(), stable=True)
+    kept = order.tolist()[: count - int(dropped.sum())]
+    lengths = [batch.lengths[i] for i in kept]
+    order = order.to(device)
     x, target = flow_matching.noised(batch.latents[order], noise, t)
-    kept = order[: count - int(dropped.sum())]
-    lengths = [batch.lengths[i] for i in kept.tolist()]
-    ids = batch.ids[kept, : max(lengths, default=0)]
+    ids = batch.ids[order[: len(kept)], : max(lengths, default=0)]
     return Step(x, target, t, ids, lengths + [0] * (count - len(kept)))

@@ -1,7 +1,8 @@
 """Mini's flow-matching training: small batches first (optimiser steps are the scarce thing), encoder trained jointly first."""
 
+from .world import SIDE as SIDE
+
 SEED = 3
-SIDE = 64
 MODEL = {
     "num_layers": 6,
     "num_attention_heads": 2,
@@ -39,4 +40,16 @@ PROMPTS = (
     "a photo of two green books on a wooden table",
     "four yellow bells on a plain lavender background",
     "a blue heart, a yellow key and a red shirt in a row",
+    "A large red umbrella stands at the center of the picture, and nothing else is there. It is painted in one clear color "
+    "and has a soft sheen. Behind it there is a plain mint wall. A small dark shadow lies below the umbrella. "
+    "The light is even and warm, and the whole picture has the clean look of a small digital drawing.",
+    "Two things share the frame, a medium-sized green chair and a medium-sized yellow bucket. The chair is on the left and "
+    "the bucket is on the right of it. In the background there is a meadow under a clear blue sky. Each thing casts a soft "
+    "shadow on the ground. No other objects can be seen, and the mood of the picture is calm.",
+    "une voiture bleue à gauche d'un livre rouge",
+    "三个粉色的蘑菇，草地背景",
+    'a white sign with black letters that says "OPEN"',
+    'a red apple below a yellow sign with black letters that reads "SALE"',
+    "a blue elephant on a plain pink background",
+    "an orange whale to the right of a purple dress, by the sea",
 )
