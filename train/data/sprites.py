@@ -98,7 +98,7 @@ def fitted_size(kind: str, width: float, height: float) -> tuple[int, int]:
     return max(1, int(w * scale + 1e-6)), max(1, int(h * scale + 1e-6))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8192)  # every class in every colour and size would be gigabytes at 128 pixels
 def sprite(kind: str, colour: str | None, width: int, height: int) -> Sprite:
     rgba = artwork(kind, colour)
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)

@@ -19,6 +19,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 
 import numpy as np
 
@@ -119,7 +120,7 @@ def is_held_out(chosen: Sequence[tuple[str, str | None]], text: str | None = Non
     kinds = {kind for kind, _ in chosen}
     return (
         any(c in held_out_colours() for c in chosen)
-        or any(pair <= kinds for pair in held_out_pairs())
+        or any(frozenset(pair) in held_out_pairs() for pair in combinations(kinds, 2))
         or (len(chosen) > 3 and len(kinds) == 1 and bool(kinds & held_out_counts()))
         or (text is not None and held_out_text(text))
     )
