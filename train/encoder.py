@@ -1,13 +1,14 @@
 """Stage "encoder": the small GPT-OSS language model whose residual stream Mini reads.
 
     python -m train encoder --config mini --out runs/encoder --stop-after 9m       # again to resume
+    python -m train encoder --config mini --init lens/mini/base                    # start from the shipped weights
     python -m train encoder --config mini --out runs/encoder --export lens/mini/base/text_encoder
+    python -m train encoder --accept --state runs/encoder/encoder.pt --require 0.99 # what linear readers find; exit 1 below
 
-Loss = next-token cross entropy on chat-rendered captions + cross entropy of linear probes on the captured features
-(each layer divided by its RMS, concatenated, exactly what the MMDiT reads): class and colour at each object's noun, and
-everything (class and colour of each object, count, layout, background) at the last token. Plain next-token training drives
-late layers towards what comes next; the probes keep what was said readable. `encode_batch` is also the differentiable text
-path of joint training.
+Loss = next-token cross-entropy on chat-rendered captions (geneval, brief, dense, translated) and on chats "brief -> dense",
+where only the assistant's turn counts + cross-entropy of linear readers on the captured features (objectives/language.py).
+Plain next-token training drives late layers towards what comes next; the readers keep what was said readable.
+`text_path.encode_batch` is also the differentiable text path of joint training.
 """
 
 from __future__ import annotations
@@ -15,38 +16,41 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 
 from lens import checkpoint
 
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
-from .data.grammar import BACKGROUNDS
-from .data.sprites import KINDS, PALETTE
-from .data.world import Scene, World
+from .data import grammar
+from .data.world import World
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
-from .text_path import CaptionTokenizer, encode_batch
+from .objectives import language
+from .text_path import CaptionTokenizer, encode_batch, encode_packed, rebase_vocabulary
+
+__all__ = ["CaptionTokenizer", "build", "encode_batch", "load_trained", "tokenizer_of", "weights_of_folder"]
 
 ROOT = Path(__file__).resolve().parents[1]
 VALIDATION_SEED = 1_000_000_000
-KIND_INDEX = {name: i for i, name in enumerate(KINDS)}
-COLOUR_INDEX = {name: i for i, name in enumerate([*PALETTE, None])}
-LAYOUTS = ("one", "left", "above", "same 2", "same 3", "same 4", "row")
 
 
 def build(config: ModuleType) -> nn.Module:
     """A fresh GptOssForCausalLM of the recipe; weights depend on the recipe's seed alone."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
-    rows = len(json.loads((ROOT / config.TOKENIZER / "tokenizer.json").read_text())["model"]["vocab"]) + 10
+    document = json.loads((ROOT / config.TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    rows = len(document["model"]["vocab"]) + len(document["added_tokens"])
     parsed = GptOssConfig(vocab_size=rows, pad_token_id=None, bos_token_id=None, eos_token_id=None, **config.MODEL)
     parsed._attn_implementation = "eager"
     with torch.random.fork_rng():
@@ -56,127 +60,125 @@ def build(config: ModuleType) -> nn.Module:
     return model.train()
 
 
-class Probes(nn.Module):
-    """Linear readers of the captured features; discarded after training."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.noun = nn.Linear(width, len(KINDS) + len(COLOUR_INDEX))
-        self.scene = nn.Linear(width, len(LAYOUTS) + len(BACKGROUNDS) + 3 * (len(KINDS) + len(COLOUR_INDEX)))
-
-    def forward(
-        self, features: Tensor, nouns: Tensor, noun_labels: Tensor, ends: Tensor, end_labels: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """features [R, F, E]; rows `nouns` with labels [M, 2]; rows `ends` with labels [B, 8], -100 where unsaid -> loss, accuracy."""
-        x = F.rms_norm(features, (features.shape[-1],), eps=1e-5).flatten(1)
-        sizes = [len(KINDS), len(COLOUR_INDEX)]
-        losses, right = [], []
-        parts = list(zip(self.noun(x[nouns]).split(sizes, -1), noun_labels.unbind(-1)))
-        parts += list(
-            zip(self.scene(x[ends]).split([len(LAYOUTS), len(BACKGROUNDS), *sizes * 3], -1), end_labels.unbind(-1))
-        )
-        for logits, labels in parts:
-            said = labels >= 0
-            if said.any():
-                losses.append(F.cross_entropy(logits[said], labels[said]))
-                right.append((logits[said].argmax(-1) == labels[said]).float().mean())
-        return torch.stack(losses).sum(), torch.stack(right).mean()
-
-
-def labels(scene: Scene, offsets: list[tuple[int, int]]) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """(token, class, colour) of each noun the caption says once per thing; the eight labels of the whole scene."""
-    text = scene.caption.lower()
-    distinct = list(dict.fromkeys((t.kind, t.colour) for t in scene.things))
-    nouns = []
-    for kind, colour in distinct:
-        word = KINDS[kind].plural if len(distinct) < len(scene.things) else KINDS[kind].noun
-        end = text.index(word) + len(word)
-        token = max(i for i, (start, _) in enumerate(offsets) if start < end)
-        nouns.append((token, KIND_INDEX[kind], COLOUR_INDEX[colour]))
-    layout = scene.relation or (
-        "one" if len(scene.things) == 1 else "row" if len(distinct) > 1 else f"same {len(scene.things)}"
-    )
-    background = next((i for i, group in enumerate(BACKGROUNDS.values()) if any(_said(p, text) for p in group)), -100)
-    whole = [LAYOUTS.index(layout), background]
-    for slot in range(3):
-        whole += list(nouns[slot][1:]) if slot < len(nouns) else [-100, -100]
-    return nouns, whole
-
-
-def _said(phrase: str, text: str) -> bool:
-    return any(
-        p in text.rstrip(".") and text.rstrip(".").endswith(p)
-        for p in (phrase, phrase.replace("it all", "it"), phrase.replace("it all", "them"))
-    )
-
-
 @functools.lru_cache(maxsize=4)
 def tokenizer_of(folder: str) -> CaptionTokenizer:
     return CaptionTokenizer(ROOT / folder)
 
 
-def batch_of(
-    world: World, tokenizer: CaptionTokenizer, seeds: Sequence[int]
-) -> tuple[list[list[int]], list[Scene], list[list[tuple[int, int]]]]:
-    scenes = [world.scene(seed) for seed in seeds]
-    encoded = [tokenizer.encode(scene.caption) for scene in scenes]
-    return [ids for ids, _ in encoded], scenes, [offsets for _, offsets in encoded]
+@functools.lru_cache(maxsize=4)
+def _world(captions: tuple[tuple[str, float], ...]) -> World:
+    return World(captions=dict(captions))
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Step -> batch of `captions` captions and `pairs` chats, from seeds of its own. Plain values: it travels to workers."""
+
+    tokenizer: str
+    shares: tuple[tuple[str, float], ...]
+    captions: int
+    pairs: int
+
+    @classmethod
+    def of(cls, config: ModuleType) -> Maker:
+        recipe = config.TRAIN
+        return cls(config.TOKENIZER, tuple(config.CAPTIONS.items()), recipe["batch"] - recipe["pairs"], recipe["pairs"])
+
+    def __call__(self, step: int) -> language.Batch:
+        first = step * (self.captions + self.pairs)
+        return self.batch(range(first, first + self.captions + self.pairs))
+
+    def batch(self, seeds: Sequence[int]) -> language.Batch:
+        """The last `pairs` of the seeds give chats, the others captions."""
+        world, tokenizer = _world(self.shares), tokenizer_of(self.tokenizer)
+        ids, begins, asked, at = [], [], [], 0
+        for place, seed in enumerate(seeds):
+            scene = world.scene(seed)
+            tokens, offsets = tokenizer.encode(scene.caption)
+            begin = 0
+            if place < len(seeds) - self.pairs:
+                asked += language.asks(scene, offsets, len(tokens) - 1, first=at)
+            else:
+                wish, dense = scene, grammar.caption(scene, random.Random(f"dense {seed}"), "dense", "en")
+                tokens, answer = tokenizer.encode_answer(wish.caption, dense)
+                begin = answer - 1
+            ids.append(tokens)
+            begins.append(begin)
+            at += len(tokens)
+        return language.Batch(ids, begins, asked)
+
+
+def batches(make: Maker, step: int, workers: int) -> Iterator[language.Batch]:
+    """`make(step)`, `make(step + 1)`, ... without end; with workers, processes of their own stay a few steps ahead."""
+    if not workers:
+        while True:
+            yield make(step)
+            step += 1
+    # fresh processes, not forks: a forked child must not touch a CUDA context
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        waiting: list[Future[language.Batch]] = [pool.submit(make, step + i) for i in range(2 * workers)]
+        try:
+            while True:
+                done = waiting.pop(0)
+                waiting.append(pool.submit(make, step + 2 * workers))
+                step += 1
+                yield done.result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def losses(
-    model: nn.Module,
-    probes: Probes,
-    tokenizer: CaptionTokenizer,
-    ids: list[list[int]],
-    scenes: list[Scene],
-    offsets: list[list[tuple[int, int]]],
-    layers: Sequence[int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(next-token loss, probe loss, probe accuracy) of a batch."""
-    features = encode_batch(model, ids, tokenizer.prefix, layers)
-    starts, nouns, noun_labels, end_labels = [0], [], [], []
-    for sample, scene, places in zip(ids, scenes, offsets):
-        own, whole = labels(scene, places)
-        nouns += [starts[-1] + token for token, *_ in own]
-        noun_labels += [pair[1:] for pair in own]
-        end_labels.append(whole)
-        starts.append(starts[-1] + len(sample))
-    packed = torch.cat(features)
-    probe, accuracy = probes(
-        packed, torch.tensor(nouns), torch.tensor(noun_labels), torch.tensor(starts[1:]) - 1, torch.tensor(end_labels)
-    )
-    flat = torch.tensor([i for sample in ids for i in sample])
-    follow = torch.ones(len(flat), dtype=torch.bool)
-    follow[torch.tensor(starts[1:]) - 1] = False
-    logits = model.lm_head(model.model.norm(packed[:, -1][follow]))
-    target = flat[1:][follow[:-1]]
-    return F.cross_entropy(logits, target), probe, accuracy
+    model: nn.Module, readers: language.Readers, prefix: Sequence[int], layers: Sequence[int], batch: language.Batch
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Next-token loss, readers' loss, readers' accuracies. The last of `layers` is the model's last (for the head)."""
+    packed, _ = encode_packed(model, batch.ids, prefix, layers)
+    probe, accuracy = readers(packed, batch.asked)
+    return language.next_token(model, packed[:, -1], batch), probe, accuracy
 
 
-def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path | None, steps: int | None) -> None:
+def weights_of_folder(config: ModuleType, folder: Path) -> dict[str, Tensor]:
+    """Text encoder of a checkpoint folder in the released layout, its vocabulary carried over to the recipe's tokenizer."""
+    return rebase_vocabulary(folder_tensors(folder / "text_encoder"), folder / "tokenizer", ROOT / config.TOKENIZER)
+
+
+def train(
+    config: ModuleType,
+    out: Path,
+    log: JsonLog,
+    clock: Clock,
+    init: Path | None,
+    steps: int | None,
+    device: str = "cpu",
+    workers: int = 0,
+) -> None:
+    """The loop. State: model and readers, optimiser, averages, step."""
     recipe = {**config.TRAIN, "steps": steps or config.TRAIN["steps"]}
-    tokenizer, world = tokenizer_of(config.TOKENIZER), World()
+    if config.LAYERS[-1] != config.MODEL["num_hidden_layers"] - 1:
+        raise ValueError(f"encoder: LAYERS {config.LAYERS} must end with the last layer, which the head reads")
+    make, prefix = Maker.of(config), tokenizer_of(config.TOKENIZER).prefix
     model = build(config)
-    both = nn.ModuleDict({"model": model, "probes": Probes(len(config.LAYERS) * config.MODEL["hidden_size"])})
     with torch.random.fork_rng():
         torch.manual_seed(keyed(config.SEED, "probe init").initial_seed())
-        both["probes"] = Probes(len(config.LAYERS) * config.MODEL["hidden_size"])
-    optimizer = torch.optim.AdamW(
-        both.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"]
-    )
-    ema, step, path = Ema(both, recipe["ema"]), 0, out / "encoder.pt"
+        readers = language.Readers(len(config.LAYERS) * config.MODEL["hidden_size"])
+    both = nn.ModuleDict({"model": model, "readers": readers})
+    state, step, path = None, 0, out / "encoder.pt"
     if path.is_file():
         state = load_state(path, "encoder")
         both.load_state_dict(state["model"])
+        step = state["step"]
+    elif init is not None and init.is_dir():  # the readers are not shipped: they start afresh
+        model.load_state_dict(weights_of_folder(config, init))
+    elif init is not None:
+        both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
+    both.to(device)
+    optimizer = torch.optim.AdamW(
+        both.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"], fused=True
+    )
+    ema = Ema(both, recipe["ema"])
+    if state is not None:
         optimizer.load_state_dict(state["optimizer"])
         ema.load(state["ema"])
-        step = state["step"]
-    elif init is not None:
-        if init.is_dir():  # the probes are not shipped: they start afresh
-            model.load_state_dict(folder_tensors(init / "text_encoder"))
-        else:
-            both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
-        ema = Ema(both, recipe["ema"])
 
     def save() -> None:
         save_state(
@@ -190,27 +192,30 @@ def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path 
             },
         )
 
-    held = batch_of(world, tokenizer, range(VALIDATION_SEED, VALIDATION_SEED + 256))
-    while step < recipe["steps"] and not clock.over:
-        seeds = range(step * recipe["batch"], (step + 1) * recipe["batch"])
-        lm, probe, _ = losses(model, both["probes"], tokenizer, *batch_of(world, tokenizer, seeds), config.LAYERS)
+    held = make.batch(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION))
+    for batch in batches(make, step, workers):
+        if step >= recipe["steps"] or clock.over:
+            break
+        words, probe, _ = losses(model, readers, prefix, config.LAYERS, batch)
         optimizer.zero_grad(set_to_none=True)
-        (lm + recipe["probe"] * probe).backward()
+        (words + recipe["probe"] * probe).backward()
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], recipe["warmup"], recipe["steps"], recipe["decay"])
         optimizer.step()
         ema.update(both)
         step += 1
         if step % config.LOG_EVERY == 0:
+            if not torch.isfinite(words + probe):
+                raise FloatingPointError(f"encoder: loss {words.item()}, readers' loss {probe.item()} at step {step}")
             with torch.no_grad():
-                held_lm, held_probe, held_accuracy = losses(model, both["probes"], tokenizer, *held, config.LAYERS)
+                held_words, held_probe, right = losses(model, readers, prefix, config.LAYERS, held)
             log(
                 step=step,
-                loss=lm.item(),
+                loss=words.item(),
                 probe=probe.item(),
-                held_loss=held_lm.item(),
+                held_loss=held_words.item(),
                 held_probe=held_probe.item(),
-                held_accuracy=held_accuracy.item(),
+                **{f"held_{name.replace(' ', '_')}": value.item() for name, value in right.items()},
                 seconds=clock.elapsed,
             )
         if step % config.SAVE_EVERY == 0:
@@ -219,7 +224,7 @@ def train(config: ModuleType, out: Path, log: JsonLog, clock: Clock, init: Path 
 
 
 def load_trained(config: ModuleType, path: Path) -> nn.Module:
-    """The averaged model of a state file (an encoder's or a joint run's)."""
+    """The averaged model of an encoder state file."""
     average = load_state(path, "encoder")["ema"]["average"]
     model = build(config)
     model.load_state_dict({k.removeprefix("model."): v for k, v in average.items() if k.startswith("model.")})
@@ -236,10 +241,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init", type=Path, metavar="PATH", help="start from the weights of a state file, or of a checkpoint folder"
     )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that write captions ahead (default: 0)")
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the encoder in the released layout"
     )
+    parser.add_argument("--accept", action="store_true", help="train nothing; report what fresh linear readers find")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", type=Path, metavar="FOLDER", help="--accept: a checkpoint folder")
+    source.add_argument(
+        "--state", type=Path, metavar="FILE", help="--accept: a state file of this stage or of pretrain"
+    )
+    parser.add_argument("--scenes", type=int, default=4_000, help="--accept: training captions (default: 4000)")
+    parser.add_argument("--held", type=int, default=2_000, help="--accept: captions of held-out scenes (default: 2000)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="--accept: write the figures there too")
+    parser.add_argument("--require", type=float, metavar="SHARE", help="--accept: exit 1 where a figure is below")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -247,8 +264,11 @@ def run(options: argparse.Namespace) -> int:
     config = configs.load(options.config, "encoder")
     if options.export:
         checkpoint.save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)
-        return 0
-    train(
-        config, options.out, JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.init, options.steps
-    )
+    elif options.accept:
+        from .evaluate import linear_probe
+
+        return linear_probe.run(config, options)
+    else:
+        log, clock = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
+        train(config, options.out, log, clock, options.init, options.steps, options.device, options.workers)
     return 0

