@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
@@ -37,9 +38,38 @@ def _plan_of_one(grid: tuple[int, int], text_length: int, axes: tuple[int, ...])
     return plan([grid], [text_length], axes)
 
 
+@functools.lru_cache(maxsize=8)
+def _tables(
+    grid: tuple[int, int], text_length: int, axes: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    one = _plan_of_one(grid, text_length, axes)
+    return one.cos.to(device), one.sin.to(device)
+
+
+def packing_on(
+    grid: tuple[int, int], text_lengths: Sequence[int], axes: tuple[int, ...], device: torch.device
+) -> Packing:
+    """The plan of a batch of one grid, made on the device: rotary rows are gathered from one sample's table."""
+    image, count, rows = grid[0] * grid[1], len(text_lengths), sum(text_lengths)
+    cos, sin = _tables(grid, -(-max(text_lengths, default=0) // 128) * 128, axes, device)
+    image_offsets = torch.arange(count + 1, device=device, dtype=torch.int32) * image
+    text_offsets = offsets_of(text_lengths).to(device, non_blocking=True)
+    starts, total = image_offsets + text_offsets, count * image + rows
+    inside = torch.arange(total, device=device) - torch.repeat_interleave(starts[:-1], starts.diff(), output_size=total)
+    return Packing(
+        grids=(grid,) * count,
+        image_lengths=[image] * count,
+        text_lengths=list(text_lengths),
+        image_offsets=image_offsets,
+        text_offsets=text_offsets,
+        cos=cos[inside],
+        sin=sin[inside],
+    )
+
+
 @functools.lru_cache(maxsize=256)
 def packing_of(grid: tuple[int, int], text_lengths: tuple[int, ...], axes: tuple[int, ...]) -> Packing:
-    """The plan of a batch of one grid, joined from the plans of its samples, which are kept."""
+    """The same on the CPU, joined from the plans of its samples, which are kept."""
     parts = [_plan_of_one(grid, length, axes) for length in text_lengths]
     image_lengths = [grid[0] * grid[1]] * len(parts)
     return Packing(
@@ -77,17 +107,21 @@ class Mini(nn.Module):
         self.encoder, self.layers = encoder, encoder_config.LAYERS
         self.grid = (config.SIDE // 16, config.SIDE // 16)
 
+    @property
+    def device(self) -> torch.device:
+        return self.transformer.device
+
     def text(self, tokens: Sequence[Sequence[int]], prefix: Sequence[int]) -> list[Tensor]:
         """Per sample features [T, F, E] (T = 0 for an empty list of ids)."""
         present = [ids for ids in tokens if ids]
         found = iter(text_stage.encode_batch(self.encoder, present, prefix, self.layers) if present else [])
-        empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim)
+        empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim, device=self.device)
         return [next(found) if ids else empty for ids in tokens]
 
     @torch.no_grad()
     def past(self, prefix: Sequence[int]) -> Past:
         """Keys and values of the constant prefix, without gradient: made once per set of weights and shared by all samples."""
-        return residuals(self.encoder, torch.tensor([list(prefix)]))[1]
+        return residuals(self.encoder, torch.tensor([list(prefix)], device=self.device))[1]
 
     def packed_text(self, ids: Tensor, lengths: Sequence[int], past: Past) -> tuple[Tensor, Tensor]:
         """ids [n, T] padded on the right -> features [RT, F, E] of the valid tokens, and the last layer's [RT, E].
@@ -95,10 +129,10 @@ class Mini(nn.Module):
         One call for all: attention is causal, so what pads the right is read by nobody.
         """
         if not len(ids):
-            empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim)
+            empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim, device=self.device)
             return empty, empty[:, 0]
         states, _ = residuals(self.encoder, ids, past)
-        rows = row_index(lengths[: len(ids)], ids.shape[1])
+        rows = row_index(lengths[: len(ids)], ids.shape[1]).to(ids.device, non_blocking=True)
         stacked = torch.stack([*(states[layer] for layer in self.layers), states[-1]], 2).flatten(0, 1)
         packed = stacked if len(rows) == len(stacked) else stacked.index_select(0, rows)
         return packed[:, :-1], packed[:, -1]
@@ -108,20 +142,27 @@ class Mini(nn.Module):
         if not len(ids):
             return last.sum()
         lengths = lengths[: len(ids)]
-        flat = ids.flatten()[row_index(lengths, ids.shape[1])]
+        flat = ids.flatten()[row_index(lengths, ids.shape[1]).to(ids.device)]
         ends = torch.cumsum(torch.tensor(lengths), 0) - 1
         follows = torch.ones(len(flat), dtype=torch.bool)
         follows[ends] = False
-        rows = follows.nonzero().squeeze(1)
+        rows = follows.nonzero().squeeze(1).to(ids.device)
         logits = self.encoder.lm_head(self.encoder.model.norm(last[rows]))
         return F.cross_entropy(logits.float(), flat[rows + 1])
 
     def flow(self, x: Tensor, t: Tensor, packed: Tensor, lengths: Sequence[int]) -> Tensor:
         """x [B, I, C], t [B], features of all samples [RT, F, E], text lengths of the samples -> velocity [B, I, C]."""
-        model = self.transformer
-        packing = packing_of(self.grid, tuple(lengths), self.shape.axes_dims_rope)
-        rows = model.project_text(list(packed.unbind(1)), packing.text_lengths)
-        return model.denoise(x.flatten(0, 1), rows, modulate(model, t), packing).view_as(x)
+        model, axes = self.transformer, self.shape.axes_dims_rope
+        dtype, device = model.dtype, x.device
+        packing = (
+            packing_of(self.grid, tuple(lengths), axes)
+            if device.type == "cpu"
+            else packing_on(self.grid, lengths, axes, device)
+        )
+        with torch.autocast(device.type, enabled=False):  # the ops want one dtype throughout: that of the weights
+            rows = model.project_text(list(packed.to(dtype).unbind(1)), packing.text_lengths)
+            out = model.denoise(x.flatten(0, 1).to(dtype), rows, modulate(model, t), packing)
+        return out.view_as(x)
 
     def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
         """The same with features per sample [T, F, E]."""
@@ -132,6 +173,16 @@ class Mini(nn.Module):
         packed, last = self.packed_text(step.ids, step.lengths, past)
         flow = flow_matching.loss(self.flow(step.x, step.t, packed, step.lengths), step.target)
         return flow, self.next_token(last, step.ids, step.lengths) if language else flow.new_zeros(())
+
+    def rounded(self, step: Step, past: Past, language: bool) -> tuple[Tensor, Tensor]:
+        """`forward` in bfloat16 on float32 weights, whose gradients are float32 again.
+
+        The MMDiT runs on a rounded copy of its weights, activations and residual streams in bfloat16, as at inference; the
+        encoder under autocast.
+        """
+        weights = {f"transformer.{name}": p.bfloat16() for name, p in self.transformer.named_parameters()}
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return functional_call(self, weights, (step, past, language))
 
 
 @torch.no_grad()
@@ -146,8 +197,8 @@ def sample(
 ) -> Tensor:
     """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C]."""
     size = (model.grid[0] * model.grid[1], model.shape.in_channels)
-    x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)])
+    x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(model.device)
+    sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)]).to(model.device)
     features = model.text(tokens, prefix)
     nothing = [f[:0] for f in features]
     for now, following in pairwise(sigma):
@@ -173,9 +224,9 @@ class Painter:
     @torch.no_grad()
     def __call__(self, tokens: Tensor, grid: tuple[int, int]) -> np.ndarray:
         """[B, I, C] -> uint8 [B, H, W, 3]."""
-        z = self.latents.denormalise(tokens, *grid)
+        z = self.latents.denormalise(tokens.to(self.latents.device), *grid)
         x = self.decoder(z) if self.decoder is not None else self.latents.decode(z)
-        return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).numpy()
+        return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 def draw_sheet(

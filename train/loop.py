@@ -18,6 +18,17 @@ def keyed(
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def device_of(name: str) -> torch.device:
+    """ "cpu" or "cuda" -> the device; float32 products there are float32 ones (TF32 off). Errors: ValueError."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {name!r}, expected 'cpu' or 'cuda'")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: 'cuda' was asked for, but torch finds no usable GPU; expected 'cpu' here")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name)
+
+
 def duration(text: str) -> float:
     """ "90s", "9m", "1.5h" or plain seconds -> seconds. Errors: ValueError naming the text."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text.strip())

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lens import checkpoint
 from lens.sampler import Scheduler
@@ -32,7 +32,7 @@ from .codec import Latents
 from .data.stream import Source, Step, Stream, draw
 from .generator import Mini, Painter, draw_sheet
 from .logging import JsonLog, read_log
-from .loop import Clock, Ema, duration, keyed, rate
+from .loop import Clock, Ema, device_of, duration, keyed, rate
 from .objectives import flow_matching
 from .warm_start import rebase_latents
 
@@ -45,8 +45,8 @@ def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[i
     held = stream.encode(stream.render(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION)))
     order = sorted(range(config.VALIDATION), key=lambda i: held.lengths[i])
     generator = keyed(config.SEED, "validation")
-    t = flow_matching.sample_times(config.VALIDATION, config.MU, generator)
-    noise = torch.randn(held.latents.shape, generator=generator)
+    t = flow_matching.sample_times(config.VALIDATION, config.MU, generator).to(model.device)
+    noise = torch.randn(held.latents.shape, generator=generator).to(model.device)
     sums, past = {"with_text": 0.0, "without_text": 0.0}, model.past(prefix)
     for start in range(0, config.VALIDATION, 64):
         pick = order[start : start + 64]
@@ -109,23 +109,31 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
         model.load_state_dict(load_state(source, "pretrain")["ema"]["average"])
 
 
+def expect_finite(loss: Tensor, step: int) -> None:
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"pretrain: the loss is {loss.item()} at step {step}; the state before it is kept")
+
+
 def train(config: ModuleType, options: argparse.Namespace) -> None:
     """The loop. State: both networks, optimiser, averages, step, place in the stream."""
     log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / "pretrain.pt"
+    device = device_of(options.device)
     encoder_config = configs.load(options.config, "encoder")
     tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
     fresh = not path.is_file()
     model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
-    latents = Latents(options.vae)
+    latents = Latents(options.vae, device)
     if fresh and options.init:
         start_from(model, options.init, encoder_config)
         if options.init.is_dir():
-            share = rebase_latents(model.transformer, options.init, latents, configs.world(options.config), config.SIDE)
+            world = configs.world(options.config)
+            share = rebase_latents(model.transformer, options.init, Latents(options.vae), world, config.SIDE)
             log(step=0, latents_carried_over=share)
     if fresh and (options.encoder or not options.init):
         trained = text_stage.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
         model.encoder.load_state_dict(trained.state_dict())
+    model.to(device)
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
     if not fresh:
         state = load_state(path, "pretrain")
@@ -135,7 +143,8 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     ema = Ema(model, config.EMA)
     if not fresh:
         ema.load(state["ema"])
-    stream = Stream(config, Source(options.config, config.SIDE), latents.encode, options.workers)
+    stream = Stream(config, Source(options.config, config.SIDE), latents.encode, options.workers, device)
+    compute = model if device.type == "cpu" else model.rounded
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
 
@@ -160,7 +169,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
 
     if step > joint:
         freeze()
-    total, language, since, seen, past = 0.0, 0.0, 0, 0, None
+    sums, since, seen, past = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, None
     for next_window, next_position, batch in stream.batches(window, position):
         if step >= steps or clock.over:
             break
@@ -171,12 +180,10 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
             freeze()
         if past is None or step <= joint:  # the prefix changes as long as the encoder trains
             past = model.past(tokenizer.prefix)
-        flow, words = model(draw(config, batch, step), past, step < joint and config.LM_WEIGHT > 0)
+        flow, words = compute(draw(config, batch, step), past, step < joint and config.LM_WEIGHT > 0)
         loss = flow.mean()
-        if not torch.isfinite(loss + words):
-            raise FloatingPointError(
-                f"pretrain: loss is {loss.item()} at step {step}, window {window}, position {position}"
-            )
+        if device.type == "cpu":  # a GPU is asked when its numbers are logged: looking at one makes the host wait
+            expect_finite(loss + words, step)
         optimizer.zero_grad(set_to_none=True)
         (loss + config.LM_WEIGHT * words).backward()
         torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.CLIP)
@@ -185,14 +192,16 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         optimizer.step()
         ema.update(model)
         step, window, position = step + 1, next_window, next_position
-        total, language, since, seen = total + loss.item(), language + words.item(), since + 1, seen + len(flow)
+        sums, since, seen = sums + torch.stack([loss, words]).detach().double(), since + 1, seen + len(flow)
         if step % config.LOG_EVERY == 0:
-            extra = {"next_token": language / since} if language else {}
+            expect_finite(sums.sum(), step)
+            total, language = (sums / since).tolist()
+            extra = {"next_token": language} if language else {}
             if step % config.VALIDATE_EVERY == 0:
                 with Averaged(ema, model):
                     extra |= validate(config, model, stream, tokenizer.prefix)
-            log(step=step, loss=total / since, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
-            total, language, since = 0.0, 0.0, 0
+            log(step=step, loss=total, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
+            sums, since = torch.zeros_like(sums), 0
         if step % config.SAVE_EVERY == 0:
             save()
             sheet = options.out / f"sheet_{step:06d}.png"
@@ -267,6 +276,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="start from the weights of a state file, or of a checkpoint folder (carried over to these latents)",
+    )
+    parser.add_argument(
+        "--device", default="cpu", help="cpu (float32) or cuda (bfloat16 on float32 weights) (default: cpu)"
     )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lens.ops import _attention_cpu, _attention_cuda, backend, checks, reference
 
+MANY = 16  # samples from which on a GPU gathers rows instead of cutting and joining pieces
+
 
 def joint_attention(
     q: Tensor,
@@ -56,8 +58,9 @@ def joint_attention(
     query_lengths = joint_lengths if text_queries else list(image_lengths)
     if sum(query_lengths) == 0:
         return q[:0].flatten(1), q[:0].flatten(1)
+    offsets = image_offsets, text_offsets
     if not text_queries:
-        q = _split_streams(q, image_lengths, text_lengths)[0]
+        q = _split_streams(q, image_lengths, text_lengths, *offsets)[0]
     if chosen == "cpu":
         recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         out = _attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
@@ -70,7 +73,7 @@ def joint_attention(
     else:
         out = _attention_cuda.sample_by_sample(q, k, v, query_lengths, joint_lengths, scale)
     out = out.flatten(1)
-    return _split_streams(out, image_lengths, text_lengths) if text_queries else (out, out[:0])
+    return _split_streams(out, image_lengths, text_lengths, *offsets) if text_queries else (out, out[:0])
 
 
 def _expect_offsets(name: str, offsets: Tensor, lengths: Sequence[int], like: Tensor) -> None:
@@ -83,8 +86,12 @@ def _expect_offsets(name: str, offsets: Tensor, lengths: Sequence[int], like: Te
             checks.refuse(op, f"{name} must be {expected}, got {offsets.tolist()}")
 
 
-def _split_streams(x: Tensor, image_lengths: Sequence[int], text_lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+def _split_streams(
+    x: Tensor, image_lengths: Sequence[int], text_lengths: Sequence[int], image_offsets: Tensor, text_offsets: Tensor
+) -> tuple[Tensor, Tensor]:
     """The image rows and the text rows of the joint rows x; a view where the stream lies in one piece."""
+    if x.is_cuda and len(image_lengths) > MANY:
+        return _gather_streams(x, sum(image_lengths), image_offsets, text_offsets)
     lengths = [n for pair in zip(image_lengths, text_lengths, strict=True) for n in pair]
     parts = x.split(lengths)
     streams = []
@@ -92,3 +99,10 @@ def _split_streams(x: Tensor, image_lengths: Sequence[int], text_lengths: Sequen
         pieces = [part for part in parts[first::2] if part.shape[0]]
         streams.append(torch.cat(pieces) if len(pieces) > 1 else pieces[0] if pieces else x[:0])
     return streams[0], streams[1]
+
+
+def _gather_streams(x: Tensor, image_rows: int, image_offsets: Tensor, text_offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """The same by two gathers, whatever the number of samples: a training batch's hundreds of pieces would keep the host
+    busier than the device."""
+    rows = reference.joint_rows(image_offsets, text_offsets, image_rows, x.shape[0] - image_rows)
+    return x.index_select(0, rows[:image_rows]), x.index_select(0, rows[image_rows:])

@@ -110,6 +110,7 @@ def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, mo
             decay=4,
             joint_steps=6,
             lr_scale=1.0,
+            device="cpu",
             workers=0,
             init=None,
         )
