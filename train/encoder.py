@@ -33,6 +33,7 @@ from lens import checkpoint
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
 from .data import grammar
+from .data.stream import start_worker
 from .data.world import World
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
@@ -115,7 +116,7 @@ def batches(make: Maker, step: int, workers: int) -> Iterator[language.Batch]:
             yield make(step)
             step += 1
     # fresh processes, not forks: a forked child must not touch a CUDA context
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         waiting: list[Future[language.Batch]] = [pool.submit(make, step + i) for i in range(2 * workers)]
         try:
             while True:
@@ -261,6 +262,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
+    if options.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32: weights and sums stay float32
     config = configs.load(options.config, "encoder")
     if options.export:
         checkpoint.save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)

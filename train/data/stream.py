@@ -90,7 +90,7 @@ class Workers:
         self.source, self.pool = source, None
         if count:
             spawn = multiprocessing.get_context("spawn")  # a fork would copy the threads and the device of the training
-            self.pool = ProcessPoolExecutor(count, spawn, _start_worker)
+            self.pool = ProcessPoolExecutor(count, spawn, start_worker)
 
     def submit(self, chunks: Sequence[Sequence[int]]) -> list[Callable[[], Rendered]]:
         """One function per chunk that waits for its result."""
@@ -103,7 +103,7 @@ class Workers:
             self.pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
     """A worker leaves stop signals to the training, which saves first, and ends with it, however it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

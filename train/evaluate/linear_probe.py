@@ -67,11 +67,10 @@ def known(model: nn.Module, tokenizer: CaptionTokenizer, layers: Sequence[int], 
             ids.append(tokens)
             at += len(tokens)
         packed, _ = encode_packed(model, ids, tokenizer.prefix, layers)
-        for name in language.SIZES:
-            if own := [ask for ask in asked if ask.attribute == name]:
-                picked = packed.index_select(0, torch.tensor([ask.token for ask in own], device=packed.device))
-                rows[name].append(language.readable(picked).float().cpu())
-                values[name] += [ask.value for ask in own]
+        for name, pairs in language.grouped(asked).items():
+            picked = packed.index_select(0, torch.tensor([token for token, _ in pairs], device=packed.device))
+            rows[name].append(language.readable(picked).float().cpu())
+            values[name] += [value for _, value in pairs]
     return {name: (torch.cat(rows[name]), torch.tensor(values[name])) for name in rows if rows[name]}
 
 

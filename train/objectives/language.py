@@ -101,6 +101,14 @@ def asks(scene: Scene, offsets: Sequence[tuple[int, int]], last: int, first: int
     return [Ask(ask.attribute, first + ask.token, ask.value) for ask in out]
 
 
+def grouped(asked: Sequence[Ask]) -> dict[str, list[tuple[int, int]]]:
+    """attribute -> (token, value) of its questions; attributes nobody asks about are left out, the order is that of SIZES."""
+    out: dict[str, list[tuple[int, int]]] = {name: [] for name in SIZES}
+    for ask in asked:
+        out[ask.attribute].append((ask.token, ask.value))
+    return {name: pairs for name, pairs in out.items() if pairs}
+
+
 def readable(features: Tensor) -> Tensor:
     """[R, F, E] -> [R, F * E]: each layer divided by its RMS, as the MMDiT's text norms do."""
     return F.rms_norm(features, (features.shape[-1],), eps=1e-5).flatten(1)
@@ -116,13 +124,11 @@ class Readers(nn.Module):
     def forward(self, features: Tensor, asked: Sequence[Ask]) -> tuple[Tensor, dict[str, Tensor]]:
         """features [R, F, E], questions whose tokens are rows -> sum over attributes of mean cross-entropy; accuracies."""
         losses, right = [], {}
-        for name, reader in self.maps.items():
-            pairs = [(ask.token, ask.value) for ask in asked if ask.attribute == name]
-            if pairs:
-                rows, values = torch.tensor(pairs, device=features.device).unbind(1)
-                logits = reader(readable(features.index_select(0, rows)))
-                losses.append(F.cross_entropy(logits, values))
-                right[name] = (logits.detach().argmax(-1) == values).float().mean()
+        for name, pairs in grouped(asked).items():
+            rows, values = torch.tensor(pairs, device=features.device).unbind(1)
+            logits = self.maps[name](readable(features.index_select(0, rows)))
+            losses.append(F.cross_entropy(logits, values))
+            right[name] = (logits.detach().argmax(-1) == values).float().mean()
         return torch.stack(losses).sum(), right
 
 
