@@ -22,10 +22,10 @@ and normalised with BatchNorm statistics measured once over STATISTICS_SCENES sc
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -34,6 +34,7 @@ from lens import checkpoint
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
 from .codec import Latents, autoencoder, held_out_pictures, probe, psnr, sheet, to_model, train_codec
+from .data.kinds import CORE
 from .data.world import World
 from .joint import train_joint
 from .logging import JsonLog
@@ -114,7 +115,7 @@ def train_half(
     recipe = dict(config.DECODER if part == "decoder" else config.ENCODER)
     recipe.update({k: v for k, v in (("steps", steps), ("lr", lr), ("decay", decay)) if v})
     noise = config.CODEC["noise"]
-    latents, world = Latents(out), World()
+    latents, worlds = Latents(out), (World(), World(classes=CORE))  # half of the scenes of what a CPU's generator draws
     half = Half(build(config), part)
     optimizer = torch.optim.AdamW(
         half.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"]
@@ -138,7 +139,6 @@ def train_half(
             path,
             {
                 "stage": f"vae {part}",
-                "shape": dict(config.MODEL),
                 "init": None if init is None else str(init),
                 "model": half.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -169,7 +169,8 @@ def train_half(
     while step < recipe["steps"] and not clock.over:
         batch = recipe["batch"]
         seeds = list(range(step * batch, (step + 1) * batch))
-        x = to_model(world.batch(seeds, config.SIDE, config.SIDE)[1])
+        parts = [world.batch(seeds[i :: len(worlds)], config.SIDE, config.SIDE)[1] for i, world in enumerate(worlds)]
+        x = to_model(np.concatenate(parts))
         z = latents.latents(x)
         if part == "decoder":
             generator = keyed(config.SEED, "decoder noise", step)
@@ -194,20 +195,6 @@ def train_half(
             save()
     save()
     return step >= recipe["steps"]
-
-
-def decoder_of(folder: Path, latents: Latents) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The best way from latents [n, c, h, w] to pixels [n, 3, 8h, 8w] a stage folder has, on the device of `latents`.
-
-    The jointly trained decoder, or the trained decoder half, or (before there is one) the codec's own inverse.
-    """
-    path = folder / "decoder.pt"
-    if latents.vae is not None or not path.is_file():
-        return latents.decode
-    state = load_state(path, "vae decoder")
-    half = Half(autoencoder(state["shape"], 0), "decoder").eval().requires_grad_(False)
-    half.load_state_dict(state["ema"]["average"])
-    return half.to(latents.device)
 
 
 def export(config: ModuleType, out: Path, folder: Path) -> None:

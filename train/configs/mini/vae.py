@@ -1,7 +1,8 @@
 """Mini's VAE: FLUX.2 layout, 8 latent channels (32 per 16x16-pixel token)."""
 
+from .world import SIDE as SIDE
+
 SEED = 1
-SIDE = 64
 MODEL = {
     "in_channels": 3,
     "out_channels": 3,
