@@ -56,5 +56,5 @@ JOINT = {
     "detail_full": 4_000,
     "pool": 0,
 }
-VALIDATION = 256  # scenes
+VALIDATION = 128  # scenes
 SAVE_EVERY, LOG_EVERY, EVALUATE_EVERY = 1_000, 100, 500
