@@ -287,7 +287,7 @@ STYLE = (
     "The whole image is a clean digital drawing with soft shading.",
     "The drawing looks modern, round and friendly.",
     "The picture has the style of a colorful cartoon.",
-    "The image looks like a page from a picture book for children.",
+    "The image looks like a cheerful drawing for children.",
 )
 MOOD = (
     "The mood is calm and friendly.",
