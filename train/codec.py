@@ -153,7 +153,7 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
             log(part="codec", step=step + 1, **found)
             codec.train()
     codec.eval().requires_grad_(False)
-    mean, var = statistics(lambda pixels: codec.encode(to_model(pixels)), config)
+    mean, var = statistics(lambda pixels: codec.encode(to_model(pixels)), config, pictures)
     save_state(
         out / "codec.pt",
         {
@@ -166,14 +166,25 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
     )
 
 
+Pixels = np.ndarray | torch.Tensor  # uint8 [n, H, W, 3]
+
+
 @torch.no_grad()
-def statistics(encode: Callable[[np.ndarray], torch.Tensor], config: ModuleType) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and variance [4c] of the token channels over STATISTICS_SCENES training scenes, on the CPU in float64."""
+def statistics(
+    encode: Callable[[Pixels], torch.Tensor], config: ModuleType, rendered: Pixels | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance [4c] of the token channels over the first STATISTICS_SCENES training scenes, summed in float64.
+
+    `rendered`: pixels uint8 [n, H, W, 3] of the scenes from seed 0 on, where they are at hand.
+    """
     world, count = World(), config.STATISTICS_SCENES
-    total = torch.zeros(2, 4 * config.MODEL["latent_channels"], dtype=torch.float64)
-    tokens = 0
+    total, tokens = torch.zeros(2, 4 * config.MODEL["latent_channels"], dtype=torch.float64), 0
     for start in range(0, count, 250):
-        pixels = world.batch(list(range(start, min(start + 250, count))), config.SIDE, config.SIDE)[1]
+        stop = min(start + 250, count)
+        if rendered is not None and stop <= len(rendered):
+            pixels = rendered[start:stop]
+        else:
+            pixels = world.batch(list(range(start, stop)), config.SIDE, config.SIDE)[1]
         rows = patchify(encode(pixels)).flatten(0, 1).double().cpu()
         total += torch.stack([rows.sum(0), rows.pow(2).sum(0)])
         tokens += len(rows)

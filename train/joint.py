@@ -92,7 +92,7 @@ class Scenes:
     CHUNK = 500
 
     def __init__(self, config: ModuleType, device: torch.device):
-        self.config, self.device, self.pool = config, device, config.JOINT["pool"]
+        self.config, self.device, self.pool, self.pixels = config, device, config.JOINT["pool"], None
         if self.pool:
             chunks = [range(i, min(i + self.CHUNK, self.pool)) for i in range(0, self.pool, self.CHUNK)]
             # fresh processes, not forks: a forked child must not touch a CUDA context
@@ -239,6 +239,8 @@ def train_joint(config: ModuleType, options: argparse.Namespace, log: JsonLog, c
         with torch.no_grad():
             for name, parameter in averaged.named_parameters():
                 parameter.copy_(ema.average[f"vae.{name}"])
-        mean, var = statistics(lambda p: averaged.encode(to_model(p).to(device)).latent_dist.mode(), config)
+        mean, var = statistics(
+            lambda p: averaged.encode(to_model(p).to(device)).latent_dist.mode(), config, scenes.pixels
+        )
     save()
     return done
