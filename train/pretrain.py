@@ -143,7 +143,9 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     ema = Ema(model, config.EMA)
     if not fresh:
         ema.load(state["ema"])
-    stream = Stream(config, Source(options.config, config.SIDE), latents.encode, options.workers, device)
+    stream = Stream(
+        config, Source(options.config, config.SIDE), latents.encode, options.workers, device, stop=lambda: clock.asked
+    )
     compute = model if device.type == "cpu" else model.rounded
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
@@ -169,6 +171,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
 
     if step > joint:
         freeze()
+    parameters = list(model.parameters())
     sums, since, seen, past = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, None
     for next_window, next_position, batch in stream.batches(window, position):
         if step >= steps or clock.over:
@@ -186,7 +189,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
             expect_finite(loss + words, step)
         optimizer.zero_grad(set_to_none=True)
         (loss + config.LM_WEIGHT * words).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.grad is not None], config.CLIP)
+        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.CLIP)
         for group in optimizer.param_groups:
             group["lr"] = rate(step, group["base"] * options.lr_scale, config.WARMUP, steps, decay)
         optimizer.step()

@@ -1,8 +1,11 @@
 """Every stage resumes bit for bit on a CPU: n steps at once equal some, a stop, and the rest."""
 
 import argparse
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -70,7 +73,7 @@ class CountingClock:
     """Over after a number of questions, so that a stop falls on a known step."""
 
     def __init__(self, steps):
-        self.left, self.elapsed = steps, 1.0
+        self.left, self.elapsed, self.asked = steps, 1.0, False
 
     @property
     def over(self):
@@ -135,6 +138,34 @@ def test_stop_after_saves_and_exits_zero(codec, tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert load_state(out / "encoder.pt", "vae encoder")["step"] < configs.load("mini", "vae").ENCODER["steps"]
+
+
+def test_a_stop_signal_to_all_processes_saves_and_exits_zero(codec, text_state, tmp_path):
+    """The whole process group gets SIGTERM, as from a scheduler: the worker leaves it to the training, and ends with it."""
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "train", "pretrain", "--vae", codec, "--encoder", text_state, "--out", out]
+    running = subprocess.Popen([*command, "--workers", "1"], cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+    children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+    until(lambda: len(children.read_text().split()) >= 2)  # the worker, and the tracker that goes with it
+    os.killpg(running.pid, signal.SIGTERM)
+    assert running.wait(120) == 0, running.stderr.read()
+    assert load_state(out / "pretrain.pt", "pretrain")["step"] == 0
+    until(lambda: not any_left(running.pid))
+
+
+def until(true):
+    end = time.monotonic() + 60
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def any_left(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def test_state_files_are_typed_and_never_half_written(tmp_path):

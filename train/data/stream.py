@@ -96,7 +96,12 @@ class Workers:
         """One function per chunk that waits for its result."""
         if self.pool is None:
             return [functools.partial(self.source.render, chunk) for chunk in chunks]
-        return [self.pool.submit(self.source.render, chunk).result for chunk in chunks]
+        # Stop signals are the training's alone, which saves first: workers, started here, inherit that they are blocked.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+        try:
+            return [self.pool.submit(self.source.render, chunk).result for chunk in chunks]
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         if self.pool is not None:
@@ -104,9 +109,7 @@ class Workers:
 
 
 def start_worker() -> None:
-    """A worker leaves stop signals to the training, which saves first, and ends with it, however it ends."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """A worker computes on one thread, and ends with the training, however that ends."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
 
@@ -115,6 +118,10 @@ def start_worker() -> None:
         os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()
+
+
+class Stopped(Exception):
+    """A window was left unfinished because the training was asked to stop."""
 
 
 class Stream:
@@ -134,9 +141,10 @@ class Stream:
         workers: int = 0,
         device: torch.device | str = "cpu",
         first_seed: int = 0,
+        stop: Callable[[], bool] = lambda: False,
     ):
         self.config, self.encode_pixels, self.device, self.first = config, encode_pixels, device, first_seed
-        self.workers, self.coming = Workers(source, workers), {}
+        self.workers, self.coming, self.stop = Workers(source, workers), {}, stop
 
     def batch_size(self, window: int) -> int:
         return max((start, size) for start, size in self.config.BATCHES if start <= window)[1]
@@ -145,10 +153,12 @@ class Stream:
         return self.workers.submit([seeds[i : i + self.CHUNK] for i in range(0, len(seeds), self.CHUNK)])
 
     def encode(self, parts: Sequence[Callable[[], Rendered]]) -> Batch:
-        """The samples of these chunks as one batch."""
+        """The samples of these chunks as one batch. Errors: Stopped, where `stop` said so in between."""
         found, latents = [], []
         for wait in parts:
             part = wait()
+            if self.stop():
+                raise Stopped
             latents.append(self.encode_pixels(part.pixels))
             found.append((part.ids, part.lengths))
         lengths = np.concatenate([own for _, own in found])
@@ -167,9 +177,12 @@ class Stream:
         return [whole.take(cuts[c]) for c in mixed]
 
     def batches(self, window: int, position: int) -> Iterator[tuple[int, int, Batch]]:
-        """(window, position of the next batch, batch) from a position on, without end."""
+        """(window, position of the next batch, batch) from a position on, until `stop` ends it inside a window."""
         while True:
-            batches = self.window(window)
+            try:
+                batches = self.window(window)
+            except Stopped:
+                return
             while position < len(batches):
                 position += 1
                 yield window, position, batches[position - 1]

@@ -1,0 +1,169 @@
+"""What a GPU run computes, held to the CPU's float32 path: padded text, plans made on the device, bfloat16, backends."""
+
+import argparse
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lens.ops import backend
+from lens.packing import plan
+from train import configs, encoder, generator, pretrain
+from train.checkpointing import load_state
+from train.codec import LinearCodec
+from train.data.stream import Step
+from train.generator import Mini
+from train.loop import device_of, keyed
+
+PREFIX = list(range(40, 60))
+LENGTHS = [7, 5, 5, 2, 0]
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModuleType("recipe")
+    config.__dict__.update(vars(configs.load("mini", "pretrain")))
+    config.MODEL = {**config.MODEL, "num_layers": 2}
+    encoder_config = configs.load("mini", "encoder")
+    mini = Mini(config, encoder_config, encoder.build(encoder_config)).train()
+    generator = keyed(7, "away from zero")
+    with torch.no_grad():  # modulation and output start at zero, where half of the gradients would vanish
+        for parameter in mini.transformer.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
+    return mini
+
+
+@pytest.fixture(scope="module")
+def step():
+    generator = keyed(7, "step")
+    ids = torch.randint(60, 900, (4, 7), generator=generator)
+    for row, length in zip(ids, LENGTHS):
+        row[length:] = 0
+    x, target = (torch.randn(5, 16, 32, generator=generator) for _ in range(2))
+    return Step(x, target, torch.rand(5, generator=generator), ids, LENGTHS)
+
+
+def gradients(model, compute, step):
+    model.zero_grad(set_to_none=True)
+    flow, words = compute(step, model.past(PREFIX), True)
+    (flow.mean() + 0.1 * words).backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return flow.detach(), words.detach(), found
+
+
+def test_padded_text_equals_each_caption_alone(model, step):
+    packed, last = model.packed_text(step.ids, LENGTHS, model.past(PREFIX))
+    alone = encoder.encode_batch(
+        model.encoder, [ids[:n].tolist() for ids, n in zip(step.ids, LENGTHS)], PREFIX, model.layers
+    )
+    assert packed.shape == (sum(LENGTHS), 4, 128)
+    assert (packed - torch.cat(alone)).norm() <= 1e-5 * packed.norm()
+    assert torch.equal(last, packed[:, -1])
+
+
+def test_next_token_loss_is_the_mean_over_what_follows(model, step):
+    _, last = model.packed_text(step.ids, LENGTHS, model.past(PREFIX))
+    with torch.no_grad():
+        logits = [model.encoder.lm_head(model.encoder.model.norm(rows)) for rows in last.split(LENGTHS[:4])]
+    expected = torch.cat(
+        [F.cross_entropy(own[:-1], ids[1:n], reduction="none") for own, ids, n in zip(logits, step.ids, LENGTHS)]
+    ).mean()
+    torch.testing.assert_close(model.next_token(last, step.ids, LENGTHS).detach(), expected)
+
+
+def test_the_plan_made_on_a_device_is_the_plan():
+    for axes, lengths in (((8, 28, 28), [7, 3, 0, 130]), ((8, 12, 12), [0, 0])):
+        ours = generator.packing_on((2, 4), lengths, axes, torch.device("cpu"))
+        theirs = plan([(2, 4)] * len(lengths), lengths, axes)
+        assert (ours.grids, ours.image_lengths, ours.text_lengths) == (
+            theirs.grids,
+            theirs.image_lengths,
+            theirs.text_lengths,
+        )
+        for name in ("image_offsets", "text_offsets", "cos", "sin"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+
+
+def test_bfloat16_on_float32_weights_has_their_gradients(model, step):
+    flow, words, exact = gradients(model, model, step)
+    rough_flow, rough_words, rough = gradients(model, model.rounded, step)
+    assert rough.keys() == exact.keys()
+    assert all(p.dtype == torch.float32 for p in [*model.parameters(), *rough.values()])
+    assert not torch.equal(flow, rough_flow)  # it is another arithmetic
+    assert (flow - rough_flow).norm() < 0.02 * flow.norm()
+    assert (words - rough_words).abs() < 0.02 * words
+    for part in ("transformer.", "encoder."):
+        one, two = (torch.cat([g[n].flatten() for n in exact if n.startswith(part)]) for g in (exact, rough))
+        assert F.cosine_similarity(one, two, 0) > 0.99, part
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_reference_ops_train_alike(model, step, precision):
+    compute = model if precision == "float32" else model.rounded
+    _, _, ours = gradients(model, compute, step)
+    with backend.use("reference"):
+        _, _, plain = gradients(model, compute, step)
+    one, two = (torch.cat([g[n].flatten() for n in ours]) for g in (ours, plain))
+    assert ours.keys() == plain.keys()
+    assert (one - two).norm() < (1e-5 if precision == "float32" else 0.02) * two.norm()
+
+
+def test_a_device_that_is_not_there_is_refused():
+    assert device_of("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="'tpu', expected 'cpu' or 'cuda'"):
+        device_of("tpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no usable GPU"):
+            device_of("cuda")
+
+
+def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
+    """Two steps of four pictures of 64 pixels with everything else as `mini_gpu` says."""
+    recipe = ModuleType("recipe")
+    recipe.__dict__.update({k: v for k, v in vars(configs.load("mini_gpu", "pretrain")).items() if k.isupper()})
+    recipe.SIDE, recipe.WINDOW, recipe.BATCHES, recipe.VALIDATION = 64, 8, ((0, 4),), 4
+    recipe.LOG_EVERY = recipe.VALIDATE_EVERY = recipe.SAVE_EVERY = 2
+    recipe.SHEET, recipe.PROMPTS = {"steps": 1, "guidance": 3.0, "mu": 0.5}, recipe.PROMPTS[:2]
+    encoder_config = configs.load("mini_gpu", "encoder")
+    codec = LinearCodec(8, 16, 24)
+    codec_state = {"model": codec.state_dict(), "shape": [8, 16, 24], "mean": torch.zeros(32), "var": torch.ones(32)}
+    pretrain.save_state(tmp_path / "codec.pt", {"stage": "vae codec", **codec_state})
+    average = {f"model.{k}": v for k, v in encoder.build(encoder_config).named_parameters()}
+    pretrain.save_state(tmp_path / "encoder.pt", {"stage": "encoder", "ema": {"average": average}})
+    options = argparse.Namespace(
+        config="mini_gpu",
+        out=tmp_path / "out",
+        vae=tmp_path,
+        encoder=tmp_path / "encoder.pt",
+        stop_after=None,
+        steps=2,
+        decay=1,
+        joint_steps=1,
+        lr_scale=1.0,
+        device="cpu",
+        workers=0,
+        init=None,
+    )
+    monkeypatch.setattr(pretrain, "device_of", lambda _name: torch.device("cpu"))
+    pretrain.train(recipe, options)
+    state = load_state(tmp_path / "out" / "pretrain.pt", "pretrain")
+    assert (state["step"], state["window"], state["position"]) == (2, 0, 2)
+    assert (tmp_path / "out" / "sheet_000002.png").is_file()
+    shape = generator.shape_of(recipe, encoder_config)
+    assert (shape.inner_dim, shape.num_layers) == (160, 7)
+
+
+def test_the_gpu_recipe_ships_within_its_budget():
+    """All parts in bfloat16 within 24 MB (1e6), each file within 15."""
+    from train import vae
+
+    encoder_config = configs.load("mini_gpu", "encoder")
+    with torch.device("meta"):
+        mini = Mini(configs.load("mini_gpu", "pretrain"), encoder_config, torch.nn.Module())
+    sizes = [
+        2 * sum(p.numel() for p in module.parameters())
+        for module in (mini.transformer, encoder.build(encoder_config), vae.build(configs.load("mini_gpu", "vae")))
+    ]
+    assert sum(sizes) <= 24e6
+    assert max(sizes) <= 15e6
