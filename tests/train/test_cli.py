@@ -33,8 +33,16 @@ def test_unknown_stage_and_recipe(capsys):
 
 def test_world_sheet(tmp_path, capsys):
     path = tmp_path / "world.png"
-    assert main(["world", "--sheet", str(path), "--count", "12", "--boxes", "--size", "64", "96"]) == 0
+    size = ["--count", "12", "--boxes", "--size", "64", "96"]
+    assert main(["world", "--sheet", str(path), *size, "--captions", "geneval", "--classes", "core"]) == 0
     with Image.open(path) as image:
-        assert image.size == (10 * 164, 2 * 200)
+        short = image.size
+    assert short[0] == 10 * 164
+    assert short[1] % 2 == 0
+    assert short[1] >= 2 * 200
+    assert main(["world", "--sheet", str(path), *size, "--captions", "dense"]) == 0
+    with Image.open(path) as image:  # longer captions, taller rows
+        assert image.width == 10 * 164
+        assert image.height > short[1]
     assert [p.name for p in tmp_path.iterdir()] == ["world.png"]
     assert "12 scenes" in capsys.readouterr().out

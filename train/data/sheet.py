@@ -67,7 +67,7 @@ def contact_sheet(
     """Pictures uint8 [H, W, 3] enlarged to `cell` pixels with their captions below; `boxes` are (label, box) to outline."""
     wide = wide_font()
     lines = [broken(drawable(caption, wide is not None), cell // 6) for caption in captions]
-    text = 3 + 11 * min(24, max(3, *(len(found) for found in lines)))
+    text = 3 + 11 * min(24, max([3, *(len(found) for found in lines)]))
     rows = -(-len(pictures) // columns)
     canvas = Image.new("RGB", (columns * (cell + 4), rows * (cell + text + 4)), "white")
     pen = ImageDraw.Draw(canvas)
