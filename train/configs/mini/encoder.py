@@ -25,7 +25,7 @@ TRAIN = {
     "pairs": 1,  # of the batch: chats whose assistant turns a short caption into a dense one
     "lr": 2e-3,
     "warmup": 50,
-    "steps": 1_000,
+    "steps": 1_700,
     "decay": 400,
     "weight_decay": 0.01,
     "ema": 0.99,

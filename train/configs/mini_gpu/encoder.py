@@ -1,8 +1,8 @@
 """The text encoder on one H200: width 160, about 2 minutes alone, then jointly with the MMDiT.
 
-    python -m train encoder --config mini_gpu --out runs/encoder_gpu --device cuda --workers 14 --stop-after 2m
+    python -m train encoder --config mini_gpu --out runs/gpu/encoder --device cuda --workers 14 --stop-after 2m
 
-Half of the captions are dense, as in this recipe's world. 2.3 M parameters: 4.6 MB in bfloat16 of the 24 MB that all parts
+A third of the captions is dense. 2.3 M parameters: 4.6 MB in bfloat16 of the 24 MB that all parts
 may take together (width 256 would be 7.9 MB, at the cost of the generator).
 """
 
