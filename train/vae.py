@@ -154,9 +154,11 @@ def train_half(
         result = {}
         for name, z in held_z.items():
             if part == "decoder":
-                rough = z + noise * torch.randn(z.shape, generator=keyed(config.SEED, "held noise"))
-                copy, noisy = (torch.cat([half(c) for c in latent.split(32)]) for latent in (z, rough))
-                result.update({f"psnr{name}": psnr(copy, held[name]), f"psnr_noisy{name}": psnr(noisy, held[name])})
+                copy = torch.cat([half(c) for c in z.split(32)])
+                result[f"psnr{name}"] = psnr(copy, held[name])
+                if not name:
+                    rough = z + noise * torch.randn(z.shape, generator=keyed(config.SEED, "held noise"))
+                    result["psnr_noisy"] = psnr(torch.cat([half(c) for c in rough.split(32)]), held[name])
                 sheet(out / f"decoder{name}.png", held[name], copy)
                 log.picture(f"decoder{name}", out / f"decoder{name}.png", step)
             else:
