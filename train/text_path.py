@@ -1,8 +1,8 @@
 """Mini's differentiable text path: captions -> ids -> residual stream of every layer of a transformers GPT-OSS model.
 
 The 97-token chat prefix is constant, so its keys and values are computed once per batch with batch 1 and shared; the result
-equals transformers' own forward over the whole sequence (test: 1e-5). Samples of a batch run in a
-few calls of similar lengths, each padded to its longest: attention is causal, so what pads the right is never read.
+equals transformers' own forward over the whole sequence (test: 1e-5). Samples of a batch run in a few calls of similar
+lengths, each padded to its longest: attention is causal, so what pads the right is never read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lens.text_encoder import DEFAULT_CHAT_DATE, PREFIX_TOKENS, RETURN, ChatTokenizer
+
+from .loop import keyed
 
 ANSWER = "<|start|>assistant<|channel|>final<|message|>"  # after the user's turn: where a reasoner writes
 
@@ -178,26 +180,36 @@ def encode_batch(
 def rebase_vocabulary(weights: Mapping[str, Tensor], source: Path, target: Path) -> dict[str, Tensor]:
     """Weights of a model over the tokenizer of folder `source` -> over that of folder `target`.
 
-    Rows of the token embedding and of `lm_head` move with their token's spelling; a token the source lacks starts from the
-    mean of the rows of the pieces it falls into there. Other tensors are passed on. Errors: ValueError where the
-    rows are not the source's.
+    Rows of the token embedding and of `lm_head` move with their token's spelling. A token the source lacks starts from the
+    mean of the rows of the pieces it falls into there; where these are mere bytes, which tell nothing about a word and make
+    most Chinese characters alike, from a row drawn with the mean and deviation of the source's rows. Other tensors are
+    passed on. Errors: ValueError where the rows are not the source's.
     """
     from tokenizers import Tokenizer
 
     old, new = (Tokenizer.from_file(str(folder / "tokenizer.json")) for folder in (source, target))
     if old.get_vocab() == new.get_vocab():
         return dict(weights)
-    pieces = []
-    for token, _ in sorted(new.get_vocab().items(), key=lambda item: item[1]):
-        known = old.token_to_id(token)
-        pieces.append([known] if known is not None else [piece.id for piece in old.model.tokenize(token)])
-    counts = torch.tensor([len(p) for p in pieces])
+    tokens = sorted(new.get_vocab(), key=new.get_vocab().__getitem__)
     out = dict(weights)
     for name in weights:
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            rows = weights[name]
-            if len(rows) != old.get_vocab_size():
-                raise ValueError(f"rebase_vocabulary: {name} has {len(rows)} rows, {source} {old.get_vocab_size()}")
-            bags = rows.float()[torch.tensor([i for p in pieces for i in p])].split(counts.tolist())
-            out[name] = torch.stack([bag.mean(0) for bag in bags]).to(rows.dtype)
+        if not name.endswith(("embed_tokens.weight", "lm_head.weight")):
+            continue
+        source_rows = weights[name].float()
+        if len(source_rows) != old.get_vocab_size():
+            raise ValueError(
+                f"rebase_vocabulary: {name} has {len(source_rows)} rows, {source} {old.get_vocab_size()} tokens"
+            )
+        mean, deviation = source_rows.mean(0), source_rows.std(0)
+        rows = []
+        for token in tokens:
+            pieces = [] if old.token_to_id(token) is not None else old.model.tokenize(token)
+            if not pieces:
+                rows.append(source_rows[old.token_to_id(token)])
+            elif any(len(piece.value) > 1 for piece in pieces):
+                rows.append(source_rows[[piece.id for piece in pieces]].mean(0))
+            else:
+                noise = torch.randn(len(mean), generator=keyed(0, f"{name} {token}"))
+                rows.append(mean + deviation * noise)
+        out[name] = torch.stack(rows).to(weights[name].dtype)
     return out
