@@ -27,7 +27,7 @@ from .checkpointing import folder_tensors, load_state, save_state
 from .codec import VALIDATION_SEED, autoencoder, head_of, psnr, sheet, statistics, to_model
 from .data.labels import labelled
 from .logging import JsonLog
-from .loop import Clock, Ema, keyed, rate
+from .loop import Clock, Ema, device_of, keyed, rate
 from .objectives.autoencoding import (
     detail_at,
     head_accuracy,
@@ -153,7 +153,7 @@ def train_joint(config: ModuleType, options: argparse.Namespace, log: JsonLog, c
     """Train until the steps or the clock are over; True when joint.pt is a finished latent space."""
     recipe = dict(config.JOINT)
     recipe.update({k: v for k in ("steps", "lr", "decay", "head") if (v := getattr(options, k)) is not None})
-    path, device = options.out / "joint.pt", torch.device(options.device)
+    path, device = options.out / "joint.pt", device_of(options.device)
     if (options.out / "codec.pt").is_file():
         raise ValueError(
             f"vae joint: {options.out} holds codec.pt, expected a folder of its own (one latent space each)"

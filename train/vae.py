@@ -2,7 +2,7 @@
 
     python -m train vae --config mini --out runs/vae                       # codec, then decoder, then encoder
     python -m train vae --config mini --out runs/vae --part decoder --stop-after 25m     # again to resume
-    python -m train vae --config mini_gpu --out runs/joint --part joint --device cuda    # everything together
+    python -m train vae --config mini_gpu --out runs/gpu/vae --part joint --device cuda   # everything together
     python -m train vae --config mini --out runs/vae --part probe          # what the latents say about their tokens
     python -m train vae --config mini --out runs/vae --export lens/mini/vae
 
@@ -38,7 +38,7 @@ from .data.kinds import CORE
 from .data.world import World
 from .joint import train_joint
 from .logging import JsonLog
-from .loop import Clock, Ema, duration, keyed, rate
+from .loop import Clock, Ema, device_of, duration, keyed, rate
 from .objectives.autoencoding import detail_at, reconstruction_loss, regression_loss
 
 
@@ -253,7 +253,7 @@ def run(options: argparse.Namespace) -> int:
         train_joint(config, options, log, clock)
         return 0
     if options.part == "probe":
-        probe(config, Latents(options.out, options.device), log)
+        probe(config, Latents(options.out, device_of(options.device)), log)
         return 0
     if not (options.out / "codec.pt").is_file():
         train_codec(config, options.out, log)

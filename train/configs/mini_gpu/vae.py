@@ -1,6 +1,6 @@
 """The VAE on one H200: everything trained together at 128 pixels, bfloat16, channels last, compiled; about 5 minutes.
 
-    python -m train vae --config mini_gpu --out runs/joint --part joint --device cuda --compile
+    python -m train vae --config mini_gpu --out runs/gpu/vae --part joint --device cuda --compile
 
 4,600 steps of 128 are 590 k pictures: 5 minutes at the 2,000 pictures/s estimated. Files are 5.6 MB in bfloat16.
 """
