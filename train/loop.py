@@ -50,14 +50,17 @@ class Ema:
     def __init__(self, module: torch.nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._pairs: tuple[torch.nn.Module, list[torch.Tensor], list[torch.Tensor]] | None = None
 
     @torch.no_grad()
     def update(self, module: torch.nn.Module) -> None:
         d = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        names = list(self.average)
-        values = dict(module.named_parameters())
-        torch._foreach_lerp_([self.average[n] for n in names], [values[n].detach() for n in names], 1 - d)
+        if self._pairs is None or self._pairs[0] is not module:  # walking a module's names costs a tenth of a small step
+            values = dict(module.named_parameters())
+            names = list(self.average)
+            self._pairs = (module, [self.average[n] for n in names], [values[n].detach() for n in names])
+        torch._foreach_lerp_(self._pairs[1], self._pairs[2], 1 - d)
 
     def state(self) -> dict:
         return {"decay": self.decay, "updates": self.updates, "average": self.average}
