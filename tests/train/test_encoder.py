@@ -305,3 +305,14 @@ def test_the_gpu_recipe_is_whole():
     make = stage.Maker.of(config)
     assert (make.captions + make.pairs, make.tokenizer) == (config.TRAIN["batch"], CONFIG.TOKENIZER)
     assert 2 * sum(p.numel() for p in model.parameters()) < 9e6  # bytes in bfloat16
+
+
+def test_everything_follows_the_device_of_the_model(tokenizer):
+    """On torch's meta device, which refuses to mix with tensors of the CPU as a GPU does."""
+    make = stage.Maker(CONFIG.TOKENIZER, (("brief", 1.0),), captions=6, pairs=1)
+    readers = language.Readers(len(CONFIG.LAYERS) * CONFIG.MODEL["hidden_size"]).to("meta")
+    words, probe, right = stage.losses(
+        stage.build(CONFIG).to("meta"), readers, tokenizer.prefix, CONFIG.LAYERS, make(0)
+    )
+    (words + probe).backward()
+    assert words.device.type == probe.device.type == right["class"].device.type == "meta"
