@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from torch.func import functional_call
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
+from lens.ops import reference
 from lens.packing import Packing, offsets_of, plan
 
 from . import configs
@@ -81,6 +83,25 @@ def packing_of(grid: tuple[int, int], text_lengths: tuple[int, ...], axes: tuple
         cos=torch.cat([part.cos for part in parts]),
         sin=torch.cat([part.sin for part in parts]),
     )
+
+
+ROW_OPS = ("rms_norm_modulate", "qk_norm_rope", "gated_residual", "gated_residual_norm_modulate", "swiglu")
+
+
+@contextlib.contextmanager
+def fused_rows(compiler: str = "inductor") -> Iterator[None]:
+    """Inside the block the row ops that run in plain PyTorch (no compiled kernels for the device) are compiled by torch.
+
+    One graph per op for all lengths. Sums over a sample's rows then use float atomics: faster, and not the same bits twice.
+    """
+    plain = {name: getattr(reference, name) for name in ROW_OPS}
+    try:
+        for name, function in plain.items():
+            setattr(reference, name, torch.compile(function, dynamic=True, fullgraph=True, backend=compiler))
+        yield
+    finally:
+        for name, function in plain.items():
+            setattr(reference, name, function)
 
 
 def shape_of(config: ModuleType, encoder_config: ModuleType) -> LensConfig:

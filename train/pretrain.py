@@ -13,6 +13,7 @@ text lengths are equal or nearly so: packed rows need no padding, and equal leng
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from . import vae as vae_stage
 from .checkpointing import load_state, save_state, write_text
 from .codec import Latents
 from .data.stream import Source, Step, Stream, draw
-from .generator import Mini, Painter, draw_sheet
+from .generator import Mini, Painter, draw_sheet, fused_rows
 from .logging import JsonLog, read_log
 from .loop import Clock, Ema, device_of, duration, keyed, rate
 from .objectives import flow_matching
@@ -173,7 +174,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         freeze()
     parameters = list(model.parameters())
     sums, since, seen, past = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, None
-    for next_window, next_position, batch in stream.batches(window, position):
+    for next_window, next_position, batch in stream.batches(window, position) if step < steps else ():
         if step >= steps or clock.over:
             break
         if step == joint:  # from here on the text features are those of the averaged encoder
@@ -283,6 +284,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", default="cpu", help="cpu (float32) or cuda (bfloat16 on float32 weights) (default: cpu)"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="let torch compile the row ops that have no compiled kernel for the device (some minutes at first)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
     parser.add_argument(
         "--workers", type=int, default=0, help="processes that render scenes ahead of time (default: 0, none)"
@@ -298,5 +304,6 @@ def run(options: argparse.Namespace) -> int:
     if options.export:
         export(config, options)
     else:
-        train(config, options)
+        with fused_rows() if options.compile else contextlib.nullcontext():
+            train(config, options)
     return 0

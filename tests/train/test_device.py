@@ -109,6 +109,20 @@ def test_the_reference_ops_train_alike(model, step, precision):
     assert (one - two).norm() < (1e-5 if precision == "float32" else 0.02) * two.norm()
 
 
+def test_fused_rows_train_alike_with_one_graph_per_op(model, step):
+    torch._dynamo.reset()
+    with backend.use("reference"):
+        _, _, plain = gradients(model, model, step)
+        with generator.fused_rows("aot_eager"):
+            _, _, fused = gradients(model, model, step)
+            torch._dynamo.utils.counters.clear()
+            shorter = Step(step.x, step.target, step.t, step.ids[:2], [7, 5, 0, 0, 0])
+            gradients(model, model, shorter)  # other lengths: the same graphs
+            assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
+    one, two = (torch.cat([g[n].flatten() for n in plain]) for g in (fused, plain))
+    assert (one - two).norm() < 1e-5 * two.norm()
+
+
 def test_a_device_that_is_not_there_is_refused():
     assert device_of("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="'tpu', expected 'cpu' or 'cuda'"):

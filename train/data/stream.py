@@ -152,12 +152,12 @@ class Stream:
     def render(self, seeds: Sequence[int]) -> list[Callable[[], Rendered]]:
         return self.workers.submit([seeds[i : i + self.CHUNK] for i in range(0, len(seeds), self.CHUNK)])
 
-    def encode(self, parts: Sequence[Callable[[], Rendered]]) -> Batch:
-        """The samples of these chunks as one batch. Errors: Stopped, where `stop` said so in between."""
+    def encode(self, parts: Sequence[Callable[[], Rendered]], stop: Callable[[], bool] = lambda: False) -> Batch:
+        """The samples of these chunks as one batch. Errors: Stopped, where `stop` says so in between."""
         found, latents = [], []
         for wait in parts:
             part = wait()
-            if self.stop():
+            if stop():
                 raise Stopped
             latents.append(self.encode_pixels(part.pixels))
             found.append((part.ids, part.lengths))
@@ -170,7 +170,7 @@ class Stream:
         for near in range(index, index + 1 + (self.AHEAD if self.workers.pool else 0)):
             if near not in self.coming:
                 self.coming[near] = self.render(range(self.first + near * count, self.first + (near + 1) * count))
-        whole = self.encode(self.coming.pop(index))
+        whole = self.encode(self.coming.pop(index), self.stop)
         order = sorted(range(count), key=lambda i: (whole.lengths[i], i))
         cuts = [order[i : i + size] for i in range(0, count, size)]
         mixed = torch.randperm(len(cuts), generator=keyed(self.config.SEED, "window order", index)).tolist()
