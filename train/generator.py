@@ -180,9 +180,8 @@ class Mini(nn.Module):
             if device.type == "cpu"
             else packing_on(self.grid, lengths, axes, device)
         )
-        with torch.autocast(device.type, enabled=False):  # the ops want one dtype throughout: that of the weights
-            rows = model.project_text(list(packed.to(dtype).unbind(1)), packing.text_lengths)
-            out = model.denoise(x.flatten(0, 1).to(dtype), rows, modulate(model, t), packing)
+        rows = model.project_text(list(packed.to(dtype).unbind(1)), packing.text_lengths)
+        out = model.denoise(x.flatten(0, 1).to(dtype), rows, modulate(model, t), packing)
         return out.view_as(x)
 
     def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
@@ -196,14 +195,12 @@ class Mini(nn.Module):
         return flow, self.next_token(last, step.ids, step.lengths) if language else flow.new_zeros(())
 
     def rounded(self, step: Step, past: Past, language: bool) -> tuple[Tensor, Tensor]:
-        """`forward` in bfloat16 on float32 weights, whose gradients are float32 again.
+        """`forward` with the MMDiT in bfloat16, on a rounded copy of float32 weights, whose gradients are float32 again.
 
-        The MMDiT runs on a rounded copy of its weights, activations and residual streams in bfloat16, as at inference; the
-        encoder under autocast.
+        Its activations and residual streams are bfloat16 as at inference; the small text encoder stays float32.
         """
         weights = {f"transformer.{name}": p.bfloat16() for name, p in self.transformer.named_parameters()}
-        with torch.autocast(self.device.type, torch.bfloat16):
-            return functional_call(self, weights, (step, past, language))
+        return functional_call(self, weights, (step, past, language))
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def test_bfloat16_on_float32_weights_has_their_gradients(model, step):
     assert all(p.dtype == torch.float32 for p in [*model.parameters(), *rough.values()])
     assert not torch.equal(flow, rough_flow)  # it is another arithmetic
     assert (flow - rough_flow).norm() < 0.02 * flow.norm()
-    assert (words - rough_words).abs() < 0.02 * words
+    assert torch.equal(words, rough_words)  # the encoder's is not
     for part in ("transformer.", "encoder."):
         one, two = (torch.cat([g[n].flatten() for n in exact if n.startswith(part)]) for g in (exact, rough))
         assert F.cosine_similarity(one, two, 0) > 0.99, part
