@@ -1,13 +1,24 @@
 """Stage "pretrain": flow-matching training of the MMDiT on the small world.
 
-    python -m train pretrain --config mini --vae runs/vae --encoder runs/encoder/encoder.pt --out runs/base
-    python -m train pretrain --config mini --out runs/base --stop-after 9m        # again to resume, bit-equal on a CPU
-    python -m train pretrain --config mini --out runs/base --export lens/mini/base
+    python -m train pretrain --vae runs/vae --encoder runs/encoder/encoder.pt --out runs/base --stop-after 9m
+    python -m train pretrain --vae runs/vae --out runs/base --stop-after 9m     # again to resume, bit-equal on a CPU
+    python -m train pretrain --vae runs/vae --out runs/base --init lens/mini/base     # start from shipped weights
+    python -m train pretrain --vae runs/vae --out runs/base --export lens/mini/base
+    python -m train pretrain --config mini_gpu --device cuda --workers 14 ...         # see bench/mini_gpu.sh
 
-Loss: mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels. Dropped captions have no text tokens at all. The text
-encoder is trained along for the first JOINT_STEPS steps (small frozen next-token features obey prompts worse), then
-frozen at its running average. Scenes are drawn on the fly; a window of them is sorted by caption length so that a batch's
-text lengths are equal or nearly so: packed rows need no padding, and equal lengths share one attention call.
+Loss: mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels; x_t = (1 - t) x0 + t eps, t logit-normal around MU.
+Dropped captions have no text tokens at all. The text encoder is trained along for the first JOINT_STEPS steps (small frozen
+next-token features obey prompts worse) with LM_WEIGHT of its own next-token loss, which keeps it a language model; then it
+is frozen at its running average.
+
+Scenes of the recipe's world are drawn on the fly, by `--workers` processes ahead of time where asked for: their number
+changes no bit. A window of scenes is sorted by caption length, so that a batch's text lengths are equal or nearly so
+(train/data/stream.py). On a GPU the MMDiT runs in bfloat16 on float32 weights. `--init FOLDER` carries a generator over to
+this latent space and this tokenizer; `--encoder` beside it takes another encoder than the folder's.
+
+OUT holds pretrain.pt (the state), log.jsonl and its copy for TensorBoard, and a sheet of fixed prompts and seeds at every
+save. `with_text`, `without_text`: loss on fixed unseen scenes, times and noise with the averaged weights; `text_explains` is
+the share of the latter that the caption takes away.
 """
 
 from __future__ import annotations
