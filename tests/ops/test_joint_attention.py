@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +9,7 @@ from tests.ops import harness
 from tests.ops.harness import DTYPES, Inputs, Maker, compiled, offsets_of, same_bits
 
 OP = "joint_attention"
+attention = sys.modules["lens.ops.joint_attention"]  # the module behind the function of that name
 # image lengths, text lengths, heads, head dim
 CASES = {
     "production": ([256, 60], [100, 0], 8, 64),
@@ -162,3 +165,20 @@ def test_strides_gradients_and_contracts(text_queries):
 )
 def test_refusals(changes, message):
     harness.refuses(OP, inputs([5, 9], [2, 3], 2, 8), changes, message)
+
+
+def test_streams_gathered_equal_streams_cut():
+    """The two ways to take image and text rows out of the joint ones, and their gradients."""
+    images, texts = [4, 2, 0, 3], [0, 5, 2, 1]
+    offsets = offsets_of(images), offsets_of(texts)
+    make = Maker()
+    x, weight = make(17, 2, 8).requires_grad_(), make(17, 2, 8)
+    found = []
+    for streams in (
+        attention._split_streams(x, images, texts, *offsets),
+        attention._gather_streams(x, sum(images), *offsets),
+    ):
+        rows = torch.cat(streams)
+        found.append((*streams, *torch.autograd.grad((rows * weight).sum(), x)))
+    for cut, gathered in zip(*found, strict=True):
+        assert torch.equal(cut, gathered)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from lens.config import LensConfig
 from lens.ops import backend
 from lens.packing import plan
 from train import configs, encoder, generator, pretrain
@@ -166,6 +167,10 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "sheet_000002.png").is_file()
     shape = generator.shape_of(recipe, encoder_config)
     assert (shape.inner_dim, shape.num_layers) == (160, 7)
+
+
+def test_the_preset_is_the_cpu_recipe():
+    assert generator.shape_of(configs.load("mini", "pretrain"), configs.load("mini", "encoder")) == LensConfig.mini()
 
 
 def test_the_gpu_recipe_ships_within_its_budget():
