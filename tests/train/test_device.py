@@ -1,6 +1,7 @@
 """What a GPU run computes, held to the CPU's float32 path: padded text, plans made on the device, bfloat16, backends."""
 
 import argparse
+import json
 from types import ModuleType
 
 import pytest
@@ -13,6 +14,7 @@ from lens.packing import plan
 from train import configs, encoder, generator, pretrain
 from train.checkpointing import load_state
 from train.codec import LinearCodec
+from train.data.kinds import KINDS
 from train.data.stream import Step
 from train.generator import Mini
 from train.loop import device_of, keyed
@@ -165,8 +167,22 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     state = load_state(tmp_path / "out" / "pretrain.pt", "pretrain")
     assert (state["step"], state["window"], state["position"]) == (2, 0, 2)
     assert (tmp_path / "out" / "sheet_000002.png").is_file()
-    shape = generator.shape_of(recipe, encoder_config)
-    assert (shape.inner_dim, shape.num_layers) == (160, 7)
+
+    options.export = tmp_path / "mini"
+    monkeypatch.setattr(pretrain.vae_stage, "export", lambda *_: None)  # its halves were not trained here
+    pretrain.export(recipe, options)
+    facts = json.loads((options.export / "model_index.json").read_text())["lens"]
+    assert facts["classes"] == list(KINDS)
+    assert set(facts["caption_styles"]) == {"geneval", "brief", "dense", "translated"}
+    assert facts["trained_steps"] == 2
+    for file in (pretrain.text_stage.ROOT / encoder_config.TOKENIZER).iterdir():
+        assert (options.export / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+
+    again = Mini(recipe, encoder_config, encoder.build(encoder_config))  # another machine goes on from what was shipped
+    assert (again.shape.inner_dim, again.shape.num_layers) == (160, 7)
+    pretrain.start_from(again, options.export, encoder_config)
+    for name, value in again.named_parameters():
+        assert torch.equal(value, state["ema"]["average"][name].bfloat16().float()), name
 
 
 def test_the_preset_is_the_cpu_recipe():

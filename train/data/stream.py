@@ -125,7 +125,7 @@ class Stopped(Exception):
 
 
 class Stream:
-    """Batches from any place on. `encode_pixels`: uint8 [n, H, W, 3] -> normalised tokens [n, I, C] on `device`.
+    """Batches from any place on. `encode_pixels`: uint8 [n, H, W, 3] -> normalised tokens [n, I, C], both on `device`.
 
     Windows are rendered AHEAD of the one in use by `workers` processes; their number changes no bit of any batch.
     """
@@ -137,7 +137,7 @@ class Stream:
         self,
         config: ModuleType,
         source: Source,
-        encode_pixels: Callable[[np.ndarray], Tensor],
+        encode_pixels: Callable[[Tensor], Tensor],
         workers: int = 0,
         device: torch.device | str = "cpu",
         first_seed: int = 0,
@@ -159,7 +159,8 @@ class Stream:
             part = wait()
             if stop():
                 raise Stopped
-            latents.append(self.encode_pixels(part.pixels))
+            pixels = torch.from_numpy(part.pixels).to(self.device)  # as bytes: a quarter of what floats would be
+            latents.append(self.encode_pixels(pixels))
             found.append((part.ids, part.lengths))
         lengths = np.concatenate([own for _, own in found])
         ids = torch.from_numpy(padded(np.concatenate([own for own, _ in found]), lengths))
