@@ -32,7 +32,7 @@ from lens import checkpoint
 
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
-from .data import grammar
+from .data import grammar, questions
 from .data.stream import start_worker
 from .data.world import World
 from .logging import JsonLog
@@ -98,7 +98,7 @@ class Maker:
             tokens, offsets = tokenizer.encode(scene.caption)
             begin = 0
             if place < len(seeds) - self.pairs:
-                asked += language.asks(scene, offsets, len(tokens) - 1, first=at)
+                asked += questions.asks(scene, offsets, len(tokens) - 1, first=at)
             else:
                 wish, dense = scene, grammar.caption(scene, random.Random(f"dense {seed}"), "dense", "en")
                 tokens, answer = tokenizer.encode_answer(wish.caption, dense)

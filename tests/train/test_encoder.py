@@ -14,7 +14,7 @@ from lens.text_encoder import PREFIX_TOKENS, TextEncoder
 from train import configs, text_path
 from train import encoder as stage
 from train.checkpointing import folder_tensors, save_state
-from train.data import grammar
+from train.data import grammar, questions
 from train.data.mentions import mentions, nouns_of, said_background
 from train.data.world import World
 from train.evaluate import linear_probe
@@ -141,10 +141,10 @@ def test_questions_are_about_what_the_caption_says(tokenizer, style):
         for mention in found:
             for end in mention.nouns:
                 assert scene.caption[:end].lower().endswith(nouns_of(scene.things[mention.thing].kind, scene.language))
-        asked = language.asks(scene, offsets, len(ids) - 1, first=1000)
-        by = {name: [a for a in asked if a.attribute == name] for name in language.SIZES}
-        assert {language.CLASSES[a.value] for a in by["class"]} == {kind for kind, _ in distinct}
-        assert {language.COLOURS[a.value] for a in by["colour"]} == {colour for _, colour in distinct}
+        asked = questions.asks(scene, offsets, len(ids) - 1, first=1000)
+        by = {name: [a for a in asked if a.attribute == name] for name in questions.SIZES}
+        assert {questions.CLASSES[a.value] for a in by["class"]} == {kind for kind, _ in distinct}
+        assert {questions.COLOURS[a.value] for a in by["colour"]} == {colour for _, colour in distinct}
         for ask in by["class"]:
             start, end = offsets[ask.token - 1000]
             assert any(start < noun <= end for m in found for noun in m.nouns)
@@ -159,11 +159,11 @@ def test_a_relation_is_asked_as_it_is_said(tokenizer):
     for seed in range(40):
         scene = world.scene(seed)
         ids, offsets = tokenizer.encode(scene.caption)
-        [ask] = [a for a in language.asks(scene, offsets, len(ids) - 1) if a.attribute == "relation"]
-        relation = language.RELATIONS[ask.value]
+        [ask] = [a for a in questions.asks(scene, offsets, len(ids) - 1) if a.attribute == "relation"]
+        relation = questions.RELATIONS[ask.value]
         assert f" {relation} " in scene.caption
         said.add(relation)
-    assert said == set(language.RELATIONS)
+    assert said == set(questions.RELATIONS)
 
 
 def test_colour_is_known_after_the_later_word():

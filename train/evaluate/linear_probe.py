@@ -5,7 +5,7 @@
 
 Fresh multinomial logistic regressions are fitted to the features of training captions (all styles) with L-BFGS and asked
 about captions of held-out scenes, whose combinations of class and colour, or of classes, training never shows. Where they
-read is where training asks (objectives/language.py): class and colour at the noun, count and relation at the last token.
+read is where training asks (data/questions.py): class and colour at the noun, count and relation at the last token.
 Deterministic: the same weights give the same figures on one machine.
 """
 
@@ -28,7 +28,7 @@ from lens import checkpoint
 
 from .. import encoder as stage
 from ..checkpointing import load_state, write_text
-from ..data import grammar
+from ..data import grammar, questions
 from ..data.world import Scene, World
 from ..objectives import language
 from ..text_path import CaptionTokenizer, encode_packed
@@ -58,17 +58,17 @@ def scenes_of(split: str, count: int) -> list[Scene]:
 @torch.no_grad()
 def known(model: nn.Module, tokenizer: CaptionTokenizer, layers: Sequence[int], scenes: Sequence[Scene]) -> Known:
     """Features and values of every question the captions allow."""
-    rows: dict[str, list[Tensor]] = {name: [] for name in language.SIZES}
-    values: dict[str, list[int]] = {name: [] for name in language.SIZES}
+    rows: dict[str, list[Tensor]] = {name: [] for name in questions.SIZES}
+    values: dict[str, list[int]] = {name: [] for name in questions.SIZES}
     for start in range(0, len(scenes), CHUNK):
         ids, asked, at = [], [], 0
         for scene in scenes[start : start + CHUNK]:
             tokens, offsets = tokenizer.encode(scene.caption)
-            asked += language.asks(scene, offsets, len(tokens) - 1, at)
+            asked += questions.asks(scene, offsets, len(tokens) - 1, at)
             ids.append(tokens)
             at += len(tokens)
         packed, _ = encode_packed(model, ids, tokenizer.prefix, layers)
-        for name, pairs in language.grouped(asked).items():
+        for name, pairs in questions.grouped(asked).items():
             picked = packed.index_select(0, torch.tensor([token for token, _ in pairs], device=packed.device))
             rows[name].append(language.readable(picked).float().cpu())
             values[name] += [value for _, value in pairs]
@@ -105,7 +105,7 @@ def report(
 ) -> dict[str, dict[str, float]]:
     """attribute -> {"held_out": share right, "n": questions, and the share per style and language}."""
     seen = known(model, tokenizer, layers, scenes_of("train", scenes))
-    readers = {name: reader(x, y, language.SIZES[name]) for name, (x, y) in seen.items()}
+    readers = {name: reader(x, y, questions.SIZES[name]) for name, (x, y) in seen.items()}
     unseen = scenes_of("held_out", held)
     groups: dict[str, list[Scene]] = {"held_out": unseen}
     for scene in unseen:
