@@ -11,7 +11,8 @@ STAGES = {  # module, what it does
     "vae": ("train.vae", "latents <-> pixels"),
     "encoder": ("train.encoder", "the small GPT-OSS text encoder"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
-    "evaluate": ("train.evaluate.mini_bench", "scores on unseen prompts, and their ceilings"),
+    "eye": ("train.eye", "the judge of classes, boxes and colours"),
+    "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
 }
 
 

@@ -1,162 +1,197 @@
-"""Stage "evaluate": scores of a Mini on unseen prompts, with their intervals and ceilings.
+"""Mini-Bench: eight tasks on unseen prompts, by a learned judge, a template judge and a reader, with their ceilings.
 
-    python -m train evaluate --model mini --per-task 40 --guidance 3          # the shipped weights, through the pipeline
-    python -m train evaluate --state runs/base/pretrain.pt --vae runs/vae     # a training state's averaged weights
-    python -m train evaluate --ceilings --vae runs/vae                        # the judge on true renders and reconstructions
+    python -m train evaluate mini-bench --model mini                          # the shipped weights, guidance 1, 3 and 5
+    python -m train evaluate mini-bench --model mini --quick --per-task 20    # guidance 3 alone
+    python -m train evaluate mini-bench --state runs/base/pretrain.pt --vae runs/vae
+    python -m train evaluate mini-bench --model mini --ceilings only          # true renders and reconstructions alone
 
-Prompts are those of scenes never trained on; all tasks but "single" hold a colour x class or class x class pair that
-training never showed. Picture i of a task has seed i: first seeds, no choice. "whole" asks for every object of the right
-class and colour at its place and nothing else; "class" and "colour" count objects. Intervals are Wilson's, 95 %.
+Prompts are those of scenes never trained on: all tasks but single_object hold a fact that training never showed (a colour x
+class or class x class pair, a count, a word). They are the first of a fixed row of seeds, and picture i of a task is drawn
+with seed i: first seeds, no choice. GenEval's seven task names, and "row", three different objects side by side. Columns:
+
+    score      GenEval's rule (train/evaluate/geneval.py) on Lens-Eye's boxes and colours; text also read exactly by OCR
+    said       the same, and every colour the prompt says is right, also where the task is not about colours
+    audit      the template judge (train/evaluate/template.py): right at the usual places, and nothing else there
+    render, vae   `score` of true renders, and of their reconstructions through the model's own VAE: the ceilings
+    vote       of coloured objects that were found, how many are of that colour by arithmetic on their pixels
+
+Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..checkpointing import write_text
+from ..data.kinds import CORE, KINDS
 from ..data.sheet import contact_sheet
 from ..data.world import TASKS, Scene, World
-from .judge import Verdict, judge
+from . import ocr
+from .eye import Eye
+from .judges import Judges, merged, wilson
+from .sources import Pictures, Source, from_pipeline, from_state
 
+__all__ = ["FIRST_SEED", "Judges", "scenes_of", "wilson"]
 FIRST_SEED = 2_000_000_000
-Painter = Callable[[Sequence[str], Sequence[int]], list[np.ndarray]]
+STYLES = ("geneval", "brief", "dense", "translated")
 
 
-def scenes_of(task: str, count: int) -> list[Scene]:
-    """Unseen scenes of a task, always the same ones."""
-    world = World("train" if task == "single" else "held_out", tasks={task: 1.0})
-    return [world.scene(FIRST_SEED + i) for i in range(count)]
+def scenes_of(
+    task: str, count: int, classes: Sequence[str] | None = CORE, style: str = "geneval", side: int = 64
+) -> list[Scene]:
+    """The first unseen scenes of a task whose caption is of that style; always the same ones.
+
+    A style that cannot say a task (see grammar.can_say) gives way to "brief" for that task.
+    """
+    split = "train" if task == "single_object" else "held_out"
+    world = World(split, {task: 1.0}, classes, style)
+    scenes: list[Scene] = []
+    others: list[Scene] = []
+    for i in range(16 * count):
+        scene = world.scene(FIRST_SEED + i, side, side)
+        (scenes if scene.style == style else others).append(scene)
+        if len(scenes) == count or (not scenes and len(others) >= 2 * count + 20):
+            break
+    return (scenes + others)[:count]
 
 
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """95 % interval of a share."""
-    z, p = 1.96, right / of
-    middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
-    return (middle - half) / (1 + z * z / of), (middle + half) / (1 + z * z / of)
-
-
-def score(scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> tuple[dict[str, float], list[Verdict]]:
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes)]
-    whole = sum(v.whole for v in verdicts)
-    classes = [right for v in verdicts for right in v.classes]
-    colours = [right for v in verdicts for right, found in zip(v.colours, v.classes) if found]
-    low, high = wilson(whole, len(verdicts))
-    return {
-        "whole": whole / len(verdicts),
-        "low": low,
-        "high": high,
-        "class": float(np.mean(classes)),
-        "colour": float(np.mean(colours)) if colours else float("nan"),
-        "fit": float(np.mean([seen.explained for v in verdicts for seen in v.things])),
-        "clean": float(np.mean([v.clean for v in verdicts])),
-        "pictures": len(verdicts),
-    }, verdicts
-
-
-def from_state(options: argparse.Namespace) -> Painter:
-    from .. import configs, encoder, generator, pretrain
-
-    config = configs.load(options.config, "pretrain")
-    model = pretrain.load_trained(config, options.config, options.state).eval()
-    model.transformer.batch_invariant = False
-    painter = generator.Painter(options.vae)
-    tokenizer = encoder.tokenizer_of(configs.load(options.config, "encoder").TOKENIZER)
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
-        tokens = [tokenizer.encode(p)[0] for p in prompts]
-        latents = generator.sample(model, tokens, tokenizer.prefix, seeds, options.steps, options.guidance, options.mu)
-        return list(painter(latents, model.grid))
-
-    return draw
-
-
-def from_pipeline(options: argparse.Namespace) -> Painter:
-    from lens import LensPipeline
-
-    pipe = LensPipeline.from_pretrained(options.model)
-
-    def draw(prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray]:
-        out = pipe(list(prompts), seed=list(seeds), num_inference_steps=options.steps, guidance_scale=options.guidance)
-        return [np.asarray(image) for image in out.images]
-
-    return draw
-
-
-def ceilings(options: argparse.Namespace, tasks: Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
-    """Scores of true renders and of their reconstructions through the VAE."""
-    from .. import generator
-
-    painter, out = generator.Painter(options.vae), {"render": {}, "reconstruction": {}}
-    for task in tasks:
-        scenes = scenes_of(task, options.per_task)
-        pictures = np.stack([World().render(scene) for scene in scenes])
-        tokens = painter.latents.encode(pictures)
-        copies = np.concatenate([painter(tokens[i : i + 16], (4, 4)) for i in range(0, len(tokens), 16)])
-        out["render"][task], _ = score(scenes, list(pictures))
-        out["reconstruction"][task], _ = score(scenes, list(copies))
-        report(task + " render", out["render"][task])
-        report(task + " reconstruction", out["reconstruction"][task])
+def ceilings(judges: Judges, scenes: dict[str, list[Scene]], source: Source) -> dict[str, dict[str, dict]]:
+    """Rows of true renders, and of their reconstructions through the model's VAE, per task."""
+    out: dict[str, dict[str, dict]] = {"render": {}, "vae": {}}
+    for task, asked in scenes.items():
+        pictures = [World().render(scene) for scene in asked]
+        for name, drawn in (("render", pictures), ("vae", source.reconstruct(pictures))):
+            out[name][task] = judges.score(task, asked, drawn)
     return out
 
 
-def report(name: str, row: dict[str, float]) -> None:
-    print(
-        f"{name:26s} whole {row['whole']:.3f} [{row['low']:.3f}, {row['high']:.3f}]  class {row['class']:.3f}  "
-        f"colour {row['colour']:.3f}  fit {row['fit']:.3f}  nothing else {row['clean']:.3f}  ({row['pictures']:.0f} pictures)",
-        flush=True,
-    )
+def _number(value: float | None) -> str:
+    return "    -" if value is None else f"{value:5.3f}"
+
+
+def line(task: str, row: dict, above: dict[str, dict[str, dict]]) -> str:
+    """One printed row."""
+    bound = [above[name][task].get("score") if name in above else None for name in ("render", "vae")]
+    tail = f"{_number(bound[0])}  {_number(bound[1])}  {_number(row['vote'])}  {row['pictures']:4d}"
+    if "not_measured" in row:
+        return f"{task:14s} {row['not_measured']}; objects {_number(row['objects'])}"
+    text = f"{row['score']:5.3f} [{row['low']:.3f}, {row['high']:.3f}]  {_number(row['said'])}  {_number(row['audit'])}"
+    more = f"  read exactly {_number(row['exact'])}, OneIG {_number(row['oneig']['score'])}" if "exact" in row else ""
+    return f"{task:14s} {text}  {tail}{more}"
+
+
+HEADER = f"{'task':14s} {'score':21s}  said   audit  render vae    vote   pictures"
+
+
+def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], options: argparse.Namespace) -> dict:
+    """Draw, judge, print and write everything; returns what scores.json holds."""
+    above: dict = {}
+    if options.ceilings != "none":
+        start = time.perf_counter()
+        above = ceilings(judges, scenes, source)
+        print(f"ceilings, {time.perf_counter() - start:.0f} s\n{HEADER}")
+        for name in ("render", "vae"):
+            for task, row in above[name].items():
+                print(f"{name:7s}" + line(task, row, {}), flush=True)
+    results = {}
+    for guidance in options.guidance if options.ceilings != "only" else ():
+        start, rows = time.perf_counter(), {}
+        print(f"guidance {guidance:g}\n{HEADER}")
+        for task, asked in scenes.items():
+            prompts, seeds = [s.caption for s in asked], list(range(len(asked)))
+            pictures: Pictures = []
+            for i in range(0, len(asked), 20):
+                pictures += source.draw(prompts[i : i + 20], seeds[i : i + 20], guidance)
+            rows[task] = judges.score(task, asked, pictures)
+            print(line(task, rows[task], above), flush=True)
+            marks = [("+ " if right else "- ") + p for right, p in zip(rows[task]["marks"], prompts)]
+            contact_sheet(pictures, marks, options.out / f"{task}_g{guidance:g}.png", columns=10)
+        results[f"{guidance:g}"] = rows
+        measured = [row["score"] for task, row in rows.items() if "score" in row]
+        print(f"mean of {len(measured)} tasks {np.mean(measured):.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+    return {"ceilings": above, "guidance": results}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="what the pipeline loads: mini, or a folder in the released layout")
     what.add_argument("--state", type=Path, help="a training state of the pretrain stage")
-    what.add_argument(
-        "--ceilings", action="store_true", help="judge true renders and reconstructions instead of a model"
-    )
     parser.add_argument("--config", default="mini", help="recipe of --state (default: mini)")
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae"), help="VAE stage folder of --state and --ceilings")
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all seven")
-    parser.add_argument("--per-task", type=int, default=40, help="pictures per task (default: 40)")
-    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
-    parser.add_argument("--guidance", type=float, default=3.0, help="guidance scale (default: 3)")
+    parser.add_argument(
+        "--vae", type=Path, default=Path("runs/vae"), help="VAE stage folder of --state (default: runs/vae)"
+    )
     parser.add_argument("--mu", type=float, default=0.5, help="time shift of --state (default: 0.5)")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluate"), help="folder of scores and sheets")
+    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all eight")
+    parser.add_argument("--per-task", type=int, default=40, help="pictures per task and guidance (default: 40)")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0], help="guidance scales (default: 1 3 5)"
+    )
+    parser.add_argument("--quick", action="store_true", help="guidance 3 alone")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument(
+        "--classes",
+        choices=("core", "all"),
+        help="classes asked for (default: those the model says it knows, else core)",
+    )
+    parser.add_argument("--captions", choices=STYLES, default="geneval", help="form of the prompts (default: geneval)")
+    parser.add_argument(
+        "--ceilings",
+        choices=("with", "only", "none"),
+        default="with",
+        help="true renders and reconstructions (default: with)",
+    )
+    parser.add_argument("--no-audit", action="store_true", help="leave the template judge out")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/evaluate"),
+        help="folder of scores.json and sheets (default: runs/evaluate)",
+    )
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
 
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    if options.ceilings:
-        write_text(options.out / "ceilings.json", json.dumps(ceilings(options, options.tasks), indent=2) + "\n")
-        return 0
-    draw = from_state(options) if options.state else from_pipeline(options)
-    rows: dict[str, dict[str, float]] = {}
-    for task in options.tasks:
-        scenes, start = scenes_of(task, options.per_task), time.perf_counter()
-        prompts, seeds = [s.caption for s in scenes], list(range(len(scenes)))
-        pictures = [p for i in range(0, len(scenes), 20) for p in draw(prompts[i : i + 20], seeds[i : i + 20])]
-        spent = time.perf_counter() - start
-        rows[task], verdicts = score(scenes, pictures)
-        rows[task]["seconds_per_picture"] = spent / len(scenes)
-        report(task, rows[task])
-        marks = [("+ " if v.whole else "- ") + p for v, p in zip(verdicts, prompts)]
-        contact_sheet(pictures, marks, options.out / f"{task}.png", columns=10)
-    rows["mean"] = {"whole": float(np.mean([row["whole"] for row in rows.values()]))}
+    if options.quick:
+        options.guidance = [3.0]
+    source = (
+        from_state(options.state, options.config, options.vae, options.steps, options.mu)
+        if options.state
+        else from_pipeline(options.model, options.steps)
+    )
+    classes = {"core": CORE, "all": tuple(KINDS), None: source.classes or CORE}[options.classes]
+    if not ocr.available():
+        print(f"text: {ocr.REMEDY}")
+    judges = Judges(Eye.load(), classes, ocr.Reader() if ocr.available() else None, not options.no_audit)
+    scenes = {task: scenes_of(task, options.per_task, classes, options.captions, source.side) for task in options.tasks}
+    found = benchmark(source, judges, scenes, options)
+    explained = source.validation.get("text_explains")
+    if explained is not None:
+        print(f"share of the validation loss that text explains: {explained:.3f}")
     settings = {
-        "model": str(options.model or options.state),
+        "model": source.name,
+        "side": source.side,
         "steps": options.steps,
-        "guidance": options.guidance,
         "per_task": options.per_task,
+        "classes": list(classes),
+        "captions": options.captions,
+        "first_prompt_seed": FIRST_SEED,
+        "validation": source.validation,
     }
-    write_text(options.out / "scores.json", json.dumps({"settings": settings, "tasks": rows}, indent=2) + "\n")
-    print(f"mean of tasks: {rows['mean']['whole']:.3f}")
+    tables = {name: merged([row["per_class"] for row in rows.values()]) for name, rows in found["guidance"].items()}
+    for name, table in tables.items():
+        weak = [f"{k} {e['found']}/{e['asked']}" for k, e in table.items() if e["found"] < e["asked"]]
+        print(f"guidance {name}, classes not always found: " + (", ".join(weak[:20]) or "none"))
+    for rows in (*found["ceilings"].values(), *found["guidance"].values()):
+        for row in rows.values():
+            del row["marks"], row["per_class"]
+    text = json.dumps({"settings": settings, **found, "per_class": tables}, indent=1)
+    write_text(options.out / "scores.json", text + "\n")
     return 0

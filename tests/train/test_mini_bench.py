@@ -1,0 +1,103 @@
+"""Mini-Bench: its prompts, its numbers, and what it says where the reader is missing."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+
+from train.data.kinds import CORE
+from train.data.world import TASKS, World, is_held_out
+from train.evaluate import mini_bench, ocr
+from train.evaluate.eye import Eye
+from train.evaluate.sources import Source
+
+
+def test_wilson():
+    low, high = mini_bench.wilson(18, 20)
+    assert (round(low, 3), round(high, 3)) == (0.699, 0.972)
+    assert mini_bench.wilson(0, 10)[0] == 0.0
+    assert mini_bench.wilson(10, 10)[1] == 1.0
+
+
+def test_prompts_are_unseen_first_and_of_the_form_asked_for():
+    for task in TASKS:
+        scenes = mini_bench.scenes_of(task, 5)
+        assert [s.task for s in scenes] == [task] * 5
+        assert scenes == mini_bench.scenes_of(task, 5)
+        assert scenes[:3] == mini_bench.scenes_of(task, 3)
+        assert {t.kind for s in scenes for t in s.things} <= set(CORE)
+        for scene in scenes:
+            held = is_held_out([(t.kind, t.colour) for t in scene.things], scene.sign and scene.sign.text)
+            assert held == (task != "single_object")
+            assert scene.seed >= mini_bench.FIRST_SEED
+            if task != "row":
+                assert scene.style == "geneval"
+                assert scene.caption.startswith("a photo of")
+    assert {s.style for s in mini_bench.scenes_of("two_object", 3, style="dense")} == {"dense"}
+    assert mini_bench.scenes_of("single_object", 1, side=96)[0].height == 96
+
+
+def test_text_scores_by_hand():
+    assert ocr.edit_distance("kitten", "sitting") == 3
+    assert ocr.edit_distance("", "abc") == 3
+    assert ocr.cleaned("  Tea, 5!  ") == "Tea 5"
+    assert ocr.same_text("TEA 5", "tea5")
+    assert not ocr.same_text("TEA 5", "TEA S")
+    # distances 0 and 1, one of two exact, 2 + 0 of 3 words read
+    score = ocr.text_score([("TEA 5", "TEA 5"), ("OPEN", "0PEN")])
+    assert score == pytest.approx({"ED": 0.5, "CR": 0.5, "WAC": 2 / 3, "score": 1 - 0.5 * 0.5 * (1 / 3) / 100})
+    far = ocr.text_score([("A", "B" * 200)])
+    assert far["score"] == 0.0  # ED is capped at 100
+    assert ocr.text_score([("A B A", "A A C")])["WAC"] == pytest.approx(2 / 3)  # as a multiset
+    with pytest.raises(ValueError, match="no asked word"):
+        ocr.text_score([("!", "a")])
+
+
+@pytest.mark.skipif(not ocr.available(), reason="needs lens[eval]")
+def test_signs_are_read():
+    world, reader, eye = World("train", {"text": 1.0}, captions="geneval"), ocr.Reader(), Eye.load()
+    scenes = [world.scene(2_400_000_000 + i) for i in range(10)]
+    pictures = [world.render(scene) for scene in scenes]
+    judges = mini_bench.Judges(eye, CORE, reader)
+    read = [judges.read(p, d) for p, d in zip(pictures, eye.look(pictures))]
+    assert sum(ocr.same_text(s.sign.text, r) for s, r in zip(scenes, read)) >= 9, read
+    assert reader.read(np.full((64, 64, 3), 200, np.uint8)) == ""
+    with pytest.raises(ValueError, match="uint8"):
+        reader.read(np.zeros((64, 64)))
+
+
+def perfect(scenes):
+    """A source that draws what was asked, except for the first prompt of every call; its VAE loses nothing."""
+    by_prompt = {s.caption: World().render(s) for group in scenes.values() for s in group}
+
+    def draw(prompts, seeds, guidance):
+        pictures = [by_prompt[p] for p in prompts]
+        return [np.zeros_like(pictures[0]), *pictures[1:]]
+
+    return Source("perfect", 64, draw, lambda pictures: pictures, CORE, {"text_explains": 0.5})
+
+
+def test_a_benchmark_of_known_pictures(tmp_path, capsys):
+    scenes = {task: mini_bench.scenes_of(task, 4) for task in ("colors", "position", "text")}
+    options = argparse.Namespace(ceilings="with", guidance=[3.0], out=tmp_path)
+    judges = mini_bench.Judges(Eye.load(), CORE, None)
+    found = mini_bench.benchmark(perfect(scenes), judges, scenes, options)
+    for task in ("colors", "position"):
+        row = found["guidance"]["3"][task]
+        assert row["score"] == 0.75
+        assert row["marks"] == [False, True, True, True]
+        assert row["audit"] == 0.75
+        assert found["ceilings"]["render"][task]["score"] == found["ceilings"]["vae"][task]["score"] == 1.0
+        assert (tmp_path / f"{task}_g3.png").is_file()
+    assert found["guidance"]["3"]["text"]["not_measured"] == "not measured: needs lens[eval]"
+    assert "score" not in found["guidance"]["3"]["text"]
+    printed = capsys.readouterr().out
+    assert "text           not measured: needs lens[eval]" in printed
+    assert "0.750 [0.301, 0.954]" in printed
+    json.dumps(found)
+
+
+def test_a_class_that_the_judge_does_not_know_is_an_error():
+    with pytest.raises(ValueError, match="does not know"):
+        mini_bench.Judges(Eye.load(), [*CORE, "dragonfruit"], None)

@@ -1,0 +1,110 @@
+"""The three judges of Mini-Bench together: what one task's pictures score, with intervals and counts per class."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..data.kinds import PALETTE
+from ..data.world import Scene
+from . import geneval, ocr, template
+from .eye import SIGN, Eye
+from .geneval import Detection
+
+
+def wilson(right: int, of: int) -> tuple[float, float]:
+    """95 % interval of a share."""
+    z, p = 1.96, right / of
+    middle, half = p + z * z / (2 * of), z * math.sqrt(p * (1 - p) / of + z * z / (4 * of * of))
+    return max(0.0, (middle - half) / (1 + z * z / of)), min(1.0, (middle + half) / (1 + z * z / of))
+
+
+class Judges:
+    """Eye, template and reader together; `reader` None where the extra is missing."""
+
+    def __init__(self, eye: Eye, classes: Sequence[str], reader: ocr.Reader | None, audit: bool = True):
+        if missing := set(classes) - set(eye.kinds):
+            raise ValueError(f"Judges: Lens-Eye does not know {sorted(missing)}; train it anew (python -m train eye)")
+        self.eye, self.classes, self.reader, self.audit = eye, tuple(classes), reader, audit
+
+    def read(self, picture: np.ndarray, seen: Sequence[Detection]) -> str:
+        """The words on the sign that Eye sees most surely, or anywhere where it sees none."""
+        signs = [d for d in seen if d.kind == SIGN and d.score > geneval.FOUND]
+        return self.reader.read(picture, max(signs, key=lambda d: d.score).box if signs else None)
+
+    def score(self, task: str, scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict:
+        """One row of the benchmark: shares, intervals, counts per class, and `marks`, per picture whether it is right."""
+        seen = self.eye.look(pictures)
+        verdicts = [geneval.judge(geneval.asked(s), d) for s, d in zip(scenes, seen)]
+        said = [geneval.judge(geneval.asked(s, said=True), d) for s, d in zip(scenes, seen)]
+        right, all_said, row = [v.right for v in verdicts], [v.right for v in said], {}
+        if task == "text":
+            row["objects"] = _share(right)
+            if self.reader is None:
+                right = []
+            else:
+                pairs = [(s.sign.text, self.read(p, d)) for s, p, d in zip(scenes, pictures, seen)]
+                exact = [ocr.same_text(*pair) for pair in pairs]
+                row |= {"exact": _share(exact), "oneig": ocr.text_score(pairs)}
+                right = [a and b for a, b in zip(right, exact)]
+                all_said = [a and b for a, b in zip(all_said, exact)]
+        if right:
+            low, high = wilson(sum(right), len(right))
+            row |= {"score": _share(right), "low": low, "high": high, "said": _share(all_said)}
+        else:
+            row["not_measured"] = ocr.REMEDY
+        audited = [
+            template.judge(p, s, self.classes).whole for p, s in zip(pictures, scenes) if s.things and self.audit
+        ]
+        votes = [vote for s, p, d in zip(scenes, pictures, seen) for vote in _votes(s, p, d)]
+        row |= {
+            "audit": _share(audited),
+            "class": _share([found for v in said for found in v.found]),
+            "colour": _share([c for v in said for c in v.coloured if c is not None]),
+            "vote": _share(votes),
+            "pictures": len(scenes),
+            "per_class": _per_class(scenes, said),
+            "marks": right or [v.right for v in verdicts],
+        }
+        return row
+
+
+def _share(values: Sequence[bool]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _votes(scene: Scene, picture: np.ndarray, seen: Sequence[Detection]) -> list[bool]:
+    """For every coloured object asked for and found: does arithmetic on its pixels give the asked colour?"""
+    out = []
+    for want in geneval.asked(scene).include if scene.task in geneval.COLOUR_TASKS else ():
+        boxes = [d for d in seen if d.kind == want.kind and d.score > geneval.FOUND]
+        if boxes and want.colour in PALETTE:
+            best = max(boxes, key=lambda d: d.score)
+            out.append(geneval.voted_colour(picture, best.box, PALETTE) == want.colour)
+    return out
+
+
+def _per_class(scenes: Sequence[Scene], verdicts: Sequence[geneval.Verdict]) -> dict[str, dict[str, int]]:
+    """Class -> how often it was asked for, found (in full number), and of the colour that was said, where one was."""
+    table: dict[str, dict[str, int]] = {}
+    for scene, verdict in zip(scenes, verdicts):
+        wants = geneval.asked(scene, said=True).include
+        for want, found, coloured in zip(wants, verdict.found, verdict.coloured):
+            entry = table.setdefault(want.kind, {"asked": 0, "found": 0, "colours": 0, "coloured": 0})
+            entry["asked"] += 1
+            entry["found"] += found
+            entry["colours"] += coloured is not None
+            entry["coloured"] += bool(coloured)
+    return table
+
+
+def merged(tables: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    out: dict[str, dict[str, int]] = {}
+    for table in tables:
+        for kind, entry in table.items():
+            sums = out.setdefault(kind, dict.fromkeys(entry, 0))
+            for name, value in entry.items():
+                sums[name] += value
+    return {kind: out[kind] for kind in sorted(out, key=lambda k: (out[k]["found"] / out[k]["asked"], k))}

@@ -1,0 +1,303 @@
+"""Stage "eye": the judge of classes, boxes and colours (train/evaluate/eye.py), trained on scenes with exact boxes.
+
+    python -m train eye --config mini --out runs/eye --stop-after 9m       # again to resume, bit-equal on a CPU
+    python -m train eye --config mini --out runs/eye --vae runs/vae        # reconstructions join the copies
+    python -m train eye --out runs/eye --oracle                            # how often the trained judge is right
+    python -m train eye --out runs/eye --export train/evaluate/assets/eye.safetensors
+
+Scenes of both splits and of every class and task are drawn on the fly (a generator's held-out pairs are no secret to its
+judge; the benchmark's seeds are), together with copies as a generator might draw them: bent, blurred, shrunk and enlarged,
+reconstructed from disturbed latents, noisy, of another tone. The loss is stated in train/evaluate/eye.py. What is
+exported are averaged weights and the normalisation statistics that belong to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import configs
+from .checkpointing import load_state, save_state, write_text
+from .codec import LinearCodec, to_model
+from .data.kinds import KINDS, PALETTE
+from .data.world import Scene, World
+from .evaluate import oracle
+from .evaluate.copies import copies
+from .evaluate.eye import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss
+from .logging import JsonLog
+from .loop import Clock, Ema, duration, keyed, rate
+
+VALIDATION_SEED = 1_000_000_000
+CALIBRATION = 20  # batches whose statistics go with the averaged weights
+
+
+def build(config: ModuleType) -> Eye:
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed(config.SEED, "eye init").initial_seed())
+        return Eye([*KINDS, SIGN], list(PALETTE), Shape(**config.SHAPE))
+
+
+def targets_of(scenes: list[Scene], eye: Eye) -> Targets:
+    """Exact centres, sizes, classes and colours of every object, and of signs as a class of their own."""
+    kinds, colours = {k: i for i, k in enumerate(eye.kinds)}, {c: i for i, c in enumerate(eye.colours)}
+    rows = []
+    for i, scene in enumerate(scenes):
+        parts = [(t.kind, t.colour, t.box) for t in scene.things]
+        if scene.sign is not None:
+            parts.append((SIGN, scene.sign.paper, scene.sign.box))
+        for kind, colour, (x0, y0, x1, y1) in parts:
+            rows.append((i, kinds[kind], colours.get(colour, -1), (x0 + x1) / 2, (y0 + y1) / 2, x1 - x0, y1 - y0))
+    table = torch.tensor(rows, dtype=torch.float32)
+    whole = table[:, :3].long()
+    return Targets(whole[:, 0], whole[:, 1], whole[:, 2], table[:, 3:5] / STRIDE, table[:, 5:7] / STRIDE)
+
+
+def size_of(config: ModuleType, step: int) -> tuple[int, int, int]:
+    """(height, width, pictures) of a step."""
+    choices = max((start, rows) for start, rows in config.BATCHES if start <= step)[1]
+    draw = torch.rand((), generator=keyed(config.SEED, "bucket", step)).item() * sum(row[3] for row in choices)
+    row = choices[-1]
+    for row in choices:
+        draw -= row[3]
+        if draw < 0:
+            break
+    return row[:3]
+
+
+def scenes_of(config: ModuleType, step: int) -> tuple[list[Scene], np.ndarray]:
+    """Scenes and pixels of a step: half of either split."""
+    height, width, count = size_of(config, step)
+    most = max(row[2] for _, rows in config.BATCHES for row in rows)
+    scenes: list[Scene] = []
+    worlds = [_world("train"), _world("held_out")]
+    for i in range(count):
+        scenes.append(worlds[i % 2].scene(step * most + i, height, width))
+    return scenes, np.stack([worlds[0].render(scene) for scene in scenes])
+
+
+_WORLDS: dict[str, World] = {}
+
+
+def _world(split: str) -> World:
+    if split not in _WORLDS:
+        _WORLDS[split] = World(split, captions="geneval")
+    return _WORLDS[split]
+
+
+def codec_of(folder: Path) -> LinearCodec:
+    """The linear codec of a VAE stage's folder: its reconstructions blur and ring as a small VAE's do."""
+    state = load_state(folder / "codec.pt", "vae codec")
+    codec = LinearCodec(*state["shape"])
+    codec.load_state_dict(state["model"])
+    return codec.eval().requires_grad_(False)
+
+
+class Feed:
+    """Scenes of step after step; with workers, drawn ahead by other processes. The same pictures either way."""
+
+    def __init__(self, config: ModuleType, first: int, workers: int):
+        self.config, self.next, self.ready = config, first, {}
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
+        self.ahead = 3 * workers
+        self.settings = {k: v for k, v in vars(config).items() if k in ("SEED", "BATCHES")}
+
+    def take(self, step: int) -> tuple[list[Scene], np.ndarray]:
+        if self.pool is None:
+            return scenes_of(self.config, step)
+        while self.next < step + self.ahead:
+            self.ready[self.next] = self.pool.submit(_scenes_by_settings, self.settings, self.next)
+            self.next += 1
+        future: Future = self.ready.pop(step)
+        return future.result()
+
+    def close(self) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _scenes_by_settings(settings: dict, step: int) -> tuple[list[Scene], np.ndarray]:
+    config = ModuleType("settings")
+    config.__dict__.update(settings)
+    return scenes_of(config, step)
+
+
+class Trainer:
+    """Net, optimiser, averages and step; one state file."""
+
+    def __init__(self, config: ModuleType, out: Path, vae: Path | None, device: str, init: Path | None):
+        self.config, self.out, self.device = config, out, torch.device(device)
+        self.codec = codec_of(vae) if vae is not None else None
+        self.eye = build(config)
+        if init is not None and init.suffix == ".pt":
+            state = load_state(init, "eye")
+            self.eye.load_state_dict({**state["model"], **state["ema"]["average"]})
+        elif init is not None:
+            self.eye.load_state_dict(Eye.load(init).state_dict())
+        self.eye.to(self.device).train()
+        groups: dict[bool, list] = {}
+        for parameter in self.eye.parameters():
+            groups.setdefault(parameter.dim() > 1, []).append(parameter)
+        decays = {True: config.WEIGHT_DECAY, False: 0.0}
+        self.optimizer = torch.optim.AdamW(
+            [{"params": p, "weight_decay": decays[matrix]} for matrix, p in groups.items()],
+            betas=config.BETAS,
+            fused=True,
+        )
+        self.ema, self.step, self.path = Ema(self.eye, config.EMA), 0, out / "eye.pt"
+
+    def resume(self) -> None:
+        state = load_state(self.path, "eye")
+        self.eye.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ema.load(state["ema"])
+        self.step = state["step"]
+
+    def inputs(self, scenes: list[Scene], pixels: np.ndarray, step: int) -> tuple[Tensor, Targets]:
+        x, targets = copies(to_model(pixels), self.config, step, self.codec), targets_of(scenes, self.eye)
+        return x.to(self.device), Targets(**{k: v.to(self.device) for k, v in vars(targets).items()})
+
+    def autocast(self) -> AbstractContextManager:
+        return torch.autocast(self.device.type, torch.bfloat16) if self.config.AUTOCAST else nullcontext()
+
+    def train_step(self, scenes: list[Scene], pixels: np.ndarray, lr: float) -> dict[str, Tensor]:
+        x, targets = self.inputs(scenes, pixels, self.step)
+        with self.autocast():
+            outputs = self.eye(x)
+        terms = loss(outputs, targets)
+        if not torch.isfinite(terms["loss"]):
+            raise FloatingPointError(f"eye: loss is {terms['loss'].item()} at step {self.step}")
+        self.optimizer.zero_grad(set_to_none=True)
+        terms["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.eye.parameters(), self.config.CLIP)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.ema.update(self.eye)
+        self.step += 1
+        return {name: value.detach() for name, value in terms.items()}
+
+    @torch.no_grad()
+    def averaged(self) -> Eye:
+        """A copy with averaged weights whose normalisation statistics were measured on CALIBRATION batches."""
+        eye = build(self.config)
+        self.ema.copy_to(eye)
+        norms = [m for m in eye.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over the batches
+        eye.to(self.device).train()
+        for i in range(CALIBRATION):
+            at = self.step + i
+            eye(self.inputs(*scenes_of(self.config, at), at)[0])
+        for norm in norms:
+            norm.momentum = 0.1
+        return eye.to("cpu").eval().requires_grad_(False)
+
+    def save(self) -> None:
+        save_state(
+            self.path,
+            {
+                "stage": "eye",
+                "model": self.eye.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state(),
+                "step": self.step,
+            },
+        )
+
+
+def train(config: ModuleType, options: argparse.Namespace) -> None:
+    log, clock = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
+    trainer = Trainer(config, options.out, options.vae, options.device, options.init)
+    if trainer.path.is_file():
+        trainer.resume()
+    steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
+    feed, sums, since, seen = Feed(config, trainer.step, options.workers), {}, 0, 0
+    held = oracle.Questions.draw(config.VALIDATION, VALIDATION_SEED)
+    while trainer.step < steps and not clock.over:
+        scenes, pixels = feed.take(trainer.step)
+        terms = trainer.train_step(scenes, pixels, rate(trainer.step, config.LR, config.WARMUP, steps, decay))
+        sums = {name: sums.get(name, 0.0) + value for name, value in terms.items()}
+        since, seen = since + 1, seen + len(scenes)
+        if trainer.step % config.LOG_EVERY == 0:
+            means = {name: (value / since).item() for name, value in sums.items()}
+            extra = {}
+            if trainer.step % config.EVALUATE_EVERY == 0:
+                shares = oracle.measure(trainer.averaged(), held)["shares"]
+                extra = {f"right_{name}": share for name, share in shares.items()}
+            log(step=trainer.step, **means, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
+            sums, since = {}, 0
+        if trainer.step % config.SAVE_EVERY == 0:
+            trainer.save()
+    feed.close()
+    trainer.save()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/eye"), help="folder of state and log (default: runs/eye)"
+    )
+    parser.add_argument(
+        "--vae", type=Path, help="folder of the VAE stage whose codec reconstructs copies (default: no such copies)"
+    )
+    parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
+    parser.add_argument("--steps", type=int, help="total steps instead of the recipe's")
+    parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
+    parser.add_argument("--init", type=Path, metavar="PATH", help="start from the weights of a state or of an asset")
+    parser.add_argument("--device", default="cpu", help="where the net is trained (default: cpu)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw scenes ahead (default: 0, none)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--oracle", action="store_true", help="train nothing; measure the judge on true renders")
+    what.add_argument(
+        "--export", type=Path, metavar="FILE", help="train nothing; write the judge and its oracle scores"
+    )
+    parser.add_argument(
+        "--scenes", type=int, default=1000, help="scenes per bucket of --oracle and --export (default: 1000)"
+    )
+    parser.add_argument(
+        "--asset",
+        type=Path,
+        nargs="?",
+        const=ASSET,
+        help="judge measured by --oracle (default: that of --out; alone: the shipped one)",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    config = configs.load(options.config, "eye")
+    if not (options.oracle or options.export):
+        train(config, options)
+        return 0
+    if options.asset is not None:
+        eye, step = Eye.load(options.asset), None
+    else:
+        trainer = Trainer(config, options.out, options.vae, "cpu", None)
+        trainer.resume()
+        eye, step = trainer.averaged(), trainer.step
+    if options.export:
+        eye.save(options.export, {})
+        eye = Eye.load(options.export)  # what is measured is what ships
+    scores = oracle.report(eye, options.scenes)
+    about = {
+        "step": step,
+        "recipe": options.config,
+        "parameters": sum(p.numel() for p in eye.parameters()),
+        "oracle": scores,
+    }
+    if options.export:
+        eye.save(options.export, about)
+    else:
+        write_text(options.out / "oracle.json", json.dumps(about, indent=2) + "\n")
+    return 0
