@@ -1,4 +1,4 @@
-# The only commands to remember: make demo | test | check | build | bench | cuda-check | gpu-check
+# The only commands to remember: make demo | gallery | test | check | build | bench | cuda-check | gpu-check
 # Each sets up .venv first where it is missing, and is quick when nothing changed.
 PYTHON ?= $(firstword $(shell command -v python3 python3.13 python3.12 python3.11 python3.10))
 BIN := .venv/bin
@@ -15,7 +15,7 @@ export LENS_CUDA_ARCHS ?= 80 90a
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: demo test check build bench cuda-check gpu-check
+.PHONY: demo gallery test check build bench cuda-check gpu-check
 
 # ---- environment: torch comes pinned from constraints.txt; changed metadata reinstalls
 $(STAMP): pyproject.toml constraints.txt
@@ -28,13 +28,16 @@ $(STAMP): pyproject.toml constraints.txt
 build: $(STAMP)
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
-# Without a driver the demo draws on the CPU and need not wait for CUDA kernels.
+# Without a driver these draw on the CPU and need not wait for CUDA kernels.
 ifeq ($(wildcard /dev/nvidiactl),)
-demo: export LENS_CUDA ?= OFF
+demo gallery: export LENS_CUDA ?= OFF
 endif
 demo: build
 	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png --seed 1
 	@echo 'Look at demo/sheet.png'
+
+gallery: build
+	$(BIN)/python -m train gallery
 
 # ---- tests: those that compare running times go alone and first, the rest in parallel
 test: build

@@ -13,6 +13,7 @@ STAGES = {  # module, what it does
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "eye": ("train.eye", "the judge of classes, boxes and colours"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
+    "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),
 }
 
 
