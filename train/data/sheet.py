@@ -67,12 +67,14 @@ def contact_sheet(
     """Pictures uint8 [H, W, 3] enlarged to `cell` pixels with their captions below; `boxes` are (label, box) to outline."""
     wide = wide_font()
     lines = [broken(drawable(caption, wide is not None), cell // 6) for caption in captions]
-    text = 3 + 11 * min(24, max([3, *(len(found) for found in lines)]))
-    rows = -(-len(pictures) // columns)
-    canvas = Image.new("RGB", (columns * (cell + 4), rows * (cell + text + 4)), "white")
+    tops = [0]  # of every row, and the end of the last: a row is as high as its longest caption needs
+    for start in range(0, len(pictures), columns):
+        longest = max(len(found) for found in lines[start : start + columns])
+        tops.append(tops[-1] + cell + 7 + 11 * min(24, max(3, longest)))
+    canvas = Image.new("RGB", (columns * (cell + 4), tops[-1]), "white")
     pen = ImageDraw.Draw(canvas)
     for i, picture in enumerate(pictures):
-        x, y = i % columns * (cell + 4), i // columns * (cell + text + 4)
+        x, y = i % columns * (cell + 4), tops[i // columns]
         scale = cell / max(picture.shape[:2])
         size = (round(picture.shape[1] * scale), round(picture.shape[0] * scale))
         canvas.paste(Image.fromarray(picture).resize(size, Image.Resampling.NEAREST), (x, y))
