@@ -141,7 +141,9 @@ class LensTransformer2DModel(nn.Module):
         which nothing reads, is skipped.
         """
         offsets = (packing.image_offsets, packing.text_offsets)
-        groups = (self._groups(packing.image_lengths), self._groups(packing.text_lengths))
+        lengths = (packing.image_lengths, packing.text_lengths)
+        # a captured step has no lengths to go by: its products run over all rows
+        groups = (None, None) if packing.places else (self._groups(lengths[IMAGE]), self._groups(lengths[TEXT]))
         x = [linear(self.image_in, image_rows, groups[IMAGE]), text_rows]
         layers = self.layers()
         normed = [
@@ -165,7 +167,7 @@ class LensTransformer2DModel(nn.Module):
                 BLOCK_EPS,
             ).unbind(0)
             attention = ops.joint_attention(
-                q, k, v, packing.image_lengths, packing.text_lengths, *offsets, text_queries=TEXT in live
+                q, k, v, *lengths, *offsets, text_queries=TEXT in live, places=packing.places
             )
             for s in live:
                 stream = block.streams()[s]

@@ -107,11 +107,12 @@ class TableCache:
         self._tables: dict[tuple[Any, ...], tuple[Modulation, bool]] = {}
         self._model: LensTransformer2DModel | None = None
         self._versions: dict[str, tuple[int, int]] = {}
+        self._owners: tuple[Any, list[tuple[str, dict[str, Any], str]]] = (None, [])
 
     def get(self, model: LensTransformer2DModel, timestep: Tensor, prepared: bool = False) -> Modulation:
         """The table of a schedule's times, timestep [K] on the host; made where it is not known yet."""
         key = (tuple(timestep.tolist()), model.dtype, str(model.device))
-        weights = _weights(model)
+        weights = self._weights_of(model)
         if any(w.requires_grad for w in weights.values()):
             return table(model, timestep)
         versions = {n: (w.data_ptr(), 0 if w.is_inference() else w._version) for n, w in weights.items()}
@@ -134,19 +135,26 @@ class TableCache:
                     del self._tables[old]
         return made
 
+    def _weights_of(self, model: LensTransformer2DModel) -> dict[str, Tensor]:
+        """The weights a table is made of, by name; without those that were evicted from the model's device."""
+        if self._owners[0] is not model:  # walking the modules costs more than all that follows
+            self._owners = (model, _owners(model))
+        device = model.device
+        return {name: p for name, owner, n in self._owners[1] if (p := owner[n]).device == device}
+
     def forget(self) -> None:
         """Drop every table, prepared ones too: the weights were changed behind torch's back."""
         with self._lock:
             self._tables.clear()
 
 
-def _weights(model: LensTransformer2DModel) -> dict[str, Tensor]:
-    """The weights a table is made of, by name; without those that were evicted from the model's device."""
-    modules = {"time": model.time_embedding, "final": model.final_modulation}
+def _owners(model: LensTransformer2DModel) -> list[tuple[str, dict[str, Any], str]]:
+    """(name, the module's own parameters, key in them) of every weight a table is made of."""
+    modules: dict[str, nn.Module] = {"final": model.final_modulation}
+    modules |= {f"time.{name}": m for name, m in model.time_embedding.named_children()}
     for i, block in enumerate(model.layers()):
         modules |= {f"{i}.image": block.image.modulation, f"{i}.text": block.text.modulation}
-    named = {f"{m}.{n}": p for m, module in modules.items() for n, p in module.named_parameters()}
-    return {name: p for name, p in named.items() if p.device == model.device}
+    return [(f"{name}.{key}", m._parameters, key) for name, m in modules.items() for key in m._parameters]
 
 
 def evict(model: LensTransformer2DModel, device: torch.device | str = "cpu") -> int:

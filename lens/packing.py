@@ -7,7 +7,7 @@ text_offsets``. The plan is made on the host once per batch and reused for every
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .ops._attention_places import DevicePlaces
 from .rope import image_positions, rope_table, text_positions
 
 Grid = tuple[int, int]  # (height, width) of a picture in tokens
+TEXT_BIN = 64  # text rows of a captured step are a multiple of this
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +33,7 @@ class Packing:
     text_offsets: Tensor  # int32 [B+1]
     cos: Tensor  # float32 [RI+RT, H/2], joint layout
     sin: Tensor  # float32 [RI+RT, H/2], joint layout
+    places: DevicePlaces | None = None  # of a captured step, whose text lengths are not those above but the offsets'
 
     @property
     def batch_size(self) -> int:
@@ -73,6 +76,70 @@ def plan(
         text_offsets=offsets_of(text_lengths, device),
         cos=torch.cat([cos for cos, _ in tables]).to(device),
         sin=torch.cat([sin for _, sin in tables]).to(device),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Binned:
+    """A plan for S pictures of one size whose text rows are rounded up; all tensors on the host.
+
+    The rows that fill the bin are the text of one more sample without a picture, which stands last.
+    """
+
+    image_lengths: list[int]  # S + 1
+    text_lengths: list[int]  # S + 1
+    image_offsets: Tensor  # int32 [S + 2]
+    text_offsets: Tensor  # int32 [S + 2]
+    image_rows: Tensor  # int64 [RI], places in the joint layout
+    text_rows: Tensor  # int64 [RT]
+    rope_rows: Tensor  # int64 [RI + RT], of the table [image rows of the grid | text positions]
+    longest: int  # rounded up: at least the rows of every sample
+
+    @property
+    def rows(self) -> int:
+        """RT, a multiple of the bin."""
+        return sum(self.text_lengths)
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Whether the joint layout is [all images | all texts], because only the last picture has text."""
+        return not any(self.text_lengths[:-2])
+
+    @property
+    def joint_offsets(self) -> Tensor:
+        return self.image_offsets + self.text_offsets
+
+    def places(self, move: Callable[[Tensor], Tensor]) -> DevicePlaces:
+        """What attention is told; ``move`` makes the tensors' copies on the device."""
+        image_rows, text_rows = (None, None) if self.in_one_piece else map(move, (self.image_rows, self.text_rows))
+        return DevicePlaces(image_rows, text_rows, self.image_lengths[0], self.longest, move(self.joint_offsets))
+
+
+def bin_texts(grid: Grid, text_index: Sequence[Tensor]) -> Binned:
+    """S pictures of size ``grid`` with these text positions (int64 [T] each) -> their plan, text rounded up."""
+    image, lengths = grid[0] * grid[1], [len(index) for index in text_index]
+    total, longest = sum(lengths), max(TEXT_BIN, *lengths)
+    rows = max(TEXT_BIN, -(-total // TEXT_BIN) * TEXT_BIN)
+    texts = [*lengths, rows - total]
+    image_rows, text_rows, rope_rows, start = [], [], [], 0
+    picture = torch.arange(image)
+    for index in text_index:
+        image_rows.append(picture + start)
+        text_rows.append(torch.arange(start + image, start + image + len(index)))
+        rope_rows += [picture, index.cpu() + image]
+        start += image + len(index)
+    text_rows.append(torch.arange(start, start + texts[-1]))
+    rope_rows.append(torch.zeros(texts[-1], dtype=torch.int64))  # any turn will do
+    images = [image] * len(text_index) + [0]
+    return Binned(
+        image_lengths=images,
+        text_lengths=texts,
+        image_offsets=offsets_of(images),
+        text_offsets=offsets_of(texts),
+        image_rows=torch.cat(image_rows),
+        text_rows=torch.cat(text_rows),
+        rope_rows=torch.cat(rope_rows),
+        longest=image + -(-longest // TEXT_BIN) * TEXT_BIN,
     )
 
 

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from . import checkpoint, resolution, sampler, vae
 from .config import Defaults
+from .engine import Engine, Job, with_text
 from .model import LensTransformer2DModel
 from .modulation import Modulation, TableCache, concatenate
-from .packing import Grid, Packing, expect_tensors, offsets_of, pad_features, plan, split_features
+from .packing import Grid, expect_tensors, offsets_of, pad_features, split_features
 from .sampler import Scheduler
 from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, ChatTokenizer, TextEncoder, negative_list, prompt_list
 
@@ -102,6 +103,7 @@ class LensPipeline:
         self.scheduler = scheduler
         self.defaults = defaults
         self.fingerprint = fingerprint
+        self.engine = Engine()
         self._tables = TableCache()
 
     @property
@@ -275,7 +277,8 @@ class LensPipeline:
         if self.scheduler.stochastic_sampling:
             keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
         batch = _Batch(grids, text, negative, guidance, sigma, keys)
-        final = self._denoise(batch, noise, schedule, table, callback_on_step_end, tuple(wanted))
+        job = self._job(batch, noise, schedule, table)
+        final = self._denoise(batch, job, callback_on_step_end, tuple(wanted))
         images = self._finish(final, batch, output_type)
         return LensPipelineOutput(images, seeds) if return_dict else (images,)
 
@@ -294,56 +297,49 @@ class LensPipeline:
         which = torch.tensor([tokens.index(n) for n in lengths])
         return torch.stack(sigmas)[which], which * steps, table
 
-    def _pack(self, batch: _Batch) -> tuple[Packing, Tensor]:
-        """Packed text and its plan: all conditional samples, then all unconditional ones."""
-        texts = [t for t in (batch.text, batch.negative) if t is not None]
-        index = [i for t in texts for i in t.index]
-        packing = plan(batch.grids * len(texts), index, self.transformer.config.axes_dims_rope, self.device)
-        return packing, torch.cat([rows for t in texts for rows in t.rows])
+    def _job(self, batch: _Batch, noise: list[Tensor], schedule: Tensor, table: Modulation) -> Job:
+        """What the engine draws."""
+        text, negative = batch.text, batch.negative
+        return Job(
+            grids=batch.grids,
+            text=text.rows,
+            text_index=text.index,
+            negative=None if negative is None else negative.rows,
+            negative_index=None if negative is None else negative.index,
+            guidance=batch.guidance,
+            sigma=batch.sigma,
+            first=schedule,
+            table=table,
+            x=torch.cat([n.to(self.device) for n in noise]),
+            stochastic=self.scheduler.stochastic_sampling,
+        )
 
-    def _denoise(
-        self,
-        batch: _Batch,
-        noise: list[Tensor],
-        schedule: Tensor,
-        table: Modulation,
-        callback: Callback | None,
-        wanted: tuple[str, ...],
-    ) -> list[Tensor]:
-        packing, text_rows = self._pack(batch)
+    def _denoise(self, batch: _Batch, job: Job, callback: Callback | None, wanted: tuple[str, ...]) -> list[Tensor]:
         offsets = offsets_of(batch.lengths, self.device)
-        x = torch.cat([n.to(self.device) for n in noise])
-        for i in range(batch.sigma.shape[1] - 1):
-            sigmas = batch.sigma[:, i], batch.sigma[:, i + 1]
-            twice = 1 if batch.negative is None else 2
-            velocity = self.transformer.denoise(
-                x.to(self.dtype).repeat(twice, 1),
-                text_rows,
-                table.rows((schedule + i).repeat(twice).to(self.device)),
-                packing,
-            )
-            c, u = velocity[: len(x)], velocity[len(x) :] if twice == 2 else None
-            noised = self._step_noise(batch, i)
-            before, x = x, sampler.step(x, c, u, *sigmas, batch.guidance, offsets, noised)
-            if callback is None:
-                continue
-            shown = {name: self._shown(name, batch, x, c, u, offsets) for name in wanted}
-            t = 1000 * (sigmas[0][0] if batch.same_size else sigmas[0])
-            given = _replaced(callback(self, i, t, {k: _copy(v) for k, v in shown.items()}), shown)
-            if "noise_pred" in given:  # take the step again
-                v = batch.packed("noise_pred", given["noise_pred"], x)
-                x = sampler.step(before, v, None, *sigmas, 1.0, offsets, noised)
-            if "latents" in given:
-                x = batch.packed("latents", given["latents"], x)
-            if "prompt_embeds" in given:
-                batch.text = self._new_text("prompt_embeds", given["prompt_embeds"], batch.text)
-            if "negative_prompt_embeds" in given:
-                batch.negative = self._new_text(
-                    "negative_prompt_embeds", given["negative_prompt_embeds"], batch.negative
-                )
-            if any(name.endswith("embeds") for name in given):
-                packing, text_rows = self._pack(batch)
-        return list(x.split(batch.lengths))
+        run = self.engine.start(self.transformer, job)
+        try:
+            for i in range(batch.sigma.shape[1] - 1):
+                run.step(self._step_noise(batch, i))
+                if callback is None:
+                    continue
+                c, u = run.velocities
+                shown = {name: self._shown(name, batch, run.x, c, u, offsets) for name in wanted}
+                t = 1000 * (batch.sigma[0, i] if batch.same_size else batch.sigma[:, i])
+                given = _replaced(callback(self, i, t, {k: _copy(v) for k, v in shown.items()}), shown)
+                if "noise_pred" in given:
+                    run.retake(batch.packed("noise_pred", given["noise_pred"], run.x))
+                if "latents" in given:
+                    run.x.copy_(batch.packed("latents", given["latents"], run.x))
+                if any(name.endswith("embeds") for name in given):
+                    for name, field in (("prompt_embeds", "text"), ("negative_prompt_embeds", "negative")):
+                        if name in given:
+                            setattr(batch, field, self._new_text(name, given[name], getattr(batch, field)))
+                    job = with_text(job, run.x, i + 1, batch.text, batch.negative)
+                    run.close()
+                    run = self.engine.start(self.transformer, job)
+            return list(run.x.clone().split(batch.lengths))
+        finally:
+            run.close()
 
     def _step_noise(self, batch: _Batch, step: int) -> Tensor | None:
         if not self.scheduler.stochastic_sampling:

@@ -7,6 +7,8 @@ never buffers of a module.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -36,3 +38,11 @@ def rope_table(
         angles.append(positions[:, axis, None].to(dtype) * frequency)
     angle = torch.cat(angles, dim=1)
     return angle.cos(), angle.sin()
+
+
+@lru_cache(maxsize=32)
+def grid_table(grid: tuple[int, int], texts: int, axes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of a grid's image rows, then of ``texts`` text rows."""
+    positions = torch.cat([image_positions(*grid), text_positions(torch.arange(texts), *grid)])
+    cos, sin = rope_table(positions, axes)
+    return cos.to(device), sin.to(device)

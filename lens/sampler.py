@@ -110,8 +110,8 @@ def step(
     """
     if noise is None:
         return ops.guidance_step(x, c, u, (sigma_next - sigma).to(x.device), guidance, offsets)
-    velocity, repeats = guided(c, u, guidance, offsets), offsets.diff().long().cpu()
-    s, s_next = (v.repeat_interleave(repeats)[:, None].to(x.device) for v in (sigma, sigma_next))
+    velocity, rows = guided(c, u, guidance, offsets), offsets.diff().long()
+    s, s_next = (v.to(x.device).repeat_interleave(rows, output_size=len(x))[:, None] for v in (sigma, sigma_next))
     return (1 - s_next) * (x - s * velocity) + s_next * noise.to(x.device)
 
 

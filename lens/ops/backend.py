@@ -11,7 +11,7 @@ module says so once, with the reason. LENS_OPS_BACKEND=reference | compiled, or 
 forced backend that cannot run raises. LENS_CPU_ISA=base | avx2 | avx512, or `use_isa(...)`, does the same for the
 instruction set of the CPU kernels.
 
-`joint_attention` rests on PyTorch's attention kernels and needs no extension: its "cpu" and "cuda" are those.
+`joint_attention` needs no extension: its "cpu" is PyTorch's kernel, its "cuda" what attention_backends.py chooses.
 """
 
 from __future__ import annotations
@@ -88,6 +88,11 @@ def choose(op: str, x: Tensor) -> str:
     if reason and _choice != "auto":
         _refuse(op, device, reason)
     return "reference" if reason else device
+
+
+def forced() -> str | None:
+    """The choice that is forced, if any."""
+    return None if _choice == "auto" else _choice
 
 
 @contextlib.contextmanager
@@ -217,8 +222,11 @@ def _reason(op: str, backend: str, device: str) -> str:
     if backend == "reference":
         return unavailable(device)
     if op == "joint_attention":
-        per_sample = "torch scaled_dot_product_attention per sample or group of equal samples"
-        return per_sample if backend == "cpu" else f"torch varlen_attn for bfloat16, {per_sample} otherwise"
+        if backend == "cpu":
+            return "torch's flash attention, per sample or group of equal samples"
+        from lens.ops import attention_backends  # rests on this module
+
+        return "by candidate: " + attention_backends.summary()
     return f"lens._C, {isa()} kernels" if backend == "cpu" else "lens._C, CUDA kernels"
 
 

@@ -1,4 +1,4 @@
-"""Attention of every sample over its own [image | text] rows; PyTorch's kernels do the work.; see _attention_cpu.py, _attention_cuda.py."""
+"""Attention of every sample over its own [image | text] rows; libraries do the work, see attention_backends.py."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lens.ops import _attention_cpu, _attention_cuda, backend, checks, reference
+from lens.ops import _attention_cpu, attention_backends, backend, checks, reference
+from lens.ops._attention_cuda import Samples
+from lens.ops._attention_places import DevicePlaces, in_place
 
 MANY = 16  # samples from which on a GPU gathers rows instead of cutting and joining pieces
 
@@ -22,6 +24,7 @@ def joint_attention(
     text_offsets: Tensor,
     text_queries: bool = True,
     scale: float | None = None,
+    places: DevicePlaces | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v within each sample, not causal: image_out [RI, N * H], text_out [RT, N * H].
 
@@ -30,6 +33,7 @@ def joint_attention(
     image_offsets, text_offsets: int32 [B + 1], the same on the device
     text_queries: False leaves out the text rows of q; text_out is then [0, N * H]
     scale: H^-0.5 by default
+    places: with it the offsets alone say where samples lie, and of the lengths only the totals count
     Raises ValueError for shapes, dtypes, devices, lengths or (CPU, eager) offsets that do not fit. Differentiable.
     """
     op = "joint_attention"
@@ -45,9 +49,11 @@ def joint_attention(
     if sum(image_lengths) + sum(text_lengths) != q.shape[0]:
         total = f"{sum(image_lengths)} + {sum(text_lengths)}"
         checks.refuse(op, f"image_lengths and text_lengths must add up to RI + RT = {q.shape[0]}, got {total}")
-    _expect_offsets("image_offsets", image_offsets, image_lengths, q)
-    _expect_offsets("text_offsets", text_offsets, text_lengths, q)
+    _expect_offsets("image_offsets", image_offsets, image_lengths, q, places is None)
+    _expect_offsets("text_offsets", text_offsets, text_lengths, q, places is None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if places is not None:
+        return in_place(q, k, v, sum(image_lengths), image_offsets, text_queries, scale, places)
     chosen = backend.choose(op, q)
     if chosen == "reference":
         return reference.joint_attention(
@@ -64,23 +70,21 @@ def joint_attention(
     if chosen == "cpu":
         recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         out = _attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
-    elif q.dtype == torch.bfloat16:
+    else:
         joint_offsets = image_offsets + text_offsets
         query_offsets = joint_offsets if text_queries else image_offsets
-        out = _attention_cuda.varlen(
-            q, k, v, query_offsets, joint_offsets, max(query_lengths), max(joint_lengths), scale
-        )
-    else:
-        out = _attention_cuda.sample_by_sample(q, k, v, query_lengths, joint_lengths, scale)
+        longest = max(query_lengths), max(joint_lengths)
+        samples = Samples(query_offsets, joint_offsets, *longest, scale, query_lengths, joint_lengths)
+        out = attention_backends.run(q, k, v, samples)
     out = out.flatten(1)
     return _split_streams(out, image_lengths, text_lengths, *offsets) if text_queries else (out, out[:0])
 
 
-def _expect_offsets(name: str, offsets: Tensor, lengths: Sequence[int], like: Tensor) -> None:
+def _expect_offsets(name: str, offsets: Tensor, lengths: Sequence[int], like: Tensor, known: bool) -> None:
     op = "joint_attention"
     checks.expect_shape(op, name, offsets, "B + 1", len(lengths) + 1)
     checks.expect_like(op, name, offsets, like, torch.int32)
-    if like.device.type == "cpu" and not torch.compiler.is_compiling():
+    if known and like.device.type == "cpu" and not torch.compiler.is_compiling():
         expected = [sum(lengths[:b]) for b in range(len(lengths) + 1)]
         if offsets.tolist() != expected:
             checks.refuse(op, f"{name} must be {expected}, got {offsets.tolist()}")

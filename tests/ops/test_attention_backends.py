@@ -1,0 +1,396 @@
+"""The choice among attention libraries, and every adapter's call against a stand-in that computes the true result."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import Tensor
+
+from lens import ops
+from lens.ops import _attention_cuda, attention_backends, backend
+from lens.ops._attention_cuda import Samples
+from lens.ops._attention_places import DevicePlaces
+from lens.ops.attention_backends import CANDIDATES, Candidate, Need, choose, report, use
+
+BY_NAME = {c.name: c for c in CANDIDATES}
+ALL_MODULES = {
+    "flash_attn_interface",
+    "fa3_fwd_interface",
+    "flash_attn",
+    "flash_attn.cute",
+    "torch.nn.attention.varlen",
+}
+
+
+def need(**changes: object) -> Need:
+    released = dict(
+        device="cuda",
+        arch=(9, 0),
+        dtype=torch.bfloat16,
+        head_dim=64,
+        backward=False,
+        device_lengths=False,
+        longest=4511,
+    )
+    return Need(**{**released, **changes})
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Says which modules are installed; what is there may then be chosen."""
+
+    def have(*modules: str) -> None:
+        monkeypatch.setattr(attention_backends, "installed", lambda name: name in modules)
+        choose.cache_clear()
+
+    monkeypatch.setattr(attention_backends, "failed", {})
+    have(*ALL_MODULES)
+    yield have
+    choose.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------ the choice
+
+
+def test_the_highest_rate_among_what_is_installed_wins(machine):
+    assert choose(need()).name == "flash-attn-3"
+    machine("torch.nn.attention.varlen", "flash_attn")
+    assert choose(need()).name == "torch-cudnn"  # 408 beats 321 for long samples
+    assert choose(need(longest=600)).name == "flash-attn-2"  # and loses for short ones, a launch for each
+    assert choose(need(device_lengths=True)).name == "flash-attn-2"  # a captured step has no lengths to loop over
+    machine("torch.nn.attention.varlen")
+    assert choose(need(device_lengths=True)).name == "torch-varlen"
+    machine()
+    assert choose(need(arch=(7, 5))).name == "torch-sdpa"
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "why"),
+    [
+        ({"arch": (8, 0)}, "flash-attn-3", "needs compute capability 9.0 to 9.0, this is 8.0"),
+        ({"arch": (12, 0)}, "flash-attn-4", "needs compute capability 9.0 to 11.9, this is 12.0"),
+        ({"arch": (7, 5)}, "torch-varlen", "needs compute capability 8.0"),
+        ({"dtype": torch.float32}, "flash-attn-2", "does not compute in float32"),
+        ({"head_dim": 320}, "flash-attn-2", "needs heads of a multiple of 8 up to 256 channels, these have 320"),
+        ({"head_dim": 60}, "flash-attn-3", "these have 60"),
+        ({"device_lengths": True}, "torch-cudnn", "reads the lengths on the host"),
+        ({"device_lengths": True}, "torch-sdpa", "reads the lengths on the host"),
+        ({"backward": True}, "torch-cudnn-varlen", "has no backward pass"),
+        ({"device": "cpu"}, "torch-sdpa", "runs on cuda, not on cpu"),
+    ],
+)
+def test_what_a_candidate_lacks_is_said(machine, changes, name, why):
+    rows = {row[0]: row for row in report(need(**changes))}
+    assert not rows[name][1]
+    assert why in rows[name][2]
+    with use(name), pytest.raises(RuntimeError, match=f"{name} was asked for but cannot run: "):
+        choose(need(**changes))
+
+
+def test_the_forward_only_package_serves_no_training(machine):
+    machine("fa3_fwd_interface")
+    assert choose(need()).name == "flash-attn-3"
+    assert choose(need(backward=True)).name == "torch-cudnn"
+    assert "flash_attn_interface is not installed (backward)" in BY_NAME["flash-attn-3"].missing(need(backward=True))
+
+
+def test_every_candidate_is_reported_once_with_a_reason_and_one_is_chosen(machine):
+    for changes in ({}, {"backward": True}, {"device_lengths": True}, {"dtype": torch.float32}, {"arch": (8, 6)}):
+        rows = report(need(**changes))
+        assert sorted(name for name, _, _ in rows) == sorted(BY_NAME)
+        assert [chosen for _, chosen, _ in rows].count(True) == 1
+        assert rows[0][1], "the chosen one comes first"
+        assert all(why for _, _, why in rows)
+    rows = report(need(device="cpu"))
+    assert not any(chosen for _, chosen, _ in rows)
+
+
+def test_forcing(machine):
+    with use("torch-sdpa"):
+        assert choose(need()).name == "torch-sdpa"
+        name, chosen, why = report(need())[0]
+        assert (name, chosen) == ("torch-sdpa", True)
+        assert why.startswith("forced; predicted 310 TFLOP/s for long calls on 9.0")
+    assert choose(need()).name == "flash-attn-3"
+    with pytest.raises(ValueError, match=r"name must be one of flash-attn-3, .*, got 'flash'"), use("flash"):
+        pass
+
+
+def test_environment():
+    code = (
+        "from lens.ops import attention_backends as a; print(a.forced()); a.choose(a.Need('cuda',(9,0),None,64,0,0,9))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={"LENS_ATTENTION": "quick", "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, cwd=backend.__file__.split("lens")[0], timeout=300,
+    )  # fmt: skip
+    assert run.stdout.split() == ["quick"]
+    assert "must be one of flash-attn-3" in run.stderr
+
+
+def test_nothing_is_imported_before_it_is_chosen(tmp_path, monkeypatch):
+    """A broken package of each name lies on the path: found, and not run."""
+    for name in ("flash_attn_interface", "fa3_fwd_interface"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
+    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    attention_backends.installed.cache_clear()
+    try:
+        found = {name for name in ALL_MODULES if attention_backends.installed(name)}
+        # flash-attn-4 alone makes a folder flash_attn without code of its own: that is not flash-attn 2
+        assert found == ALL_MODULES - {"flash_attn"}
+        (tmp_path / "flash_attn" / "__init__.py").write_text("raise SystemExit('imported')")
+        attention_backends.installed.cache_clear()
+        sys.path_importer_cache.clear()
+        assert attention_backends.installed("flash_attn")
+        assert attention_backends.installed("flash_attn.cute")
+    finally:
+        attention_backends.installed.cache_clear()
+    assert not {"flash_attn", "flash_attn_interface", "fa3_fwd_interface"} & set(sys.modules)
+
+
+def test_the_table_names_candidates_and_sources():
+    entries = json.loads(attention_backends.TABLE.read_text())["entries"]
+    assert len({(e["arch"], e["shape"], e["backend"]) for e in entries}) == len(entries)
+    for e in entries:
+        assert e["backend"] in BY_NAME
+        assert e["shape"] in ("long", "short", "backward")
+        assert e["status"] in ("measured", "predicted")
+        assert len(e["source"]) > 10
+        low, high = BY_NAME[e["backend"]].arch
+        assert low <= tuple(map(int, e["arch"].split("."))) <= high
+    assert "torch-cudnn-varlen" not in {e["backend"] for e in entries}  # never chosen before it was measured
+
+
+# ------------------------------------------------------------------------------------------------ the adapters
+
+
+def true_attention(q, k, v, query_offsets: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """softmax(q k^T scale) v per sample in float32, told by offsets."""
+    parts = []
+    for (a, b), (c, d) in zip(
+        zip(query_offsets.tolist(), query_offsets.tolist()[1:]), zip(offsets.tolist(), offsets.tolist()[1:])
+    ):
+        logits = torch.einsum("qnh,knh->nqk", q[a:b].float(), k[c:d].float()) * scale
+        parts.append(torch.einsum("nqk,knh->qnh", logits.softmax(-1), v[c:d].float()))
+    return torch.cat(parts).to(q.dtype)
+
+
+def checked(query_offsets, offsets, longest_query, longest) -> None:
+    """What kernels do with wrong bounds is to leave rows out, silently."""
+    assert query_offsets.dtype == offsets.dtype == torch.int32
+    assert longest_query >= query_offsets.diff().max()
+    assert longest >= offsets.diff().max()
+
+
+class Fake2(types.SimpleNamespace):
+    """flash-attn 2: its order of arguments and its defaults."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p=0.0, softmax_scale=None,
+        causal=False, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, deterministic=False,
+        return_attn_probs=False, block_table=None,
+    ):  # fmt: skip
+        assert (dropout_p, causal, window_size, softcap, alibi_slopes) == (0.0, False, (-1, -1), 0.0, None)
+        assert deterministic
+        checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+
+
+class Fake3(types.SimpleNamespace):
+    """flash-attn 3: seqused before the scale, no dropout; early releases return the denominators, too."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None,
+        softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+        window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False,
+        sm_margin=0, return_attn_probs=False,
+    ):  # fmt: skip
+        assert (seqused_q, seqused_k, causal, qv, num_splits, deterministic) == (None, None, False, None, 1, True)
+        checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale), None
+
+
+class Fake4(types.SimpleNamespace):
+    """flash-attn 4: lengths after the offsets by name, seqused and a page table between, always a pair."""
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, seqused_q=None,
+        seqused_k=None, page_table=None, softmax_scale=None, causal=False, window_size=(None, None),
+        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, return_lse=False,
+    ):  # fmt: skip
+        assert (seqused_q, seqused_k, page_table, causal, learnable_sink) == (None, None, None, False, None)
+        assert (num_splits, deterministic) == (1, True)
+        checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), None
+
+
+class FakeVarlen(types.SimpleNamespace):
+    """torch's own variable-length call, as the oldest supported torch has it: no `scale`."""
+
+    @staticmethod
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None, scale=None):
+        assert not is_causal
+        checked(cu_seq_q, cu_seq_k, max_q, max_k)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return true_attention(query, key, value, cu_seq_q, cu_seq_k, scale)
+
+
+FAKES = {"flash-attn-2": Fake2, "flash-attn-3": Fake3, "flash-attn-4": Fake4, "torch-varlen": FakeVarlen}
+IMAGES, TEXTS = [5, 0, 9, 4], [3, 2, 0, 6]
+
+
+def offsets_of(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def inputs(dtype=torch.float32, grad=False):
+    g = torch.Generator().manual_seed(3)
+    rows = sum(IMAGES) + sum(TEXTS)
+    return [torch.randn(rows, 2, 8, generator=g).to(dtype).requires_grad_(grad) for _ in range(3)]
+
+
+@pytest.fixture
+def cudnn_op(monkeypatch):
+    """torch's private cuDNN op: its order of arguments, the true result."""
+
+    def forward(
+        query, key, value, bias, cu_q, cu_k, max_q, max_k, lse, dropout=0.0, causal=False, debug=False, *, scale=None
+    ):
+        assert (bias, lse, dropout, causal, debug) == (None, True, 0.0, False, False)
+        checked(cu_q, cu_k, max_q, max_k)
+        return true_attention(query, key, value, cu_q, cu_k, scale), None
+
+    monkeypatch.setattr(torch.ops.aten, "_cudnn_attention_forward", forward)
+
+
+def on_cpu(monkeypatch, name: str) -> None:
+    """Candidate `name`, with its stand-in for a module, serves calls on the CPU and nothing else does."""
+    real = BY_NAME[name]
+    monkeypatch.setattr(Candidate, "load", lambda self, need: FAKES.get(self.name))
+    changes = {f: getattr(real, f) for f in inspect.signature(Candidate).parameters}
+    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None)
+    changes |= dict(dtypes=(torch.float32, torch.float64))
+    monkeypatch.setattr(attention_backends, "CANDIDATES", [Candidate(**changes)])
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize("text_queries", [True, False])
+@pytest.mark.parametrize("scale", [None, 0.2])
+@pytest.mark.parametrize("name", BY_NAME)
+def test_adapters_against_the_spec(monkeypatch, cudnn_op, name, scale, text_queries):
+    on_cpu(monkeypatch, name)
+    if name == "torch-cudnn":  # here torch has no cuDNN to be restricted to; the GPU tests run it unpatched
+        asked = []
+        monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda kind: asked.append(kind) or torch.no_grad())
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    q, k, v = inputs()
+    arguments = (q, k, v, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS), text_queries, scale)
+    with torch.no_grad():
+        got = ops.joint_attention(*arguments)
+        expected = ops.reference.joint_attention(*arguments)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    if name == "torch-cudnn":
+        assert asked == [torch.nn.attention.SDPBackend.CUDNN_ATTENTION]
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize("name", [n for n, c in BY_NAME.items() if c.device_lengths])
+def test_device_lengths(monkeypatch, cudnn_op, name):
+    """With places the host's lengths are read for their totals alone: lengths of another batch do no harm."""
+    on_cpu(monkeypatch, name)
+    q, k, v = inputs()
+    rows = ops.reference.joint_rows(offsets_of(IMAGES), offsets_of(TEXTS), sum(IMAGES), sum(TEXTS))
+    joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
+    places = DevicePlaces(rows[: sum(IMAGES)], rows[sum(IMAGES) :], 18, 18, joint)
+    other = [0, 0, sum(IMAGES), 0], [sum(TEXTS), 0, 0, 0]
+    offsets = offsets_of(IMAGES), offsets_of(TEXTS)
+    for text_queries in (True, False):
+        with torch.no_grad():
+            got = ops.joint_attention(q, k, v, *other, *offsets, text_queries, places=places)
+            expected = ops.reference.joint_attention(q, k, v, IMAGES, TEXTS, *offsets, text_queries)
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    choose.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "torch-sdpa"])
+def test_gradients_pass_through_every_adapter(monkeypatch, name):
+    on_cpu(monkeypatch, name)
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    tensors = inputs(torch.float64, grad=True)
+    arguments = (*tensors, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS))
+    weight = torch.linspace(-1, 1, 14 * 16, dtype=torch.float64).view(14, 16)
+
+    def gradients(op):
+        image, text = op(*arguments)
+        return torch.autograd.grad((image[:14] * weight).sum() + text.square().sum(), tensors)
+
+    for got, expected in zip(gradients(ops.joint_attention), gradients(ops.reference.joint_attention), strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    choose.cache_clear()
+
+
+def test_torch_kernels_are_told_to_be_repeatable():
+    """Their backward passes add with atomics unless the global switch is on: it is on there, and nowhere else."""
+    seen = []
+
+    class Watch(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dout):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return dout * 2
+
+    x = torch.ones(3, requires_grad=True)
+    _attention_cuda.repeatable(Watch.apply(x)).sum().backward()
+    Watch.apply(x).sum().backward()
+    assert seen == [True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine):
+    machine("flash_attn_interface", "flash_attn")
+    real = BY_NAME["flash-attn-2"]
+    monkeypatch.setattr(
+        attention_backends,
+        "CANDIDATES",
+        [
+            Candidate(
+                **{**vars(BY_NAME["flash-attn-3"]), "device": "cpu", "arch": ((0, 0), (9, 9)), "dtypes": real.dtypes}
+            ),
+            Candidate(**{**vars(real), "device": "cpu", "arch": ((0, 0), (9, 9))}),
+        ],
+    )
+
+    def load(module):
+        if module == "flash_attn_interface":
+            raise ImportError("undefined symbol: at::f")
+        return Fake2
+
+    monkeypatch.setattr(attention_backends.importlib, "import_module", load)
+    monkeypatch.setattr(attention_backends, "_rate", lambda *_: 1.0)  # the first of the list
+    q, k, v = inputs(torch.bfloat16)
+    joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
+    samples = Samples(joint, joint, 10, 10, 0.3)
+    with pytest.warns(UserWarning, match="flash_attn_interface cannot be imported: undefined symbol"):
+        got = attention_backends.run(q, k, v, samples)
+    torch.testing.assert_close(got, true_attention(q, k, v, joint, joint, 0.3))
+    with use("flash-attn-3"), pytest.raises(RuntimeError, match="cannot run: flash_attn_interface cannot be imported"):
+        attention_backends.run(q, k, v, samples)
