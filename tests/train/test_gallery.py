@@ -11,12 +11,14 @@ import pytest
 from PIL import Image
 
 from lens.pictures import read_recipe
+from train.__main__ import main
 from train.data.world import World
-from train.evaluate import gallery, gallery_page
+from train.evaluate import gallery, gallery_page, mini_bench, ocr
 from train.evaluate.eye import SIGN
 from train.evaluate.gallery_page import Card, Class, Page, Share, Stage, Task, curve, facts, lines, render, tally, tick
 from train.evaluate.geneval import Detection
 from train.evaluate.scores import read_scores
+from train.evaluate.sources import Source
 
 NASTY = """a "red" <script>alert('x')</script> & a 'blue' one"""
 EMPTY = {"area", "base", "br", "col", "embed", "hr", "img", "input", "link", "meta", "source", "track", "wbr"}
@@ -363,3 +365,24 @@ def test_an_unread_sign_is_not_called_right():
         right, reason = gallery.verdicts(judges, [wish], {wish: (picture, b"")})[wish]
         assert right is expected
         assert "not read" in reason
+
+
+def test_what_mini_bench_writes_is_understood(tmp_path, monkeypatch):
+    def draw(prompts, seeds, guidance):
+        return [np.full((64, 64, 3), 128, np.uint8) for _ in prompts]
+
+    source = Source("fake", 64, draw, lambda pictures: pictures, tuple(CLASSES))
+    monkeypatch.setattr(mini_bench, "from_pipeline", lambda model, steps: source)
+    monkeypatch.setattr(ocr, "available", lambda: False)
+    out = ["--out", str(tmp_path)]
+    assert main(["evaluate", "mini-bench", "--model", "fake", "--quick", "--no-audit", "--per-task", "1", *out]) == 0
+    scores = read_scores(tmp_path / "scores.json", list(gallery.ASKS), 3.0)
+    written = json.loads((tmp_path / "scores.json").read_text())
+    assert scores.settings["classes"] == CLASSES
+    for task in gallery.ASKS:
+        for column, row in (("3", written["guidance"]["3"]), ("render", written["ceilings"]["render"])):
+            share = scores.tasks[task][column]
+            assert (share.value if share else None) == row[task].get("score")
+    asked = {kind: share.of for kind, share in scores.classes.items()}
+    assert asked == {kind: entry["asked"] for kind, entry in written["per_class"]["3"].items()}
+    assert all(share.value == 0 for share in scores.classes.values())  # grey pictures hold nothing
