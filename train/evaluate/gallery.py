@@ -277,7 +277,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the pipeline loads: mini, or a folder in the released layout (default: mini)",
     )
     parser.add_argument(
-        "--config", default="mini", help="recipe of the model, for its classes and settings (default: mini)"
+        "--config", default="mini", help="recipe whose files and commands the page shows (default: mini)"
     )
     parser.add_argument("--out", type=Path, default=Path("gallery"), help="folder of index.html (default: gallery)")
     parser.add_argument("--per-task", type=int, default=12, help="pictures per task (default: 12)")
