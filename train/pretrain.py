@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -34,16 +33,14 @@ import torch
 from torch import Tensor, nn
 
 from lens import checkpoint
-from lens.sampler import Scheduler
 
 from . import configs
 from . import encoder as text_stage
-from . import vae as vae_stage
-from .checkpointing import load_state, save_state, write_text
+from .checkpointing import load_state, save_state
 from .codec import Latents
 from .data.stream import Source, Step, Stream, draw
 from .generator import Mini, Painter, draw_sheet, fused_rows
-from .logging import JsonLog, read_log
+from .logging import JsonLog
 from .loop import Clock, Ema, device_of, duration, keyed, rate
 from .objectives import flow_matching
 from .warm_start import rebase_latents
@@ -235,36 +232,6 @@ def load_trained(config: ModuleType, name: str, path: Path) -> Mini:
     return model
 
 
-def export(config: ModuleType, options: argparse.Namespace) -> None:
-    """The released layout in bfloat16: transformer, text encoder, tokenizer, VAE, scheduler, model_index.json."""
-    folder: Path = options.export
-    tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
-    for file in sorted(tokenizer.iterdir()):
-        write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
-    model = load_trained(config, options.config, options.out / "pretrain.pt")
-    checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
-    checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
-    vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
-    scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
-    checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.released_scheduler(scheduler))
-    last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
-    state, world = load_state(options.out / "pretrain.pt", "pretrain"), configs.world(options.config)
-    about = {
-        "name": "Lens-Mini",
-        "variant": "lens",
-        "num_inference_steps": config.SHEET["steps"],
-        "guidance_scale": config.SHEET["guidance"],
-        "base_resolution": config.SIDE,
-        "max_resolution": config.SIDE,
-        "time_dtype": "float32",
-        "classes": list(world.classes),
-        "caption_styles": list(world.captions),
-        "trained_steps": state["step"],
-        "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
-    }
-    checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
     parser.add_argument(
@@ -313,6 +280,8 @@ def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     config = configs.load(options.config, "pretrain")
     if options.export:
+        from .shipping import export
+
         export(config, options)
     else:
         with fused_rows() if options.compile else contextlib.nullcontext():

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from lens.config import LensConfig
 from lens.ops import backend
 from lens.packing import plan
-from train import configs, encoder, generator, pretrain
+from train import configs, encoder, generator, pretrain, shipping
 from train.checkpointing import load_state
 from train.codec import LinearCodec
 from train.data.kinds import KINDS
@@ -169,8 +169,10 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     assert (tmp_path / "out" / "sheet_000002.png").is_file()
 
     options.export = tmp_path / "mini"
-    monkeypatch.setattr(pretrain.vae_stage, "export", lambda *_: None)  # its halves were not trained here
-    pretrain.export(recipe, options)
+    monkeypatch.setattr(shipping.vae_stage, "export", lambda *_: None)  # its halves were not trained here
+    shipping.export(recipe, options)
+    assert json.loads((options.export / "recipe.json").read_text())["pretrain"]["MODEL"]["num_layers"] == 7
+    assert (options.export / "pretrain.jsonl").read_bytes() == (tmp_path / "out" / "log.jsonl").read_bytes()
     facts = json.loads((options.export / "model_index.json").read_text())["lens"]
     assert facts["classes"] == list(KINDS)
     assert set(facts["caption_styles"]) == {"geneval", "brief", "dense", "translated"}

@@ -1,0 +1,67 @@
+"""A trained Mini in the released layout, with what made it beside it: the recipe of every stage and the stages' logs."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from lens import checkpoint
+from lens.sampler import Scheduler
+
+from . import configs
+from . import encoder as text_stage
+from . import vae as vae_stage
+from .checkpointing import load_state, write_text
+from .logging import read_log
+from .pretrain import load_trained
+
+STAGES = ("world", "vae", "encoder", "pretrain")
+
+
+def recipe(name: str) -> dict[str, dict[str, Any]]:
+    """Every number of a recipe: stage -> field -> value, tuples as lists."""
+    return {
+        stage: {field: value for field, value in vars(configs.load(name, stage)).items() if field.isupper()}
+        for stage in STAGES
+    }
+
+
+def export(config: ModuleType, options: argparse.Namespace) -> None:
+    """Write transformer, text encoder, tokenizer, VAE, scheduler and model_index.json, weights in bfloat16; recipe.json;
+    and the log of each stage as STAGE.jsonl, where its folder has one."""
+    folder: Path = options.export
+    tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
+    for file in sorted(tokenizer.iterdir()):
+        write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
+    model = load_trained(config, options.config, options.out / "pretrain.pt")
+    checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
+    checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
+    vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
+    scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
+    checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.released_scheduler(scheduler))
+    last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
+    state, world = load_state(options.out / "pretrain.pt", "pretrain"), configs.world(options.config)
+    about = {
+        "name": "Lens-Mini",
+        "variant": "lens",
+        "num_inference_steps": config.SHEET["steps"],
+        "guidance_scale": config.SHEET["guidance"],
+        "base_resolution": config.SIDE,
+        "max_resolution": config.SIDE,
+        "time_dtype": "float32",
+        "classes": list(world.classes),
+        "caption_styles": list(world.captions),
+        "trained_steps": state["step"],
+        "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
+    }
+    checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
+    checkpoint.write_json(folder / "recipe.json", recipe(options.config))
+    encoder = options.encoder.parent if options.encoder else Path("runs/encoder")
+    for stage, source in (("vae", options.vae), ("encoder", encoder), ("pretrain", options.out)):
+        if (source / "log.jsonl").is_file():
+            write_text(folder / f"{stage}.jsonl", (source / "log.jsonl").read_text(encoding="utf-8"))
