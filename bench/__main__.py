@@ -1,26 +1,19 @@
-"""`python -m bench list | run | compare | report`. Exit codes: 0 done, 1 slower than allowed, 2 a mistake in the command."""
+"""`python -m bench list | run | compare | report`.
+
+Exit codes: 0 done; 1 slower than allowed, a wrong result, or a case that failed; 2 a mistake in the command.
+"""
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import json
+import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
-from lens.checkpoint import write_json
+import torch
 
-from .compare import Incomparable, compare, markdown
-
-
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-        markdown(result)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SystemExit(_mistake(f"{path}: not a result of `python -m bench run`: {error!r}")) from None
-    return result
+from .case import OURS, ConstantData, Disagreement, LeftOut
+from .suites import SUITES, cases
 
 
 def _mistake(message: str) -> int:
@@ -28,70 +21,153 @@ def _mistake(message: str) -> int:
     return 2
 
 
-def _list(_: argparse.Namespace) -> int:
-    from .cases import CASES
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
 
-    print("\n".join(CASES))
+
+def _list(options: argparse.Namespace) -> int:
+    gpu = options.gpu or _device(None).type == "cuda"
+    for case in cases(SUITES, options.case or ["*"], options.tiny, gpu):
+        print(f"{case.id:52} {' '.join(case.subjects)}" if options.subjects else case.id)
     return 0
 
 
 def _run(options: argparse.Namespace) -> int:
-    from .cases import CASES
-    from .measure import copy_bandwidth, measure, result
-
-    chosen = [case for case in CASES if fnmatch.fnmatch(case, options.cases)]
+    device = _device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return _mistake("torch sees no CUDA device")
+    suites = SUITES if options.suite == "all" else (options.suite,)
+    chosen = cases(suites, options.case or ["*"], options.tiny, device.type == "cuda")
     if not chosen:
-        return _mistake(f"no case matches {options.cases!r}; see python -m bench list")
-    roof = copy_bandwidth()
-    rows = []
-    for number, case in enumerate(chosen, 1):
-        print(f"{number}/{len(chosen)} {case}", file=sys.stderr)
-        rows.append(measure(case, options.seconds, roof))
-    made = result(rows, roof)
-    if options.out is not None:
-        write_json(options.out, made)
-    print(markdown(made))
-    print(json.dumps(made))  # the last line is the machine's
+        hint = "" if options.tiny or device.type == "cuda" else " (without a GPU most suites run with --tiny only)"
+        return _mistake(
+            f"no case of {options.suite} matches {' '.join(options.case or ['*'])}{hint}; see python -m bench list"
+        )
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        if options.profile or options.trace is not None:
+            return _profile(options, chosen, device)
+    except (ValueError, LeftOut) as error:
+        _mistake(str(error))
+        return 1 if isinstance(error, ConstantData | Disagreement) else 2
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        return _mistake("pytest-benchmark is missing: pip install -e '.[bench]'")
+    from .plugin import Bench, collect
+    from .result import parse, table
+    from .timing import keep_freed_memory
+
+    if device.type == "cpu" and not keep_freed_memory():
+        print("bench: this C library has no mallopt; times hold the cost of new memory pages", file=sys.stderr)
+    subjects = tuple(options.subject) if options.subject else None
+    bench = Bench(chosen, device, options.seconds, subjects, options.out, options.budget)
+    status = collect(bench, options.pytest)
+    if bench.json:
+        made = parse(options.out or Path("this run"), bench.json)
+        print(table(made))
+        if device.type == "cpu":
+            bands = sorted(row.band for row in made.rows.values())
+            if bands:
+                print(f"\nOne subject timed twice differs by {bands[len(bands) // 2]:.1%} in the middle, {bands[-1]:.1%} at worst: "
+                      "this machine sees no smaller change.")  # fmt: skip
+    return 1 if status else 0
+
+
+def _profile(options: argparse.Namespace, chosen: list, device: torch.device) -> int:
+    from .profiling import one_launch, prepared, traced
+
+    if len(chosen) != 1:
+        return _mistake(f"--profile and --trace take one case, not {len(chosen)}: name it with --case")
+    if options.profile and device.type != "cuda":
+        return _mistake("--profile marks a launch for CUDA profilers and needs a CUDA device; --trace works anywhere")
+    case, subject = chosen[0], options.subject[0] if options.subject else OURS
+    launcher = prepared(case, subject, device)
+    name = f"{case.id} [{subject}]"
+    if options.profile:
+        one_launch(launcher, name)
+        print(f"one launch of {name} between cudaProfilerStart and cudaProfilerStop")
+    else:
+        print(traced(launcher, name, options.trace))
+        print(f"trace of one call of {name}: {options.trace}")
     return 0
 
 
 def _compare(options: argparse.Namespace) -> int:
+    from .compare import compare, lines, lost, sight
+    from .machine import Incomparable
+    from .result import NoResult, load
+
     try:
-        verdicts = compare(_load(options.before), _load(options.after), options.tolerance)
-    except Incomparable as error:
+        before, after = load(options.before), load(options.after)
+        verdicts = compare(before, after, tuple(options.subject) if options.subject else None)
+    except (NoResult, Incomparable) as error:
         return _mistake(f"cannot compare: {error}")
-    for v in verdicts:
-        mark = "SLOWER" if v["slower"] else "ok"
-        print(f"{mark:6}  {v['case']}  {v['before']:.4g} -> {v['after']:.4g} ms  x{v['ratio']:.3f}")
-    return int(any(v["slower"] for v in verdicts))
+    gone = lost(before, after)
+    print("\n".join([*lines(verdicts), *(f"LOST    {case}: it ran before" for case in gone), sight(verdicts)]))
+    return int(any(v.slower for v in verdicts) or bool(gone))
 
 
 def _report(options: argparse.Namespace) -> int:
-    print("\n\n".join(markdown(_load(path)) for path in options.results))
+    from .report import write
+    from .result import NoResult, load, table
+
+    try:
+        if options.results:
+            print("\n\n".join(table(load(path)) for path in options.results))
+            return 0
+        for path in write(check=options.check):
+            print(path)
+    except NoResult as error:
+        return _mistake(str(error))
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine's CPU.")
-    commands = parser.add_subparsers(required=True, metavar="list | run | compare | report")
-    commands.add_parser("list", help="ids of all cases").set_defaults(do=_list)
-    run = commands.add_parser("run", help="measure, print a table and one JSON line")
-    run.add_argument(
-        "cases", nargs="?", default="*", help='ids to run, with wildcards, such as "swiglu/*" (default: all)'
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine.")
+    commands = top.add_subparsers(required=True, metavar="list | run | compare | report")
+    listing = commands.add_parser("list", help="ids of all cases this machine can run")
+    listing.add_argument("--case", action="append", metavar="GLOB", help="only ids like this (repeatable)")
+    listing.add_argument("--gpu", action="store_true", help="the cases of a GPU, on any machine")
+    listing.add_argument("--tiny", action="store_true", help="the small stand-ins that run on a CPU")
+    listing.add_argument("--subjects", action="store_true", help="also what each case times")
+    listing.set_defaults(do=_list)
+    run = commands.add_parser(
+        "run", help="compare results, then measure; prints a table, writes pytest-benchmark's JSON"
     )
-    run.add_argument("--seconds", type=float, default=1.0, help="time to spend on each case (default: 1)")
-    run.add_argument("--out", type=Path, help="also write the result to this file")
+    run.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"], help="default: all")
+    run.add_argument("--case", action="append", metavar="GLOB", help='ids to run, such as "ops/swiglu/*" (repeatable)')
+    run.add_argument("--subject", action="append", help="only this way of doing it (repeatable); default: all")
+    run.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch sees one")
+    run.add_argument("--tiny", action="store_true", help="small stand-ins through the same code, for a CPU")
+    run.add_argument("--seconds", type=float, default=1.0, help="time for each subject of a case (default: 1)")
+    run.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this time")
+    run.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    run.add_argument("--out", type=Path, help="write the result here, anew after every subject")
+    run.add_argument("--profile", action="store_true", help="one case: exactly one launch between CUDA profiler marks")
+    run.add_argument("--trace", type=Path, metavar="FILE", help="one case: one call under the torch profiler")
+    run.add_argument("--pytest", action="append", metavar="OPTION", help="pass on, as --pytest=--benchmark-autosave")
     run.set_defaults(do=_run)
     two = commands.add_parser("compare", help="exit 1 where the second result is slower than the first")
     two.add_argument("before", type=Path)
     two.add_argument("after", type=Path)
-    two.add_argument("--tolerance", type=float, default=0.05, help="growth of the median allowed (default: 0.05)")
+    two.add_argument("--subject", action="append", help="judge these subjects (default: ours)")
     two.set_defaults(do=_compare)
-    report = commands.add_parser("report", help="results as Markdown tables")
-    report.add_argument("results", type=Path, nargs="+")
+    report = commands.add_parser("report", help="results as tables; without arguments the README's table and picture")
+    report.add_argument("results", type=Path, nargs="*")
+    report.add_argument("--check", action="store_true", help="write nothing; exit 1 where README or picture are stale")
     report.set_defaults(do=_report)
-    options = parser.parse_args(arguments)
-    return options.do(options)
+    return top
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    return int(options.do(options))
 
 
 if __name__ == "__main__":

@@ -1,48 +1,85 @@
-"""Two results -> verdict. Pure: no clock, no device."""
+"""Two results -> verdicts. Pure: no clock, no device.
+
+A case is slower where best_after / best_before > 1 + max(2 %, band). The best of all rounds counts, for a machine can
+only add time. The band is measured: every subject is timed twice in one run, and the larger difference of the two
+results' pairs is what this machine cannot tell from a change.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
+from .case import OURS
+from .machine import Incomparable, refuse_unlike
+from .result import Result
 
-class Incomparable(ValueError):
-    """Results of different machines or settings: refused, not failed."""
+LEAST = 0.02
 
 
-def compare(before: dict[str, Any], after: dict[str, Any], tolerance: float) -> list[dict[str, Any]]:
-    """Per case in both results, {case, before, after, ratio, slower}: slower where the median grew by more than
-    `tolerance` (0.05 is five percent) and by more than the spread, i.e. the new 20th percentile exceeds the old 80th.
+@dataclass(frozen=True)
+class Verdict:
+    case: str
+    subject: str
+    before: float
+    after: float
+    band: float  # of both results, the larger
+
+    @property
+    def ratio(self) -> float:
+        return self.after / self.before
+
+    @property
+    def limit(self) -> float:
+        """The largest ratio that passes."""
+        return 1 + max(LEAST, self.band)
+
+    @property
+    def slower(self) -> bool:
+        return self.ratio > self.limit
+
+
+def compare(before: Result, after: Result, subjects: tuple[str, ...] | None = None) -> list[Verdict]:
+    """A verdict for every case and subject that both results hold; Incomparable for unlike cards or nothing in common.
+
+    subjects: only these; by default ours and what begins with it, for comparators are judged by nobody.
     """
-    for key in before["card"].keys() | after["card"].keys():
-        a, b = before["card"].get(key), after["card"].get(key)
-        if a != b:
-            raise Incomparable(f"{key} differs: {a!r} and {b!r}")
-    old = {row["case"]: row for row in before["rows"]}
+    refuse_unlike(before.identity, after.identity)
     verdicts = []
-    for row in after["rows"]:
-        if (was := old.get(row["case"])) is not None:
-            ratio = row["ms"] / was["ms"]
-            slower = ratio > 1 + tolerance and row["p20"] > was["p80"]
-            verdicts.append(
-                {"case": row["case"], "before": was["ms"], "after": row["ms"], "ratio": ratio, "slower": slower}
-            )
+    for key, row in after.rows.items():
+        wanted = key[1].startswith(OURS) if subjects is None else key[1] in subjects
+        if wanted and key in before.rows:
+            was = before.rows[key]
+            verdicts.append(Verdict(*key, was.best, row.best, max(was.band, row.band)))
     if not verdicts:
-        raise Incomparable("no case is in both results")
+        raise Incomparable("no case with a common subject is in both results")
     return verdicts
 
 
-def markdown(result: dict[str, Any]) -> str:
-    """A result as a table, its conditions in the line above."""
-    c = result["card"]
-    lines = [
-        f"{c['device']}, {c['threads']} threads, {c['isa']}, torch {c['torch']}, lens {result['lens']} at "
-        f"{result['commit']}; memory copy {result['copy_gb_per_s']} GB/s",
-        "",
-        "| case | ms (p20 to p80) | eager ms | speed-up | of memory roof |",
-        "|---|---|---|---|---|",
+def lost(before: Result, after: Result) -> list[str]:
+    """Cases of ours that ran before and now failed or were left out: not slower, but gone."""
+    gone: dict[str, Any] = {**after.bench.get("left_out", {}), **after.bench.get("failed", {})}
+    return [
+        case for case, subject in before.rows if subject == OURS and (case, subject) not in after.rows and case in gone
     ]
-    for row in result["rows"]:
-        eager = f"{row['eager_ms']:.4g} | {row['speedup']:.2f}" if "eager_ms" in row else " | "
-        roof = f"{row['roof']:.0%}" if "roof" in row else ""
-        lines.append(f"| {row['case']} | {row['ms']:.4g} ({row['p20']:.4g} to {row['p80']:.4g}) | {eager} | {roof} |")
-    return "\n".join(lines)
+
+
+def sight(verdicts: list[Verdict]) -> str:
+    """How small a regression this pair of results can see."""
+    limits = sorted(v.limit - 1 for v in verdicts)
+    middle, worst = limits[len(limits) // 2], limits[-1]
+    blind = sum(limit > 0.1 for limit in limits)
+    text = f"regressions above {middle:.1%} show in half of the cases, above {worst:.1%} in all"
+    if blind:
+        text += f"; {blind} of {len(limits)} cases hide 10 % or more: this machine is shared or unsteady, run it again alone"
+    return text
+
+
+def lines(verdicts: list[Verdict]) -> list[str]:
+    """One line per verdict."""
+    out = []
+    for v in verdicts:
+        mark = "SLOWER" if v.slower else "ok"
+        times = f"{1e3 * v.before:.4g} -> {1e3 * v.after:.4g} ms"
+        out.append(f"{mark:6}  {v.case} [{v.subject}]  {times}  x{v.ratio:.3f} (up to x{v.limit:.3f} passes)")
+    return out

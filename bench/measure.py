@@ -1,94 +1,112 @@
-"""Timing on the CPU, and the card of the machine that a result belongs to."""
+"""One case -> its rows: results compared first, then timed in turns, then set against the ceilings."""
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import time
-from collections.abc import Callable
-from pathlib import Path
+import gc
 from typing import Any
 
 import torch
 
-import lens
-from lens.ops import backend
+from .case import OURS, Case, Disagreement, LeftOut, Work, distance, refuse_constant
+from .roofline import roof
+from .timing import Clock, band, best, clock_of, take_turns
 
-from .cases import CASES
-
-_OUT_OF_CACHE = 64 << 20  # bytes of a case below which a cache may beat the memory roof
+COLD = 2  # inputs of so many L2 caches are not served by it
 
 
-def timed(functions: list[Callable[[], Any]], seconds: float, at_least: int = 5) -> list[dict[str, float]]:
-    """Median, 20th and 80th percentile in milliseconds of each function.
+def compare_results(case: Case, work: Work, clock: Clock, wanted: tuple[str, ...]) -> tuple[dict[str, Any], dict]:
+    """Launch every wanted subject once, by the launch that will be timed; launchers and errors by name.
 
-    The functions take turns, so that what else the machine does falls on all of them alike.
+    A subject too far from the oracle raises Disagreement. A comparator that cannot run here is left out with its
+    reason; ours must run.
     """
-    for function in functions:
-        function()
-    times: list[list[float]] = [[] for _ in functions]
-    end = time.perf_counter() + seconds
-    while len(times[0]) < at_least or time.perf_counter() < end:
-        for function, taken in zip(functions, times):
-            start = time.perf_counter_ns()
-            function()
-            taken.append((time.perf_counter_ns() - start) / 1e6)
-    return [{name: _quantile(taken, q) for name, q in (("ms", 0.5), ("p20", 0.2), ("p80", 0.8))} for taken in times]
+    refuse_constant(work.inputs, case.id)
+    refuse_constant(work.data, f"{case.id}: weights")
+    oracle = work.oracle(*work.inputs[0])
+    launchers, errors = {}, {}
+    for name in [n for n in work.subjects if n in wanted]:
+        launcher = clock.launcher(work.subjects[name], work.inputs)
+        try:
+            found = work.select(launcher.outputs())
+        except (RuntimeError, ImportError, TypeError) as error:
+            if name == OURS:
+                raise
+            work.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            continue
+        errors[name] = distance(found, oracle)
+        if not errors[name] <= work.bound:
+            raise Disagreement(
+                f"{case.id}: {name} is {errors[name]:.3g} away from the oracle (bound {work.bound:.3g}): not timed"
+            )
+        launchers[name] = launcher
+        del found
+    return launchers, errors
 
 
-def _quantile(values: list[float], q: float) -> float:
-    ordered = sorted(values)
-    return round(ordered[min(len(ordered) - 1, int(q * len(ordered)))], 6)
+def _peak(launcher: Any, device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    launcher.round()
+    return int(torch.cuda.max_memory_allocated(device))
 
 
-def copy_bandwidth() -> float:
-    """GB/s of torch's copy between arrays far larger than any cache: the roof of every case that only moves bytes."""
-    source = torch.ones(64 << 20, dtype=torch.float32)
-    target = torch.empty_like(source)
-    (result,) = timed([lambda: target.copy_(source)], seconds=0.5)
-    return round(2 * source.numel() * 4 / result["ms"] / 1e6, 2)
-
-
-def card() -> dict[str, Any]:
-    """What must be equal for two results to be compared."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "device": names[0] if names else platform.machine(),
-        "threads": torch.get_num_threads(),
-        "isa": backend.isa(),
-        "torch": torch.__version__,
-    }
-
-
-def commit() -> str:
-    """The checkout's commit, with "+" where files differ from it; "unknown" outside of git."""
-    root = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True)
-        if done.returncode:
-            raise OSError(done.stderr)
-        return done.stdout.strip()
-
+def measure(
+    case: Case,
+    device: torch.device,
+    seconds: float,
+    ceilings: dict[str, float],
+    wanted: tuple[str, ...] | None = None,
+    clock: Clock | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Rows of one case by subject: {"passes": seconds of every round in each pass, "best", "band", "error", ...}, or
+    {"left_out": reason}. LeftOut, Disagreement and ConstantData come through."""
+    names = tuple(n for n in case.subjects if wanted is None or n in wanted)
+    clock = clock or clock_of(device)
     try:
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
-    except OSError:
-        return "unknown"
+        work = case.prepare(device)
+    except LeftOut as reason:
+        return {name: {"left_out": str(reason)} for name in names}
+    launchers, errors = compare_results(case, work, clock, names)
+    release(device)  # the oracle's copies
+    for name, launcher in launchers.items():
+        if settle := work.subjects[name].settle:
+            settle()
+        launcher.ready()
+    times = take_turns(launchers, seconds, case.rounds)
+    in_cache = work.bytes * len(work.inputs) < COLD * getattr(clock, "l2", 0)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        if name not in launchers:
+            rows[name] = {"left_out": work.left_out.get(name, "not prepared")}
+            continue
+        fastest = best(times[name])
+        rows[name] = {
+            "passes": times[name],
+            "best": fastest,
+            "band": band(times[name]),
+            "error": errors[name],
+            "bound": work.bound,
+            "flops": work.flops,
+            "bytes": work.bytes,
+            "note": work.note,
+            "mode": work.subjects[name].mode if device.type == "cuda" else "call",
+            "roof": roof(work.flops, work.bytes, fastest, ceilings),
+            "in_cache": in_cache,
+            "host": min(launchers[name].host, default=None),
+            "peak_bytes": _peak(launchers[name], device),
+        }
+    return rows
 
 
-def measure(case: str, seconds: float, roof: float) -> dict[str, Any]:
-    """One row of a result: times, and where they apply the speed-up over eager and the part of the memory roof reached."""
-    work = CASES[case]()
-    with torch.no_grad():
-        ours, *eager = timed([work.run, *([work.baseline] if work.baseline else [])], seconds)
-    row: dict[str, Any] = {"case": case, **ours}
-    if eager:
-        row |= {"eager_ms": eager[0]["ms"], "speedup": round(eager[0]["ms"] / ours["ms"], 3)}
-    if work.bytes >= _OUT_OF_CACHE:
-        row["roof"] = round(work.bytes / ours["ms"] / 1e6 / roof, 3)
-    return row
+def release(device: torch.device) -> None:
+    """Give back what a finished case held: compiled regions, graphs and weights."""
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
 
 
-def result(rows: list[dict[str, Any]], roof: float) -> dict[str, Any]:
-    return {"card": card(), "lens": lens.__version__, "commit": commit(), "copy_gb_per_s": roof, "rows": rows}
+def forget_compiled() -> None:
+    """Drop torch.compile's caches between cases: the next size must not find the last one's recompile counters."""
+    torch._dynamo.reset()

@@ -1,0 +1,164 @@
+"""The README's speed table and its picture, from results committed under bench/results/<device>/ and nothing else.
+
+The headline is e2e/<lens | turbo>/1024/b1: its total where decoding was measured, else its stages. Where no result of a
+GPU is committed, both say so and show the paper's time and the floor alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from xml.sax.saxutils import escape
+
+from lens.checkpoint import write_atomic
+from lens.config import LensConfig
+
+from .case import OURS
+from .machine import ROOT
+from .result import Result, load_folder, time_text
+from .roofline import H100_BF16, PAPER_SECONDS, SAME_CHIP, step_flops
+
+RESULTS = ROOT / "bench" / "results"
+README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+STAGES = ("text", "denoise", "decode")
+NAMES = {"lens": "Lens, 20 guided steps", "turbo": "Lens-Turbo, 4 steps"}
+FLOOR_TEXT = 300  # text tokens of the floor
+COLOURS = {"text": "#4f81bd", "denoise": "#2f5d8a", "decode": "#8fb4d9", "paper": "#c0c0c0"}
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One drawn time: who, and seconds by stage ("total" alone where stages are not known)."""
+
+    who: str
+    stages: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.stages.values())
+
+
+def floor_seconds(variant: str) -> float:
+    """FLOPs of the denoiser's calls with every exact saving, at an H100's dense bfloat16 peak."""
+    steps, guided = (20, True) if variant == "lens" else (4, False)
+    images, texts = ([4096] * 2, [FLOOR_TEXT, 0]) if guided else ([4096], [FLOOR_TEXT])
+    return steps * sum(step_flops(LensConfig(), images, texts).values()) / H100_BF16
+
+
+def measured(results: list[Result], variant: str, subject: str) -> dict[str, float] | None:
+    """Best seconds by stage of the headline case; the newest result that has a stage counts. None without denoise."""
+    found: dict[str, float] = {}
+    for result in results:
+        for stage in (*STAGES, "total"):
+            for name in {variant, "lens"} if stage in ("text", "decode") else {variant}:
+                row = result.rows.get(
+                    (f"e2e/{name}/1024/b1/bf16/{stage}", subject if stage in ("denoise", "total") else OURS)
+                )
+                if row is not None:
+                    found[stage] = row.best
+    if "denoise" not in found:
+        return None
+    total = found.pop("total", None)
+    if total is not None and total > sum(found.values()):
+        found["rest"] = total - sum(found.values())
+    return found
+
+
+def bars(results: dict[str, list[Result]], variant: str) -> list[Bar]:
+    """The paper's bar, then ours and the comparators' of every GPU with results."""
+    drawn = [Bar("paper, H100", {"total": PAPER_SECONDS[variant]})]
+    for device, of_device in results.items():
+        for subject, label in (
+            (OURS, "Lens"),
+            ("exact_compiled", "torch.compile, exact savings"),
+            ("reference_eager", "reference, eager"),
+        ):
+            if stages := measured(of_device, variant, subject):
+                drawn.append(Bar(f"{label}, {device}", stages))
+    return drawn
+
+
+def gpu_results(folder: Path = RESULTS) -> dict[str, list[Result]]:
+    """Committed results of GPUs by device name, oldest first; a CPU's have no headline."""
+    found: dict[str, list[Result]] = {}
+    for place in sorted(p for p in folder.glob("*") if p.is_dir()):
+        for result in load_folder(place):
+            if "multiprocessors" in result.identity:
+                found.setdefault(str(result.identity["device"]), []).append(result)
+    return found
+
+
+def speed_table(results: dict[str, list[Result]]) -> str:
+    """Markdown between the README's markers."""
+    lines = [
+        "| 1024x1024, batch 1, prompt to pixels | paper, one H100 | floor at 989 TFLOP/s | here |",
+        "|---|---|---|---|",
+    ]
+    for variant, name in NAMES.items():
+        texts = []
+        for device, of_device in results.items():
+            if stages := measured(of_device, variant, OURS):
+                missing = [s for s in STAGES if s not in stages]
+                partly = f", without {' and '.join(missing)}" if missing else ""
+                texts.append(f"{time_text(sum(stages.values()))} on one {device}{partly}")
+        here = "; ".join(texts) or "not measured yet"
+        lines.append(f"| {name} | {PAPER_SECONDS[variant]} s | {time_text(floor_seconds(variant))} | {here} |")
+    lines += ["", f"{SAME_CHIP} ![The paper's times, ours and the floors](docs/images/speed.svg)"]
+    return "\n".join(lines)
+
+
+def picture(results: dict[str, list[Result]]) -> str:
+    """SVG: for each variant a bar per system, stacked by stage, and the floor as a line."""
+    width, left, bar, gap, top = 860, 250, 18, 8, 46
+    body, y = [], top
+    for variant, name in NAMES.items():
+        drawn, floor = bars(results, variant), floor_seconds(variant)
+        scale = (width - left - 120) / max(b.seconds for b in drawn)
+        body.append(f'<text x="12" y="{y}" font-weight="bold">{escape(name)}</text>')
+        y += 12
+        first = y
+        for b in drawn:
+            body.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(b.who)}</text>')
+            x = float(left)
+            for stage, seconds in b.stages.items():
+                colour = COLOURS["paper"] if b.who.startswith("paper") else COLOURS.get(stage, "#d9d9d9")
+                body.append(f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="{bar}" fill="{colour}"/>')
+                x += seconds * scale
+            body.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{time_text(b.seconds)}</text>')
+            y += bar + gap
+        if len(drawn) == 1:
+            body.append(f'<text x="{left}" y="{y + 14}" fill="#a33">not measured yet on any GPU</text>')
+            y += bar + gap
+        x = left + floor * scale
+        body.append(f'<line x1="{x:.1f}" y1="{first - 4}" x2="{x:.1f}" y2="{y}" stroke="#a33" stroke-dasharray="4 3"/>')
+        body.append(f'<text x="{x + 4:.1f}" y="{y + 10}" fill="#a33">floor {time_text(floor)}</text>')
+        y += 48
+    legend = [f'<rect x="{left + 110 * i}" y="{y - 18}" width="12" height="12" fill="{COLOURS[s]}"/>'
+              f'<text x="{left + 110 * i + 18}" y="{y - 8}">{s}</text>' for i, s in enumerate(STAGES)]  # fmt: skip
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y + 28}" font-family="sans-serif" font-size="13">'
+    title = '<text x="12" y="22">Seconds for one 1024x1024 picture, prompt to pixels</text>'
+    note = f'<text x="12" y="{y + 18}" fill="#555">{escape(SAME_CHIP)} Floor: {FLOOR_TEXT} text tokens, the denoiser alone.</text>'
+    back = '<rect width="100%" height="100%" fill="white"/>'
+    return "\n".join([head, back, title, *body, *legend, note, "</svg>\n"])
+
+
+def replaced(text: str, table: str) -> str:
+    """README text with the table between the markers; ValueError where they are missing."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md must hold {BEGIN} and {END}")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def write(check: bool = False, results: Path = RESULTS, readme: Path = README, drawing: Path = PICTURE) -> list[Path]:
+    """Write README table and picture; the changed files. check: change nothing, ValueError where one is stale."""
+    found = gpu_results(results)
+    wanted = {readme: replaced(readme.read_text(encoding="utf-8"), speed_table(found)), drawing: picture(found)}
+    stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if check and stale:
+        raise ValueError(f"stale: {', '.join(p.name for p in stale)}; run python -m bench report")
+    for path in [] if check else stale:
+        write_atomic(path, lambda to, path=path: to.write_text(wanted[path], encoding="utf-8"))
+    return stale

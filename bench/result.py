@@ -1,0 +1,109 @@
+"""A result file: pytest-benchmark's JSON, with our card and rows in it. Reading, checking, tables.
+
+machine_info      {"identity", "build"} of `bench.machine.card`
+bench             {"ceilings", "before", "after", "left_out": {case: {subject: reason}}, "failed": {case: reason}}
+benchmarks        one per case and subject; stats.data are seconds, extra_info our row
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .roofline import SAME_CHIP
+
+
+@dataclass(frozen=True)
+class Row:
+    """One subject of one case: best of all rounds in seconds, and how far two timings of it lay apart."""
+
+    case: str
+    subject: str
+    best: float
+    median: float
+    band: float
+    more: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Result:
+    path: Path
+    identity: dict[str, Any]
+    build: dict[str, Any]
+    bench: dict[str, Any]
+    rows: dict[tuple[str, str], Row]
+
+
+class NoResult(ValueError):
+    """A file that is no result of `python -m bench run`."""
+
+
+def parse(path: Path, value: Any) -> Result:
+    """pytest-benchmark's dict -> Result; NoResult where something is missing."""
+    try:
+        rows = {}
+        for entry in value["benchmarks"]:
+            more, stats = entry["extra_info"], entry["stats"]
+            key = more["case"], more["subject"]
+            rows[key] = Row(*key, float(stats["min"]), float(stats["median"]), float(more["band"]), more)
+        info, bench = value["machine_info"], value["bench"]
+        return Result(path, dict(info["identity"]), dict(info["build"]), dict(bench), rows)
+    except (KeyError, TypeError, ValueError) as error:
+        raise NoResult(f"{path}: not a result of `python -m bench run`: {error!r}") from None
+
+
+def load(path: Path) -> Result:
+    """Read a result file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NoResult(f"{path}: not a result of `python -m bench run`: {error}") from None
+    return parse(path, value)
+
+
+def load_folder(folder: Path) -> list[Result]:
+    """Every result of a folder, oldest name first."""
+    return [load(path) for path in sorted(folder.glob("*.json")) if path.name != "summary.json"]
+
+
+def time_text(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} us"
+
+
+def conditions(result: Result) -> str:
+    """The line above a table: what was measured on."""
+    i, b, c = result.identity, result.build, result.bench.get("ceilings", {})
+    words = [str(i.get("device")), *(f"{k} {i[k]}" for k in ("driver", "cuda", "isa") if k in i)]
+    words += [f"{i['threads']} thread(s)"] if "threads" in i else []
+    words += [f"torch {i.get('torch')}", f"lens {b.get('lens')} at {b.get('commit')}"]
+    if c:
+        words.append(f"copy {c['copy'] / 1e9:.0f} GB/s and matrix product {c['matmul'] / 1e12:.3g} TFLOP/s here")
+    return "; ".join(words)
+
+
+def table(result: Result) -> str:
+    """Markdown: every case with its subjects, errors and shares of the ceilings, and what was left out."""
+    lines = [conditions(result), ""]
+    if "H200" in str(result.identity.get("device")):
+        lines += [SAME_CHIP, ""]
+    lines += ["| case | subject | best | median | band | error | of floor | of matrix peak | of copy |"]
+    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    for row in result.rows.values():
+        r = row.more.get("roof", {})
+        shares = [f"{r[k]:.0%}" if k in r else "" for k in ("of_floor", "of_matmul", "of_copy")]
+        if row.more.get("in_cache"):
+            shares[2] += " (in cache)"
+        times = f"{time_text(row.best)} | {time_text(row.median)} | {row.band:.1%} | {row.more.get('error', 0):.1e}"
+        lines.append(f"| {row.case} | {row.subject} | {times} | {' | '.join(shares)} |")
+    for case, subjects in result.bench.get("left_out", {}).items():
+        for subject, reason in subjects.items():
+            lines.append(f"| {case} | {subject} | left out: {reason} | | | | | | |")
+    for case, reason in result.bench.get("failed", {}).items():
+        lines.append(f"| {case} | | FAILED: {reason} | | | | | | |")
+    return "\n".join(lines)

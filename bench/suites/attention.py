@@ -1,0 +1,176 @@
+"""Joint attention by every backend that is installed: attention/<lengths>/<dtype>/<forward | backward>.
+
+Lengths are those of the joint sequences, "8x512" or "4511,4096". No backend gets a mask but the reference's way of doing
+it, which pads to the longest and adds one. Packages that are not installed are left out and named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lens import ops
+
+from ..case import OURS, Case, Subject, Work, generator, wider
+from ..roofline import attention, moved
+from .scale import Scale
+
+SUBJECTS = (OURS, "varlen", "cudnn", "flash2", "efficient_masked", "flash_attn", "fa3", "fa4")
+BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
+Triple = tuple[Tensor, Tensor, Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def per_sample(lengths: Sequence[int], backend: str | None) -> Attend:
+    """Torch's scaled_dot_product_attention sample by sample, by one of its kernels or its own choice."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = zip(*(t.split(list(lengths)) for t in (q, k, v)))
+        heads = ([t.transpose(0, 1)[None] for t in part] for part in parts)
+        return torch.cat([F.scaled_dot_product_attention(*h)[0].transpose(0, 1) for h in heads])
+
+    if backend is None:
+        return attend
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return attend(q, k, v)
+
+    return forced
+
+
+def masked(lengths: Sequence[int]) -> Attend:
+    """The reference's way: padded to the longest, an additive mask; the padding is made anew, as its batch is."""
+    longest = max(lengths)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def padded(t: Tensor) -> Tensor:
+            parts = [F.pad(p, (0, 0, 0, 0, 0, longest - len(p))) for p in t.split(list(lengths))]
+            return torch.stack(parts).transpose(1, 2)
+
+        position = torch.arange(longest, device=q.device)
+        valid = torch.stack([position < n for n in lengths])[:, None, None]
+        bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device).masked_fill(~valid, float("-inf"))
+        out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), attn_mask=bias).transpose(1, 2)
+        return torch.cat([sample[:n] for sample, n in zip(out, lengths)])
+
+    return attend
+
+
+def varlen(name: str, offsets: Tensor, longest: int) -> Attend:
+    """A variable-length kernel of torch or of an installed package; ImportError where it is missing."""
+    if name == "varlen":
+        torch_varlen: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+        return lambda q, k, v: torch_varlen(q, k, v, offsets, offsets, longest, longest)
+    module = {"flash_attn": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}[name]
+    function: Any = importlib.import_module(module).flash_attn_varlen_func
+    options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
+    if name != "fa4":
+        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q, k, v, **options)
+        return out[0] if isinstance(out, tuple) else out
+
+    return attend
+
+
+def graphless(call: Attend, backward: bool) -> Callable[..., Any]:
+    """The forward call, or the gradients of q, k and v for the output as its own gradient."""
+    if not backward:
+        return lambda q, k, v: call(q, k, v)
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        out = call(*leaves)
+        return torch.autograd.grad(out, leaves, out.detach())
+
+    return both
+
+
+def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, device: torch.device) -> Work:
+    """lengths: (image, text) tokens of every sample."""
+    c, dtype = scale.config, scale.dtype
+    joint = [i + t for i, t in lengths]
+    g = generator(device, "attention", *joint)
+    heads = (c.num_attention_heads, c.attention_head_dim)
+    inputs = [
+        tuple(torch.randn((sum(joint), *heads), generator=g, device=device).to(dtype) for _ in range(3))
+        for _ in range(2)
+    ]
+    images, texts = [i for i, _ in lengths], [t for _, t in lengths]
+    offsets, image_offsets, text_offsets = (
+        torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (joint, images, texts)
+    )
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        image, text = ops.joint_attention(q, k, v, images, texts, image_offsets, text_offsets)
+        parts = zip(image.split(images), text.split(texts))
+        return torch.cat([p for pair in parts for p in pair]).unflatten(-1, heads)
+
+    calls: dict[str, Callable[[], Attend]] = {
+        "varlen": lambda: varlen("varlen", offsets, max(joint)),
+        "cudnn": lambda: per_sample(joint, "CUDNN_ATTENTION"),
+        "flash2": lambda: per_sample(joint, "FLASH_ATTENTION"),
+        "efficient_masked": lambda: masked(joint),
+        "flash_attn": lambda: varlen("flash_attn", offsets, max(joint)),
+        "fa3": lambda: varlen("fa3", offsets, max(joint)),
+        "fa4": lambda: varlen("fa4", offsets, max(joint)),
+    }
+    subjects, left_out = {OURS: Subject(graphless(ours, backward), grad=backward)}, {}
+    for name, build in calls.items():
+        if device.type != "cuda" and name not in ("flash2", "efficient_masked"):
+            left_out[name] = "needs a CUDA device"
+            continue
+        try:
+            subjects[name] = Subject(graphless(build(), backward), grad=backward)
+        except (ImportError, AttributeError) as error:
+            left_out[name] = f"not installed: {error}"
+    exact = per_sample(joint, None)
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        with torch.enable_grad():
+            return graphless(exact, backward)(*(t.to(wider(dtype)) for t in (q, k, v)))
+
+    flops = sum(attention(n, n, c.inner_dim) for n in joint)
+    rows = moved(inputs[0]) // 3
+    return Work(
+        inputs=inputs,
+        subjects=subjects,
+        oracle=oracle,
+        bound=BOUND[dtype] * (2 if backward else 1),
+        flops=3.5 * flops if backward else flops,
+        bytes=(12 if backward else 4) * rows,
+        left_out=left_out,
+        note="forward and backward, backward as 2.5 forwards" if backward else "",
+    )
+
+
+def cases(scale: Scale, gpu: bool) -> list[Case]:
+    """A guided pair at the main size with every text, both with text, mixed sizes, the large size; then backward."""
+    if not gpu and not scale.tiny:
+        return []
+    main, large, least = scale.tokens(scale.main), scale.tokens(scale.large), min(scale.tokens(s) for s in scale.sizes)
+    longest = scale.texts[-1]
+    wanted: list[list[tuple[int, int]]] = [[(main, t), (main, 0)] for t in reversed(scale.texts)]
+    wanted += [[(main, 0)] * 2, [(main, longest)] * 2, [(main, longest)]]
+    wanted += [[(least, scale.texts[0]), (main, longest), (large, scale.texts[-2]), (least, longest)]]
+    wanted += [[(large, longest), (large, 0)], [(least, scale.texts[-2])] * (24 if not scale.tiny else 3)]
+    kinds = [(lengths, False) for lengths in wanted] + [(wanted[0], True), (wanted[-1], True)]
+    found = []
+    for lengths, backward in kinds:
+
+        def make(device: torch.device, lengths: Any = lengths, backward: bool = backward) -> Work:
+            return prepare(scale, lengths, backward, device)
+
+        joint = [i + t for i, t in lengths]
+        label = f"{len(joint)}x{joint[0]}" if len(set(joint)) == 1 else ",".join(map(str, joint))
+        way = "backward" if backward else "forward"
+        found.append(Case(f"{scale.prefix}attention/{label}/{scale.dtype_name}/{way}", SUBJECTS, make))
+    return found

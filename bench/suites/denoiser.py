@@ -1,0 +1,153 @@
+"""A denoiser with random weights, its inputs and its subjects: shared by the suites step, e2e and train."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens import ops, sampler
+from lens.model import LensTransformer2DModel
+from lens.modulation import Modulation, TableCache
+from lens.packing import Packing, plan
+
+from .. import weights
+from ..case import generator, wider
+from ..comparators import Exact, Reference, exact_step, reference_step
+from .scale import Grid, Scale
+
+# relative L2 distance of a velocity to the same weights in wider arithmetic, after 48 blocks and guidance 5
+STEP_BOUND = {torch.bfloat16: 0.1, torch.float32: 1e-3}
+DELTA = -1.0  # a step this long, so that the comparison sees the velocity and not mostly the latents it is added to
+GUIDANCE = 5.0
+
+
+def features_of(scale: Scale, tokens: int, device: torch.device, *key: object) -> list[Tensor]:
+    """F tensors [T, E] as an encoder gives them: normal, of deviation 30 (raw residual streams are large)."""
+    g, config = generator(device, "features", *key), scale.config
+    shape = (tokens, config.enc_hidden_dim)
+    return [(30 * torch.randn(shape, generator=g, device=device)).to(scale.dtype) for _ in config.selected_layer_index]
+
+
+@dataclass
+class Denoiser:
+    """One model, its text, and every way of taking a step; made once per case."""
+
+    scale: Scale
+    device: torch.device
+    grid: Grid
+    text: int
+    guided: bool
+    steps: int = 20
+
+    @cached_property
+    def model(self) -> LensTransformer2DModel:
+        return weights.transformer(self.scale.config, self.device, self.scale.dtype)
+
+    @property
+    def image(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def images(self) -> list[int]:
+        return [self.image] * (2 if self.guided else 1)
+
+    @property
+    def texts(self) -> list[int]:
+        return [self.text, 0] if self.guided else [self.text]
+
+    @property
+    def guidance(self) -> float:
+        return GUIDANCE if self.guided else 1.0
+
+    @cached_property
+    def packing(self) -> Packing:
+        grids = [self.grid] * len(self.texts)
+        return plan(grids, list(self.texts), self.scale.config.axes_dims_rope, self.device)
+
+    @cached_property
+    def time(self) -> Tensor:
+        """Times of the schedule, on the host."""
+        return sampler.conditioning_time(sampler.sigmas(self.image, self.steps)[:-1], self.scale.dtype)
+
+    @cached_property
+    def table(self) -> Modulation:
+        return TableCache().get(self.model, self.time)
+
+    def inputs(self, sets: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
+        """(latents float32 [I, C], F features [T, E], their projection [T, D]), drawn for every set."""
+        made = []
+        for k in range(sets):
+            g = generator(self.device, "latents", k)
+            x = torch.randn((self.image, self.scale.config.in_channels), generator=g, device=self.device)
+            features = features_of(self.scale, self.text, self.device, k)
+            with torch.no_grad():
+                made.append((x, features, self.model.project_text(features, [self.text])))
+        return made
+
+    # each subject: (latents, features, projected text) -> latents after one step of length DELTA
+
+    def ours(self, index: int) -> Callable[..., Tensor]:
+        """As `LensPipeline` does it, the step's length on the device."""
+        twice = len(self.texts)
+        rows = torch.full((twice,), index, device=self.device)
+        offsets = self.packing.image_offsets[:2].contiguous()
+        delta = torch.tensor([DELTA], device=self.device)
+
+        def step(x: Tensor, features: list[Tensor], text: Tensor) -> Tensor:
+            velocity = self.model.denoise(
+                x.to(self.model.dtype).repeat(twice, 1), text, self.table.rows(rows), self.packing
+            )
+            c, u = velocity[: len(x)], velocity[len(x) :] if self.guided else None
+            return ops.guidance_step(x, c, u, delta, self.guidance, offsets)
+
+        return step
+
+    def reference(self, index: int, compile: bool = False, wide: bool = False) -> Callable[..., Tensor]:
+        """Comparator (a), or (b) with `compile`; with `wide` in the oracle's dtype, on copies of the weights."""
+        model = self.model
+        if wide:
+            model = copy.deepcopy(self.model).to(wider(self.scale.dtype))
+        reference = Reference(model, compile)
+        time = self.time[index].to(self.device)
+        mask = torch.ones(len(self.texts), self.text, dtype=torch.bool, device=self.device)
+        mask[1:] = False
+        delta = torch.tensor(DELTA, device=self.device)
+
+        def step(x: Tensor, features: list[Tensor], text: Tensor) -> Tensor:
+            padded = [torch.stack([f, torch.zeros_like(f)][: len(self.texts)]) for f in features]
+            x = x.to(torch.promote_types(x.dtype, model.dtype))[None]
+            return reference_step(reference, x, padded, mask, time, delta, self.guidance, self.grid)[0]
+
+        return step
+
+    def exact_call(self, exact: Exact, index: int, text: Tensor) -> tuple[Any, ...]:
+        """What `Exact.forward` takes after the image rows, at one step of the schedule."""
+        table = self.table
+        lengths = (tuple(self.images), tuple(self.texts))
+        return (text, table.blocks[index][..., None, :], table.final[index][:, None], self._rotation(exact), lengths)
+
+    def _rotation(self, exact: Exact) -> Any:
+        if not hasattr(exact, "rotation"):
+            exact.rotation = exact.tables([self.grid] * len(self.texts), self.texts, self.scale.dtype)
+        return exact.rotation
+
+    def exact(self, index: int, compile: bool = True) -> Callable[..., Tensor]:
+        """Comparator (c)."""
+        exact = Exact(self.model, compile)
+        delta = torch.tensor(DELTA, device=self.device)
+
+        def step(x: Tensor, features: list[Tensor], text: Tensor) -> Tensor:
+            return exact_step(exact, x, self.guidance, delta, *self.exact_call(exact, index, text))
+
+        return step
+
+
+def checked(inputs: Sequence[Any], model: torch.nn.Module) -> list[Tensor]:
+    """What of a case must not be constant: every matrix of the model."""
+    return [p for p in model.parameters() if p.dim() > 1]

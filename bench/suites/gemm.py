@@ -1,0 +1,105 @@
+"""The model's matrix products: gemm/<what>/<rows>/<dtype>.
+
+Rows are image rows of one sample or of a guided pair, "+text": with the text stream's own weights on its rows, which is
+what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..case import OURS, Case, Subject, Work, generator, wider
+from ..roofline import product, row_product
+from .scale import Scale
+
+SUBJECTS = (OURS, "matmul")
+BOUND = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+Layer = tuple[int, int, int, bool]  # rows, inputs, outputs, bias
+
+
+def layers_of(scale: Scale, what: str, rows: tuple[int, ...]) -> list[Layer]:
+    """The products of one case, one for each stream."""
+    c = scale.config
+    d, f = c.inner_dim, c.mlp_hidden_dim
+    sizes = {
+        "qkv": (d, 3 * d, True),
+        "out": (d, d, True),
+        "w13": (d, 2 * f, False),
+        "w2": (f, d, False),
+        "text_in": (len(c.selected_layer_index) * c.enc_hidden_dim, d, True),
+        "image_in": (c.in_channels, d, True),
+        "image_out": (d, c.in_channels, True),
+        "table": (d, 6 * d, True),
+    }
+    k, n, bias = sizes[what]
+    return [(m, k, n, bias) for m in rows]
+
+
+def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device) -> Work:
+    """Products of unit gain; as many input sets as exceed the L2 cache, at most eight."""
+    dtype, layers = scale.dtype, layers_of(scale, what, rows)
+    times = 2 * scale.config.num_layers if what == "table" else 1
+    g = generator(device, "gemm", what, *rows)
+
+    def normal(*shape: int, gain: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=g, device=device) * gain).to(dtype)
+
+    weights = [
+        [(normal(n, k, gain=1 / math.sqrt(k)), normal(n, gain=0.02) if bias else None) for _ in range(times)]
+        for _, k, n, bias in layers
+    ]
+    size = sum(row_product(m, k, n, dtype.itemsize, bias) for m, k, n, bias in layers) * times
+    sets = min(8, max(2, math.ceil(200e6 / size))) if device.type == "cuda" else 1
+    inputs = [tuple(normal(m, k) for m, k, _, _ in layers) for _ in range(sets)]
+
+    def ours(*xs: Tensor) -> list[Tensor]:
+        return [F.linear(x, w, b) for x, stream in zip(xs, weights) for w, b in stream]
+
+    def matmul(*xs: Tensor) -> list[Tensor]:
+        products = [(x @ w.t(), b) for x, stream in zip(xs, weights) for w, b in stream]
+        return [y if b is None else y + b for y, b in products]
+
+    def oracle(*xs: Tensor) -> list[Tensor]:
+        wide = wider(dtype)
+        return [
+            F.linear(x.to(wide), w.to(wide), None if b is None else b.to(wide))
+            for x, stream in zip(xs, weights)
+            for w, b in stream
+        ]
+
+    return Work(
+        inputs=inputs,
+        subjects={OURS: Subject(ours), "matmul": Subject(matmul)},
+        oracle=oracle,
+        bound=BOUND[dtype],
+        flops=times * sum(product(m, k, n) for m, k, n, _ in layers),
+        bytes=size,
+        data=[w for stream in weights for w, _ in stream],
+    )
+
+
+def cases(scale: Scale, gpu: bool) -> list[Case]:
+    """Image rows of one sample and of a pair at the main size, with and without text rows."""
+    if not gpu and not scale.tiny:
+        return []
+    one, longest = scale.tokens(scale.main), scale.texts[-1]
+    rows = [(2 * one, longest), (2 * one,), (one, scale.texts[-2]), (one,)]
+    wanted: list[tuple[str, tuple[int, ...], str]] = []
+    for what in ("w13", "qkv", "w2", "out"):
+        for r in rows:
+            wanted.append((what, r, f"{r[0]}" + (f"+text{r[1]}" if len(r) > 1 else "")))
+    wanted += [("text_in", (t,), f"text{t}") for t in reversed(scale.texts)]
+    wanted += [("table", (s,), f"table{s}") for s in scale.steps.values()]
+    wanted += [(what, (r,), str(r)) for what in ("image_in", "image_out") for r in (one, 2 * one)]
+    found = []
+    for what, r, label in wanted:
+
+        def make(device: torch.device, what: str = what, r: tuple[int, ...] = r) -> Work:
+            return prepare(scale, what, r, device)
+
+        found.append(Case(f"{scale.prefix}gemm/{what}/{label}/{scale.dtype_name}", SUBJECTS, make))
+    return found

@@ -1,0 +1,60 @@
+"""One denoise step: latents in, latents out, guidance and Euler included; a guided pair or a single call.
+
+step/<side>/<cfg | single>/text<tokens>/<dtype>. Text projection and the modulation table are made before, where a
+subject can (ours, exact); the reference computes both at every step, as it does.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..case import OURS, Case, Subject, Work
+from ..roofline import step_bytes, step_flops
+from .denoiser import STEP_BOUND, Denoiser, checked
+from .scale import Scale
+
+SUBJECTS = (OURS, "ours_graph", "exact_compiled", "reference_eager", "reference_compiled")
+SETS = 2
+INDEX = 1  # which step of the schedule; they all cost the same
+
+
+def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.device) -> Work:
+    """The subjects of one size and text length on one model."""
+    d = Denoiser(scale, device, scale.sizes[size], text, guided)
+    index = min(INDEX, d.steps - 1)
+    inputs = d.inputs(SETS)
+    flops = step_flops(scale.config, d.images, d.texts)
+    ours = d.ours(index)
+    return Work(
+        inputs=inputs,
+        subjects={
+            OURS: Subject(ours, mode="stream"),
+            "ours_graph": Subject(ours),
+            "exact_compiled": Subject(d.exact(index)),
+            "reference_eager": Subject(d.reference(index), mode="stream"),
+            "reference_compiled": Subject(d.reference(index, compile=True), mode="stream"),
+        },
+        oracle=lambda *arguments: d.reference(index, wide=True)(*arguments),
+        bound=STEP_BOUND[scale.dtype],
+        flops=sum(flops.values()),
+        bytes=step_bytes(scale.config, d.images, d.texts, scale.dtype.itemsize),
+        data=checked(inputs, d.model),
+        note=f"{flops['gemm'] / 1e12:.4g} TFLOP in products, {flops['attention'] / 1e12:.4g} in attention",
+    )
+
+
+def cases(scale: Scale, gpu: bool) -> list[Case]:
+    """The headline first: the main size with guidance and the longest text."""
+    if not gpu and not scale.tiny:
+        return []  # 34 TFLOP a call: not for a CPU
+    sizes = sorted(scale.sizes, key=lambda size: (size != scale.main, size))
+    found = []
+    for size in sizes:
+        for kind in ("cfg", "single"):
+            for text in sorted(scale.texts, reverse=True):
+
+                def make(device: torch.device, size: int = size, kind: str = kind, text: int = text) -> Work:
+                    return prepare(scale, size, kind == "cfg", text, device)
+
+                found.append(Case(f"{scale.prefix}step/{size}/{kind}/text{text}/{scale.dtype_name}", SUBJECTS, make))
+    return found

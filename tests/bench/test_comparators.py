@@ -1,0 +1,142 @@
+"""The comparators and ours on one model: the same numbers, the same structure as promised, in every suite."""
+
+import pytest
+import torch
+
+from bench import comparators
+from bench.case import ConstantData, distance
+from bench.measure import measure
+from bench.suites import SUITES, cases
+from bench.suites.denoiser import Denoiser
+from bench.suites.e2e import Drawing, _denoise
+from bench.suites.scale import TINY
+
+CPU = torch.device("cpu")
+CEILINGS = {"copy": 1e10, "matmul": 1e11}
+
+
+@pytest.fixture(autouse=True)
+def traced_not_compiled(monkeypatch):
+    """Dynamo must take every block whole; what Inductor makes of it costs minutes here and is measured on a GPU."""
+    monkeypatch.setattr(
+        comparators, "compiled", lambda f: torch.compile(f, dynamic=False, backend="eager", fullgraph=True)
+    )
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided):
+    d = Denoiser(TINY, CPU, (4, 5), 7, guided)
+    (inputs,) = d.inputs(1)
+    with torch.no_grad():
+        oracle = d.reference(1, wide=True)(*inputs)
+        assert oracle.dtype == torch.float64
+        for step in (d.ours(1), d.exact(1, compile=False), d.reference(1)):
+            assert distance(step(*inputs), oracle) < 2e-6
+        assert distance(d.ours(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
+
+
+def test_the_text_of_the_prompt_matters_to_every_subject():
+    d = Denoiser(TINY, CPU, (4, 4), 7, True)
+    (x, features, _), (_, others, projected) = d.inputs(2)
+    with torch.no_grad():
+        for step in (d.ours(1), d.exact(1, compile=False), d.reference(1)):
+            assert distance(step(x, others, projected), step(x, features, d.inputs(1)[0][2])) > 1e-2
+
+
+def test_the_compiled_ones_are_one_graph_per_block():
+    d = Denoiser(TINY, CPU, (4, 4), 5, True)
+    (inputs,) = d.inputs(1)
+    with torch.no_grad():
+        oracle = d.reference(1)(*inputs)
+        assert distance(d.exact(1)(*inputs), oracle) < 2e-6
+        assert distance(d.reference(1, compile=True)(*inputs), oracle) < 2e-6
+
+
+def test_the_reference_masks_its_padding():
+    """Padding of any content changes nothing: the additive mask is at work."""
+    d = Denoiser(TINY, CPU, (4, 4), 5, False)
+    reference = comparators.Reference(d.model)
+    (x, features, _), mask = d.inputs(1)[0], torch.arange(9)[None] < 5
+    with torch.no_grad():
+        plain = reference(x[None], [f[None] for f in features], mask[:, :5], d.time[:1], (4, 4))
+        longer = [torch.cat([f, 100 * torch.ones(4, f.shape[1])])[None] for f in features]
+        assert distance(reference(x[None], longer, mask, d.time[:1], (4, 4)), plain) < 2e-6
+
+
+def test_a_whole_schedule_agrees_in_one_batch_and_in_mixed_sizes():
+    for variant, grids in (("lens", [(4, 4)] * 2), ("turbo", [(4, 4), (3, 5)])):
+        work = _denoise(Drawing(TINY, CPU, variant, grids, 5))
+        oracle = work.oracle(*work.inputs[0])
+        with torch.no_grad():
+            for name, subject in work.subjects.items():
+                if name != "reference_compiled":
+                    assert distance(work.select(subject.call(*work.inputs[0])), oracle) < 1e-4, (variant, name)
+        assert ("exact_compiled" in work.left_out) == (variant == "turbo")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "step/64/cfg/text5/fp32",
+        "ops/qk_norm_rope/small/fp32/backward",
+        "ops/rms_norm_modulate/small/bf16/forward",
+        "gemm/table/table2/fp32",
+        "gemm/w13/32+text12/fp32",
+        "attention/28,16/fp32/forward",
+        "attention/3x21/fp32/backward",
+        "train/64/b2/fp32",
+        "e2e/turbo/64/b1/fp32/text",
+        "e2e/turbo/64/b1/fp32/total",
+    ],
+)
+def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
+    (case,) = cases(SUITES, [pattern], tiny=True, gpu=False)
+    assert case.id == f"tiny/{pattern}"
+    wanted = tuple(s for s in case.subjects if "compiled" not in s)
+    rows = measure(case, CPU, 0.0, CEILINGS, wanted)
+    assert set(rows) == set(wanted)
+    assert rows["ours"]["best"] > 0
+    assert rows["ours"]["error"] <= rows["ours"]["bound"]
+    assert rows["ours"]["flops"] + rows["ours"]["bytes"] > 0
+
+
+def test_constant_latents_are_refused():
+    work = cases(("step",), ["step/64/single/text5/*"], tiny=True)[0].prepare(CPU)
+    work.inputs[0][0].zero_()
+    from bench.measure import compare_results
+    from bench.timing import clock_of
+
+    with pytest.raises(ConstantData):
+        compare_results(cases(("step",), tiny=True)[0], work, clock_of(CPU), ("ours",))
+
+
+def test_ids_are_unique_and_of_one_form():
+    everything = [*cases(), *cases(gpu=False), *cases(tiny=True)]
+    for some in (cases(), cases(gpu=False), cases(tiny=True)):
+        assert len({c.id for c in some}) == len(some)
+    for case in everything:
+        assert case.suite in SUITES
+        assert case.subjects[0] == "ours"
+        assert {"fp32", "bf16"} & set(case.id.split("/"))
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "step/1024/cfg/text415/bf16",
+        "step/1440/single/text64/bf16",
+        "e2e/lens/1024/b1/bf16/total",
+        "e2e/turbo/1440/b1/bf16/denoise",
+        "e2e/mini/64/b8/bf16/total",
+        "ops/swiglu/1024cfg/bf16/backward",
+        "attention/4511,4096/bf16/forward",
+        "attention/2x4511/bf16/forward",
+        "gemm/qkv/8192+text415/bf16",
+        "gemm/table/table20/bf16",
+        "train/512/b24/bf16",
+        "train/1024/b6/bf16",
+    ],
+)
+def test_ids_that_results_are_kept_by(id):
+    """Never rename these: old results would compare with nothing."""
+    assert [c.id for c in cases(SUITES, [id])] == [id]

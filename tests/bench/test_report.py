@@ -1,0 +1,89 @@
+"""README table and picture: committed results only, honest where there are none."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from bench import report
+from bench.roofline import SAME_CHIP
+from tests.bench.results import result, row
+from tests.bench.test_compare import as_file
+
+
+def results_in(folder):
+    place = folder / "h200"
+    place.mkdir(parents=True)
+    rows = [row(f"e2e/{v}/1024/b1/bf16/denoise", s) for v, s in (("lens", 1.2), ("turbo", 0.15))]
+    rows += [row("e2e/lens/1024/b1/bf16/denoise", 2.7, subject="reference_eager")]
+    rows += [row("e2e/lens/1024/b1/bf16/text", 0.03), row("e2e/turbo/1024/b1/bf16/decode", 0.03)]
+    as_file(place / "e2e.json", result(*rows))
+    (place / "summary.json").write_text("{}")
+    return folder
+
+
+def test_without_results_nothing_is_claimed(tmp_path):
+    table, drawing = report.speed_table(report.gpu_results(tmp_path)), report.picture({})
+    assert table.count("not measured yet") == 2
+    assert "3.15 s" in table
+    assert "0.84 s" in table
+    assert "681 ms" in table
+    assert drawing.count("not measured yet on any GPU") == 2
+    assert drawing.count("stroke-dasharray") == 2
+
+
+def test_results_are_told_with_what_they_lack_and_what_they_are_compared_with(tmp_path):
+    found = report.gpu_results(results_in(tmp_path))
+    table = report.speed_table(found)
+    assert "1.23 s on one NVIDIA H200, without decode |" in table
+    assert "210 ms on one NVIDIA H200 |" in table  # the text encoder is Lens's
+    assert SAME_CHIP in table
+    assert "not measured" not in table
+
+
+def test_the_picture_stacks_the_stages_to_scale(tmp_path):
+    drawing = report.picture(report.gpu_results(results_in(tmp_path)))
+    root = ET.fromstring(drawing)
+    assert "reference, eager, NVIDIA H200" in drawing
+    bars = [r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") == "18"]
+    widths = {r.get("fill"): float(r.get("width")) for r in bars[:3]}
+    paper, denoise = widths[report.COLOURS["paper"]], widths[report.COLOURS["denoise"]]
+    assert denoise / paper == pytest.approx(1.2 / 3.15, rel=0.01)
+    assert SAME_CHIP in drawing
+
+
+def test_a_cpu_has_no_headline(tmp_path):
+    (tmp_path / "epyc").mkdir()
+    made = result(row("e2e/lens/1024/b1/bf16/denoise", 9.0))
+    del made.identity["multiprocessors"]
+    as_file(tmp_path / "epyc" / "a.json", made)
+    assert report.gpu_results(tmp_path) == {}
+
+
+def test_writing_changes_only_what_is_between_the_markers_and_then_nothing(tmp_path):
+    readme, drawing = tmp_path / "README.md", tmp_path / "speed.svg"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    where = dict(results=tmp_path / "none", readme=readme, drawing=drawing)
+    with pytest.raises(ValueError, match="stale"):
+        report.write(check=True, **where)
+    assert readme.read_text().count("old") == 1
+    assert report.write(**where) == [readme, drawing]
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "old" not in text
+    assert report.write(**where) == []
+    assert report.write(check=True, **where) == []
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="must hold"):
+        report.write(**where)
+
+
+def test_the_readme_is_what_the_committed_results_say():
+    assert report.write(check=True) == []
+
+
+def test_committed_results_can_be_read():
+    for path in report.RESULTS.rglob("*.json"):
+        json.loads(path.read_text())
+    report.gpu_results()
