@@ -127,13 +127,17 @@ class Reference(nn.Module):
         super().__init__()
         self.model = model
         self._block = _variant(padded_block, compile, recompute)
+        self._turns: dict[tuple[object, ...], Pair] = {}
 
     def turns(self, grid: tuple[int, int], text: int, device: torch.device, dtype: torch.dtype) -> Pair:
         """Complex rotations of the picture's and the text's rows."""
-        angle = axis_angles(grid_positions(grid, text, device), self.model.config.axes_dims_rope)
-        angle = angle.double() if dtype == torch.float64 else angle
-        turn = torch.polar(torch.ones_like(angle), angle)
-        return turn[: grid[0] * grid[1]], turn[grid[0] * grid[1] :]
+        key = (grid, text, str(device), dtype)
+        if key not in self._turns:  # kept from step to step, as libraries keep them
+            angle = axis_angles(grid_positions(grid, text, device), self.model.config.axes_dims_rope)
+            angle = angle.double() if dtype == torch.float64 else angle
+            turn = torch.polar(torch.ones_like(angle), angle)
+            self._turns[key] = turn[: grid[0] * grid[1]], turn[grid[0] * grid[1] :]
+        return self._turns[key]
 
     def forward(
         self, latents: Tensor, features: Sequence[Tensor], mask: Tensor, timestep: Tensor, grid: tuple[int, int]

@@ -49,7 +49,7 @@ def gpu_tests(root: Path = ROOT) -> list[str]:
 
 
 def pytest_command(*more: str) -> list[str]:
-    return [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-x", *more]
+    return [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=20", *more]
 
 
 def suite(out: Path, name: str, most: float, seconds: float, *globs: str, least: float = 20.0) -> Stage:

@@ -23,7 +23,7 @@ import lens
 from lens.ops import backend
 
 ROOT = Path(__file__).parents[1]
-NOT_READ = "not read: nvidia-ml-py is missing"
+NOT_READ = "not read through nvidia-ml-py"
 
 
 class Incomparable(ValueError):
@@ -40,9 +40,11 @@ def _output(*command: str) -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with "+" where files differ from it; "unknown" outside of git."""
+    """The checkout's commit, with "+" where files differ from it; outside of git what BENCH_COMMIT says, or "unknown"."""
     head = _output("git", "rev-parse", "--short=12", "HEAD")
-    return head + ("+" if _output("git", "status", "--porcelain", "-uno") else "") if head else "unknown"
+    if not head:
+        return os.environ.get("BENCH_COMMIT", "unknown")
+    return head + ("+" if _output("git", "status", "--porcelain", "-uno") else "")
 
 
 @contextmanager
@@ -102,8 +104,8 @@ def state(device: torch.device) -> dict[str, Any]:
                     ),
                 }
             )
-    except ImportError:
-        return {"sm_mhz": NOT_READ}
+    except Exception as error:  # no nvidia-ml-py, or a machine that hides its driver from it
+        return {"sm_mhz": f"{NOT_READ}: {error}"}
 
 
 def _gpu_identity(device: torch.device) -> dict[str, Any]:
@@ -126,8 +128,8 @@ def _gpu_identity(device: torch.device) -> dict[str, Any]:
                     "max_memory_mhz": lambda: nv.nvmlDeviceGetMaxClockInfo(handle, nv.NVML_CLOCK_MEM),
                 }
             )
-    except ImportError:
-        return found | {"driver": NOT_READ}
+    except Exception as error:  # as in `state`
+        return found | {"driver": f"{NOT_READ}: {error}"}
 
 
 def _cpu_identity() -> dict[str, Any]:

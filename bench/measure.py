@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from typing import Any
 
 import torch
@@ -43,12 +44,14 @@ def compare_results(case: Case, work: Work, clock: Clock, wanted: tuple[str, ...
     return launchers, errors
 
 
-def _peak(launcher: Any, device: torch.device) -> int | None:
+def _memory(launcher: Any, device: torch.device) -> dict[str, int]:
+    """Bytes allocated before a call, the weights and graphs of all subjects among them, and at its peak."""
     if device.type != "cuda":
-        return None
+        return {}
     torch.cuda.reset_peak_memory_stats(device)
+    resident = torch.cuda.memory_allocated(device)
     launcher.round()
-    return int(torch.cuda.max_memory_allocated(device))
+    return {"resident_bytes": int(resident), "peak_bytes": int(torch.cuda.max_memory_allocated(device))}
 
 
 def measure(
@@ -94,7 +97,7 @@ def measure(
             "roof": roof(work.flops, work.bytes, fastest, ceilings),
             "in_cache": in_cache,
             "host": min(launchers[name].host, default=None),
-            "peak_bytes": _peak(launchers[name], device),
+            **_memory(launchers[name], device),
         }
     return rows
 
@@ -109,4 +112,5 @@ def release(device: torch.device) -> None:
 
 def forget_compiled() -> None:
     """Drop torch.compile's caches between cases: the next size must not find the last one's recompile counters."""
-    torch._dynamo.reset()
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()

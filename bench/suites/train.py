@@ -30,9 +30,10 @@ SUBJECTS = (OURS, "exact_compiled", "reference_eager")
 BOUND = {torch.bfloat16: 0.15, torch.float32: 2e-3}
 
 
-def step_of(model: LensTransformer2DModel, velocity: Callable[..., Tensor]) -> Callable[..., Any]:
+def step_of(
+    model: LensTransformer2DModel, optimiser: torch.optim.Optimizer, velocity: Callable[..., Tensor]
+) -> Callable[..., Any]:
     """One training step by a way of computing the velocity; returns the loss and three gradients."""
-    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, fused=model.device.type == "cuda")
     watched = (model.image_out, model.layers()[0].image.qkv, model.layers()[0].image.modulation)
 
     def step(latents: Tensor, target: Tensor, time: Tensor, features: list[Tensor]) -> Any:
@@ -98,6 +99,7 @@ def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
             m.weight.grad for m in (twin.image_out, twin.layers()[0].image.qkv, twin.layers()[0].image.modulation)
         ]
 
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.0, fused=device.type == "cuda")
     by = ways(model, scale, size, batch, text)
     velocities = {
         OURS: by[OURS],
@@ -110,7 +112,7 @@ def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
     every = sum(p.numel() for p in model.parameters())
     return Work(
         inputs=inputs,
-        subjects={n: Subject(step_of(model, v), mode="stream", grad=True) for n, v in velocities.items()},
+        subjects={n: Subject(step_of(model, optimiser, v), mode="stream", grad=True) for n, v in velocities.items()},
         oracle=oracle,
         bound=BOUND[scale.dtype],
         flops=3.0 * forward,
