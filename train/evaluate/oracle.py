@@ -14,16 +14,17 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..data.kinds import KINDS, PALETTE
 from ..data.world import Scene, World
-from . import geneval
+from . import geneval, ocr
 from .eye import SIGN, Eye, overlap
 from .geneval import Asked, Detection, Want
+from .judges import Judges
 
 ORACLE_SEED = 2_100_000_000
 BUCKETS = ((64, 64), (128, 128), (64, 128))
@@ -135,16 +136,31 @@ def seen_at(box: Sequence[float], detections: Sequence[Detection]) -> Detection 
     return max(there, key=lambda d: d.score) if there else None
 
 
-def position_agreement(count: int, draw: Callable[[int], Scene] | None = None) -> tuple[int, int]:
+def position_agreement(count: int) -> tuple[int, int]:
     """The relation rule on true boxes of position scenes: (agreeing, of)."""
-    world = World("train", tasks={"position": 1.0}, captions="geneval")
-    draw = draw or (lambda i: world.scene(ORACLE_SEED + i))
-    agree = 0
+    world, agree = World("train", tasks={"position": 1.0}, captions="geneval"), 0
     for i in range(count):
-        scene = draw(i)
+        scene = world.scene(ORACLE_SEED + i)
         boxes = [Detection(t.kind, 1.0, t.box, t.colour) for t in scene.things]
         agree += geneval.judge(geneval.asked(scene), boxes).right
     return agree, count
+
+
+def signs(eye: Eye, count: int, sides: Sequence[int] = (64, 96, 128)) -> dict[str, dict[str, float]]:
+    """Shares of signs in true renders whose words are read exactly (but for blanks and case), per side of the picture."""
+    judges, world, out = Judges(eye, (), ocr.Reader()), World("train", {"text": 1.0}, captions="geneval"), {}
+    for side in sides:
+        scenes = [world.scene(ORACLE_SEED + i, side, side) for i in range(count)]
+        pictures = [world.render(scene) for scene in scenes]
+        texts = [judges.read(p, d) for p, d in zip(pictures, eye.look(pictures))]
+        right = [ocr.same_text(scene.sign.text, text) for scene, text in zip(scenes, texts)]
+        misread = [f"{s.sign.text} as {t or 'nothing'}" for s, t, r in zip(scenes, texts, right) if not r]
+        print(
+            f"signs at {side} pixels: {sum(right)}/{count} read; misread: {', '.join(misread[:8]) or 'none'}",
+            flush=True,
+        )
+        out[str(side)] = {"signs": count, "exact": round(sum(right) / count, 4)}
+    return out
 
 
 def report(eye: Eye, count: int, buckets: Sequence[tuple[int, int]] = BUCKETS) -> dict:
@@ -171,6 +187,10 @@ def report(eye: Eye, count: int, buckets: Sequence[tuple[int, int]] = BUCKETS) -
             "weakest": {kind: round(share, 3) for share, kind in weak if share < 1},
             "confused": [f"{a} -> {b} ({n})" for (a, b), n in found["confused"].most_common(12)],
         }
+    if ocr.available():
+        out["signs"] = signs(eye, max(1, count // 8))
+    else:
+        print(f"signs: {ocr.REMEDY}")
     agree, of = position_agreement(count)
     print(f"relation rule on true boxes: {agree}/{of}", flush=True)
     out["relation_rule"] = {"agree": agree, "of": of}
