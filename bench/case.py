@@ -54,6 +54,7 @@ class Work:
     wider arithmetic. bound: largest relative L2 distance of a subject's result to the oracle's. flops, bytes: what no
     implementation can avoid, by the formulas of `bench.roofline`. data: further tensors that must not be constant.
     select: the part of a result that is compared. left_out: subjects this machine cannot run, with the reason.
+    failed: ours that did not run, filled by `bench.measure`.
     """
 
     inputs: Sequence[tuple[Any, ...]]
@@ -65,6 +66,7 @@ class Work:
     data: Sequence[Tensor] = ()
     select: Callable[[Any], Any] = lambda result: result
     left_out: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
     note: str = ""
 
 

@@ -19,7 +19,7 @@ def compare_results(case: Case, work: Work, clock: Clock, wanted: tuple[str, ...
     """Launch every wanted subject once, by the launch that will be timed; launchers and errors by name.
 
     A subject too far from the oracle raises Disagreement. A comparator that cannot run here is left out with its
-    reason; ours must run.
+    reason; ours that cannot has failed, and the others are timed all the same.
     """
     refuse_constant(work.inputs, case.id)
     refuse_constant(work.data, f"{case.id}: weights")
@@ -30,9 +30,8 @@ def compare_results(case: Case, work: Work, clock: Clock, wanted: tuple[str, ...
         try:
             found = work.select(launcher.outputs())
         except (RuntimeError, ImportError, TypeError) as error:
-            if name == OURS:
-                raise
-            work.left_out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            words = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+            (work.failed if name.startswith(OURS) else work.left_out)[name] = words
             continue
         errors[name] = distance(found, oracle)
         if not errors[name] <= work.bound:
@@ -63,7 +62,7 @@ def measure(
     clock: Clock | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Rows of one case by subject: {"passes": seconds of every round in each pass, "best", "band", "error", ...}, or
-    {"left_out": reason}. LeftOut, Disagreement and ConstantData come through."""
+    {"left_out": reason} or {"failed": reason}. LeftOut, Disagreement and ConstantData come through."""
     names = tuple(n for n in case.subjects if wanted is None or n in wanted)
     clock = clock or clock_of(device)
     try:
@@ -80,6 +79,9 @@ def measure(
     in_cache = work.bytes * len(work.inputs) < COLD * getattr(clock, "l2", 0)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:
+        if name in work.failed:
+            rows[name] = {"failed": work.failed[name]}
+            continue
         if name not in launchers:
             rows[name] = {"left_out": work.left_out.get(name, "not prepared")}
             continue

@@ -85,6 +85,9 @@ class Bench:
                 rows = {name: {"left_out": "the time budget was spent"} for name in case.subjects}
             else:
                 rows = self._measured(case)
+            broken = {n: r["failed"] for n, r in rows.items() if "failed" in r}
+            if broken and id not in self.report["failed"]:
+                self.report["failed"][id] = "; ".join(f"{n}: {why}" for n, why in broken.items())
             left = {n: r["left_out"] for n, r in rows.items() if "left_out" in r}
             if left:
                 self.report["left_out"][case.id] = left

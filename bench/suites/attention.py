@@ -1,12 +1,12 @@
-"""Joint attention by every backend that is installed: attention/<lengths>/<dtype>/<forward | backward>.
+"""Joint attention by every library that is installed: attention/<lengths>/<dtype>/<forward | backward>.
 
-Lengths are those of the joint sequences, "8x512" or "4511,4096". No backend gets a mask but the reference's way of doing
-it, which pads to the longest and adds one. Packages that are not installed are left out and named.
+Lengths are those of the joint sequences, "8x512" or "4511,4096". Ours is what `lens.ops.attention_backends` chooses; its
+candidates are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads
+to the longest and adds one. What cannot serve a call here is left out with its own reason.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,34 +15,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lens import ops
+from lens.ops import attention_backends
 
 from ..case import OURS, Case, Subject, Work, generator, wider
 from ..roofline import attention, moved
 from .scale import Scale
 
-SUBJECTS = (OURS, "varlen", "cudnn", "flash2", "efficient_masked", "flash_attn", "fa3", "fa4")
+MASKED = "sdpa_masked"
+SUBJECTS = (OURS, *(c.name for c in attention_backends.CANDIDATES), MASKED)
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 Triple = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def per_sample(lengths: Sequence[int], backend: str | None) -> Attend:
-    """Torch's scaled_dot_product_attention sample by sample, by one of its kernels or its own choice."""
+def per_sample(lengths: Sequence[int]) -> Attend:
+    """Torch's scaled_dot_product_attention sample by sample: the oracle."""
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         parts = zip(*(t.split(list(lengths)) for t in (q, k, v)))
         heads = ([t.transpose(0, 1)[None] for t in part] for part in parts)
         return torch.cat([F.scaled_dot_product_attention(*h)[0].transpose(0, 1) for h in heads])
 
-    if backend is None:
-        return attend
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    def forced(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(getattr(SDPBackend, backend)):
-            return attend(q, k, v)
-
-    return forced
+    return attend
 
 
 def masked(lengths: Sequence[int]) -> Attend:
@@ -59,24 +53,6 @@ def masked(lengths: Sequence[int]) -> Attend:
         bias = torch.zeros(valid.shape, dtype=q.dtype, device=q.device).masked_fill(~valid, float("-inf"))
         out = F.scaled_dot_product_attention(padded(q), padded(k), padded(v), attn_mask=bias).transpose(1, 2)
         return torch.cat([sample[:n] for sample, n in zip(out, lengths)])
-
-    return attend
-
-
-def varlen(name: str, offsets: Tensor, longest: int) -> Attend:
-    """A variable-length kernel of torch or of an installed package; ImportError where it is missing."""
-    if name == "varlen":
-        torch_varlen: Any = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        return lambda q, k, v: torch_varlen(q, k, v, offsets, offsets, longest, longest)
-    module = {"flash_attn": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}[name]
-    function: Any = importlib.import_module(module).flash_attn_varlen_func
-    options = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets}
-    if name != "fa4":
-        options |= {"max_seqlen_q": longest, "max_seqlen_k": longest}
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v, **options)
-        return out[0] if isinstance(out, tuple) else out
 
     return attend
 
@@ -105,34 +81,29 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, de
         for _ in range(2)
     ]
     images, texts = [i for i, _ in lengths], [t for _, t in lengths]
-    offsets, image_offsets, text_offsets = (
-        torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (joint, images, texts)
-    )
+    image_offsets, text_offsets = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (images, texts))
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         image, text = ops.joint_attention(q, k, v, images, texts, image_offsets, text_offsets)
         parts = zip(image.split(images), text.split(texts))
         return torch.cat([p for pair in parts for p in pair]).unflatten(-1, heads)
 
-    calls: dict[str, Callable[[], Attend]] = {
-        "varlen": lambda: varlen("varlen", offsets, max(joint)),
-        "cudnn": lambda: per_sample(joint, "CUDNN_ATTENTION"),
-        "flash2": lambda: per_sample(joint, "FLASH_ATTENTION"),
-        "efficient_masked": lambda: masked(joint),
-        "flash_attn": lambda: varlen("flash_attn", offsets, max(joint)),
-        "fa3": lambda: varlen("fa3", offsets, max(joint)),
-        "fa4": lambda: varlen("fa4", offsets, max(joint)),
-    }
-    subjects, left_out = {OURS: Subject(graphless(ours, backward), grad=backward)}, {}
-    for name, build in calls.items():
-        if device.type != "cuda" and name not in ("flash2", "efficient_masked"):
-            left_out[name] = "needs a CUDA device"
-            continue
-        try:
-            subjects[name] = Subject(graphless(build(), backward), grad=backward)
-        except (ImportError, AttributeError) as error:
-            left_out[name] = f"not installed: {error}"
-    exact = per_sample(joint, None)
+    def forced(name: str) -> Attend:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with attention_backends.use(name):
+                return ours(q, k, v)
+
+        return call
+
+    subjects = {OURS: Subject(graphless(ours, backward), grad=backward)}
+    subjects[MASKED] = Subject(graphless(masked(joint), backward), grad=backward)
+    need, left_out = attention_backends.need_of(device, dtype, heads[1], max(joint), backward=backward), {}
+    for candidate in attention_backends.CANDIDATES:
+        if why := candidate.missing(need):
+            left_out[candidate.name] = why
+        else:
+            subjects[candidate.name] = Subject(graphless(forced(candidate.name), backward), grad=backward)
+    exact = per_sample(joint)
 
     def oracle(q: Tensor, k: Tensor, v: Tensor) -> Any:
         with torch.enable_grad():

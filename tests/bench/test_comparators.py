@@ -30,16 +30,16 @@ def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided):
     with torch.no_grad():
         oracle = d.reference(1, wide=True)(*inputs)
         assert oracle.dtype == torch.float64
-        for step in (d.ours(1), d.exact(1, compile=False), d.reference(1)):
+        for step in (d.engine(1), d.ours(1), d.exact(1, compile=False), d.reference(1)):
             assert distance(step(*inputs), oracle) < 2e-6
-        assert distance(d.ours(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
+        assert distance(d.engine(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
 
 
 def test_the_text_of_the_prompt_matters_to_every_subject():
     d = Denoiser(TINY, CPU, (4, 4), 7, True)
     (x, features, _), (_, others, projected) = d.inputs(2)
     with torch.no_grad():
-        for step in (d.ours(1), d.exact(1, compile=False), d.reference(1)):
+        for step in (d.engine(1), d.ours(1), d.exact(1, compile=False), d.reference(1)):
             assert distance(step(x, others, projected), step(x, features, d.inputs(1)[0][2])) > 1e-2
 
 
