@@ -137,6 +137,10 @@ def test_audit_finds_each_fault():
     missing = audit(world.render(replace(scene, things=scene.things[:1])), scene, FEW)
     assert missing.classes == (True, False)
     assert missing.things[1].kind is None
+    # the prompt names two objects and no order: the other way round is right as well
+    assert audit(world.render(scene), replace(scene, things=scene.things[::-1]), FEW).whole
+    placed = scenes_of("position", 1, FEW)[0]
+    assert not audit(world.render(placed), replace(placed, things=placed.things[::-1]), FEW).whole
     empty = backdrop(scene.background, 0, 64, 64).astype(np.uint8)
     assert not any(audit(empty, scene, FEW).classes)
     single = scenes_of("single_object", 1, FEW)[0]

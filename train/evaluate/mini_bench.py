@@ -40,6 +40,7 @@ from .sources import Pictures, Source, from_pipeline, from_state
 
 __all__ = ["FIRST_SEED", "Judges", "scenes_of", "wilson"]
 FIRST_SEED = 2_000_000_000
+GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # its overall is their mean
 STYLES = ("geneval", "brief", "dense", "translated")
 
 
@@ -83,7 +84,9 @@ def line(task: str, row: dict, above: dict[str, dict[str, dict]]) -> str:
     if "not_measured" in row:
         return f"{task:14s} {row['not_measured']}; objects {_number(row['objects'])}"
     text = f"{row['score']:5.3f} [{row['low']:.3f}, {row['high']:.3f}]  {_number(row['said'])}  {_number(row['audit'])}"
-    more = f"  read exactly {_number(row['exact'])}, OneIG {_number(row['oneig']['score'])}" if "exact" in row else ""
+    more = ""
+    if "exact" in row:
+        more = f"  exact {row['exact']:.3f}, ED {row['oneig']['ED']:.2f}, OneIG {row['oneig']['score']:.3f}"
     return f"{task:14s} {text}  {tail}{more}"
 
 
@@ -114,8 +117,12 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
             marks = [("+ " if right else "- ") + p for right, p in zip(rows[task]["marks"], prompts)]
             contact_sheet(pictures, marks, options.out / f"{task}_g{guidance:g}.png", columns=10)
         results[f"{guidance:g}"] = rows
-        measured = [row["score"] for task, row in rows.items() if "score" in row]
-        print(f"mean of {len(measured)} tasks {np.mean(measured):.3f}, {time.perf_counter() - start:.0f} s", flush=True)
+        measured = {task: row["score"] for task, row in rows.items() if "score" in row}
+        six = [measured[task] for task in GENEVAL if task in measured]
+        means = f"mean of {len(measured)} tasks {np.mean(list(measured.values())):.3f}"
+        if len(six) == len(GENEVAL):
+            means += f", of GenEval's six {np.mean(six):.3f}"
+        print(f"{means}, {time.perf_counter() - start:.0f} s", flush=True)
     return {"ceilings": above, "guidance": results}
 
 

@@ -13,7 +13,8 @@ true renders and their reconstructions (`python -m train evaluate mini-bench --c
 Lenient: a class outside `classes` is never seen, so a picture of one may pass as its nearest class within; one sprite per
 class, so a smeared object passes while it stays nearer to its own sprite than to any other; strays below STRAY of the picture
 pass; of a sign only that its room is not empty is required, never its words. Strict: objects must be at the usual places,
-as the world arranges them; a free composition that the prompt allows fails.
+as the world arranges them (side by side or one above the other where the prompt does not say); another composition that
+the prompt allows fails.
 
 The fit, as one matrix product per class and size: with picture P, backdrop C, D = P - C, a sprite's premultiplied colour Q
 and opacity a, the squared error of the composite changes by 2 sum(D C a) - 2 sum(D Q) + sum(C^2 a^2) - 2 sum(C a Q) +
@@ -140,31 +141,33 @@ def look(
     return Seen(*found, explained) if found and explained >= EXPLAINED else Seen(None, None, None, explained)
 
 
-def layout_of(scene: Scene) -> tuple[list[tuple[float, float]], list[tuple[float, float]], int, int]:
-    """What the prompt implies: centres in fractions of the frame, sizes tried in pixels, reach and step of the shifts."""
+Layout = tuple[list[tuple[float, float]], tuple[float, float], tuple[float, float], float]
+FREE = ("two_object", "color_attr")  # tasks whose prompts need not say which object goes where
+
+
+def layouts_of(scene: Scene) -> list[Layout]:
+    """Every usual layout that the prompt allows: centres in fractions, smallest and largest room in pixels, jitter."""
     height, width = scene.height, scene.width
     if scene.task == "text":
         _, _, centre, room = with_sign(scene.relation, height, width)
-        cells, small, large, jitter = [centre] if scene.things else [], room, room, 0.01
-    elif grammar.is_unusual(scene):
+        return [([centre] if scene.things else [], room, room, 0.01)]
+    if grammar.is_unusual(scene):
         box = scene.things[0].box
         place = place_of(box, height, width)
         special = size_of(box, height, width) if place == ("middle", "middle") else place
-        cells, small, large, jitter = alone(special, height, width)
-    else:
-        same = scene.task == "counting"
-        cells, small, large, jitter = arrangement(len(scene.things), same, scene.relation, height, width)
-    shares = (0, 0.33, 0.67, 1) if small != large and len(cells) == 1 else (0.5,)
-    rooms = [(small[0] + s * (large[0] - small[0]), small[1] + s * (large[1] - small[1])) for s in shares]
-    reach = max(2, round(jitter * max(height, width)) + 1)
-    return cells, rooms, reach, 2 if reach > 2 else 1
+        return [alone(special, height, width)]
+    count, same = len(scene.things), scene.task == "counting"
+    if scene.task in FREE:
+        return [arrangement(count, same, relation, height, width) for relation in ("left", "above")]
+    return [arrangement(count, same, scene.relation, height, width)]
 
 
 def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None) -> Verdict:
     """Picture uint8 [H, W, 3] of the scene's size -> verdict. The scene supplies the layout and what was asked for.
 
-    classes: what may be seen (default: all of the world's; the fewer, the faster). Errors: ValueError for a picture of
-    another size, or classes without one that the scene asks for.
+    Where the prompt leaves the layout or the order open, the reading with most right counts. classes: what may be seen
+    (default: all of the world's; the fewer, the faster). Errors: ValueError for a picture of another size, or classes
+    without one that the scene asks for.
     """
     classes = tuple(KINDS) if classes is None else tuple(classes)
     if pixels.shape != (scene.height, scene.width, 3):
@@ -173,10 +176,31 @@ def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None
         raise ValueError(f"judge: the scene asks for {sorted(unknown)}, expected only classes among {len(classes)}")
     picture = pixels.astype(np.float32)
     name, canvas = background_of(picture)
-    cells, rooms, reach, step = layout_of(scene)
-    seen = tuple(
-        look(picture, canvas, (cx * scene.width, cy * scene.height), rooms, reach, step, classes) for cx, cy in cells
-    )
+    verdicts = []
+    for layout in layouts_of(scene):
+        seen = tuple(_places(picture, canvas, layout, classes))
+        clean = _clean(picture, canvas, scene, seen)
+        for order in dict.fromkeys((seen, seen[::-1])) if scene.task in FREE else (seen,):
+            right = tuple(s.kind == t.kind for s, t in zip(order, scene.things))
+            painted = tuple(s.colour == t.colour for s, t in zip(order, scene.things))
+            verdicts.append(Verdict(order, name, right, painted, clean))
+        if any(v.whole for v in verdicts):
+            break
+    return max(verdicts, key=lambda v: (v.whole, sum(v.classes), sum(v.colours), v.clean))
+
+
+def _places(picture: np.ndarray, canvas: np.ndarray, layout: Layout, classes: Sequence[str]) -> list[Seen]:
+    height, width = picture.shape[:2]
+    cells, small, large, jitter = layout
+    shares = (0, 0.33, 0.67, 1) if small != large and len(cells) == 1 else (0.5,)
+    rooms = [(small[0] + s * (large[0] - small[0]), small[1] + s * (large[1] - small[1])) for s in shares]
+    reach = max(2, round(jitter * max(height, width)) + 1)
+    step = 2 if reach > 2 else 1
+    return [look(picture, canvas, (cx * width, cy * height), rooms, reach, step, classes) for cx, cy in cells]
+
+
+def _clean(picture: np.ndarray, canvas: np.ndarray, scene: Scene, seen: Sequence[Seen]) -> bool:
+    """Little differs from the backdrop outside the boxes; where a sign is asked for, its room is not empty."""
     differs = np.sqrt(((picture - canvas) ** 2).mean(-1)) > STRAY_LEVEL
     outside, filled = np.ones(picture.shape[:2], bool), True
     for thing in seen:
@@ -188,11 +212,4 @@ def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None
         x, y = cx * scene.width, cy * scene.height
         room = np.s_[max(0, round(y - h / 2)) : round(y + h / 2) + 3, max(0, round(x - w / 2)) : round(x + w / 2) + 1]
         filled, outside[room] = bool(differs[room].mean() > STRAY), False
-    clean = bool((differs & outside).mean() <= STRAY) and filled
-    return Verdict(
-        seen,
-        name,
-        tuple(s.kind == t.kind for s, t in zip(seen, scene.things)),
-        tuple(s.colour == t.colour for s, t in zip(seen, scene.things)),
-        clean,
-    )
+    return bool((differs & outside).mean() <= STRAY) and filled
