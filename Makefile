@@ -61,4 +61,4 @@ gpu-check:
 	$(GPU_PYTHON) -m bench.gpu_check --out '$(OUT)'
 
 bench: build
-	$(BIN)/python -m bench run ops
+	$(BIN)/python -m bench run ops --case "ops/*/pair/*" --seconds 0.3

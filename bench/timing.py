@@ -18,6 +18,7 @@ from .case import Subject
 
 PASSES = 2
 SHORT = 0.5e-3  # seconds a round lasts at least, by repeating calls: events resolve about half a microsecond
+LONG = 5e-3  # seconds from which one call is a round
 MOST_CALLS = 64
 MOST_ROUNDS = 200  # of one subject in one pass
 
@@ -72,13 +73,17 @@ class CpuClock:
 
 
 class CudaLauncher:
-    """Calls of a subject on the current CUDA device, as they are or from one captured graph."""
+    """Calls of a subject on the current CUDA device, as they are or from one captured graph.
+
+    A call longer than LONG moves far more than any cache holds and is alone in its round; shorter ones share a round and
+    take turns over all inputs.
+    """
 
     def __init__(self, subject: Subject, inputs: Sequence[tuple[Any, ...]], clock: CudaClock):
         self.subject, self.inputs, self.clock = subject, inputs, clock
         self.graph: torch.cuda.CUDAGraph | None = None
         self.host: list[float] = []  # seconds the host needs to launch one call
-        self.calls = len(inputs)
+        self.calls, self.turn = 1, 0
         self._first: Any = None
 
     def _call(self, index: int) -> Any:
@@ -89,8 +94,7 @@ class CudaLauncher:
         """The result for the first inputs, by the launch that will be timed: after a replay, where there is a graph."""
         if self.subject.mode != "graph":
             return self._call(0)
-        if self.graph is None:
-            self._capture(len(self.inputs))
+        self._capture(1)
         assert self.graph is not None
         self.graph.replay()
         torch.cuda.synchronize()
@@ -100,7 +104,7 @@ class CudaLauncher:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for index in range(len(self.inputs)):  # loads kernels and tunes, which a capture does not allow
+            for index in range(min(calls, len(self.inputs))):  # loads kernels and tunes, which a capture does not allow
                 self._call(index)
         torch.cuda.current_stream().wait_stream(side)
         self.graph, self._first = None, None
@@ -114,11 +118,11 @@ class CudaLauncher:
         self.graph, self.calls = graph, calls
 
     def ready(self) -> None:
-        """After the comparison: so many calls a round that events resolve it."""
-        one = min(self._once() for _ in range(3)) / self.calls
-        turns = max(1, round(SHORT / max(one, 1e-7) / len(self.inputs)))
-        calls = min(len(self.inputs) * turns, max(MOST_CALLS, len(self.inputs)))
-        if calls != self.calls:
+        """After the comparison: so many calls a round that events resolve it, a multiple of the inputs."""
+        one = self._once()
+        if one < LONG:
+            one = min(one, self._once(), self._once())
+            calls = calls_per_round(one, len(self.inputs))
             if self.subject.mode == "graph":
                 self._capture(calls)
             self.calls = calls
@@ -127,9 +131,10 @@ class CudaLauncher:
     def _launch(self) -> None:
         if self.graph is not None:
             self.graph.replay()
-        else:
-            for index in range(self.calls):
-                self._call(index)
+            return
+        for _ in range(self.calls):
+            self._call(self.turn)
+            self.turn += 1
 
     def _once(self) -> float:
         self.clock.flush()
@@ -146,6 +151,12 @@ class CudaLauncher:
     def round(self) -> float:
         """Seconds of one call on the device."""
         return self._once() / self.calls
+
+
+def calls_per_round(seconds: float, inputs: int) -> int:
+    """A multiple of the inputs that lasts SHORT, at most MOST_CALLS or once through the inputs."""
+    turns = max(1, round(SHORT / max(seconds, 1e-7) / inputs))
+    return inputs * max(1, min(turns, MOST_CALLS // inputs))
 
 
 class CudaClock:
@@ -174,13 +185,14 @@ def clock_of(device: torch.device) -> Clock:
 def take_turns(launchers: dict[str, Any], seconds: float, at_least: int) -> dict[str, list[list[float]]]:
     """Seconds of every round of every subject, in `PASSES` passes: {name: [[...], [...]]}.
 
-    A pass lasts `seconds` / PASSES per subject, and at least `at_least` rounds. The first round of a pass warms up.
+    A pass lasts `seconds` / PASSES per subject, and at least `at_least` rounds. One round of each warms up.
     """
     times: dict[str, list[list[float]]] = {name: [] for name in launchers}
+    for launcher in launchers.values():
+        launcher.round()
+        launcher.host.clear()
     for _ in range(PASSES):
-        for name, launcher in launchers.items():
-            launcher.round()
-            launcher.host.clear()
+        for name in launchers:
             times[name].append([])
         until = time.perf_counter() + seconds * len(launchers) / PASSES
         turns = 0

@@ -8,7 +8,7 @@ import torch
 from bench import plugin
 from bench.case import Case, ConstantData, Disagreement, LeftOut, Subject, Work, distance, refuse_constant
 from bench.measure import measure
-from bench.timing import CpuClock, band, best, take_turns
+from bench.timing import CpuClock, band, best, calls_per_round, take_turns
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "matmul": 1e11}
@@ -41,7 +41,7 @@ def test_subjects_take_turns_in_two_passes_after_the_comparison():
     ticks = Ticks()
     case = case_of({"ours": ticks.subject("a", 0.5), "other": ticks.subject("b", 0.75)})
     rows = measure(case, CPU, 0.0, CEILINGS, clock=ticks.clock())
-    assert ticks.calls == ["a", "b"] + (["a", "b"] + ["a", "b"] * 3) * 2
+    assert ticks.calls == ["a", "b"] * (1 + 1 + 3 * 2)
     assert rows["ours"]["passes"] == [[0.5] * 3] * 2
     assert rows["other"]["best"] == 0.75
     assert rows["ours"]["band"] == 0.0
@@ -71,6 +71,13 @@ def test_a_planted_regression_shows_in_the_best_round(slowdown):
 def test_the_band_is_the_difference_of_two_timings():
     assert band([[3.0, 2.0], [2.2, 9.0]]) == pytest.approx(0.1)
     assert best([[3.0, 2.0], [2.2, 9.0]]) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "inputs", "calls"), [(2e-6, 4, 64), (50e-6, 4, 8), (1e-3, 4, 4), (2e-6, 3, 63), (4e-3, 70, 70)]
+)
+def test_short_calls_share_a_round_in_whole_turns_of_the_inputs(seconds, inputs, calls):
+    assert calls_per_round(seconds, inputs) == calls
 
 
 def test_time_up_ends_the_turns():
