@@ -69,6 +69,16 @@ class Truncation(str, Enum):
     prompt = "prompt"
 
 
+class Residence(str, Enum):
+    """Which parts of the model stay on the device."""
+
+    auto = "auto"
+    resident = "resident"
+    trimmed = "trimmed"
+    balanced = "balanced"
+    lean = "lean"
+
+
 class UsageError(Exception):
     """The command line cannot be carried out as written: exit code 2."""
 
@@ -114,6 +124,7 @@ MODEL = "mini, a folder in the released layout, or a hub id (default: mini)."
 VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
 DEVICE = '"cpu", "cuda" or "cuda:1" (default: cuda if usable, else cpu).'
 DTYPE = "Number type of weights and activations (default: bfloat16 on cuda, float32 on cpu)."
+RESIDENCY = "Where the parts live: resident, trimmed, balanced or lean, from fast to small; auto: the first that fits."
 BATCH = "Pictures drawn at once (default: up to 8, fewer when they are large)."
 
 
@@ -142,6 +153,7 @@ def generate(
     variant: Annotated[Variant | None, _where("--variant", help=VARIANT)] = None,
     device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
     dtype: Annotated[DType | None, _where("--dtype", help=DTYPE)] = None,
+    residency: Annotated[Residence | None, _where("--residency", help=RESIDENCY)] = None,
     batch_size: Annotated[int | None, _where("--batch-size", min=1, help=BATCH)] = None,
     quiet: Annotated[bool, _where("--quiet", "-q", help="Print the pictures' paths only.")] = False,
 ) -> None:
@@ -168,7 +180,7 @@ def generate(
             raise UsageError(f"--sheet must name a .png file, got {str(sheet)!r}")
 
         began = time.perf_counter()
-        pipe = _load(model, variant, device, dtype, recipe, quiet)
+        pipe = _load(model, variant, device, dtype, recipe, quiet, residency)
         loaded = time.perf_counter()
         if recipe is not None:
             _same_checkpoint(recipe, pipe, like, explicit=model is not None)
@@ -178,6 +190,8 @@ def generate(
         strength = guidance if guidance is not None else kept.guidance if kept else pipe.defaults.guidance_scale
         side = pipe.defaults.base_resolution
         request = [replace(r, size=r.size or (side, side)) for r in request]
+        if residency is not None and not quiet:
+            _residency_plan(pipe, request, batch_size, strength)
 
         drawn: list[Any] = []
         batches = _batches([r.size for r in request], batch_size)
@@ -387,6 +401,7 @@ def _load(
     dtype: DType | None,
     recipe: pictures.Recipe | None,
     quiet: bool,
+    residency: Residence | None = None,
 ) -> LensPipeline:
     import torch
 
@@ -410,7 +425,19 @@ def _load(
             variant=kind,
             device=where,
             dtype=getattr(torch, number_type) if number_type else None,
+            residency=residency.value if residency else None,
         )
+
+
+def _residency_plan(pipe: LensPipeline, request: Sequence[_Item], batch_size: int | None, guidance: float) -> None:
+    """Where the parts live and the memory predicted for the largest of these pictures, as one line."""
+    from .residency import describe
+
+    if pipe.places is None:
+        return
+    batch = max(len(b) for b in _batches([r.size for r in request], batch_size))
+    tokens = max(r.size[0] * r.size[1] for r in request) // resolution.TOKEN_PIXELS**2
+    console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.places.residency)))
 
 
 def _device(text: str | None) -> Any:
@@ -546,7 +573,7 @@ def _clean_exits(saved: Sequence[Path]) -> Iterator[None]:
         leave(f"out of memory: try a smaller --batch-size or size ({str(error).splitlines()[0]})", 1)
     except BrokenPipeError:
         raise
-    except (checkpoint.CheckpointError, pictures.RecipeError, FloatingPointError, ImportError) as error:
+    except (checkpoint.CheckpointError, pictures.RecipeError, FloatingPointError, ImportError, MemoryError) as error:
         leave(str(error), 1)
     except ValueError as error:  # what only the model could refuse, a size or a truncation
         leave(_flag_names(str(error)), 2)

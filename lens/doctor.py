@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from . import __version__, ops
-from .ops import backend, reference
+from . import __version__, ops, residency
+from .ops import attention_backends, backend, reference
 
 if TYPE_CHECKING:
     from .pipeline import LensPipelineOutput
@@ -49,7 +49,8 @@ def examine(model: str = "mini", device: torch.device | None = None) -> list[Fin
     device: where the self-test runs; None: cuda where torch can use it, else cpu.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    findings = [*system(), *devices(), *extension(), *op_backends(device), *packages()]
+    findings = [*system(), *devices(), *extension(), *op_backends(device), *attention(device), *memory(device)]
+    findings += packages()
     findings += self_test_ops(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a small picture gains nothing from more, and on busy cores each one costs
@@ -202,6 +203,40 @@ def op_backends(device: torch.device) -> list[Finding]:
             "depend on what is drawn beside it"
         )
         found.append(Finding(section, "batch invariant", NOTE, detail))
+    return found
+
+
+def attention(device: torch.device) -> list[Finding]:
+    """Which library computes attention on a GPU: every candidate, for plain steps, captured ones and training."""
+    if device.type != "cuda":
+        detail = "torch's flash attention for CPUs, the only candidate here; the others need a CUDA device"
+        return [Finding("Attention", "cpu", OK, detail)]
+    found = []
+    with torch.cuda.device(device):
+        needs = {
+            "plain steps": attention_backends.usual(),
+            "captured steps": attention_backends.usual(device_lengths=True),
+            "training": attention_backends.usual(backward=True),
+        }
+    for use, need in needs.items():
+        for name, chosen, why in attention_backends.report(need):
+            status = OK if chosen or not attention_backends.forced() else NOTE
+            found.append(Finding(f"Attention for {use}", name, status, f"{'CHOSEN' if chosen else 'not'}: {why}"))
+    return found
+
+
+def memory(device: torch.device) -> list[Finding]:
+    """What the released model would peak at under each residency, one 1024x1024 guided picture at a time."""
+    section = "Residency of the released model"
+    sizes = residency.released_sizes()
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    found = []
+    for name, policy in residency.PRESETS.items():
+        fits = free is None or residency.fits(sizes, policy, free)
+        detail = residency.describe(sizes, policy)
+        if free is not None:
+            detail += f"; {'fits' if fits else 'does not fit'} {free / 2**30:.1f} GiB free"
+        found.append(Finding(section, name, OK if fits else NOTE, detail))
     return found
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from . import sampler
-from .graphs import CudaDriver, Entry, Graph, GraphCache
+from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .model import LensTransformer2DModel
 from .modulation import Modulation
 from .ops import attention_backends, backend
@@ -140,10 +140,11 @@ class Run:
         """The next step; ``noise`` [R, C] where the job is stochastic."""
         if self._state.noise is not None and noise is not None:
             self._state.noise.copy_(noise)
-        if self._graph is None:
-            advance(self._model, self._state)
-        else:
-            self._graph.replay()
+        with marked("lens step"):
+            if self._graph is None:
+                advance(self._model, self._state)
+            else:
+                self._graph.replay()
 
     def retake(self, velocity: Tensor) -> None:
         """Take the last step again along ``velocity`` [R, C], already guided."""
@@ -154,12 +155,6 @@ class Run:
         if self._cache is not None:
             self._cache.release()
             self._cache = None
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class Engine:
@@ -172,6 +167,7 @@ class Engine:
     def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30):
         self.cache = cache
         self.budget = budget
+        self.weights_move = False  # they visit the device for each call: what was captured last time reads thin air
         self._weights: tuple[Any, list[tuple[dict[str, Any], str]]] = (None, [])
 
     def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid], halves: int = 1) -> str:
@@ -180,6 +176,8 @@ class Engine:
             return "LENS_GRAPHS=off"
         if self.cache is None and model.device.type != "cuda":
             return f"there are no graphs on {model.device.type}"
+        if self.weights_move:
+            return "the transformer's weights are on demand, elsewhere in memory each time"
         if len(set(grids)) != 1:
             return "sizes are mixed"
         if model.training:
@@ -319,25 +317,26 @@ def _load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned)
     """Fill fixed buffers with a job of their shape. Pictures of one size share one schedule: table rows 0 .. K - 1."""
     packing, steps, device = state.packing, job.sigma.shape[1] - 1, state.x.device
     start = int(job.first[0])  # on the host
+    # non_blocking: the host does not wait for what the device is at, usually the text encoder
     state.x.copy_(job.x)
     state.table.blocks[:steps].copy_(job.table.blocks[start : start + steps])
     state.table.final[:steps].copy_(job.table.final[start : start + steps])
-    state.sigma[: steps + 1].copy_(job.sigma.T)
+    state.sigma[: steps + 1].copy_(job.sigma.T.contiguous(), non_blocking=True)
     state.index.fill_(job.step)
     texts = torch.cat(job.all_texts)
     state.text[: len(texts)].copy_(texts)
     state.text[len(texts) :].zero_()
-    packing.image_offsets.copy_(binned.image_offsets)
-    packing.text_offsets.copy_(binned.text_offsets)
+    packing.image_offsets.copy_(binned.image_offsets, non_blocking=True)
+    packing.text_offsets.copy_(binned.text_offsets, non_blocking=True)
     places = packing.places
     assert places is not None
-    places.joint_offsets.copy_(binned.joint_offsets)
+    places.joint_offsets.copy_(binned.joint_offsets, non_blocking=True)
     if places.image_rows is not None and places.text_rows is not None:
-        places.image_rows.copy_(binned.image_rows)
-        places.text_rows.copy_(binned.text_rows)
+        places.image_rows.copy_(binned.image_rows, non_blocking=True)
+        places.text_rows.copy_(binned.text_rows, non_blocking=True)
     furthest = max((int(index.max()) + 1 for index in job.all_indices if len(index)), default=0)
     cos, sin = grid_table(job.grids[0], max(1, -(-furthest // 512)) * 512, model.config.axes_dims_rope, device)
-    source = binned.rope_rows.to(device)
+    source = binned.rope_rows.to(device, non_blocking=True)
     torch.index_select(cos, 0, source, out=packing.cos)
     torch.index_select(sin, 0, source, out=packing.sin)
 

@@ -18,6 +18,19 @@ import torch
 S = TypeVar("S")
 
 
+@contextmanager
+def marked(name: str) -> Iterator[None]:
+    """A named range for the profilers (NVTX), where there is a device that can be profiled."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    torch.cuda.nvtx.range_push(name)
+    try:
+        yield
+    finally:
+        torch.cuda.nvtx.range_pop()
+
+
 class Graph(Protocol):
     """What a captured step offers."""
 
@@ -130,13 +143,3 @@ class GraphCache(Generic[S]):
     def clear(self) -> None:
         """Drop every graph, for the memory; waits for no run in progress, so only its owner calls it."""
         self._entries.clear()
-
-    @contextmanager
-    def claimed(self) -> Iterator[bool]:
-        """``claim`` as a block."""
-        mine = self.claim()
-        try:
-            yield mine
-        finally:
-            if mine:
-                self.release()

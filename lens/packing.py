@@ -1,4 +1,4 @@
-"""3. Samples of any size and text length -> packed rows: offsets, gather indices, rotary tables.
+"""3. Samples of any size and text length -> packed rows: offsets, gather indices, rotary tables; requests -> batches.
 
 Two packed streams run through the blocks, image rows and text rows, samples back to back and nothing padded.
 Attention and the rotary tables use the joint layout, per sample [image | text], so ``joint_offsets = image_offsets +
@@ -7,9 +7,9 @@ text_offsets``. The plan is made on the host once per batch and reused for every
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from .ops._attention_places import DevicePlaces
 from .rope import image_positions, rope_table, text_positions
 
 Grid = tuple[int, int]  # (height, width) of a picture in tokens
+Item = TypeVar("Item")
 TEXT_BIN = 64  # text rows of a captured step are a multiple of this
 
 
@@ -42,7 +43,7 @@ class Packing:
 
 def offsets_of(lengths: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
     """int32 [B+1]: row offset of each sample, the total last."""
-    return torch.cumsum(torch.tensor([0, *lengths], dtype=torch.int64), 0).to(device, torch.int32)
+    return torch.cumsum(torch.tensor([0, *lengths], dtype=torch.int64), 0).int().to(device, non_blocking=True)
 
 
 def plan(
@@ -199,3 +200,67 @@ def split_features(
         raise ValueError(f"the mask of {name} must be [B, T] = {shape[:2]}, got {own}")
     valid = [row.nonzero().squeeze(1) for row in mask.bool().cpu()]
     return [[f[b][index.to(f.device)] for f in features] for b, index in enumerate(valid)], valid
+
+
+# ---------------------------------------------------------------------------------------------------- requests
+
+
+@dataclass(frozen=True)
+class Waiting(Generic[Item]):
+    """A request in the queue. Only requests of one ``kind`` (steps, guidance) can share a batch."""
+
+    item: Item
+    grid: Grid
+    tokens: int  # rows of the step it causes: image and text, both halves under guidance
+    kind: Hashable
+
+
+class TokenQueue(Generic[Item]):
+    """Requests in, batches out, each of at most ``max_tokens`` packed rows and ``max_pictures``.
+
+    The oldest request opens the next batch, so one that finds n others waiting is drawn in the (n + 1)-th batch at the
+    latest, whatever arrives later. The batch is filled in order of age, first by requests of the same size, which one
+    captured step can draw, then, unless ``same_size``, by any others of the kind. A request above the budget goes alone.
+    """
+
+    def __init__(self, max_tokens: int, max_pictures: int = 64, same_size: bool = False):
+        if max_tokens < 1 or max_pictures < 1:
+            raise ValueError(
+                f"lens.TokenQueue: max_tokens and max_pictures must be positive, got {max_tokens} and {max_pictures}"
+            )
+        self.max_tokens = max_tokens
+        self.max_pictures = max_pictures
+        self.same_size = same_size
+        self._waiting: list[Waiting[Item]] = []
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, item: Item, grid: Grid, tokens: int, kind: Hashable = None) -> None:
+        """Queue a request of ``tokens`` rows."""
+        if tokens < 1:
+            raise ValueError(f"lens.TokenQueue: tokens must be positive, got {tokens}")
+        self._waiting.append(Waiting(item, grid, tokens, kind))
+
+    def take(self) -> list[Item]:
+        """The next batch, oldest first; [] where nothing waits."""
+        if not self._waiting:
+            return []
+        first = self._waiting[0]
+        fitting = [w for w in self._waiting[1:] if w.kind == first.kind]
+        same = [w for w in fitting if w.grid == first.grid]
+        others = [] if self.same_size else [w for w in fitting if w.grid != first.grid]
+        taken, tokens = [first], first.tokens
+        for w in (*same, *others):
+            if len(taken) < self.max_pictures and tokens + w.tokens <= self.max_tokens:
+                taken.append(w)
+                tokens += w.tokens
+        chosen = {id(w) for w in taken}
+        batch = [w.item for w in self._waiting if id(w) in chosen]
+        self._waiting = [w for w in self._waiting if id(w) not in chosen]
+        return batch
+
+    def batches(self) -> Iterator[list[Item]]:
+        """Batches until nothing waits; requests may be added meanwhile."""
+        while batch := self.take():
+            yield batch

@@ -7,9 +7,10 @@ exception or Ctrl-C in mid-call leaves it usable.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,17 +18,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, resolution, sampler, vae
+from . import checkpoint, modulation, resolution, sampler, vae
 from .config import Defaults
-from .engine import Engine, Job, with_text
+from .engine import Engine, Job, marked, with_text
 from .model import LensTransformer2DModel
 from .modulation import Modulation, TableCache, concatenate
 from .packing import Grid, expect_tensors, offsets_of, pad_features, split_features
+from .residency import PRESETS, STAGES, Places, Residency, Sizes, choose, immovable, sizes_of
 from .sampler import Scheduler
+from .stream import Request, stream
 from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, ChatTokenizer, TextEncoder, negative_list, prompt_list
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "noise_pred")
+# of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
+_Features = tuple[list[list[Tensor]], "list[Tensor] | None"]
 Callback = Callable[["LensPipeline", int, Tensor, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -104,11 +109,12 @@ class LensPipeline:
         self.defaults = defaults
         self.fingerprint = fingerprint
         self.engine = Engine()
+        self.places: Places | None = None  # where the parts live, if not simply on one device
         self._tables = TableCache()
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device
+        return self.transformer.device if self.places is None else self.places.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -121,25 +127,75 @@ class LensPipeline:
         variant: str | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
+        residency: str | Residency | None = None,
     ) -> LensPipeline:
         """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
-        folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. A checkpoint that
-        cannot be used raises lens.checkpoint.CheckpointError, which names the file, the key and what was expected.
+        folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
+        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.checkpoint.CheckpointError, which names the file, the key and what was expected.
         """
         device, dtype = checkpoint.placement(device, dtype)
         root = checkpoint.resolve(source)
         defaults = checkpoint.read_defaults(root, variant, checkpoint.spoken_name(source))
         scheduler = checkpoint.load_scheduler(root / "scheduler")
         tokenizer = ChatTokenizer(root / "tokenizer")
-        transformer = checkpoint.load_transformer(root / "transformer", dtype, device)
+        policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
+        parked = Places(policy, device) if isinstance(policy, Residency) else None
+
+        def host(part: str) -> torch.device | str:
+            """Where a part is loaded: what visits the device later need not pass it now."""
+            return "cpu" if parked is not None and parked.residency.tier(part) != "resident" else device
+
+        transformer = checkpoint.load_transformer(root / "transformer", dtype, host("transformer"))
         layers = transformer.config.selected_layer_index
         model = checkpoint.load_text_encoder(root / "text_encoder", dtype, device, max(layers) + 1)
         encoder = TextEncoder(tokenizer, model, layers)
-        codec = vae.PixelCodec(checkpoint.load_vae(root / "vae", dtype, device))
+        codec = vae.PixelCodec(checkpoint.load_vae(root / "vae", dtype, host("vae")))
         checkpoint.check_fit(root, transformer.config, encoder.width, codec.channels)
-        return cls(transformer, encoder, codec, scheduler, defaults, checkpoint.fingerprint(root))
+        pipe = cls(transformer, encoder, codec, scheduler, defaults, checkpoint.fingerprint(root))
+        if policy is not None:
+            pipe.live(policy, device)
+        return pipe
+
+    # ------------------------------------------------------------------------------------------------ residency
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """The modules a residency policy places, by name."""
+        return {"text_encoder": self.text_encoder.model, "transformer": self.transformer, "vae": self.codec.vae}
+
+    def sizes(self, image_tokens: int | None = None, pictures: int = 1, guided: bool = True) -> Sizes:
+        """Bytes of the parts and of the stages' work, for pictures of ``image_tokens`` (default: the model's size)."""
+        tokens = image_tokens or (self.defaults.base_resolution // 16) ** 2
+        encoder, transformer, autoencoder = self.parts().values()
+        work = {"tokens": tokens, "pictures": pictures, "guided": guided}
+        return sizes_of(self.transformer.config, encoder, transformer, autoencoder, **work)
+
+    def live(self, residency: str | Residency = "auto", device: torch.device | str | None = None) -> Residency:
+        """Place the parts: "resident", "trimmed" (modulation weights on the host), "balanced" (the text encoder visits
+        the device, too), "lean" (all parts visit it), or "auto": the first of these whose predicted peak fits the free
+        memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
+
+        ValueError for an unknown name or a part that cannot move; MemoryError where "auto" finds nothing that fits.
+        """
+        device = torch.device(self.device if device is None else device)
+        sizes, parts = self.sizes(), self.parts()
+        fixed = [part for part, module in parts.items() if immovable(module)]
+        policy = choose(residency, sizes, _free_bytes(device, parts.values()), fixed)
+        places = Places(policy, device)
+        for part, module in parts.items():
+            places.add(part, module)
+        if policy.modulation == "host":
+            modulation.evict(self.transformer, "cpu")
+        self.engine.weights_move = policy.transformer != "resident"
+        self.places = places
+        return policy
+
+    @contextlib.contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """A stage of a call ("encode", "denoise", "decode"), with its part on the device; profilers see its name."""
+        with self.places.using(STAGES[name]) if self.places else contextlib.nullcontext(), marked(f"lens {name}"):
+            yield
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -176,24 +232,28 @@ class LensPipeline:
                 rows[id(sample)] = self.transformer.project_text(own, [len(own[0])])
         return _Text(features, index, [rows[id(sample)] for sample in features])
 
-    def _given_text(self, name: str, features: Sequence[Tensor], mask: Tensor | None, count: int, each: int) -> _Text:
-        """The caller's own features of ``count`` prompts, or of one for all -> text of count * each samples."""
+    def _given_text(
+        self, name: str, features: Sequence[Tensor], mask: Tensor | None, count: int, each: int
+    ) -> _Features:
+        """The caller's own features of ``count`` prompts, or of one for all -> those of count * each samples."""
         config = self.transformer.config
         samples, index = split_features(name, features, mask, len(config.selected_layer_index), config.enc_hidden_dim)
         if len(samples) == 1:
             samples, index = samples * count, index * count
         if len(samples) != count:
             raise ValueError(f"{name} must hold one prompt or one per prompt ({count}), got {len(samples)}")
-        return self._text(_repeat(samples, each), _repeat(index, each))
+        return _repeat(samples, each), _repeat(index, each)
 
-    def _written_text(self, prompts: Sequence[str | None], each: int, encoding: tuple[int, str, str | None]) -> _Text:
-        """Prompts -> text of len(prompts) * each samples; None carries no text at all."""
+    def _written_text(
+        self, prompts: Sequence[str | None], each: int, encoding: tuple[int, str, str | None]
+    ) -> _Features:
+        """Prompts -> features of len(prompts) * each samples; None carries no text at all."""
         config = self.transformer.config
         written = [p for p in prompts if p is not None]
         encoded: dict[str | None, list[Tensor]] = dict(zip(written, self.text_encoder.encode(written, *encoding)))
         nothing = torch.zeros(0, config.enc_hidden_dim, device=self.device, dtype=self.dtype)
         encoded[None] = [nothing] * len(config.selected_layer_index)
-        return self._text(_repeat([encoded[p] for p in prompts], each))
+        return _repeat([encoded[p] for p in prompts], each), None
 
     # ------------------------------------------------------------------------------------------------ call
 
@@ -259,34 +319,55 @@ class LensPipeline:
         size = (height, width, base_resolution, aspect_ratio, sizes)
         per_prompt = resolution.request_grids(count, *size, self.defaults.base_resolution, self.defaults.max_resolution)
         grids: list[Grid] = _repeat(per_prompt, each)
-        sigma, schedule, table = self._schedules([h * w for h, w in grids], steps)
         shapes = [(h * w, self.transformer.config.in_channels) for h, w in grids]
         noise, seeds = sampler.start_noise(shapes, seed, generator, latents)
 
-        if prompt_embeds is not None:
-            text = self._given_text("prompt_embeds", prompt_embeds, prompt_mask, count, each)
-        else:
-            text = self._written_text(prompt_list("prompt", prompt), each, encoding)
-        negative = None
-        if guidance != 1.0 and negative_prompt_embeds is not None:
-            name = "negative_prompt_embeds"
-            negative = self._given_text(name, negative_prompt_embeds, negative_prompt_mask, count, each)
-        elif guidance != 1.0:
-            negative = self._written_text(negatives, each, encoding)
-        keys: list[int] = []
-        if self.scheduler.stochastic_sampling:
-            keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
-        batch = _Batch(grids, text, negative, guidance, sigma, keys)
-        job = self._job(batch, noise, schedule, table)
-        final = self._denoise(batch, job, callback_on_step_end, tuple(wanted))
+        with self.stage("encode"):
+            if prompt_embeds is not None:
+                features = self._given_text("prompt_embeds", prompt_embeds, prompt_mask, count, each)
+            else:
+                features = self._written_text(prompt_list("prompt", prompt), each, encoding)
+            unwanted = None
+            if guidance != 1.0 and negative_prompt_embeds is not None:
+                name = "negative_prompt_embeds"
+                unwanted = self._given_text(name, negative_prompt_embeds, negative_prompt_mask, count, each)
+            elif guidance != 1.0:
+                unwanted = self._written_text(negatives, each, encoding)
+        with self.stage("denoise"):
+            sigma, schedule, table = self._schedules([h * w for h, w in grids], steps)
+            text, negative = self._text(*features), None if unwanted is None else self._text(*unwanted)
+            keys: list[int] = []
+            if self.scheduler.stochastic_sampling:
+                keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
+            batch = _Batch(grids, text, negative, guidance, sigma, keys)
+            job = self._job(batch, noise, schedule, table)
+            final = self._denoise(batch, job, callback_on_step_end, tuple(wanted))
         images = self._finish(final, batch, output_type)
         return LensPipelineOutput(images, seeds) if return_dict else (images,)
+
+    def stream(
+        self,
+        requests: Sequence[Request],
+        max_tokens: int = 32768,
+        max_pictures: int = 8,
+        output_type: str = "pil",
+        **encoding: Any,
+    ) -> Iterator[tuple[int, Any, int | None]]:
+        """Draw many pictures: (index in ``requests``, picture, seed), each as soon as it is done.
+
+        Requests of equal steps and guidance are packed into batches of at most ``max_tokens`` rows (image and text,
+        both halves under guidance) and ``max_pictures``, see ``packing.TokenQueue``; on CUDA of one size, for the
+        captured step. A batch is decoded while the next is denoised. What shares a batch changes a picture by rounding
+        at most, on a CPU by no bit. encoding: max_sequence_length, truncation, chat_date. Errors as of a call.
+        """
+        return stream(self, requests, max_tokens, max_pictures, output_type, **encoding)
 
     # ------------------------------------------------------------------------------------------------ denoise
 
     def prepare(self, image_tokens: int, num_inference_steps: int) -> None:
         """Make and keep the modulation table of a schedule, so that ``lens.modulation.evict`` may drop its weights."""
-        self._schedules([image_tokens], num_inference_steps, prepared=True)
+        with self.stage("denoise"):
+            self._schedules([image_tokens], num_inference_steps, prepared=True)
 
     def _schedules(self, lengths: list[int], steps: int, prepared: bool = False) -> tuple[Tensor, Tensor, Modulation]:
         """Sigmas float32 [B, steps + 1], each sample's first table row [B], one table of the distinct schedules."""
@@ -310,7 +391,7 @@ class LensPipeline:
             sigma=batch.sigma,
             first=schedule,
             table=table,
-            x=torch.cat([n.to(self.device) for n in noise]),
+            x=torch.cat([n.to(self.device, non_blocking=True) for n in noise]),
             stochastic=self.scheduler.stochastic_sampling,
         )
 
@@ -378,7 +459,8 @@ class LensPipeline:
                 raise FloatingPointError(f"picture {k}: the final latents hold NaN or infinity")
         if output_type == "latent":
             return batch.shaped(torch.cat(rows))
-        pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, batch.grids)]
+        with self.stage("decode"):
+            pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, batch.grids)]
         if output_type == "pil":
             return [vae.to_pil(p) for p in pictures]
         arrays = [vae.to_numpy(p) for p in pictures]
@@ -386,6 +468,14 @@ class LensPipeline:
 
 
 # ---------------------------------------------------------------------------------------------------- helpers
+
+
+def _free_bytes(device: torch.device, parts: Iterable[torch.nn.Module]) -> int | None:
+    """Device memory that a plan may use: what is free, and what the parts hold already. None where it has no bound."""
+    if device.type != "cuda":
+        return None
+    held = (t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device)
+    return torch.cuda.mem_get_info(device)[0] + sum(t.numel() * t.element_size() for t in held)
 
 
 def _prompt_count(prompt: str | Sequence[str] | None, embeds: Sequence[Tensor] | None) -> int:

@@ -36,7 +36,10 @@ class PixelCodec:
         self.vae = vae
         self.channels = 4 * int(vae.config.latent_channels)  # of a token
         self._mean = vae.bn.running_mean
-        self._std = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+
+    @property
+    def _std(self) -> Tensor:  # made when needed: the statistics may have moved since
+        return torch.sqrt(self.vae.bn.running_var + self.vae.config.batch_norm_eps)
 
     @torch.no_grad()
     def decode(self, rows: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lens import cli, doctor, ops
-from lens.ops import backend
+from lens import cli, doctor, ops, residency
+from lens.ops import attention_backends, backend
 from lens.vae import PixelCodec
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
@@ -154,3 +154,43 @@ def test_driver_without_usable_cuda(monkeypatch):
     found = by_name(doctor.devices())[("Devices", "cuda")]
     assert found.status == doctor.BROKEN
     assert "update the driver" in found.remedy
+
+
+def test_every_attention_library_is_told_with_its_reason(monkeypatch):
+    (finding,) = doctor.attention(CPU)
+    assert "only candidate here" in finding.detail
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
+    monkeypatch.setattr(attention_backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(attention_backends, "installed", lambda name: name == "torch.nn.attention.varlen")
+    attention_backends.choose.cache_clear()
+    try:
+        findings = doctor.attention(torch.device("cuda"))
+        names = sorted(c.name for c in attention_backends.CANDIDATES)
+        for use, chosen in (("plain", "torch-cudnn"), ("captured", "torch-varlen"), ("training", "torch-cudnn")):
+            rows = [
+                f
+                for f in findings
+                if f.section == f"Attention for {use} {'' if use == 'training' else 'steps'}".strip()
+            ]
+            assert sorted(f.name for f in rows) == names
+            assert [f.name for f in rows if f.detail.startswith("CHOSEN: predicted ")] == [chosen]
+        (absent,) = [f for f in findings if f.section == "Attention for training" and f.name == "flash-attn-2"]
+        assert absent.detail == "not: flash_attn is not installed (backward)"
+        with attention_backends.use("torch-sdpa"):
+            forced = doctor.attention(torch.device("cuda"))
+        assert next(f for f in forced if f.name == "torch-sdpa").detail.startswith("CHOSEN: forced; ")
+        captured = [f for f in forced if f.section == "Attention for captured steps"]
+        assert {f.status for f in captured} == {doctor.NOTE}, "the forced one reads lengths: nothing is chosen"
+    finally:
+        attention_backends.choose.cache_clear()
+
+
+def test_the_memory_of_every_residency_is_told(monkeypatch):
+    findings = doctor.memory(CPU)
+    assert [f.name for f in findings] == list(residency.PRESETS)
+    assert {f.status for f in findings} == {doctor.OK}
+    assert "text_encoder resident, transformer resident, vae resident, modulation resident" in findings[0].detail
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 << 30, 24 << 30))
+    fits = {f.name: f.status for f in doctor.memory(torch.device("cuda"))}
+    assert fits["resident"] == doctor.NOTE
+    assert fits["lean"] == doctor.OK

@@ -73,6 +73,17 @@ def apple(tmp_path_factory):
 # ------------------------------------------------------------------------------------------------ pictures
 
 
+@pytest.mark.parametrize("residency", ["auto", "lean"])
+def test_residency_is_planned_and_changes_no_pixel(apple, tmp_path, residency):
+    again = tmp_path / "again.png"
+    result = run("generate", "--like", apple, "--model", DEV, "--device", "cpu", "-o", again, "--residency", residency)
+    assert written(result) == [again]
+    assert (pixels(again) == pixels(apple)).all()
+    tier = "on_demand" if residency == "lean" else "resident"
+    assert f"text_encoder {tier}, transformer {tier}, vae {tier}" in " ".join(result.stderr.split())
+    assert "predicted GiB: encode 0." in " ".join(result.stderr.split())
+
+
 def test_the_picture_is_the_librarys_and_carries_its_recipe(apple):
     pipe = LensPipeline.from_pretrained(DEV, variant="turbo")
     expected = pipe(

@@ -1,0 +1,100 @@
+"""Decode of one batch while the next is denoised: a second stream, and the order of work on both.
+
+A lane takes a function and gives something to ask for its result. On CUDA the function's kernels are queued on a stream
+of their own and the host goes on; elsewhere it runs at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+Batch = TypeVar("Batch")
+Latents = TypeVar("Latents")
+Out = TypeVar("Out")
+Out_co = TypeVar("Out_co", covariant=True)
+
+
+class Pending(Protocol[Out_co]):
+    def result(self) -> Out_co:
+        """Wait for the work and take what it made."""
+        ...
+
+
+class Lane(Protocol):
+    def submit(self, work: Callable[[], Out], reads: Sequence[Tensor]) -> Pending[Out]:
+        """Begin ``work`` after all that was begun before; ``reads`` must stay as they are until its result is taken."""
+        ...
+
+
+class Done(Generic[Out]):
+    """The result of work that ran at once."""
+
+    def __init__(self, value: Out):
+        self._value = value
+
+    def result(self) -> Out:
+        return self._value
+
+
+class Inline:
+    """No second stream: work runs when it is submitted."""
+
+    def submit(self, work: Callable[[], Out], reads: Sequence[Tensor]) -> Pending[Out]:
+        return Done(work())
+
+
+class _Queued(Generic[Out]):
+    def __init__(self, value: Out, event: torch.cuda.Event):
+        self._value = value
+        self._event = event
+
+    def result(self) -> Out:
+        self._event.synchronize()
+        return self._value
+
+
+class SideStream:
+    """A CUDA stream beside the caller's. What the work makes lives in that stream's memory until it is taken."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device)
+
+    def submit(self, work: Callable[[], Out], reads: Sequence[Tensor]) -> Pending[Out]:
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        for tensor in reads:
+            tensor.record_stream(self._stream)  # its memory is not handed out again before the work has read it
+        with torch.cuda.stream(self._stream):
+            value = work()
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        return _Queued(value, event)
+
+
+def lane_for(device: torch.device) -> Lane:
+    return SideStream(device) if device.type == "cuda" else Inline()
+
+
+def overlapped(
+    batches: Iterable[Batch],
+    denoise: Callable[[Batch], Latents],
+    decode: Callable[[Batch, Latents], Out],
+    tensors: Callable[[Latents], Sequence[Tensor]],
+    lane: Lane,
+) -> Iterator[tuple[Batch, Out]]:
+    """(batch, what ``decode`` made of it) in order. Batch k is decoded on the lane while batch k + 1 is denoised.
+
+    ``denoise`` must return tensors of its own, not buffers that its next call writes. At most two batches are alive.
+    """
+    waiting: tuple[Batch, Pending[Out]] | None = None
+    for batch in batches:
+        latents = denoise(batch)
+        pending = lane.submit(lambda batch=batch, latents=latents: decode(batch, latents), tensors(latents))  # type: ignore[misc]
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+        waiting = batch, pending
+    if waiting is not None:
+        yield waiting[0], waiting[1].result()
