@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -110,10 +111,14 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import write
+    from .report import attention_entries, write
     from .result import NoResult, load, table
 
     try:
+        if options.attention:
+            for path in options.results:
+                print(",\n".join(f"    {json.dumps(entry)}" for entry in attention_entries(load(path))))
+            return 0
         if options.results:
             print("\n\n".join(table(load(path)) for path in options.results))
             return 0
@@ -161,6 +166,7 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="results as tables; without arguments the README's table and picture")
     report.add_argument("results", type=Path, nargs="*")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 where README or picture are stale")
+    report.add_argument("--attention", action="store_true", help="measured lines for lens/ops/attention_table.json")
     report.set_defaults(do=_report)
     return top
 

@@ -155,7 +155,7 @@ def card(device: torch.device) -> dict[str, Any]:
         "nvcc": nvcc[1] if nvcc else "none",
         "kernels": {op: kind for op, kind, _ in backend.report(device.type)},
         "targets": getattr(backend._extension, "cuda_targets", "") if device.type == "cuda" else "",
-        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("LENS_", "TORCH_ALLOW_TF32"))},
+        "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("LENS_") and "DIR" not in k},
     }
     return {"identity": {**identity, "torch": torch.__version__}, "build": build}
 

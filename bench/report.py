@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from xml.sax.saxutils import escape
 
 from lens.checkpoint import write_atomic
 from lens.config import LensConfig
+from lens.ops.attention_backends import CANDIDATES
 
 from .case import OURS
 from .machine import ROOT
@@ -104,8 +106,39 @@ def speed_table(results: dict[str, list[Result]]) -> str:
                 texts.append(f"{time_text(sum(stages.values()))} on one {device}{partly}")
         here = "; ".join(texts) or "not measured yet"
         lines.append(f"| {name} | {PAPER_SECONDS[variant]} s | {time_text(floor_seconds(variant))} | {here} |")
-    lines += ["", f"{SAME_CHIP} ![The paper's times, ours and the floors](docs/images/speed.svg)"]
+    lines += ["", *throughput(results), f"{SAME_CHIP} ![The paper's times, ours and the floors](docs/images/speed.svg)"]
     return "\n".join(lines)
+
+
+def throughput(results: dict[str, list[Result]]) -> list[str]:
+    """Lines of pictures per second, for the batches of Lens-Turbo that were measured."""
+    lines = []
+    for device, of_device in results.items():
+        rates: dict[int, float] = {}
+        for result in of_device:
+            for batch in (1, 4, 8):
+                for stage in ("total", "denoise"):
+                    row = result.rows.get((f"e2e/turbo/1024/b{batch}/bf16/{stage}", OURS))
+                    if row is not None:
+                        rates.setdefault(batch, batch / row.best)
+        if rates:
+            told = ", ".join(f"{rate:.3g} at batch {batch}" for batch, rate in sorted(rates.items()))
+            lines.append(f"Lens-Turbo on one {device}, pictures per second: {told}.")
+    return lines
+
+
+def attention_entries(result: Result) -> list[dict[str, Any]]:
+    """Lines for lens/ops/attention_table.json from a result of the suite `attention`: the guided pair of 1024 x 1024
+    with the longest text, forward and backward, every candidate that ran."""
+    entries = []
+    for shape, way in (("long", "forward"), ("backward", "backward")):
+        for (case, subject), row in result.rows.items():
+            if case == f"attention/4511,4096/bf16/{way}" and subject in {c.name for c in CANDIDATES}:
+                rate = round(row.more["roof"]["flops_per_s"] / 1e12, 1)
+                source = f"{case}, {result.identity['device']}, commit {result.build['commit']}"
+                entry = {"arch": result.identity["capability"], "shape": shape, "backend": subject, "tflops": rate}
+                entries.append({**entry, "status": "measured", "source": source})
+    return entries
 
 
 def picture(results: dict[str, list[Result]]) -> str:

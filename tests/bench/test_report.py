@@ -5,6 +5,7 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
+from bench import __main__ as bench
 from bench import report
 from bench.roofline import SAME_CHIP
 from tests.bench.results import result, row
@@ -50,6 +51,29 @@ def test_the_picture_stacks_the_stages_to_scale(tmp_path):
     paper, denoise = widths[report.COLOURS["paper"]], widths[report.COLOURS["denoise"]]
     assert denoise / paper == pytest.approx(1.2 / 3.15, rel=0.01)
     assert SAME_CHIP in drawing
+
+
+def test_throughput_is_told_where_batches_were_measured():
+    rows = [row(f"e2e/turbo/1024/b{b}/bf16/total", s) for b, s in ((1, 0.2), (8, 1.25))]
+    lines = report.throughput({"NVIDIA H200": [result(*rows, row("e2e/turbo/1024/b8/bf16/denoise", 1.0))]})
+    assert lines == ["Lens-Turbo on one NVIDIA H200, pictures per second: 5 at batch 1, 6.4 at batch 8."]
+    assert report.throughput({"NVIDIA H200": [result(row("x", 1.0))]}) == []
+
+
+def test_measured_attention_becomes_lines_of_the_backends_table(tmp_path, capsys):
+    cases = ("attention/4511,4096/bf16/forward", "attention/4511,4096/bf16/backward", "attention/2x4096/bf16/forward")
+    rows = [row(case, 1e-3, subject=s) for case in cases for s in ("ours", "torch-cudnn", "sdpa_masked")]
+    made = result(*rows, capability="9.0")
+    for r in made.rows.values():
+        r.more["roof"]["flops_per_s"] = 4.08e14
+    path = as_file(tmp_path / "attention.json", made)
+    assert bench.main(["report", "--attention", str(path)]) == 0
+    entries = json.loads(f"[{capsys.readouterr().out}]")
+    assert [(e["arch"], e["shape"], e["backend"], e["tflops"]) for e in entries] == [
+        ("9.0", "long", "torch-cudnn", 408.0),
+        ("9.0", "backward", "torch-cudnn", 408.0),
+    ]
+    assert all(e["status"] == "measured" and "commit c" in e["source"] for e in entries)
 
 
 def test_a_cpu_has_no_headline(tmp_path):
