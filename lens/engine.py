@@ -1,117 +1,21 @@
-"""The denoise step as one function over fixed buffers: run as it is, or replayed from a CUDA graph.
-
-A step reads everything that changes from step to step or from text to text out of device memory: its own number, the
-sigmas and modulation rows of all steps, the texts' offsets. So one graph serves every step of every schedule, and all
-texts of one bin: text rows are rounded up to a multiple of 64 by rows that form a sample of their own behind the
-others. Attention never crosses samples and every other operation is row by row, so those rows change nothing; they are
-finite, so no kernel that reads a tile across the border meets a NaN. On a CPU nothing is rounded up.
-"""
+"""Runs: a denoise step executed as it is, or replayed from a CUDA graph that was captured once for all of its shape."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import sampler
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .model import LensTransformer2DModel
-from .modulation import Modulation
 from .ops import attention_backends, backend
-from .packing import Binned, Grid, Packing, bin_texts, offsets_of, plan
-from .rope import grid_table
+from .packing import TEXT_BIN, Binned, Grid, bin_texts
+from .step import Job, State, advance, capacity, euler, fixed_state, free_state, load, with_text
 
-TABLE_ROWS = 32  # a captured step holds the schedules of 32, 64, 128... steps
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What is drawn: B pictures, each with its schedule and text; with guidance, a second text each."""
-
-    grids: list[Grid]  # B
-    text: list[Tensor]  # B of projected rows [T, D]
-    text_index: list[Tensor]  # B of int64 [T], places of the rows in their own padded sequence
-    negative: list[Tensor] | None  # B more, or None: no guidance
-    negative_index: list[Tensor] | None
-    guidance: float
-    sigma: Tensor  # float32 [B, K + 1], host
-    first: Tensor  # int64 [B], row of the table where a picture's schedule begins, host
-    table: Modulation  # rows of the distinct schedules, K each
-    x: Tensor  # float32 [R, C], packed latents on the device
-    step: int = 0  # where the run begins
-    stochastic: bool = False
-
-    @property
-    def halves(self) -> int:
-        return 1 if self.negative is None else 2
-
-    @property
-    def lengths(self) -> list[int]:
-        return [h * w for h, w in self.grids]
-
-    @property
-    def all_grids(self) -> list[Grid]:
-        return self.grids * self.halves
-
-    # the unconditional half comes first: where it carries no text, each stream's rows then lie in one piece
-    @property
-    def all_texts(self) -> list[Tensor]:
-        return [*(self.negative or []), *self.text]
-
-    @property
-    def all_indices(self) -> list[Tensor]:
-        return [*(self.negative_index or []), *self.text_index]
-
-
-@dataclass(eq=False)
-class State:
-    """The buffers a step reads and writes. S samples: B pictures, twice with guidance, and the bin's own."""
-
-    x: Tensor  # float32 [R, C], latents: the step replaces them
-    before: Tensor  # float32 [R, C], the latents the step began with
-    velocity: Tensor  # [halves * R, C]
-    text: Tensor  # [RT, D]
-    packing: Packing
-    table: Modulation  # K rows, or more
-    first: Tensor  # int64 [S]
-    index: Tensor  # int64 [1], the step's number
-    sigma: Tensor  # float32 [K + 1, B]
-    offsets: Tensor  # int32 [B + 1], of the pictures' rows
-    noise: Tensor | None  # float32 [R, C] for stochastic steps
-    guidance: float
-    halves: int
-
-    def tensors(self) -> list[Tensor]:
-        p, t = self.packing, self.table
-        places = [] if p.places is None else [p.places.image_rows, p.places.text_rows, p.places.joint_offsets]
-        own = [self.x, self.before, self.velocity, self.text, self.first, self.index, self.sigma, self.offsets]
-        all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *places]
-        return [x for x in all_ if x is not None]
-
-    @property
-    def velocities(self) -> tuple[Tensor, Tensor | None]:
-        """(with the text, without it): views [R, C]."""
-        *uncond, cond = self.velocity.chunk(self.halves)
-        return cond, uncond[0] if uncond else None
-
-
-def advance(model: LensTransformer2DModel, state: State) -> None:
-    """One step, in place. Nothing in it looks at a value on the host."""
-    modulation = state.table.rows(state.first + state.index)
-    x = state.x.to(model.dtype).repeat(state.halves, 1)
-    state.velocity.copy_(model.denoise(x, state.text, modulation, state.packing))
-    state.before.copy_(state.x)
-    state.x.copy_(_euler(state, *state.velocities, state.guidance, state.index))
-    state.index.add_(1)
-
-
-def _euler(state: State, c: Tensor, u: Tensor | None, guidance: float, index: Tensor) -> Tensor:
-    sigma, sigma_next = (state.sigma.index_select(0, i)[0] for i in (index, index + 1))
-    return sampler.step(state.before, c, u, sigma, sigma_next, guidance, state.offsets, state.noise)
+__all__ = ["Engine", "Job", "Run", "State", "with_text"]
 
 
 class Run:
@@ -146,9 +50,10 @@ class Run:
             else:
                 self._graph.replay()
 
+    @torch.no_grad()
     def retake(self, velocity: Tensor) -> None:
         """Take the last step again along ``velocity`` [R, C], already guided."""
-        self._state.x.copy_(_euler(self._state, velocity, None, 1.0, self._state.index - 1))
+        self._state.x.copy_(euler(self._state, velocity, None, 1.0, self._state.index - 1))
 
     def close(self) -> None:
         """Give the graphs back to other runs. ``x`` may be overwritten from then on."""
@@ -162,11 +67,16 @@ class Engine:
 
     cache: where captured steps are kept; None makes one on the first CUDA device that a run uses, with ``budget`` bytes
     for graphs, their buffers and their workspace. LENS_GRAPHS=off turns capturing off.
+    text_bin: text rows of a captured step are rounded up to a multiple of it. 1 captures every combination of text
+    lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample.
     """
 
-    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30):
+    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30, text_bin: int = TEXT_BIN):
+        if text_bin < 1:
+            raise ValueError(f"lens.Engine: text_bin must be positive, got {text_bin}")
         self.cache = cache
         self.budget = budget
+        self.text_bin = text_bin
         self.weights_move = False  # they visit the device for each call: what was captured last time reads thin air
         self._weights: tuple[Any, list[tuple[dict[str, Any], str]]] = (None, [])
 
@@ -194,22 +104,25 @@ class Engine:
 
     def _need(self, model: LensTransformer2DModel, grid: Grid) -> attention_backends.Need:
         head_dim = model.config.attention_head_dim
-        return attention_backends.need_of(model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths=True)
+        return attention_backends.need_of(
+            model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths=self.text_bin > 1
+        )
 
+    @torch.no_grad()
     def start(self, model: LensTransformer2DModel, job: Job) -> Run:
         """A run at step ``job.step``; close it."""
         if self.why_not_captured(model, job.grids, job.halves):
-            return Run(model, _state(model, job), None, None)
+            return Run(model, free_state(model, job), None, None)
         if self.cache is None:
             self.cache = GraphCache(CudaDriver(), self.budget)
-        binned = bin_texts(job.grids[0], job.all_indices)
+        binned = bin_texts(job.grids[0], job.all_indices, self.text_bin)
         if not self.cache.claim():  # the same buffers' worth of its own, the same kernels, the same bits
-            state = _fixed_state(model, job, binned)
-            _load(model, state, job, binned)
+            state = fixed_state(model, job, binned)
+            load(model, state, job, binned)
             return Run(model, state, None, None)
         try:
             entry = self._entry(self.cache, model, job, binned)
-            _load(model, entry.state, job, binned)
+            load(model, entry.state, job, binned)
         except BaseException:
             self.cache.release()
             raise
@@ -222,12 +135,15 @@ class Engine:
         )  # weights that moved left their graphs behind
         attention = attention_backends.choose(self._need(model, job.grids[0])).name
         choices = backend.forced(), attention
-        shape: Hashable = (job.grids[0], len(job.grids), job.halves, binned.rows, binned.longest, binned.in_one_piece)
-        key = (placed, choices, shape, _capacity(job), job.guidance, job.stochastic)
+        texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
+        if binned.exact:
+            texts = tuple(binned.text_lengths)
+        shape: Hashable = (job.grids[0], len(job.grids), job.halves, texts)
+        key = (placed, choices, shape, capacity(job), job.guidance, job.stochastic)
         entry = cache.find(key)
         if entry is None:
-            state = _fixed_state(model, job, binned)
-            _load(model, state, job, binned)
+            state = fixed_state(model, job, binned)
+            load(model, state, job, binned)
             size = sum(t.numel() * t.element_size() for t in state.tensors())
             entry = cache.add(key, state, size, lambda: advance(model, state))
         return entry
@@ -239,109 +155,3 @@ class Engine:
             self._weights = (model, [(m._parameters, name) for m in owners for name in m._parameters])
         pointers = (p.data_ptr() for owner, name in self._weights[1] if (p := owner[name]) is not None)
         return hash((model.dtype, *pointers))
-
-
-# ---------------------------------------------------------------------------------------------------- buffers
-
-
-def _capacity(job: Job) -> int:
-    """Rows of the fixed table: the steps, rounded up to 32 times a power of two."""
-    rows = TABLE_ROWS
-    while rows < job.sigma.shape[1] - 1:
-        rows *= 2
-    return rows
-
-
-def _state(model: LensTransformer2DModel, job: Job) -> State:
-    """Buffers of one run by itself: exact lengths, any mixture of sizes."""
-    x, device = job.x.float().clone(), model.device
-    packing = plan(job.all_grids, job.all_indices, model.config.axes_dims_rope, device)
-    return State(
-        x=x,
-        before=torch.empty_like(x),
-        velocity=x.new_empty(job.halves * len(x), x.shape[1], dtype=model.dtype),
-        text=torch.cat(job.all_texts),
-        packing=packing,
-        table=job.table,
-        first=job.first.repeat(job.halves).to(device),
-        index=torch.full((1,), job.step, device=device),
-        sigma=job.sigma.T.contiguous().to(device),
-        offsets=offsets_of(job.lengths, device),
-        noise=torch.empty_like(x) if job.stochastic else None,
-        guidance=job.guidance,
-        halves=job.halves,
-    )
-
-
-def _fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> State:
-    """Empty buffers for every job of the same shape."""
-    config, device, rows = model.config, model.device, _capacity(job)
-    x = torch.empty(job.x.shape, device=device)
-    joint = job.halves * len(x) + binned.rows
-
-    def like(table: Tensor) -> Tensor:
-        return table.new_zeros(rows, *table.shape[1:])
-
-    def integers(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
-        return torch.zeros(count, dtype=dtype, device=device)
-
-    samples = len(binned.text_lengths)
-    packing = Packing(
-        grids=(*job.all_grids, (0, 0)),
-        image_lengths=binned.image_lengths,
-        text_lengths=binned.text_lengths,
-        image_offsets=integers(samples + 1, torch.int32),
-        text_offsets=integers(samples + 1, torch.int32),
-        cos=torch.empty(joint, config.attention_head_dim // 2, device=device),
-        sin=torch.empty(joint, config.attention_head_dim // 2, device=device),
-        places=binned.places(lambda host: host.to(device)),
-    )
-    return State(
-        x=x,
-        before=torch.empty_like(x),
-        velocity=x.new_empty(job.halves * len(x), x.shape[1], dtype=model.dtype),
-        text=torch.zeros(binned.rows, config.inner_dim, device=device, dtype=model.dtype),
-        packing=packing,
-        table=Modulation(like(job.table.blocks), like(job.table.final)),
-        first=integers(samples),
-        index=integers(1),
-        sigma=torch.zeros(rows + 1, len(job.grids), device=device),
-        offsets=offsets_of(job.lengths, device),
-        noise=torch.empty_like(x) if job.stochastic else None,
-        guidance=job.guidance,
-        halves=job.halves,
-    )
-
-
-def _load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned) -> None:
-    """Fill fixed buffers with a job of their shape. Pictures of one size share one schedule: table rows 0 .. K - 1."""
-    packing, steps, device = state.packing, job.sigma.shape[1] - 1, state.x.device
-    start = int(job.first[0])  # on the host
-    # non_blocking: the host does not wait for what the device is at, usually the text encoder
-    state.x.copy_(job.x)
-    state.table.blocks[:steps].copy_(job.table.blocks[start : start + steps])
-    state.table.final[:steps].copy_(job.table.final[start : start + steps])
-    state.sigma[: steps + 1].copy_(job.sigma.T.contiguous(), non_blocking=True)
-    state.index.fill_(job.step)
-    texts = torch.cat(job.all_texts)
-    state.text[: len(texts)].copy_(texts)
-    state.text[len(texts) :].zero_()
-    packing.image_offsets.copy_(binned.image_offsets, non_blocking=True)
-    packing.text_offsets.copy_(binned.text_offsets, non_blocking=True)
-    places = packing.places
-    assert places is not None
-    places.joint_offsets.copy_(binned.joint_offsets, non_blocking=True)
-    if places.image_rows is not None and places.text_rows is not None:
-        places.image_rows.copy_(binned.image_rows, non_blocking=True)
-        places.text_rows.copy_(binned.text_rows, non_blocking=True)
-    furthest = max((int(index.max()) + 1 for index in job.all_indices if len(index)), default=0)
-    cos, sin = grid_table(job.grids[0], max(1, -(-furthest // 512)) * 512, model.config.axes_dims_rope, device)
-    source = binned.rope_rows.to(device, non_blocking=True)
-    torch.index_select(cos, 0, source, out=packing.cos)
-    torch.index_select(sin, 0, source, out=packing.sin)
-
-
-def with_text(job: Job, x: Tensor, step: int, text: Any, negative: Any) -> Job:
-    """The job from ``step`` on, at latents ``x``, with other texts: objects with ``rows`` and ``index``."""
-    job = replace(job, x=x.clone(), step=step, text=text.rows, text_index=text.index)
-    return job if negative is None else replace(job, negative=negative.rows, negative_index=negative.index)

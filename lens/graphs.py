@@ -70,6 +70,7 @@ class CudaDriver:
         with torch.cuda.stream(self._stream):
             step()  # loads kernels and library handles, which a capture forbids
         self._stream.synchronize()
+        torch.cuda.empty_cache()  # as the capture itself begins: what it reserves is then the graph's
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved()
         # thread_local: another thread may decode a picture meanwhile
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):

@@ -169,6 +169,7 @@ class LensTransformer2DModel(nn.Module):
             attention = ops.joint_attention(
                 q, k, v, *lengths, *offsets, text_queries=TEXT in live, places=packing.places
             )
+            del q, k, v  # three rows of the width for every token, while the MLP needs the most
             for s in live:
                 stream = block.streams()[s]
                 _, _, gate1, shift2, scale2, gate2 = modulation.of(index, s)

@@ -95,6 +95,7 @@ class Binned:
     text_rows: Tensor  # int64 [RT]
     rope_rows: Tensor  # int64 [RI + RT], of the table [image rows of the grid | text positions]
     longest: int  # rounded up: at least the rows of every sample
+    exact: bool = False  # nothing was rounded: the lengths above are those of every text that shares the plan's shape
 
     @property
     def rows(self) -> int:
@@ -116,11 +117,11 @@ class Binned:
         return DevicePlaces(image_rows, text_rows, self.image_lengths[0], self.longest, move(self.joint_offsets))
 
 
-def bin_texts(grid: Grid, text_index: Sequence[Tensor]) -> Binned:
-    """S pictures of size ``grid`` with these text positions (int64 [T] each) -> their plan, text rounded up."""
+def bin_texts(grid: Grid, text_index: Sequence[Tensor], size: int = TEXT_BIN) -> Binned:
+    """S pictures of size ``grid`` with these text positions (int64 [T] each) -> their plan, text rounded up to ``size``."""
     image, lengths = grid[0] * grid[1], [len(index) for index in text_index]
-    total, longest = sum(lengths), max(TEXT_BIN, *lengths)
-    rows = max(TEXT_BIN, -(-total // TEXT_BIN) * TEXT_BIN)
+    exact, total, longest = size == 1, sum(lengths), max(size, *lengths)
+    rows = total if exact else max(size, -(-total // size) * size)
     texts = [*lengths, rows - total]
     image_rows, text_rows, rope_rows, start = [], [], [], 0
     picture = torch.arange(image)
@@ -140,7 +141,8 @@ def bin_texts(grid: Grid, text_index: Sequence[Tensor]) -> Binned:
         image_rows=torch.cat(image_rows),
         text_rows=torch.cat(text_rows),
         rope_rows=torch.cat(rope_rows),
-        longest=image + -(-longest // TEXT_BIN) * TEXT_BIN,
+        longest=image + -(-longest // size) * size,
+        exact=exact,
     )
 
 

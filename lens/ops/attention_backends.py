@@ -59,6 +59,7 @@ class Candidate:
     head_dim: tuple[int, int] = (8, 256)  # a multiple of, at most
     forward_modules: tuple[str, ...] = ()  # any one of these serves the forward pass; () is torch itself
     backward_modules: tuple[str, ...] | None = None  # for a call that records a gradient; None: the same
+    rests_on: tuple[str, ...] = ()  # modules that all must be there besides
     backward: bool = True
     device_lengths: bool = True
     device: str = "cuda"
@@ -85,6 +86,8 @@ class Candidate:
         names = self.modules(need.backward)
         if names and not any(map(installed, names)):
             return f"{' or '.join(names)} is not installed" + (" (backward)" if need.backward else "")
+        if absent := [name for name in self.rests_on if not installed(name)]:
+            return f"{', '.join(absent)} is not installed, which it is built on"
         return next((failed[n] for n in names if n in failed and installed(n)), "")
 
     def load(self, need: Need) -> Any:
@@ -101,7 +104,13 @@ CANDIDATES = [
         forward_modules=("flash_attn_interface", "fa3_fwd_interface"),
         backward_modules=("flash_attn_interface",),
     ),
-    Candidate("flash-attn-4", adapters.flash_attn_4, arch=((9, 0), (11, 9)), forward_modules=("flash_attn.cute",)),
+    Candidate(
+        "flash-attn-4",
+        adapters.flash_attn_4,
+        arch=((9, 0), (11, 9)),
+        forward_modules=("flash_attn.cute",),  # flash-attn 2 brings the folder, too, but not the compiler
+        rests_on=("cutlass",),
+    ),
     Candidate("torch-cudnn", adapters.torch_cudnn, head_dim=(8, 128), device_lengths=False),
     Candidate("flash-attn-2", adapters.flash_attn_2, forward_modules=("flash_attn",)),
     # a private op of torch: without a measured rate it is taken only where it is forced
@@ -214,7 +223,8 @@ def need_of(
 ) -> Need:
     """What a call on `device` asks for."""
     arch = _capability(device.index) if device.type == "cuda" else (0, 0)
-    return Need(device.type, arch, dtype, head_dim, backward, device_lengths, longest)
+    # the class is all that counts of the length, and few different needs keep the choice remembered
+    return Need(device.type, arch, dtype, head_dim, backward, device_lengths, LONG if longest >= LONG else 0)
 
 
 def usual(longest: int = 4096 + 415, device_lengths: bool = False, backward: bool = False) -> Need:

@@ -128,7 +128,7 @@ def test_a_run_without_the_graph_has_the_graphs_bits(pipe):
 @pytest.mark.parametrize("name", [c.name for c in attention_backends.CANDIDATES if c.device_lengths])
 def test_rows_that_fill_a_bin_change_no_bit_of_a_picture(pipe, monkeypatch, name, value):
     runnable(name, device_lengths=True)
-    load = engine._load
+    load = engine.load
 
     def filled(model, state, given, binned):
         load(model, state, given, binned)
@@ -136,7 +136,7 @@ def test_rows_that_fill_a_bin_change_no_bit_of_a_picture(pipe, monkeypatch, name
 
     with attention_backends.use(name):
         expected = pipe(PROMPTS, negative_prompt="blurry", **SMALL).images
-        monkeypatch.setattr(engine, "_load", filled)
+        monkeypatch.setattr(engine, "load", filled)
         assert torch.equal(pipe(PROMPTS, negative_prompt="blurry", **SMALL).images, expected)
 
 
@@ -203,8 +203,8 @@ def test_predicted_memory_of_a_step_is_the_measured_peak(released):
     model, given = released
     binned = packing.bin_texts((64, 64), given.all_indices)
     before = torch.cuda.memory_allocated()
-    state = engine._fixed_state(model, given, binned)
-    engine._load(model, state, given, binned)
+    state = engine.fixed_state(model, given, binned)
+    engine.load(model, state, given, binned)
     buffers = residency.buffer_bytes(model.config, 8192, binned.rows, 2)
     assert torch.cuda.memory_allocated() - before == pytest.approx(buffers, rel=0.1, abs=8 << 20)
     advance(model, state)

@@ -50,7 +50,7 @@ def machine(monkeypatch):
         choose.cache_clear()
 
     monkeypatch.setattr(attention_backends, "failed", {})
-    have(*ALL_MODULES)
+    have(*ALL_MODULES, "cutlass")
     yield have
     choose.cache_clear()
 
@@ -98,6 +98,12 @@ def test_the_forward_only_package_serves_no_training(machine):
     assert choose(need()).name == "flash-attn-3"
     assert choose(need(backward=True)).name == "torch-cudnn"
     assert "flash_attn_interface is not installed (backward)" in BY_NAME["flash-attn-3"].missing(need(backward=True))
+
+
+def test_a_library_without_its_compiler_is_not_there(machine):
+    machine("flash_attn", "flash_attn.cute")
+    assert BY_NAME["flash-attn-4"].missing(need()) == "cutlass is not installed, which it is built on"
+    assert choose(need(device_lengths=True)).name == "flash-attn-2"
 
 
 def test_every_candidate_is_reported_once_with_a_reason_and_one_is_chosen(machine):

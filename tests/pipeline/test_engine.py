@@ -75,6 +75,19 @@ def test_one_graph_serves_every_text_of_a_bin_and_every_schedule(pipe):
     assert len(pipe.driver.graphs) == 5
 
 
+def test_exact_lengths(pipe):
+    """With a bin of 1 each combination of lengths has its graph, and attention is told them by the host."""
+    pipe.engine.text_bin = 1
+    attention_backends.CANDIDATES[:] = [dataclasses.replace(OFFSETS_ALONE, device_lengths=False)]
+    attention_backends.choose.cache_clear()
+    for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[0], "a big apple"):
+        assert close(both(pipe, prompt, negative_prompt="blurry"))
+    distinct = {len(pipe.encode_text(p)[0][0][0]) for p in (*PROMPTS, "a big apple")}
+    assert len(pipe.driver.graphs) == len(distinct) >= 2
+    with pytest.raises(ValueError, match="text_bin must be positive, got 0"):
+        Engine(text_bin=0)
+
+
 def test_mixed_sizes_run_without_a_graph(pipe):
     sizes = dict(sizes=[(32, 48), (32, 32)], height=None, width=None)
     captured, plain = both(pipe, PROMPTS, **sizes)
@@ -97,13 +110,13 @@ def test_stochastic_steps(pipe):
 
 def filled(monkeypatch, value: float) -> None:
     """The rows that fill up a bin hold ``value`` instead of zero."""
-    load = engine._load
+    load = engine.load
 
     def loaded(model, state, job, binned):
         load(model, state, job, binned)
         state.text[sum(len(t) for t in job.all_texts) :].fill_(value)
 
-    monkeypatch.setattr(engine, "_load", loaded)
+    monkeypatch.setattr(engine, "load", loaded)
 
 
 @pytest.mark.parametrize("value", [1e6, torch.nan])
@@ -162,14 +175,14 @@ def test_a_forgotten_copy_shows(pipe, monkeypatch, copy):
     first = dict(prompt=[PROMPTS[0], PROMPTS[1]], negative_prompt="blurry")
     second = dict(prompt=["a large blue bell", ""], negative_prompt="dull and dark", num_inference_steps=2, seed=9)
     assert close(both(pipe, **first))
-    load = engine._load
+    load = engine.load
 
     def forgetful(model, state, job, binned):
         kept = COPIES[copy](state).clone()
         load(model, state, job, binned)
         COPIES[copy](state).copy_(kept)
 
-    monkeypatch.setattr(engine, "_load", forgetful)
+    monkeypatch.setattr(engine, "load", forgetful)
     captured, plain = both(pipe, **second)
     assert len(pipe.driver.graphs) == 1
     assert not relative(captured, plain) <= 1e-3
@@ -178,13 +191,13 @@ def test_a_forgotten_copy_shows(pipe, monkeypatch, copy):
 def test_a_rebound_buffer_shows(pipe, monkeypatch):
     """The stand-in is a graph, not a call of the function again: it goes on reading the old memory."""
     assert close(both(pipe, PROMPTS[0]))
-    load = engine._load
+    load = engine.load
 
     def rebinding(model, state, job, binned):
         state.text = state.text.clone()
         load(model, state, job, binned)
 
-    monkeypatch.setattr(engine, "_load", rebinding)
+    monkeypatch.setattr(engine, "load", rebinding)
     captured, plain = both(pipe, PROMPTS[1])
     assert not relative(captured, plain) <= 1e-3
 
@@ -364,7 +377,7 @@ def test_no_step_looks_at_a_value_and_launches_are_counted(monkeypatch, layers):
         given = dataclasses.replace(
             given, table=Modulation(given.table.blocks.to("meta"), given.table.final.to("meta"))
         )
-    state = engine._fixed_state(model, given, binned)
+    state = engine.fixed_state(model, given, binned)
     assert {t.device.type for t in state.tensors()} == {"meta"}
     with torch.no_grad(), Recorder() as step:
         engine.advance(model, state)

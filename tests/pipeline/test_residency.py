@@ -68,7 +68,7 @@ def test_a_step_by_formula(monkeypatch, grid, texts):
         blocks, final = torch.empty(32, 3, 2, 6, 1536), torch.empty(32, 2, 1536)
         table = Modulation(blocks.to(torch.bfloat16), final.to(torch.bfloat16))
     binned = packing.bin_texts(grid, [torch.arange(n) for n in texts])
-    state = engine._fixed_state(model, dataclasses.replace(given, table=table), binned)
+    state = engine.fixed_state(model, dataclasses.replace(given, table=table), binned)
     rows = 2 * grid[0] * grid[1]
     with torch.no_grad(), Peak() as peak:
         engine.advance(model, state)
