@@ -111,7 +111,7 @@ def test_captured_steps_draw_what_plain_steps_draw(pipe, monkeypatch):
         monkeypatch.setenv("LENS_GRAPHS", "off")
         plain = pipe(**call, **SMALL).images
         monkeypatch.delenv("LENS_GRAPHS")
-        assert relative(captured, plain) <= 3e-2
+        assert relative(captured, plain) <= 5e-2
     assert len(pipe.engine.cache) == 2  # two texts of one bin share a graph
 
 
