@@ -23,7 +23,7 @@ from ..comparators import Exact, Reference, exact_step, reference_step
 from .scale import Grid, Scale
 
 # relative L2 distance of a velocity to the same weights in wider arithmetic, after 48 blocks and guidance 5
-STEP_BOUND = {torch.bfloat16: 0.1, torch.float32: 1e-3}
+STEP_BOUND = {torch.bfloat16: 0.15, torch.float32: 1e-3}  # rounding alone, on a CPU at width 128: 0.054; lost text 0.64
 DELTA = -1.0  # a step this long, so that the comparison sees the velocity and not mostly the latents it is added to
 GUIDANCE = 5.0
 
