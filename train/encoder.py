@@ -33,7 +33,7 @@ from lens import checkpoint
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
 from .data import grammar, questions
-from .data.stream import start_worker
+from .data.stream import start_worker, undisturbed
 from .data.world import World
 from .logging import JsonLog
 from .loop import Clock, Ema, duration, keyed, rate
@@ -117,11 +117,13 @@ def batches(make: Maker, step: int, workers: int) -> Iterator[language.Batch]:
             step += 1
     # fresh processes, not forks: a forked child must not touch a CUDA context
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
-        waiting: list[Future[language.Batch]] = [pool.submit(make, step + i) for i in range(2 * workers)]
+        with undisturbed():
+            waiting: list[Future[language.Batch]] = [pool.submit(make, step + i) for i in range(2 * workers)]
         try:
             while True:
                 done = waiting.pop(0)
-                waiting.append(pool.submit(make, step + 2 * workers))
+                with undisturbed():  # a pool may start its last worker here
+                    waiting.append(pool.submit(make, step + 2 * workers))
                 step += 1
                 yield done.result()
         finally:
@@ -181,7 +183,14 @@ def train(
         optimizer.load_state_dict(state["optimizer"])
         ema.load(state["ema"])
 
+    words = probe = torch.zeros(())
+
+    def expect_finite() -> None:
+        if not torch.isfinite(words + probe):
+            raise FloatingPointError(f"encoder: loss {words.item()}, readers' loss {probe.item()} at step {step}")
+
     def save() -> None:
+        expect_finite()  # broken weights must not replace the state before them
         save_state(
             path,
             {
@@ -206,8 +215,7 @@ def train(
         ema.update(both)
         step += 1
         if step % config.LOG_EVERY == 0:
-            if not torch.isfinite(words + probe):
-                raise FloatingPointError(f"encoder: loss {words.item()}, readers' loss {probe.item()} at step {step}")
+            expect_finite()
             with torch.no_grad():
                 held_words, held_probe, right = losses(model, readers, prefix, config.LAYERS, held)
             log(

@@ -7,6 +7,7 @@ A batch depends on the recipe, the window and its place in it alone.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import multiprocessing
 import os
@@ -96,16 +97,26 @@ class Workers:
         """One function per chunk that waits for its result."""
         if self.pool is None:
             return [functools.partial(self.source.render, chunk) for chunk in chunks]
-        # Stop signals are the training's alone, which saves first: workers, started here, inherit that they are blocked.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-        try:
+        with undisturbed():
             return [self.pool.submit(self.source.render, chunk).result for chunk in chunks]
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Processes started inside never see SIGINT or SIGTERM, which a terminal or a scheduler sends to the whole group.
+
+    They inherit that both are blocked: to stop is the training's alone, which saves first. Pools start their workers at
+    `submit`.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_worker() -> None:
