@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,14 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, expect: str) -> dict[str, Any]:
-    """Read what `save_state` wrote. Errors: missing file, another stage's file, another format."""
+    """Read what `save_state` wrote. Errors: missing file, no or half a state file, another stage's file, another format."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no training state here")
+        raise FileNotFoundError(f"{path}: no training state here; `python -m train {expect.split()[0]}` writes one")
+    if not zipfile.is_zipfile(path):  # whose table comes last, so half a file is none
+        raise ValueError(f"{path}: not a training state, or only the first part of one")
     state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, expected the training state of {expect!r}")
     if state.get("format") != FORMAT or state.get("stage") != expect:
         raise ValueError(
             f"{path}: stage {state.get('stage')!r} format {state.get('format')!r}, expected {expect!r} format {FORMAT}"

@@ -175,8 +175,16 @@ def test_state_files_are_typed_and_never_half_written(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.pt"]
     with pytest.raises(ValueError, match="expected 'pretrain'"):
         load_state(path, "pretrain")
-    with pytest.raises(FileNotFoundError, match="no training state"):
-        load_state(tmp_path / "b.pt", "encoder")
+    with pytest.raises(FileNotFoundError, match="no training state here; `python -m train vae`"):
+        load_state(tmp_path / "b.pt", "vae decoder")
+    whole = path.read_bytes()
+    for cut in (b"", whole[:40], whole[: len(whole) // 2], b"step 3"):
+        path.write_bytes(cut)
+        with pytest.raises(ValueError, match=r"a\.pt: not a training state, or only the first part"):
+            load_state(path, "encoder")
+    torch.save(torch.zeros(2), path)
+    with pytest.raises(ValueError, match="holds a Tensor"):
+        load_state(path, "encoder")
 
 
 def test_a_failed_save_leaves_the_old_state_and_nothing_else(tmp_path):
