@@ -33,7 +33,10 @@ def recipe(name: str) -> dict[str, dict[str, Any]]:
 
 def export(config: ModuleType, options: argparse.Namespace) -> None:
     """Write transformer, text encoder, tokenizer, VAE, scheduler and model_index.json, weights in bfloat16; recipe.json;
-    and the log of each stage as STAGE.jsonl, where its folder has one."""
+    and the log of each stage as STAGE.jsonl, where its folder has one (the encoder's: beside `--out` unless `--encoder`).
+
+    Errors: those of `load_state` where a stage was not trained.
+    """
     folder: Path = options.export
     tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
@@ -61,7 +64,7 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
     }
     checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
     checkpoint.write_json(folder / "recipe.json", recipe(options.config))
-    encoder = options.encoder.parent if options.encoder else Path("runs/encoder")
+    encoder = options.encoder.parent if options.encoder else options.out.parent / "encoder"
     for stage, source in (("vae", options.vae), ("encoder", encoder), ("pretrain", options.out)):
         if (source / "log.jsonl").is_file():
             write_text(folder / f"{stage}.jsonl", (source / "log.jsonl").read_text(encoding="utf-8"))

@@ -168,10 +168,18 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     assert (state["step"], state["window"], state["position"]) == (2, 0, 2)
     assert (tmp_path / "out" / "sheet_000002.png").is_file()
 
-    options.export = tmp_path / "mini"
+    (tmp_path / "encoder").mkdir()
+    (tmp_path / "encoder" / "log.jsonl").write_text('{"step": 7}\n')
+    options.export, options.encoder = tmp_path / "mini", None
     monkeypatch.setattr(shipping.vae_stage, "export", lambda *_: None)  # its halves were not trained here
     shipping.export(recipe, options)
-    assert json.loads((options.export / "recipe.json").read_text())["pretrain"]["MODEL"]["num_layers"] == 7
+    written = json.loads((options.export / "recipe.json").read_text())
+    assert written["pretrain"]["MODEL"]["num_layers"] == 7
+    assert written["encoder"]["MODEL"]["hidden_size"] == 160
+    assert set(written["world"]) == {"SIDE", "CLASSES", "TASKS", "CAPTIONS"}  # its own numbers, no other recipe's
+    for stage in ("world", "vae", "encoder", "pretrain"):
+        assert written[stage].keys() <= shipping.recipe("mini")[stage].keys() | {"JOINT"}
+    assert (options.export / "encoder.jsonl").read_text() == '{"step": 7}\n'  # of the encoder that trained beside it
     assert (options.export / "pretrain.jsonl").read_bytes() == (tmp_path / "out" / "log.jsonl").read_bytes()
     facts = json.loads((options.export / "model_index.json").read_text())["lens"]
     assert facts["classes"] == list(KINDS)

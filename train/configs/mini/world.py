@@ -1,9 +1,8 @@
 """What Lens-Mini sees when there is only a CPU: small pictures, the strongest silhouettes, mostly brief captions."""
 
-from train.data.kinds import CORE
-from train.data.world import TASKS as ALL_TASKS
+from train.data import kinds, world
 
 SIDE = 64
-CLASSES = CORE
-TASKS = ALL_TASKS
+CLASSES = kinds.CORE
+TASKS = world.TASKS
 CAPTIONS = {"geneval": 0.08, "brief": 0.72, "dense": 0.12, "translated": 0.08}

@@ -1,8 +1,8 @@
 """What Lens-Mini sees on a GPU: every class at 128 pixels, half of the captions dense."""
 
-from train.data.world import TASKS as ALL_TASKS
+from train.data import world
 
 SIDE = 128
 CLASSES = None  # all
-TASKS = ALL_TASKS
+TASKS = world.TASKS
 CAPTIONS = {"geneval": 0.05, "brief": 0.35, "dense": 0.50, "translated": 0.10}
