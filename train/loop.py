@@ -56,7 +56,8 @@ class Ema:
     def update(self, module: torch.nn.Module) -> None:
         d = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        if self._pairs is None or self._pairs[0] is not module:  # walking a module's names costs a tenth of a small step
+        # kept, because walking a module's names costs a tenth of a small step
+        if self._pairs is None or self._pairs[0] is not module:
             values = dict(module.named_parameters())
             names = list(self.average)
             self._pairs = (module, [self.average[n] for n in names], [values[n].detach() for n in names])

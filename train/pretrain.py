@@ -160,6 +160,8 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
 
     def save() -> None:
+        if since:  # also between logs: broken weights must not replace the state before them
+            expect_finite(sums.sum(), step)
         save_state(
             path,
             {
