@@ -293,13 +293,16 @@ def test_bad_arguments_say_what_was_expected(scenes):
         World().scene(0, 32, 64)
     with pytest.raises(ValueError, match="'train' or 'held_out'"):
         World("test")
-    with pytest.raises(ValueError, match="unknown tasks"):
+    with pytest.raises(ValueError, match=r"tasks \['juggling'\], expected some of"):
         World(tasks={"juggling": 1.0})
+    for empty in ({"tasks": {}}, {"captions": {}}):  # nothing is not the default
+        with pytest.raises(ValueError, match=rf"World: {next(iter(empty))} \[\], expected"):
+            World(**empty)
     with pytest.raises(ValueError, match="unknown classes"):
         World(classes=("unicorn",))
     with pytest.raises(ValueError, match="classes is empty"):
         World(classes=())
-    with pytest.raises(ValueError, match="unknown captions"):
+    with pytest.raises(ValueError, match=r"captions \['poems'\], expected 'mixed'"):
         World(captions="poems")
     with pytest.raises(ValueError, match="have no scene"):
         World("held_out", tasks={"single_object": 1.0}, classes=("house",)).scene(0)

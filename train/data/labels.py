@@ -26,15 +26,16 @@ def _token_means(cover: np.ndarray) -> np.ndarray:
 def token_labels(scene: Scene) -> np.ndarray:
     """Scene -> int64 [H/16, W/16, 2]: indices into CLASSES and COLOURS of the object that covers most of each token.
 
-    Covered is what an object's alpha hides and nothing drawn later hides again. A token of which no object covers more than COVER has ("none", "none"); an object without one true colour word has its class and "none". A sign is
-    class "sign" in the colour of its paper.
+    Covered is what an object's alpha hides and nothing drawn later hides again. A token of which no object covers more
+    than COVER has ("none", "none"); an object without one true colour word has its class and "none". A sign is class "sign"
+    in the colour of its paper.
     """
     layers: list[tuple[int, int, tuple[int, int, int, int], np.ndarray | float]] = []  # class, colour, box, 1 - alpha
+    if scene.sign is not None:  # in the order of World.render: a sign lies behind
+        layers.append((_CLASS["sign"], _COLOUR[scene.sign.paper], scene.sign.box, 0.0))
     for t in scene.things:
         keep = sprite(t.kind, t.colour, t.box[2] - t.box[0], t.box[3] - t.box[1]).keep[..., 0]
         layers.append((_CLASS[t.kind], _COLOUR[t.colour or "none"], t.box, keep))
-    if scene.sign is not None:
-        layers.append((_CLASS["sign"], _COLOUR[scene.sign.paper], scene.sign.box, 0.0))
     seen = np.ones((scene.height, scene.width), np.float32)  # share of a pixel that later layers leave in sight
     shares = np.full((1 + len(layers), scene.height // TOKEN, scene.width // TOKEN), COVER, np.float32)
     for index in reversed(range(len(layers))):

@@ -143,9 +143,9 @@ class World:
         if split not in ("train", "held_out"):
             raise ValueError(f"World: split {split!r}, expected 'train' or 'held_out'")
         self.split = split
-        self.tasks = dict(tasks or TASKS)
-        if unknown := set(self.tasks) - set(TASKS):
-            raise ValueError(f"World: unknown tasks {sorted(unknown)}, expected some of {list(TASKS)}")
+        self.tasks = dict(TASKS if tasks is None else tasks)
+        if not self.tasks or set(self.tasks) - set(TASKS):
+            raise ValueError(f"World: tasks {list(self.tasks)}, expected some of {list(TASKS)}")
         if unknown := set(classes or ()) - set(KINDS):
             raise ValueError(f"World: unknown classes {sorted(unknown)}, expected some of {list(KINDS)}")
         self.classes = tuple(kind for kind in KINDS if classes is None or kind in set(classes))
@@ -154,8 +154,8 @@ class World:
         self.paintable = tuple(kind for kind in self.classes if KINDS[kind].paint is not None)
         if isinstance(captions, str):
             captions = CAPTIONS if captions == "mixed" else {captions: 1.0}
-        if unknown := set(captions) - set(grammar.STYLES):
-            raise ValueError(f"World: unknown captions {sorted(unknown)}, expected 'mixed' or {list(grammar.STYLES)}")
+        if not captions or set(captions) - set(grammar.STYLES):
+            raise ValueError(f"World: captions {list(captions)}, expected 'mixed' or some of {list(grammar.STYLES)}")
         self.captions = dict(captions)
 
     def scene(self, seed: int, height: int = 64, width: int = 64) -> Scene:
