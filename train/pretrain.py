@@ -109,9 +109,15 @@ def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
 
 
 def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
-    """Weights alone: the averages of a state file, or both networks of a checkpoint folder in the released layout."""
+    """Weights alone: the averages of a state file, or both networks of a checkpoint folder in the released layout.
+
+    Errors: ValueError where the folder's MMDiT has another shape than the recipe's.
+    """
     if source.is_dir():
         transformer = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
+        ours, theirs = vars(model.shape), vars(transformer.config)
+        if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+            raise ValueError(f"pretrain --init {source}: its MMDiT has {'; '.join(other)}")
         model.transformer.load_state_dict(transformer.state_dict())
         model.encoder.load_state_dict(text_stage.weights_of_folder(encoder_config, source))
     else:
