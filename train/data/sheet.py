@@ -65,7 +65,7 @@ def contact_sheet(
     boxes: Sequence[Sequence[tuple[str, tuple[int, int, int, int]]]] | None = None,
 ) -> None:
     """Pictures uint8 [H, W, 3] enlarged to `cell` pixels with their captions below; `boxes` are (label, box) to outline."""
-    wide = wide_font()
+    wide, columns = wide_font(), max(1, min(columns, len(pictures)))
     lines = [broken(drawable(caption, wide is not None), cell // 6) for caption in captions]
     tops = [0]  # of every row, and the end of the last: a row is as high as its longest caption needs
     for start in range(0, len(pictures), columns):
