@@ -177,7 +177,7 @@ _ALL = (
     _kind("croissant", "1f950", "food", None, None, "羊角面包|m croissant|クロワッサン|m cruasán"),
     _kind("doughnut", "1f369", "food", None, None, "甜甜圈|m beignet|ドーナツ|m dónut", also="donut"),
     _kind("drum", "1f941", "instrument", None, None, "鼓|m tambour|太鼓|m tambor"),
-    _kind("flamingo", "1f9a9", "animal", "pink", None, "火烈鸟|m flamant rose|フラミンゴ|m flamenco"),
+    _kind("flamingo", "1f9a9", "animal", "pink", None, "火烈鸟|m flamant|フラミンゴ|m flamenco"),
     _kind("giraffe", "1f992", "animal", None, None, "长颈鹿|f girafe|キリン|f jirafa"),
     _kind("grapes", "1f347", "fruit", "purple", None, "葡萄|f grappe de raisin|ぶどう|m racimo de uvas",
           noun="bunch of grapes", plural="bunches of grapes"),
