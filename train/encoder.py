@@ -36,7 +36,7 @@ from .data import grammar, questions
 from .data.stream import start_worker, undisturbed
 from .data.world import World
 from .logging import JsonLog
-from .loop import Clock, Ema, duration, keyed, rate
+from .loop import Clock, Ema, device_of, duration, keyed, rate
 from .objectives import language
 from .text_path import CaptionTokenizer, encode_batch, encode_packed, rebase_vocabulary
 
@@ -270,7 +270,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    if options.device.startswith("cuda"):
+    if device_of(options.device).type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32: weights and sums stay float32
     config = configs.load(options.config, "encoder")
     if options.export:

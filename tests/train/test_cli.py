@@ -33,6 +33,12 @@ def test_unknown_stage_and_recipe(capsys):
         main(["encoder", "--config", "huge", "--out", "nowhere"])
 
 
+@pytest.mark.parametrize("stage", ["encoder", "pretrain"])
+def test_a_device_that_is_not_there_is_refused(stage, tmp_path):
+    with pytest.raises(ValueError, match="--device: 'tpu', expected 'cpu' or 'cuda'"):
+        main([stage, "--device", "tpu", "--out", str(tmp_path / "run")])
+
+
 def test_world_sheet(tmp_path, capsys):
     path = tmp_path / "world.png"
     size = ["--count", "12", "--boxes", "--size", "64", "96"]
