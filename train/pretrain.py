@@ -130,7 +130,7 @@ def expect_finite(loss: Tensor, step: int) -> None:
 
 
 def train(config: ModuleType, options: argparse.Namespace) -> None:
-    """The loop. State: both networks, optimiser, averages, step, place in the stream."""
+    """The loop. State: both networks, optimiser, averages, step, place in the stream; settings, for the export."""
     log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / "pretrain.pt"
     device = device_of(options.device)
     encoder_config = configs.load(options.config, "encoder")
@@ -164,6 +164,8 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     compute = model if device.type == "cpu" else model.rounded
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
+    rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
+    settings = {"STEPS": steps, "DECAY": decay, "JOINT_STEPS": joint, **rates}  # what options may change
 
     def save() -> None:
         if since:  # also between logs: broken weights must not replace the state before them
@@ -178,6 +180,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
                 "step": step,
                 "window": window,
                 "position": position,
+                "settings": settings,
             },
         )
 

@@ -63,7 +63,9 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
         "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
     }
     checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
-    checkpoint.write_json(folder / "recipe.json", recipe(options.config))
+    written = recipe(options.config)
+    written["pretrain"] |= state.get("settings", {})  # as run, where options replaced the recipe's numbers
+    checkpoint.write_json(folder / "recipe.json", written)
     encoder = options.encoder.parent if options.encoder else options.out.parent / "encoder"
     for stage, source in (("vae", options.vae), ("encoder", encoder), ("pretrain", options.out)):
         if (source / "log.jsonl").is_file():

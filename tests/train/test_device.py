@@ -175,6 +175,7 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     shipping.export(recipe, options)
     written = json.loads((options.export / "recipe.json").read_text())
     assert written["pretrain"]["MODEL"]["num_layers"] == 7
+    assert [written["pretrain"][name] for name in ("STEPS", "DECAY", "JOINT_STEPS")] == [2, 1, 1]  # as run
     assert written["encoder"]["MODEL"]["hidden_size"] == 160
     assert set(written["world"]) == {"SIDE", "CLASSES", "TASKS", "CAPTIONS"}  # its own numbers, no other recipe's
     for stage in ("world", "vae", "encoder", "pretrain"):
