@@ -29,6 +29,7 @@ from . import configs
 from .checkpointing import load_state, save_state, write_text
 from .codec import LinearCodec, to_model
 from .data.kinds import KINDS, PALETTE
+from .data.stream import start_worker, undisturbed
 from .data.world import Scene, World
 from .evaluate import oracle
 from .evaluate.copies import copies
@@ -106,7 +107,7 @@ class Feed:
 
     def __init__(self, config: ModuleType, first: int, workers: int):
         self.config, self.next, self.ready = config, first, {}
-        self.pool = ProcessPoolExecutor(workers, get_context("spawn")) if workers else None
+        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker) if workers else None
         self.ahead = 3 * workers
         self.settings = {k: v for k, v in vars(config).items() if k in ("SEED", "BATCHES")}
 
@@ -114,7 +115,8 @@ class Feed:
         if self.pool is None:
             return scenes_of(self.config, step)
         while self.next < step + self.ahead:
-            self.ready[self.next] = self.pool.submit(_scenes_by_settings, self.settings, self.next)
+            with undisturbed():
+                self.ready[self.next] = self.pool.submit(_scenes_by_settings, self.settings, self.next)
             self.next += 1
         future: Future = self.ready.pop(step)
         return future.result()

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from .checkpointing import folder_tensors, load_state, save_state
 from .codec import VALIDATION_SEED, autoencoder, head_of, psnr, sheet, statistics, to_model
 from .data.labels import labelled
+from .data.stream import start_worker, undisturbed
 from .logging import JsonLog
 from .loop import Clock, Ema, device_of, keyed, rate
 from .objectives.autoencoding import (
@@ -96,7 +97,8 @@ class Scenes:
         if self.pool:
             chunks = [range(i, min(i + self.CHUNK, self.pool)) for i in range(0, self.pool, self.CHUNK)]
             # fresh processes, not forks: a forked child must not touch a CUDA context
-            with ProcessPoolExecutor(mp_context=get_context("spawn")) as workers:
+            spawn = ProcessPoolExecutor(mp_context=get_context("spawn"), initializer=start_worker)
+            with undisturbed(), spawn as workers:  # a signal meanwhile waits for the pool
                 parts = list(workers.map(labelled, chunks, [config.SIDE] * len(chunks)))
             self.pixels = torch.from_numpy(np.concatenate([p for p, _ in parts])).to(device)
             self.labels = torch.cat([labels.to(torch.uint8) for _, labels in parts]).to(device)

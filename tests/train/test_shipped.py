@@ -18,7 +18,7 @@ from train.evaluate.eye import Eye, overlap
 from train.evaluate.mini_bench import scenes_of
 
 FOLDER = Path(__file__).parents[2] / "lens" / "mini" / "base"
-LIMIT = 16 * 2**20
+LIMIT = 24_000_000
 ABOUT = json.loads((FOLDER / "model_index.json").read_text())["lens"]
 CLASSES = ABOUT.get("classes", list(KINDS)[:18])  # weights that do not say learned the first eighteen
 

@@ -6,7 +6,7 @@
     python -m train evaluate mini-bench --model mini --ceilings only          # true renders and reconstructions alone
 
 Prompts are those of scenes never trained on: all tasks but single_object hold a fact that training never showed (a colour x
-class or class x class pair, a count, a word). They are the first of a fixed row of seeds, and picture i of a task is drawn
+class or class x class pair, a count, a sign's text). They are the first of a fixed row of seeds, and picture i of a task is drawn
 with seed i: first seeds, no choice. GenEval's seven task names, and "row", three different objects side by side. Columns:
 
     score      GenEval's rule (train/evaluate/geneval.py) on Lens-Eye's boxes and colours; text also read exactly by OCR
@@ -134,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vae", type=Path, default=Path("runs/vae"), help="VAE stage folder of --state (default: runs/vae)"
     )
-    parser.add_argument("--mu", type=float, default=0.5, help="time shift of --state (default: 0.5)")
+    parser.add_argument("--mu", type=float, help="time shift of --state (default: the recipe's)")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all eight")
     parser.add_argument("--per-task", type=int, default=40, help="pictures per task and guidance (default: 40)")
     parser.add_argument(

@@ -52,11 +52,12 @@ def from_pipeline(model: str, steps: int) -> Source:
     return Source(model, pipe.defaults.base_resolution, draw, reconstruct, classes, about.get("validation", {}))
 
 
-def from_state(state: Path, recipe: str, vae: Path, steps: int, mu: float) -> Source:
-    """The averaged weights of a pretrain state and the decoder of a VAE stage folder."""
+def from_state(state: Path, recipe: str, vae: Path, steps: int, mu: float | None) -> Source:
+    """The averaged weights of a pretrain state and the decoder of a VAE stage folder; mu None: the recipe's time shift."""
     from .. import configs, encoder, generator, pretrain
 
     config = configs.load(recipe, "pretrain")
+    mu = config.SHEET["mu"] if mu is None else mu
     model = pretrain.load_trained(config, recipe, state).eval()
     model.transformer.batch_invariant = False
     painter = generator.Painter(vae, recipe)
