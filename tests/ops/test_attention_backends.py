@@ -287,7 +287,7 @@ def on_cpu(monkeypatch, name: str) -> None:
     real = BY_NAME[name]
     monkeypatch.setattr(Candidate, "load", lambda self, need: FAKES.get(self.name))
     changes = {f: getattr(real, f) for f in inspect.signature(Candidate).parameters}
-    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None)
+    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None, rests_on=())
     changes |= dict(dtypes=(torch.float32, torch.float64))
     monkeypatch.setattr(attention_backends, "CANDIDATES", [Candidate(**changes)])
     choose.cache_clear()
