@@ -65,7 +65,7 @@ class Run:
 class Engine:
     """Starts runs; keeps the captured steps. One per pipeline.
 
-    cache: where captured steps are kept; None makes one on the first CUDA device that a run uses, with ``budget`` bytes
+    cache: where captured steps are kept; None makes one on the CUDA device of the model, with ``budget`` bytes
     for graphs, their buffers and their workspace. LENS_GRAPHS=off turns capturing off.
     text_bin: text rows of a captured step are rounded up to a multiple of it. 1 captures every combination of text
     lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample.
@@ -78,9 +78,8 @@ class Engine:
         self.budget = budget
         self.text_bin = text_bin
         self.weights_move = False  # they visit the device for each call: what was captured last time reads thin air
-        self._weights: tuple[Any, list[tuple[dict[str, Any], str]]] = (None, [])
 
-    def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid], halves: int = 1) -> str:
+    def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid]) -> str:
         """Why steps of this batch run without a graph, or ""."""
         if os.environ.get("LENS_GRAPHS") == "off":
             return "LENS_GRAPHS=off"
@@ -111,10 +110,10 @@ class Engine:
     @torch.no_grad()
     def start(self, model: LensTransformer2DModel, job: Job) -> Run:
         """A run at step ``job.step``; close it."""
-        if self.why_not_captured(model, job.grids, job.halves):
+        if self.why_not_captured(model, job.grids):
             return Run(model, free_state(model, job), None, None)
-        if self.cache is None:
-            self.cache = GraphCache(CudaDriver(), self.budget)
+        if self.cache is None or self.cache.device not in (None, model.device):  # the model may have moved
+            self.cache = GraphCache(CudaDriver(model.device), self.budget, model.device)
         binned = bin_texts(job.grids[0], job.all_indices, self.text_bin)
         if not self.cache.claim():  # the same buffers' worth of its own, the same kernels, the same bits
             state = fixed_state(model, job, binned)
@@ -149,9 +148,11 @@ class Engine:
         return entry
 
     def _placement(self, model: LensTransformer2DModel) -> int:
-        """Where the weights lie, as one number; a graph holds addresses."""
-        if self._weights[0] is not model:
-            owners = [m for m in model.modules() if m._parameters]
-            self._weights = (model, [(m._parameters, name) for m in owners for name in m._parameters])
-        pointers = (p.data_ptr() for owner, name in self._weights[1] if (p := owner[name]) is not None)
-        return hash((model.dtype, *pointers))
+        """Where the weights lie, and in which modules, as one number: a graph holds addresses and what was called."""
+        modules: list[Any] = [model]
+        for module in modules:  # grows as it is read
+            modules += [child for child in module._modules.values() if child is not None]
+        pointers = [
+            p.data_ptr() for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None
+        ]
+        return hash((model.dtype, *map(id, modules), *pointers))

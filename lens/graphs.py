@@ -59,13 +59,19 @@ class CudaGraph:
 
 
 class CudaDriver:
-    """Captures on a stream of its own, into one pool."""
+    """Captures on a stream of its own on the model's device, which need not be the current one, into one pool."""
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device  # None: the current one
+        with torch.cuda.device(device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
 
     def capture(self, step: Callable[[], None]) -> Graph:
+        with torch.cuda.device(self._device):
+            return self._capture(step)
+
+    def _capture(self, step: Callable[[], None]) -> Graph:
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             step()  # loads kernels and library handles, which a capture forbids
@@ -94,11 +100,13 @@ class GraphCache(Generic[S]):
     One run at a time: whoever finds the cache claimed runs its steps without a graph, to the same bits.
     """
 
-    def __init__(self, driver: Driver, budget: int):
+    def __init__(self, driver: Driver, budget: int, device: torch.device | None = None):
         self.driver = driver
+        self.device = device  # of CUDA, where runs may be on different streams
         self.budget = budget
         self._entries: OrderedDict[Hashable, Entry[S]] = OrderedDict()
         self._claim = threading.Lock()
+        self._last: torch.cuda.Event | None = None  # the end of the last run, on whatever stream it was
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -110,9 +118,15 @@ class GraphCache(Generic[S]):
 
     def claim(self) -> bool:
         """Take the cache for one run; False where another run has it. Give it back with ``release``."""
-        return self._claim.acquire(blocking=False)
+        if not self._claim.acquire(blocking=False):
+            return False
+        if self._last is not None:  # the host is done with that run, but its stream may still be at work on the buffers
+            torch.cuda.current_stream(self.device).wait_event(self._last)
+        return True
 
     def release(self) -> None:
+        if self.device is not None:
+            self._last = torch.cuda.current_stream(self.device).record_event()
         self._claim.release()
 
     def find(self, key: Hashable) -> Entry[S] | None:

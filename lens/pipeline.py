@@ -415,6 +415,8 @@ class LensPipeline:
                     for name, field in (("prompt_embeds", "text"), ("negative_prompt_embeds", "negative")):
                         if name in given:
                             setattr(batch, field, self._new_text(name, given[name], getattr(batch, field)))
+                    if i + 2 == batch.sigma.shape[1]:
+                        continue  # no step is left to read them, nor a row of the table to begin with
                     job = with_text(job, run.x, i + 1, batch.text, batch.negative)
                     run.close()
                     run = self.engine.start(self.transformer, job)

@@ -258,6 +258,19 @@ def test_callbacks(pipe, what):
         assert not close((pair[0], both(pipe, PROMPTS[1])[0]))
 
 
+def test_embeddings_given_after_the_last_step_begin_no_run(pipe, monkeypatch):
+    """A run that began there would read the row behind a table that is full."""
+    monkeypatch.setattr(step, "TABLE_ROWS", 3)
+    expected = pipe(PROMPTS[0], seed=3, **SMALL).images
+
+    def last(pipe, i, t, tensors):
+        return {"prompt_embeds": [f.repeat(1, 20, 1) for f in tensors["prompt_embeds"]]} if i == 2 else None
+
+    names = dict(callback_on_step_end=last, callback_on_step_end_tensor_inputs=("prompt_embeds",))
+    assert torch.equal(pipe(PROMPTS[0], seed=3, **SMALL, **names).images, expected)
+    assert len(pipe.driver.graphs) == 1
+
+
 def test_a_callback_may_draw(pipe):
     """The inner call finds the graphs in use and runs its steps plainly: the same bits, and the outer picture too."""
     alone = pipe("a red apple", seed=7, **SMALL).images
@@ -316,6 +329,19 @@ def test_moved_weights_are_captured_anew_and_changed_ones_are_read(pipe):
     assert close(both(pipe, PROMPTS[0]))
     assert len(pipe.driver.graphs) == 2
     assert len(pipe.engine.cache) == 1
+
+
+def test_a_module_put_around_another_is_captured_anew(pipe):
+    """As an adapter is: the weights below it stay where they are, and the graph knows nothing of it."""
+    before = pipe(PROMPTS[0], seed=3, **SMALL).images
+    block = pipe.transformer.blocks[1].image
+    layer = block.qkv
+    try:
+        block.qkv = torch.nn.Sequential(layer, torch.nn.Softsign())
+        assert not relative(pipe(PROMPTS[0], seed=3, **SMALL).images, before) <= 1e-3
+    finally:
+        block.qkv = layer
+    assert torch.equal(pipe(PROMPTS[0], seed=3, **SMALL).images, before)
 
 
 def test_out_of_memory_drops_the_others_once(pipe, monkeypatch):
