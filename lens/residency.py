@@ -8,6 +8,7 @@ a third of the transformer, may besides stay on the host for good: schedules are
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -190,6 +191,7 @@ class Places:
         self.residency = residency
         self.device = device
         self._depth = dict.fromkeys(STAGES.values(), 0)
+        self._moving = threading.Lock()  # who finds a part in use must find all of it there
         self._host: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def add(self, part: str, module: nn.Module) -> None:
@@ -217,17 +219,19 @@ class Places:
     def using(self, part: str) -> Iterator[None]:
         """The part on the device."""
         moved = self._host.get(part, [])
-        self._depth[part] += 1
         try:
-            if self._depth[part] == 1:
-                for tensor, host in moved:
-                    tensor.data = self._visit(host)
+            with self._moving:
+                self._depth[part] += 1
+                if self._depth[part] == 1:
+                    for tensor, host in moved:
+                        tensor.data = self._visit(host)
             yield
         finally:
-            self._depth[part] -= 1
-            if self._depth[part] == 0:
-                for tensor, host in moved:
-                    tensor.data = host
+            with self._moving:
+                self._depth[part] -= 1
+                if self._depth[part] == 0:
+                    for tensor, host in moved:
+                        tensor.data = host
 
 
 def immovable(module: Any) -> str:

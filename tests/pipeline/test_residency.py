@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 
 import pytest
 import torch
@@ -237,3 +239,31 @@ def test_sizes_of_a_pipeline():
     more = shared().sizes(image_tokens=24, pictures=4, guided=True)
     assert more.denoise > sizes.denoise
     assert more.decode == sizes.decode  # one picture is decoded at a time
+
+
+def test_who_comes_second_finds_all_of_a_part_there(monkeypatch):
+    """Threads may share a pipeline: the second must not compute while the first is still moving weights."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    places = Places(PRESETS["lean"], torch.device("cpu"))
+    places.add("vae", module)
+    host = [p.data_ptr() for p in module.parameters()]
+    begun, found = threading.Event(), []
+
+    def slowly(self, tensor):
+        begun.set()
+        time.sleep(0.02)
+        return tensor.clone()
+
+    def second():
+        begun.wait()
+        with places.using("vae"):
+            found.extend(p.data_ptr() for p in module.parameters())
+
+    monkeypatch.setattr(Places, "_visit", slowly)
+    thread = threading.Thread(target=second)
+    thread.start()
+    with places.using("vae"):
+        thread.join()
+    assert len(found) == 4
+    assert not set(found) & set(host)
+    assert [p.data_ptr() for p in module.parameters()] == host
