@@ -40,8 +40,10 @@ def prepared(case: Case, subject: str, device: torch.device) -> Any:
     clock = clock_of(device)
     launchers, _ = compare_results(case, work, clock, (subject,))
     if subject not in launchers:
-        raise ValueError(f"{case.id}: {subject} cannot run here: {work.left_out[subject]}")
+        raise ValueError(f"{case.id}: {subject} cannot run here: {(work.left_out | work.failed)[subject]}")
     launcher = launchers[subject]
+    if settle := work.subjects[subject].settle:
+        settle()
     for _ in range(WARM_UPS):
         launcher.round()
     return launcher

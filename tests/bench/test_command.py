@@ -11,7 +11,7 @@ import torch
 
 from bench import __main__ as bench
 from bench import machine, profiling
-from bench.case import Subject
+from bench.case import Case, Subject, Work
 from bench.result import load
 from bench.timing import CpuClock
 
@@ -107,6 +107,20 @@ def test_a_profile_holds_exactly_one_launch_between_its_marks():
     launcher = CpuClock().launcher(subject, [(1,), (2,)])
     profiling.one_launch(launcher, "x", marks)
     assert order == ["start x", "launch", "stop"]
+
+
+def test_a_profile_of_ours_that_cannot_run_says_why_and_what_must_be_put_back_is():
+    def fails(x):
+        raise RuntimeError("no kernel for this")
+
+    back = []
+    subjects = {"ours": Subject(fails), "other": Subject(lambda x: x + 1, settle=lambda: back.append(1))}
+    work = Work([(torch.randn(3),)], subjects, lambda x: x + 1, 1e-3, 1.0, 1.0)
+    case = Case("t/x", tuple(subjects), lambda device: work)
+    with pytest.raises(ValueError, match="t/x: ours cannot run here: RuntimeError: no kernel for this"):
+        profiling.prepared(case, "ours", torch.device("cpu"))
+    assert profiling.prepared(case, "other", torch.device("cpu")).outputs() is not None
+    assert back == [1]
 
 
 def test_the_throttle_reasons_are_named():

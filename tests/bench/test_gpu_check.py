@@ -1,6 +1,7 @@
 """The one command on a GPU: its plan, its time, what it leaves behind when it is cut off."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -22,6 +23,14 @@ def test_the_plan_builds_first_checks_tiles_then_tests_then_measures(tmp_path):
     assert [s.needed for s in stages[:3]] == [True, True, False]
     assert stages[0].env["LENS_CUDA_ARCHS"] == "90a"
     assert len(plan(tmp_path, None, [], "90a")) == len(stages) - 2
+
+
+def test_a_broken_attention_library_does_not_end_the_run(tmp_path):
+    tiles = plan(tmp_path, None, gpu_tests(), "90a")[1]
+    done = subprocess.run([*tiles.command, "--collect-only"], cwd=gpu_check.ROOT, capture_output=True, text=True)
+    named = [line for line in done.stdout.splitlines() if "::" in line]
+    assert any("test_ops_gpu" in line for line in named), done.stdout
+    assert not any("library" in line for line in named)
 
 
 def test_its_cases_exist(tmp_path):
@@ -93,3 +102,27 @@ def test_what_is_missing_is_named(monkeypatch):
 @pytest.mark.parametrize("limit", [540])
 def test_it_fits_a_call_of_nine_minutes(limit):
     assert limit > gpu_check.LIMIT
+
+
+def test_tests_leave_the_suites_their_time_after_the_slowest_build(tmp_path):
+    """What the stages may take at most, one after another, from the first to the last that is no suite."""
+    left = gpu_check.LIMIT
+    stages = plan(tmp_path, "compute-sanitizer", gpu_tests(), "90a")
+    for stage in (s for s in stages if not s.name.startswith("bench")):
+        if left - stage.leaves >= stage.least:
+            left -= min(stage.most, left - stage.leaves)
+    assert left >= gpu_check.SUITES
+
+
+def test_a_stage_is_stopped_before_the_time_it_leaves_and_told_its_own(tmp_path):
+    told = python("import sys, time; print(sys.argv[1:]); time.sleep(60 * (len(sys.argv) < 3))")
+    stages = [
+        Stage("tests", told, 0, 30, leaves=4.2),
+        Stage("no room", told, 3, 30, leaves=4.2),
+        Stage("suite", told, 0, 30, ends=1.0),
+    ]
+    assert check(tmp_path, stages, 5.0, {}) == 0
+    done = json.loads((tmp_path / "summary.json").read_text())["stages"]
+    assert [s["outcome"] for s in done] == ["stopped", "skipped", "passed"]
+    assert done[0]["seconds"] < 3
+    assert done[2]["tail"].strip().endswith("['--budget', '3']")

@@ -58,6 +58,18 @@ def test_throughput_is_told_where_batches_were_measured():
     lines = report.throughput({"NVIDIA H200": [result(*rows, row("e2e/turbo/1024/b8/bf16/denoise", 1.0))]})
     assert lines == ["Lens-Turbo on one NVIDIA H200, pictures per second: 5 at batch 1, 6.4 at batch 8."]
     assert report.throughput({"NVIDIA H200": [result(row("x", 1.0))]}) == []
+    newer = result(row("e2e/turbo/1024/b1/bf16/total", 0.16), row("e2e/turbo/1024/b4/bf16/denoise", 0.5))
+    assert report.throughput({"NVIDIA H200": [result(*rows), newer]}) == [
+        "Lens-Turbo on one NVIDIA H200, pictures per second: 6.25 at batch 1, 6.4 at batch 8.",
+        "Lens-Turbo on one NVIDIA H200, pictures per second of the denoiser alone: 8 at batch 4.",
+    ]
+
+
+def test_a_variants_own_decode_counts_whatever_the_order():
+    """Both variants decode alike; a set of names would pick either, by the seed of the process's hashes."""
+    own = [row("e2e/turbo/1024/b1/bf16/denoise", 0.15), row("e2e/turbo/1024/b1/bf16/decode", 0.03)]
+    for rows in ([row("e2e/lens/1024/b1/bf16/decode", 0.04), *own], [*own, row("e2e/lens/1024/b1/bf16/decode", 0.04)]):
+        assert report.measured([result(*rows)], "turbo", "ours") == {"denoise": 0.15, "decode": 0.03}
 
 
 def test_measured_attention_becomes_lines_of_the_backends_table(tmp_path, capsys):
