@@ -236,6 +236,8 @@ def memory(device: torch.device) -> list[Finding]:
         detail = residency.describe(sizes, policy)
         if free is not None:
             detail += f"; {'fits' if fits else 'does not fit'} {free / 2**30:.1f} GiB free"
+        if policy.text_encoder != "resident":
+            detail += "; refused for packed MXFP4 experts, which cannot visit the device"
         found.append(Finding(section, name, OK if fits else NOTE, detail))
     return found
 

@@ -145,7 +145,9 @@ class LensPipeline:
 
         def host(part: str) -> torch.device | str:
             """Where a part is loaded: what visits the device later need not pass it now."""
-            return "cpu" if parked is not None and parked.residency.tier(part) != "resident" else device
+            if parked is None:  # what decides for itself decides by the memory that is left, so nothing may fill it first
+                return "cpu" if residency == "auto" else device
+            return "cpu" if parked.residency.tier(part) != "resident" else device
 
         transformer = checkpoint.load_transformer(root / "transformer", dtype, host("transformer"))
         layers = transformer.config.selected_layer_index

@@ -230,6 +230,10 @@ def test_loaded_to_where_it_lives(monkeypatch):
     monkeypatch.setattr(checkpoint, "load_text_encoder", lambda *_: shared().text_encoder.model)
     fresh(residency=Residency(vae="on_demand"))
     assert asked == {"transformer": "meta", "vae": "cpu"}
+    fresh(residency="auto")
+    assert asked == {"transformer": "cpu", "vae": "cpu"}
+    fresh()
+    assert asked == {"transformer": "meta", "vae": "meta"}
 
 
 def test_sizes_of_a_pipeline():
