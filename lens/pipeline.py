@@ -145,7 +145,7 @@ class LensPipeline:
 
         def host(part: str) -> torch.device | str:
             """Where a part is loaded: what visits the device later need not pass it now."""
-            if parked is None:  # what decides for itself decides by the memory that is left, so nothing may fill it first
+            if parked is None:  # "auto" decides by the free memory: nothing may fill it before
                 return "cpu" if residency == "auto" else device
             return "cpu" if parked.residency.tier(part) != "resident" else device
 

@@ -111,6 +111,15 @@ def test_an_op_moves_what_the_profiler_sees_go_in_and_out(stem):
     assert work_of(stem, SHAPES["small"], named, out, False)[1] == pytest.approx(traffic.bytes, rel=0.02)
 
 
+def test_a_step_reads_every_weight_that_a_step_needs_once(model):
+    """The blocks without their modulation, and both ends; what is computed once per prompt or schedule is not read."""
+    needed = [p for name, p in model.blocks.named_parameters() if "modulation" not in name]
+    needed += [model.image_in.weight, model.image_out.weight]
+    assert roofline.step_bytes(CONFIG, [], [], 4) == roofline.moved(needed)
+    one, more = (roofline.step_bytes(CONFIG, [n], [5], 2) - roofline.step_bytes(CONFIG, [], [5], 2) for n in (1, 7))
+    assert more == 7 * one
+
+
 def test_a_product_moves_its_rows_and_weights():
     work = prepare_gemm(TINY, "qkv", (16, 5), CPU)
     weights_bytes = 2 * 4 * (128 * 384 + 384)
