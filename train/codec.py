@@ -25,7 +25,7 @@ from .data.kinds import CORE
 from .data.labels import CLASSES, COLOURS, labelled
 from .data.world import World
 from .logging import JsonLog
-from .loop import keyed, rate
+from .loop import Clock, keyed, rate
 from .objectives.autoencoding import TokenHead, head_accuracy, head_loss
 
 VALIDATION_SEED = 1_000_000_000  # scenes from here on are never trained on
@@ -111,8 +111,9 @@ def head_of(config: ModuleType, purpose: str) -> TokenHead:
         return TokenHead(config.MODEL["latent_channels"], sizes, keyed(config.SEED, purpose + " head"))
 
 
-def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
-    """Learn the codec and the token statistics; writes out/codec.pt.
+def train_codec(config: ModuleType, out: Path, log: JsonLog, clock: Clock | None = None) -> bool:
+    """Learn the codec and the token statistics; writes out/codec.pt. Stopped by the clock it leaves codec_part.pt, from
+    which the next call goes on, and returns False.
 
     Loss: mean |decode(z + noise) - x|^2 + head * (cross-entropy of class and colour of every token, read from z + noise by
     a small network that is then discarded): the linear transform keeps what tells classes and colours apart. With head 0
@@ -129,7 +130,17 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
     head = head_of(config, "codec") if recipe["head"] > 0 else None
     parameters = [*codec.parameters(), *(head.parameters() if head else ())]
     optimizer = torch.optim.Adam(parameters, lr=recipe["lr"])
-    for step in range(recipe["steps"]):
+    learned, part, first = nn.ModuleList([codec, *([head] if head else [])]), out / "codec_part.pt", 0
+    if part.is_file():
+        state = load_state(part, "vae codec part")
+        learned.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+    for step in range(first, recipe["steps"]):
+        if clock is not None and clock.over:
+            state = {"model": learned.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            save_state(part, {"stage": "vae codec part", **state})
+            return False
         generator = keyed(seed, "codec", step)
         pick = torch.randint(len(pictures), (recipe["batch"],), generator=generator)
         x = to_model(pictures[pick.numpy()])
@@ -164,6 +175,8 @@ def train_codec(config: ModuleType, out: Path, log: JsonLog) -> None:
             "shape": [config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"]],
         },
     )
+    part.unlink(missing_ok=True)
+    return True
 
 
 Pixels = np.ndarray | torch.Tensor  # uint8 [n, H, W, 3]

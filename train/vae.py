@@ -4,7 +4,7 @@
     python -m train vae --config mini --out runs/vae --part decoder --stop-after 25m     # again to resume
     python -m train vae --config mini_gpu --out runs/gpu/vae --part joint --device cuda   # everything together
     python -m train vae --config mini --out runs/vae --part probe          # what the latents say about their tokens
-    python -m train vae --config mini --out runs/vae --export lens/mini/vae
+    python -m train vae --config mini --out runs/vae --export lens/mini/base/vae
 
 Two ways to a latent space. On a CPU it is fixed first and cheaply: an overlapped linear transform (one strided
 convolution, learned in a minute or two together with its transposed inverse, under noise, every channel at unit
@@ -255,8 +255,8 @@ def run(options: argparse.Namespace) -> int:
     if options.part == "probe":
         probe(config, Latents(options.out, device_of(options.device)), log)
         return 0
-    if not (options.out / "codec.pt").is_file():
-        train_codec(config, options.out, log)
+    if not (options.out / "codec.pt").is_file() and not train_codec(config, options.out, log, clock):
+        return 0
     for part in ("decoder", "encoder"):
         if options.part in (None, part):
             train_half(config, part, options.out, log, clock, options.init, options.steps, options.lr, options.decay)

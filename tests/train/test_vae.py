@@ -194,6 +194,20 @@ def tiny_codecs(tmp_path_factory):
     return out
 
 
+def test_a_codec_stopped_on_the_way_goes_on_bit_for_bit(tiny_codecs, tmp_path):
+    config = recipe(CODEC={"scenes": 64, "steps": 3, "batch": 8, "head": 0.05}, STATISTICS_SCENES=32)
+    log = JsonLog(tmp_path / "log.jsonl")
+    assert not codec.train_codec(config, tmp_path, log, CountingClock(2))
+    assert load_state(tmp_path / "codec_part.pt", "vae codec part")["step"] in (1, 2)
+    assert not (tmp_path / "codec.pt").exists()
+    assert codec.train_codec(config, tmp_path, log, CountingClock(100))
+    assert not (tmp_path / "codec_part.pt").exists()
+    straight, pieces = (load_state(folder / "codec.pt", "vae codec") for folder in (tiny_codecs[0.05], tmp_path))
+    for name, value in straight["model"].items():
+        assert torch.equal(value, pieces["model"][name]), name
+    assert torch.equal(straight["mean"], pieces["mean"])
+
+
 def test_a_head_of_weight_zero_is_no_head(tiny_codecs):
     """Bit for bit the plain reconstruction training, written out here; a weight above 0 changes the codec."""
     config = recipe(CODEC={"scenes": 64, "steps": 3, "batch": 8})
