@@ -9,7 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lens import cli, doctor, ops, residency
+from lens import cli, doctor, ops, residency, selftest
+from lens.findings import BROKEN, NOTE, OK
 from lens.ops import attention_backends, backend
 from lens.vae import PixelCodec
 
@@ -41,10 +42,10 @@ def test_json_says_the_same():
 
 
 def test_every_op_has_a_case_whose_result_matters():
-    cases = doctor.op_cases()
+    cases = selftest.op_cases()
     assert set(cases) == set(backend.OPS)
     for op, arguments in cases.items():
-        error, spec_error = doctor.compare(op, arguments, torch.bfloat16, CPU)
+        error, spec_error = selftest.compare(op, arguments, torch.bfloat16, CPU)
         exact = op in ("pack_tokens", "unpack_tokens")
         assert (spec_error == 0) == exact, op
         assert error < 0.01
@@ -66,14 +67,14 @@ def test_a_wrong_op_is_found(monkeypatch, op, fault):
         return (first, *rest) if isinstance(result, tuple) else first
 
     monkeypatch.setattr(ops, op, wrong)
-    findings = doctor.self_test_ops(CPU)
-    assert {f.name for f in findings if f.status == doctor.BROKEN} == {op}
+    findings = selftest.run_ops(CPU)
+    assert {f.name for f in findings if f.status == BROKEN} == {op}
     if fault == "raises":
         assert "no such kernel" in next(f for f in findings if f.name == op).detail
 
 
 def test_a_broken_finding_decides_the_exit_code(monkeypatch):
-    monkeypatch.setattr(doctor, "self_test_picture", lambda *_: [])
+    monkeypatch.setattr(selftest, "draw_picture", lambda *_: [])
     monkeypatch.setattr(ops, "swiglu", lambda h: h[:, : h.shape[1] // 2])
     result = CliRunner().invoke(cli.app, ["doctor", "--device", "cpu"])
     assert result.exit_code == 1
@@ -83,7 +84,7 @@ def test_a_broken_finding_decides_the_exit_code(monkeypatch):
 def test_a_missing_extension_is_broken_and_says_what_to_do(monkeypatch):
     monkeypatch.setitem(sys.modules, "lens._C", None)
     (finding,) = doctor.extension()
-    assert finding.status == doctor.BROKEN
+    assert finding.status == BROKEN
     assert "pip install ." in finding.remedy
 
 
@@ -94,9 +95,9 @@ def test_the_targets_of_a_cuda_build_are_told(monkeypatch):
     assert doctor.extension()[-1].detail == "built in, for 80 90a 120 and newer"
     monkeypatch.setitem(sys.modules, "lens._C", types.SimpleNamespace(**names, with_cuda=False, cuda_targets=""))
     monkeypatch.setattr(doctor, "driver_version", lambda: None)
-    assert (doctor.extension()[-1].status, doctor.extension()[-1].detail) == (doctor.OK, "not built in")
+    assert (doctor.extension()[-1].status, doctor.extension()[-1].detail) == (OK, "not built in")
     monkeypatch.setattr(doctor, "driver_version", lambda: "570.10")
-    assert doctor.extension()[-1].status == doctor.NOTE
+    assert doctor.extension()[-1].status == NOTE
     assert "LENS_CUDA=ON" in doctor.extension()[-1].remedy
 
 
@@ -104,7 +105,7 @@ def test_a_reference_op_is_noted_with_its_reason():
     with backend.use("reference"):
         findings = doctor.op_backends(CPU)
     for f in findings[:-1]:
-        assert (f.status, f.detail) == (doctor.NOTE, "reference: forced to reference")
+        assert (f.status, f.detail) == (NOTE, "reference: forced to reference")
 
 
 @pytest.mark.parametrize(("version", "detail"), [(None, "missing"), ("4.57.0", "4.57.0, needs >=5")])
@@ -112,7 +113,7 @@ def test_a_missing_or_old_package_is_broken(monkeypatch, version, detail):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: version if name == "transformers" else real(name))
     found = by_name(doctor.packages())[("Packages", "transformers")]
-    assert found.status == doctor.BROKEN
+    assert found.status == BROKEN
     assert detail in found.detail
     assert found.remedy == "pip install 'transformers>=5'"
 
@@ -121,13 +122,13 @@ def test_a_missing_extra_is_a_note(monkeypatch):
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: None if name == "fastapi" else real(name))
     found = by_name(doctor.packages())[("Packages", "[serve]")]
-    assert found.status == doctor.NOTE
+    assert found.status == NOTE
     assert "fastapi" in found.remedy
 
 
 def test_weights_that_are_not_there_are_broken():
-    (finding,) = doctor.self_test_picture(str(DEV.parent / "nowhere"), CPU)
-    assert finding.status == doctor.BROKEN
+    (finding,) = selftest.draw_picture(str(DEV.parent / "nowhere"), CPU)
+    assert finding.status == BROKEN
     assert "nowhere" in finding.detail
 
 
@@ -140,19 +141,19 @@ def test_a_picture_that_changes_is_found(monkeypatch, wrong_call, name):
         return decode(self, rows, grid) + (1e-6 if len(calls) == wrong_call else 0)
 
     monkeypatch.setattr(PixelCodec, "decode", drifting)
-    findings = by_name(doctor.self_test_picture(str(DEV), CPU))
-    assert findings[("Self-test on cpu", name)].status == doctor.BROKEN
-    assert len([f for f in findings.values() if f.status == doctor.BROKEN]) == 1
+    findings = by_name(selftest.draw_picture(str(DEV), CPU))
+    assert findings[("Self-test on cpu", name)].status == BROKEN
+    assert len([f for f in findings.values() if f.status == BROKEN]) == 1
 
 
 def test_driver_without_usable_cuda(monkeypatch):
     monkeypatch.setattr(doctor, "driver_version", lambda: "570.10")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert by_name(doctor.devices())[("Devices", "cuda")].status == doctor.NOTE
+    assert by_name(doctor.devices())[("Devices", "cuda")].status == NOTE
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     found = by_name(doctor.devices())[("Devices", "cuda")]
-    assert found.status == doctor.BROKEN
+    assert found.status == BROKEN
     assert "update the driver" in found.remedy
 
 
@@ -180,7 +181,7 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
             forced = doctor.attention(torch.device("cuda"))
         assert next(f for f in forced if f.name == "torch-sdpa").detail.startswith("CHOSEN: forced; ")
         captured = [f for f in forced if f.section == "Attention for captured steps"]
-        assert {f.status for f in captured} == {doctor.NOTE}, "the forced one reads lengths: nothing is chosen"
+        assert {f.status for f in captured} == {NOTE}, "the forced one reads lengths: nothing is chosen"
     finally:
         attention_backends.choose.cache_clear()
 
@@ -188,11 +189,11 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
 def test_the_memory_of_every_residency_is_told(monkeypatch):
     findings = doctor.memory(CPU)
     assert [f.name for f in findings] == list(residency.PRESETS)
-    assert {f.status for f in findings} == {doctor.OK}
+    assert {f.status for f in findings} == {OK}
     assert "text_encoder resident, transformer resident, vae resident, modulation resident" in findings[0].detail
     refused = [f.name for f in findings if "refused for packed MXFP4 experts" in f.detail]
     assert refused == ["balanced", "lean"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 << 30, 24 << 30))
     fits = {f.name: f.status for f in doctor.memory(torch.device("cuda"))}
-    assert fits["resident"] == doctor.NOTE
-    assert fits["lean"] == doctor.OK
+    assert fits["resident"] == NOTE
+    assert fits["lean"] == OK

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from lens import LensPipeline, __version__, checkpoint, cli, pictures
+from lens import LensPipeline, __version__, checkpoint, cli, cli_request, cli_terminal, pictures
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
 FAST = ["--model", str(DEV), "--variant", "lens", "--steps", "2", "--size", "32x32"]
@@ -169,10 +169,10 @@ def test_what_is_drawn_together_changes_no_picture(tmp_path):
 
 def test_batches_hold_few_large_or_several_small_pictures():
     large, small = (1024, 1024), (64, 64)
-    assert cli._batches([small] * 20, None) == [range(0, 8), range(8, 16), range(16, 20)]
-    assert cli._batches([large] * 3, None) == [range(0, 2), range(2, 3)]
-    assert cli._batches([(2048, 2048)] * 2, None) == [range(0, 1), range(1, 2)]
-    assert cli._batches([large] * 3, 3) == [range(0, 3)]
+    assert cli_request.batched([small] * 20, None) == [range(0, 8), range(8, 16), range(16, 20)]
+    assert cli_request.batched([large] * 3, None) == [range(0, 2), range(2, 3)]
+    assert cli_request.batched([(2048, 2048)] * 2, None) == [range(0, 1), range(1, 2)]
+    assert cli_request.batched([large] * 3, 3) == [range(0, 3)]
 
 
 def test_names(tmp_path):
@@ -203,7 +203,7 @@ def test_the_summary_says_under_which_conditions(tmp_path):
 
 
 def test_progress_counts_every_step_of_every_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "_PLAIN_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(cli_terminal, "_PLAIN_PROGRESS_SECONDS", 0.0)
     result = generate("a dog", "a cat", "--batch-size", 1, "-o", tmp_path)
     assert [line for line in result.stderr.splitlines() if line.startswith("step")] == [
         f"step {k}/4" for k in (1, 2, 3, 4)
@@ -211,7 +211,7 @@ def test_progress_counts_every_step_of_every_batch(tmp_path, monkeypatch):
 
 
 def test_progress_on_a_terminal_is_a_bar(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli, "console", cli.Console(stderr=True, force_terminal=True, width=80))
+    monkeypatch.setattr(cli_terminal, "console", cli_terminal.Console(stderr=True, force_terminal=True, width=80))
     result = generate("a dog", "-o", tmp_path / "x.png")
     assert result.exit_code == 0
     assert "drawing" in result.stderr
