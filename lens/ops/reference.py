@@ -18,6 +18,8 @@ once, when they are stored. Every function here differentiates through plain aut
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -213,6 +215,49 @@ def swiglu(h: Tensor) -> Tensor:
     """silu(h[:, :F]) * h[:, F:]: [R, 2 F] -> [R, F]."""
     a, u = _wide(h).chunk(2, -1)
     return (F.silu(a) * u).to(h.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x weight^T + bias: [R, K], [M, K], [M] -> [R, M], in the arithmetic dtype (not rounded)."""
+    return F.linear(_wide(x), _wide(weight), None if bias is None else _wide(bias))
+
+
+def linear_qkv_norm_rope(
+    x: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    q_weight: Sequence[Tensor],
+    k_weight: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    eps: float = 1e-6,
+) -> Tensor:
+    """qk_norm_rope of linear(x_s, weight_s, bias_s), s = image, text: x_s [R_s, D] -> qkv [3, RI + RT, N, H]."""
+    norms = [_wide(w[s]) for s in (0, 1) for w in (q_weight, k_weight)]
+    image, text = (linear(x[s], weight[s], bias[s]) for s in (0, 1))
+    return qk_norm_rope(image, text, *norms, cos, sin, image_offsets, text_offsets, eps).to(x[0].dtype)
+
+
+def linear_swiglu(x: Sequence[Tensor], weight: Sequence[Tensor]) -> list[Tensor]:
+    """swiglu of linear(x_s, weight_s) for every stream s: [R_s, D], [2 F, D] (w1 above w3) -> [R_s, F]."""
+    return [swiglu(linear(a, w)).to(a.dtype) for a, w in zip(x, weight, strict=True)]
+
+
+def linear_gated_residual(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    gate: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+) -> list[Tensor]:
+    """x_s + gate_sb * linear(y_s, weight_s, bias_s) for every stream s: [R_s, D], [R_s, K] -> [R_s, D]."""
+    return [
+        gated_residual(_wide(a), linear(b, w, c), _wide(g), o).to(a.dtype)
+        for a, b, w, c, g, o in zip(x, y, weight, bias, gate, offsets, strict=True)
+    ]
 
 
 def guidance_step(
