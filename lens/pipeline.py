@@ -8,9 +8,8 @@ exception or Ctrl-C in mid-call leaves it usable.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,19 +17,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import checkpoint, modulation, resolution, sampler, vae
+from . import arguments, callbacks, checkpoint, modulation, sampler, vae
+from .arguments import Arguments, Embeds
 from .config import Defaults
 from .engine import Engine, Job, marked, with_text
 from .model import LensTransformer2DModel
 from .modulation import Modulation, TableCache, concatenate
 from .packing import Grid, expect_tensors, offsets_of, pad_features, split_features
-from .residency import PRESETS, STAGES, Places, Residency, Sizes, choose, immovable, sizes_of
+from .residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .sampler import Scheduler
 from .stream import Request, stream
-from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, ChatTokenizer, TextEncoder, negative_list, prompt_list
+from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
 
-OUTPUT_TYPES = ("pil", "np", "latent")
-CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "noise_pred")
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
 _Features = tuple[list[list[Tensor]], "list[Tensor] | None"]
 Callback = Callable[["LensPipeline", int, Tensor, dict[str, Any]], "dict[str, Any] | None"]
@@ -45,7 +43,7 @@ class LensPipelineOutput:
 
 
 @dataclass(frozen=True)
-class _Text:
+class Text:
     """Text of B samples, each by itself: features, positions of its valid tokens, projected rows."""
 
     features: list[list[Tensor]]  # B lists of F tensors [T_b, E]
@@ -54,12 +52,12 @@ class _Text:
 
 
 @dataclass
-class _Batch:
+class Batch:
     """What one call draws: B pictures, conditional and (with guidance) unconditional text, sigmas [B, steps + 1]."""
 
     grids: list[Grid]
-    text: _Text
-    negative: _Text | None
+    text: Text
+    negative: Text | None
     guidance: float
     sigma: Tensor
     noise_keys: list[int]  # B seeds of the noise of stochastic steps, where the scheduler takes such
@@ -76,18 +74,6 @@ class _Batch:
         """Packed rows [R, C] -> [B, I, C], or a list of [I, C] where sizes are mixed. Always a copy."""
         parts = [part.clone() for part in rows.split(self.lengths)]
         return torch.stack(parts) if self.same_size else parts
-
-    def packed(self, name: str, value: Any, like: Tensor) -> Tensor:
-        """What a callback returned, [B, I, C] or a list, checked -> packed rows [R, C]."""
-        name = f"callback_on_step_end: {name}"
-        parts = [part.to(like.device, like.dtype) for part in expect_tensors(name, value)]
-        expected, got = [(n, like.shape[1]) for n in self.lengths], [tuple(part.shape) for part in parts]
-        if got != expected:
-            raise ValueError(f"{name} must have shapes {expected}, got {got}")
-        rows = torch.cat(parts)
-        if not torch.isfinite(rows).all():
-            raise ValueError(f"{name} holds NaN or infinity")
-        return rows
 
 
 class LensPipeline:
@@ -183,7 +169,7 @@ class LensPipeline:
         device = torch.device(self.device if device is None else device)
         sizes, parts = self.sizes(), self.parts()
         fixed = [part for part, module in parts.items() if immovable(module)]
-        policy = choose(residency, sizes, _free_bytes(device, parts.values()), fixed)
+        policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
         places = Places(policy, device)
         for part, module in parts.items():
             places.add(part, module)
@@ -223,7 +209,7 @@ class LensPipeline:
             self.text_encoder.encode(prompt_list("prompt", prompts), max_sequence_length, truncation, chat_date)
         )
 
-    def _text(self, features: list[list[Tensor]], index: list[Tensor] | None = None) -> _Text:
+    def _text(self, features: list[list[Tensor]], index: list[Tensor] | None = None) -> Text:
         """Features of B samples, projected; those that several samples share are projected once."""
         if index is None:
             index = [torch.arange(len(sample[0])) for sample in features]
@@ -232,30 +218,26 @@ class LensPipeline:
             if id(sample) not in rows:
                 own = [f.to(self.device, self.dtype) for f in sample]
                 rows[id(sample)] = self.transformer.project_text(own, [len(own[0])])
-        return _Text(features, index, [rows[id(sample)] for sample in features])
+        return Text(features, index, [rows[id(sample)] for sample in features])
 
-    def _given_text(
-        self, name: str, features: Sequence[Tensor], mask: Tensor | None, count: int, each: int
-    ) -> _Features:
-        """The caller's own features of ``count`` prompts, or of one for all -> those of count * each samples."""
+    def _features(self, text: list[str] | list[str | None] | Embeds, given: Arguments) -> _Features:
+        """Text of P prompts -> features of B samples."""
         config = self.transformer.config
-        samples, index = split_features(name, features, mask, len(config.selected_layer_index), config.enc_hidden_dim)
-        if len(samples) == 1:
-            samples, index = samples * count, index * count
-        if len(samples) != count:
-            raise ValueError(f"{name} must hold one prompt or one per prompt ({count}), got {len(samples)}")
-        return _repeat(samples, each), _repeat(index, each)
-
-    def _written_text(
-        self, prompts: Sequence[str | None], each: int, encoding: tuple[int, str, str | None]
-    ) -> _Features:
-        """Prompts -> features of len(prompts) * each samples; None carries no text at all."""
-        config = self.transformer.config
-        written = [p for p in prompts if p is not None]
-        encoded: dict[str | None, list[Tensor]] = dict(zip(written, self.text_encoder.encode(written, *encoding)))
+        if isinstance(text, Embeds):
+            layers, width = len(config.selected_layer_index), config.enc_hidden_dim
+            samples, index = split_features(text.name, text.features, text.mask, layers, width)
+            if len(samples) == 1:
+                samples, index = samples * given.count, index * given.count
+            if len(samples) != given.count:
+                raise ValueError(
+                    f"{text.name} must hold one prompt or one per prompt ({given.count}), got {len(samples)}"
+                )
+            return _repeat(samples, given.each), _repeat(index, given.each)
+        written = [p for p in text if p is not None]
+        encoded: dict[str | None, list[Tensor]] = dict(zip(written, self.text_encoder.encode(written, *given.encoding)))
         nothing = torch.zeros(0, config.enc_hidden_dim, device=self.device, dtype=self.dtype)
         encoded[None] = [nothing] * len(config.selected_layer_index)
-        return _repeat([encoded[p] for p in prompts], each), None
+        return _repeat([encoded[p] for p in text], given.each), None
 
     # ------------------------------------------------------------------------------------------------ call
 
@@ -300,51 +282,38 @@ class LensPipeline:
         again); embeddings, for the steps to come, where another T means that all T tokens are valid.
         Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
-        steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        steps = sampler.count("num_inference_steps", steps)
-        each = sampler.count("num_images_per_prompt", num_images_per_prompt)
-        max_sequence_length = sampler.count("max_sequence_length", max_sequence_length)
-        guidance = _guidance(self.defaults.guidance_scale if guidance_scale is None else guidance_scale)
-        wanted = callback_on_step_end_tensor_inputs
-        _check_call(output_type, wanted, truncation)
-        for name, embeds, mask in (
-            ("prompt", prompt_embeds, prompt_mask),
-            ("negative_prompt", negative_prompt_embeds, negative_prompt_mask),
-        ):
-            if mask is not None and embeds is None:
-                raise ValueError(f"{name}_mask belongs to {name}_embeds, which are missing")
-        encoding = (max_sequence_length, truncation, chat_date)
-        count = _prompt_count(prompt, prompt_embeds)
-        negatives = negative_list(negative_prompt, count)
-        if negative_prompt_embeds is not None and any(n is not None for n in negatives):
-            raise ValueError("give only one of negative_prompt and negative_prompt_embeds")
         size = (height, width, base_resolution, aspect_ratio, sizes)
-        per_prompt = resolution.request_grids(count, *size, self.defaults.base_resolution, self.defaults.max_resolution)
-        grids: list[Grid] = _repeat(per_prompt, each)
-        shapes = [(h * w, self.transformer.config.in_channels) for h, w in grids]
+        given = arguments.resolve(
+            self.defaults,
+            prompt,
+            negative_prompt,
+            prompt_embeds,
+            prompt_mask,
+            negative_prompt_embeds,
+            negative_prompt_mask,
+            size,
+            num_inference_steps,
+            guidance_scale,
+            num_images_per_prompt,
+            (max_sequence_length, truncation, chat_date),
+            output_type,
+            callback_on_step_end_tensor_inputs,
+        )
+        shapes = [(h * w, self.transformer.config.in_channels) for h, w in given.grids]
         noise, seeds = sampler.start_noise(shapes, seed, generator, latents)
-
         with self.stage("encode"):
-            if prompt_embeds is not None:
-                features = self._given_text("prompt_embeds", prompt_embeds, prompt_mask, count, each)
-            else:
-                features = self._written_text(prompt_list("prompt", prompt), each, encoding)
-            unwanted = None
-            if guidance != 1.0 and negative_prompt_embeds is not None:
-                name = "negative_prompt_embeds"
-                unwanted = self._given_text(name, negative_prompt_embeds, negative_prompt_mask, count, each)
-            elif guidance != 1.0:
-                unwanted = self._written_text(negatives, each, encoding)
+            features = self._features(given.text, given)
+            unwanted = None if given.negative is None else self._features(given.negative, given)
         with self.stage("denoise"):
-            sigma, schedule, table = self._schedules([h * w for h, w in grids], steps)
+            sigma, schedule, table = self._schedules([h * w for h, w in given.grids], given.steps)
             text, negative = self._text(*features), None if unwanted is None else self._text(*unwanted)
             keys: list[int] = []
             if self.scheduler.stochastic_sampling:
                 keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
-            batch = _Batch(grids, text, negative, guidance, sigma, keys)
+            batch = Batch(given.grids, text, negative, given.guidance, sigma, keys)
             job = self._job(batch, noise, schedule, table)
-            final = self._denoise(batch, job, callback_on_step_end, tuple(wanted))
-        images = self._finish(final, batch, output_type)
+            final = self._denoise(batch, job, callback_on_step_end, given.shown)
+        images = self._finish(final, batch, given.output_type)
         return LensPipelineOutput(images, seeds) if return_dict else (images,)
 
     def stream(
@@ -380,7 +349,7 @@ class LensPipeline:
         which = torch.tensor([tokens.index(n) for n in lengths])
         return torch.stack(sigmas)[which], which * steps, table
 
-    def _job(self, batch: _Batch, noise: list[Tensor], schedule: Tensor, table: Modulation) -> Job:
+    def _job(self, batch: Batch, noise: list[Tensor], schedule: Tensor, table: Modulation) -> Job:
         """What the engine draws."""
         text, negative = batch.text, batch.negative
         return Job(
@@ -397,7 +366,7 @@ class LensPipeline:
             stochastic=self.scheduler.stochastic_sampling,
         )
 
-    def _denoise(self, batch: _Batch, job: Job, callback: Callback | None, wanted: tuple[str, ...]) -> list[Tensor]:
+    def _denoise(self, batch: Batch, job: Job, callback: Callback | None, wanted: tuple[str, ...]) -> list[Tensor]:
         offsets = offsets_of(batch.lengths, self.device)
         run = self.engine.start(self.transformer, job)
         try:
@@ -405,14 +374,15 @@ class LensPipeline:
                 run.step(self._step_noise(batch, i))
                 if callback is None:
                     continue
-                c, u = run.velocities
-                shown = {name: self._shown(name, batch, run.x, c, u, offsets) for name in wanted}
+                shown = {name: callbacks.shown(name, batch, run, offsets) for name in wanted}
                 t = 1000 * (batch.sigma[0, i] if batch.same_size else batch.sigma[:, i])
-                given = _replaced(callback(self, i, t, {k: _copy(v) for k, v in shown.items()}), shown)
+                given = callbacks.replaced(
+                    callback(self, i, t, {k: callbacks.copied(v) for k, v in shown.items()}), shown
+                )
                 if "noise_pred" in given:
-                    run.retake(batch.packed("noise_pred", given["noise_pred"], run.x))
+                    run.retake(callbacks.packed("noise_pred", given["noise_pred"], batch, run.x))
                 if "latents" in given:
-                    run.x.copy_(batch.packed("latents", given["latents"], run.x))
+                    run.x.copy_(callbacks.packed("latents", given["latents"], batch, run.x))
                 if any(name.endswith("embeds") for name in given):
                     for name, field in (("prompt_embeds", "text"), ("negative_prompt_embeds", "negative")):
                         if name in given:
@@ -426,22 +396,13 @@ class LensPipeline:
         finally:
             run.close()
 
-    def _step_noise(self, batch: _Batch, step: int) -> Tensor | None:
+    def _step_noise(self, batch: Batch, step: int) -> Tensor | None:
         if not self.scheduler.stochastic_sampling:
             return None
         channels = self.transformer.config.in_channels
         return torch.cat([sampler.step_noise(k, step, n, channels) for k, n in zip(batch.noise_keys, batch.lengths)])
 
-    def _shown(self, name: str, batch: _Batch, x: Tensor, c: Tensor, u: Tensor | None, offsets: Tensor) -> Any:
-        """A tensor of the step as callbacks see it."""
-        if name == "latents":
-            return batch.shaped(x)
-        if name == "noise_pred":
-            return batch.shaped(sampler.guided(c, u, batch.guidance, offsets))
-        text = batch.text if name == "prompt_embeds" else batch.negative
-        return None if text is None else pad_features(text.features)[0]
-
-    def _new_text(self, name: str, features: Any, old: _Text | None) -> _Text:
+    def _new_text(self, name: str, features: Any, old: Text | None) -> Text:
         """Features a callback returned: of the old T, their masks hold on; of another T, all tokens are valid."""
         if old is None:
             raise ValueError(f"callback_on_step_end: {name} cannot be replaced at guidance 1, where nothing reads it")
@@ -457,7 +418,7 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ pixels
 
-    def _finish(self, rows: list[Tensor], batch: _Batch, output_type: str) -> Any:
+    def _finish(self, rows: list[Tensor], batch: Batch, output_type: str) -> Any:
         for k, r in enumerate(rows):
             if not torch.isfinite(r).all():
                 raise FloatingPointError(f"picture {k}: the final latents hold NaN or infinity")
@@ -469,68 +430,6 @@ class LensPipeline:
             return [vae.to_pil(p) for p in pictures]
         arrays = [vae.to_numpy(p) for p in pictures]
         return np.stack(arrays) if batch.same_size else arrays
-
-
-# ---------------------------------------------------------------------------------------------------- helpers
-
-
-def _free_bytes(device: torch.device, parts: Iterable[torch.nn.Module]) -> int | None:
-    """Device memory that a plan may use: what is free, and what the parts hold already. None where it has no bound."""
-    if device.type != "cuda":
-        return None
-    held = (t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device)
-    return torch.cuda.mem_get_info(device)[0] + sum(t.numel() * t.element_size() for t in held)
-
-
-def _prompt_count(prompt: str | Sequence[str] | None, embeds: Sequence[Tensor] | None) -> int:
-    if (prompt is None) == (embeds is None):
-        raise ValueError("give exactly one of prompt and prompt_embeds")
-    if embeds is None:
-        return len(prompt_list("prompt", prompt))
-    parts = expect_tensors("prompt_embeds", embeds)
-    if not parts or not parts[0].dim() or not len(parts[0]):
-        raise ValueError("prompt_embeds must be a list of F tensors [B, T, E] with B >= 1")
-    return len(parts[0])
-
-
-def _guidance(value: Any) -> float:
-    try:
-        guidance = float(value)
-    except (TypeError, ValueError):
-        guidance = math.nan
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance_scale must be a finite number >= 0, got {value!r}")
-    return guidance
-
-
-def _check_call(output_type: str, wanted: Sequence[str], truncation: str) -> None:
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-    if truncation not in TRUNCATIONS:
-        raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}")
-    if not isinstance(wanted, Sequence) or not all(name in CALLBACK_TENSORS for name in wanted):
-        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {wanted!r}")
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.clone()
-    return None if value is None else [v.clone() for v in value]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b.to(a.device))
-    if isinstance(a, list) and isinstance(b, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return False
-
-
-def _replaced(returned: Any, shown: dict[str, Any]) -> dict[str, Any]:
-    """What a callback's answer changes; returning what was shown, as it was, changes nothing."""
-    if not isinstance(returned, dict | None) or set(returned or {}) - set(CALLBACK_TENSORS):
-        raise ValueError(f"callback_on_step_end must return a dict of {CALLBACK_TENSORS} or None, got {returned!r}")
-    return {k: v for k, v in (returned or {}).items() if v is not None and not _same(shown.get(k), v)}
 
 
 def _repeat(items: Sequence[Any], times: int) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -239,6 +239,14 @@ def immovable(module: Any) -> str:
     if getattr(module, "is_quantized", False) and getattr(module, "hf_quantizer", None) is not None:
         return "its packed MXFP4 experts are held by their kernels, not as parameters"
     return ""
+
+
+def free_bytes(device: torch.device, parts: Iterable[nn.Module]) -> int | None:
+    """Device memory that a plan may use: what is free, and what the parts hold already. None where it has no bound."""
+    if device.type != "cuda":
+        return None
+    held = (t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device)
+    return torch.cuda.mem_get_info(device)[0] + sum(t.numel() * t.element_size() for t in held)
 
 
 def describe(sizes: Sizes, residency: Residency) -> str:
