@@ -246,6 +246,26 @@ struct GuidanceStepParams {
   void* stream;
 };
 
+// out = softmax(q k^T * scale) v within each sample, over its image and text rows together, not
+// causal; lse, the logarithm of each softmax denominator, is natural. What a sample's rows hold
+// depends on nothing outside the sample.
+struct JointAttentionParams {
+  const void* q;                 // [RS, N, H], joint layout
+  const void* k;                 // [RS, N, H], joint layout
+  const void* v;                 // [RS, N, H], joint layout
+  const int32_t* image_offsets;  // [B + 1]
+  const int32_t* text_offsets;   // [B + 1]
+  void* image_out;               // [RI, N, H]
+  void* text_out;                // [RT, N, H], or null: text rows are keys and values alone
+  void* lse;                     // float [N, RS], or null; rows that ask nothing stay unwritten
+  int64_t RI, RT, B, N, H;
+  int64_t polynomial;  // of every four exponentials, how many are polynomials: 0 or 1
+  double scale;        // positive
+  double score_bound;  // |q . k| * scale exceeds it nowhere; infinity where that is not known
+  DType dtype;
+  void* stream;
+};
+
 // Every kernel by stem. CPU kernels return nothing: their arguments were checked before. Launchers
 // return a cudaError_t as int and leave the stream running.
 #define LENS_FOR_EACH_KERNEL(OP)                                                     \
