@@ -42,6 +42,12 @@ class Arguments:
     output_type: str
     shown: tuple[str, ...]  # tensors a callback gets
 
+    @property
+    def written(self) -> bool:
+        """Whether any text is left for the text encoder to read."""
+        texts = [text for text in (self.text, self.negative) if isinstance(text, list)]
+        return any(prompt is not None for prompts in texts for prompt in prompts)
+
 
 def resolve(
     defaults: Defaults,

@@ -412,6 +412,11 @@ def load_vae(folder: Path, dtype: torch.dtype, device: torch.device | str) -> nn
     return vae.eval()
 
 
+def packed_experts(folder: Path) -> bool:
+    """Whether a text encoder's experts are stored in MXFP4: on a GPU their kernels keep them where they were loaded."""
+    return read_json(folder / "config.json").get("quantization_config") is not None
+
+
 def load_text_encoder(
     folder: Path, dtype: torch.dtype, device: torch.device | str, depth: int | None = None
 ) -> nn.Module:

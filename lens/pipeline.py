@@ -137,7 +137,9 @@ class LensPipeline:
 
         transformer = checkpoint.load_transformer(root / "transformer", dtype, host("transformer"))
         layers = transformer.config.selected_layer_index
-        model = checkpoint.load_text_encoder(root / "text_encoder", dtype, device, max(layers) + 1)
+        packed = checkpoint.packed_experts(root / "text_encoder")
+        home = device if packed else host("text_encoder")  # packed experts are counted, or refused, where they lie
+        model = checkpoint.load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
         encoder = TextEncoder(tokenizer, model, layers)
         codec = vae.PixelCodec(checkpoint.load_vae(root / "vae", dtype, host("vae")))
         checkpoint.check_fit(root, transformer.config, encoder.width, codec.channels)
@@ -180,9 +182,12 @@ class LensPipeline:
         return policy
 
     @contextlib.contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """A stage of a call ("encode", "denoise", "decode"), with its part on the device; profilers see its name."""
-        with self.places.using(STAGES[name]) if self.places else contextlib.nullcontext(), marked(f"lens {name}"):
+    def stage(self, name: str, needed: bool = True) -> Iterator[None]:
+        """A stage of a call ("encode", "denoise", "decode"); profilers see its name. Its part is on the device, where it
+        is ``needed``.
+        """
+        visit = self.places.using(STAGES[name]) if self.places and needed else contextlib.nullcontext()
+        with visit, marked(f"lens {name}"):
             yield
 
     # ------------------------------------------------------------------------------------------------ text
@@ -301,7 +306,7 @@ class LensPipeline:
         )
         shapes = [(h * w, self.transformer.config.in_channels) for h, w in given.grids]
         noise, seeds = sampler.start_noise(shapes, seed, generator, latents)
-        with self.stage("encode"):
+        with self.stage("encode", needed=given.written):
             features = self._features(given.text, given)
             unwanted = None if given.negative is None else self._features(given.negative, given)
         with self.stage("denoise"):

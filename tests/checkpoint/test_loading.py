@@ -206,6 +206,7 @@ def quantised(tmp_path) -> tuple[Path, Path]:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
 def test_mxfp4_equals_its_dequantised_twin(quantised, dtype):
+    assert [checkpoint.packed_experts(folder) for folder in quantised] == [True, False]
     ours, twin = (checkpoint.load_text_encoder(folder, dtype, "cpu", 3) for folder in quantised)
     expected, got = dict(twin.named_parameters()), dict(ours.named_parameters())
     assert sorted(expected) == sorted(got)

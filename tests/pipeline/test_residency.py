@@ -210,30 +210,57 @@ def test_pictures_are_the_same_wherever_parts_live(visits, name):
     assert same_bits(pipe(**call).images, got)
 
 
+@pytest.mark.parametrize(
+    ("call", "reads"),
+    [
+        (dict(), False),
+        (dict(negative_prompt="blurry"), True),
+        (dict(negative_prompt="blurry", guidance_scale=1.0), False),
+        (dict(embedded_negative=True), False),
+    ],
+    ids=["blank negative", "negative", "unread negative", "negative embeddings"],
+)
+def test_the_text_encoder_stays_away_where_no_prompt_is_read(visits, call, reads):
+    pipe = fresh()
+    features, mask = pipe.encode_text("a red apple")
+    call = dict(prompt_embeds=features, prompt_mask=mask, **{"guidance_scale": 4.0, **SMALL, **call})
+    if call.pop("embedded_negative", False):
+        call |= dict(negative_prompt_embeds=features, negative_prompt_mask=mask)
+    expected = pipe(**call).images
+    pipe.live(Residency(text_encoder="on_demand"))
+    assert same_bits(pipe(**call).images, expected)
+    assert sum(visits) == reads * residency.module_bytes(pipe.text_encoder.model)
+
+
 def test_loaded_to_where_it_lives(monkeypatch):
     """A named policy is known before loading; its parts are on the host as soon as they are read."""
     from lens import checkpoint
 
-    asked = {}
-    for part in ("transformer", "vae"):
+    asked, parts = {}, ("transformer", "text_encoder", "vae")
+    for part in parts:
         load = getattr(checkpoint, f"load_{part}")
 
-        def spy(folder, dtype, device, part=part, load=load):
+        def spy(folder, dtype, device, *depth, part=part, load=load):
             asked[part] = str(device)
-            return load(folder, dtype, "cpu")
+            return load(folder, dtype, "cpu", *depth)
 
         monkeypatch.setattr(checkpoint, f"load_{part}", spy)
     fresh(residency="lean")
-    assert asked == {"transformer": "cpu", "vae": "cpu"}
+    assert asked == dict.fromkeys(parts, "cpu")
     monkeypatch.setattr(checkpoint, "placement", lambda device, dtype: (torch.device("meta"), torch.float32))
     monkeypatch.setattr(Places, "add", lambda *_: None)
-    monkeypatch.setattr(checkpoint, "load_text_encoder", lambda *_: shared().text_encoder.model)
     fresh(residency=Residency(vae="on_demand"))
-    assert asked == {"transformer": "meta", "vae": "cpu"}
+    assert asked == {"transformer": "meta", "text_encoder": "meta", "vae": "cpu"}
+    fresh(residency="balanced")
+    assert asked == {"transformer": "meta", "text_encoder": "cpu", "vae": "meta"}
     fresh(residency="auto")
-    assert asked == {"transformer": "cpu", "vae": "cpu"}
+    assert asked == dict.fromkeys(parts, "cpu")
     fresh()
-    assert asked == {"transformer": "meta", "vae": "meta"}
+    assert asked == dict.fromkeys(parts, "meta")
+    monkeypatch.setattr(checkpoint, "packed_experts", lambda folder: True)
+    for name in ("balanced", "auto"):  # their kernels hold them where they were loaded: counted, or refused, there
+        fresh(residency=name)
+        assert asked["text_encoder"] == "meta"
 
 
 def test_sizes_of_a_pipeline():
