@@ -323,11 +323,13 @@ def load_parameters(
     device: torch.device | str = "cpu",
     ignored: tuple[str, ...] = (),
     unread: tuple[str, ...] = (),
+    store: Callable[[nn.Module, str, Tensor, bool], None] | None = None,
 ) -> None:
     """Fill a module built on the meta device from ``folder``, strictly: every key once, every shape exact.
 
     ``names`` maps a name of the module to the stored keys it is made of, stacked along the rows. Keys with an
     ``ignored`` prefix may be in the files; names with an ``unread`` prefix are checked and stay on the meta device.
+    ``store(module, name, value, is_parameter)`` keeps a value; by default as the module's own tensor.
     """
     shards = open_shards(folder)
     wanted: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
@@ -349,7 +351,7 @@ def load_parameters(
         for i, key in enumerate(sources):
             piece = value[i * rows : (i + 1) * rows] if len(sources) > 1 else value
             shards[key].read(key, lambda stored, piece=piece: piece.copy_(stored))  # type: ignore[misc]
-        _assign(module, name, value, isinstance(target, nn.Parameter))
+        (store or _assign)(module, name, value, isinstance(target, nn.Parameter))
     for shard in set(shards.values()):
         shard.close()
 

@@ -69,6 +69,17 @@ class Block(nn.Module):
         return self.image, self.text
 
 
+@torch.no_grad()
+def init_parameter(name: str, parameter: Tensor, generator: torch.Generator, std: float = 0.02) -> None:
+    """Truncated normals; modulation and output zero, so that every block starts as identity."""
+    if parameter.dim() == 1:
+        parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+    elif "modulation" in name or name.startswith("image_out"):
+        parameter.zero_()
+    else:
+        nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+
+
 class LensTransformer2DModel(nn.Module):
     """Velocity of image tokens under a prompt.
 
@@ -107,16 +118,10 @@ class LensTransformer2DModel(nn.Module):
             invariant = self.device.type == "cpu" and not self.training
         return lengths if invariant else None
 
-    @torch.no_grad()
     def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
-        """Fresh weights for training: truncated normals; modulation and output zero: every block starts as identity."""
+        """Fresh weights for training, one parameter after another; see ``init_parameter``."""
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 1:
-                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
-            elif "modulation" in name or name.startswith("image_out"):
-                parameter.zero_()
-            else:
-                nn.init.trunc_normal_(parameter, std=std, a=-3 * std, b=3 * std, generator=generator)
+            init_parameter(name, parameter, generator, std)
 
     def project_text(self, features: Sequence[Tensor], lengths: list[int]) -> Tensor:
         """F packed features [RT, E] -> text rows [RT, D]: RMSNorm each, concatenate, project. Once per prompt."""

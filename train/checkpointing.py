@@ -1,14 +1,37 @@
-"""Training state on disk: written to a temporary name, flushed, renamed; resumed bit for bit on a CPU."""
+"""Training state on disk: written to a temporary name, flushed, renamed; resumed bit for bit on a CPU.
+
+Two kinds. `save_state` writes one file and serves trainings of one process. `Checkpoints` keeps the states of a training of
+any number of processes, OUT/checkpoints/step_0001000 and so on, written beside the training by PyTorch's distributed
+checkpointing; a state can be loaded by another number of processes than wrote it:
+
+    __0_0.distcp ...    the tensors, a file per process
+    .metadata           PyTorch's table of them (a pickle: load what you trust)
+    state.json          everything else: step, place in the data, settings, revision
+    checksums.json      SHA-256 of every file above
+
+A folder gets its name when all of it is on disk, and only then `latest` names it. All processes see one file system.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import shutil
+import warnings
 import zipfile
+from collections.abc import Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
 
 from lens import checkpoint
+
+from .parallel import Ranks
 
 FORMAT = 1
 
@@ -58,3 +81,161 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     checkpoint.write_atomic(path, write)
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _flush(folder: Path) -> None:
+    """The names in a folder, too, are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Writes into a folder of a temporary name. The coordinator publishes it when every process has written its part."""
+
+    def __init__(self, owner: Checkpoints, name: str, state: dict[str, Any]):
+        self.owner, self.name, self.state = owner, name, state
+        super().__init__(owner.folder / f".{name}.part")
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        written = super().write_data(plan, planner)
+        for name in {result.storage_data.relative_path for result in written.wait()}:
+            (Path(self.path) / f"{name}.sha256").write_text(_sha256(Path(self.path) / name))
+        return written
+
+    def finish(self, metadata: Any, results: Any) -> None:
+        super().finish(metadata, results)
+        folder = Path(self.path)
+        checkpoint.write_json(folder / "state.json", self.state)
+        sums = {}
+        for part in sorted(folder.glob("*.sha256")):
+            sums[part.stem] = part.read_text()
+            part.unlink()
+        sums |= {name: _sha256(folder / name) for name in (".metadata", "state.json")}
+        checkpoint.write_json(folder / "checksums.json", sums)
+        self.owner.publish(folder, self.name)
+
+
+class Checkpoints:
+    """States of a training. `save` returns when the tensors are copied to host memory; a thread writes them.
+
+    keep_last: how many of the newest stay; keep_every: those of multiples of this step stay for good (0: none).
+    """
+
+    def __init__(self, folder: Path, group: Ranks, keep_last: int = 2, keep_every: int = 0):
+        if keep_last < 1:
+            raise ValueError(f"Checkpoints: keep_last must be positive, got {keep_last}")
+        self.folder, self.group, self.keep_last, self.keep_every = folder, group, keep_last, keep_every
+        self.pending: Future | None = None
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone is as good as any
+        if group.main and folder.is_dir():
+            for part in folder.glob(".step_*.part"):  # of a save that was killed
+                shutil.rmtree(part)
+        group.barrier()
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Begin to write a state; waits for the one before. Errors: those of the save before, on all processes."""
+        self.wait()
+        name = f"step_{step:07d}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        whole = {"format": FORMAT, "step": step, "world": self.group.world, **state}
+        self.pending = dcp.async_save(
+            dict(tensors),
+            storage_writer=_Writer(self, name, whole),
+            process_group=self.group.writers,
+            no_dist=self.group.world == 1,
+        )
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save under way has ended in an error; `wait` raises it."""
+        return self.pending is not None and self.pending.done() and self.pending.exception() is not None
+
+    def wait(self) -> None:
+        """Until the save under way is published, and readable on every process."""
+        if self.pending is not None:
+            pending, self.pending = self.pending, None
+            pending.result()
+            self.group.barrier()
+
+    def publish(self, part: Path, name: str) -> None:
+        """Give a whole folder its name, point `latest` to it, remove what need not be kept."""
+        _flush(part)
+        if (
+            self.folder / name
+        ).is_dir():  # of a branch that was left: `load` made `latest` point to where this one began
+            os.replace(self.folder / name, self.folder / f".{name}.old.part")
+        os.replace(part, self.folder / name)
+        _flush(self.folder)
+        write_text(self.folder / "latest", name + "\n")
+        _flush(self.folder)
+        shutil.rmtree(self.folder / f".{name}.old.part", ignore_errors=True)
+        for old in sorted(self.folder.glob("step_*"))[: -self.keep_last]:
+            step = int(old.name.removeprefix("step_"))
+            if old.name != name and not (self.keep_every and step % self.keep_every == 0):
+                shutil.rmtree(old)
+
+    def latest(self) -> Path | None:
+        """The newest published state, or None where there is none yet."""
+        pointer = self.folder / "latest"
+        return self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+
+    def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Fill `tensors`, sharded as they are, from a state; returns what is not a tensor (see `read_state`).
+
+        A state of this folder becomes the latest: an older one begins a new branch. Errors: ValueError on all processes
+        for a damaged file (each checks its share), for tensors that are missing or of another shape.
+        """
+        state = read_state(folder)
+        sums = checkpoint.read_json(folder / "checksums.json")
+        mine = sorted(sums)[self.group.rank :: self.group.world]
+        damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
+        _refuse([line for own in self.group.gather(damaged) for line in own])
+        reader = dcp.FileSystemReader(folder)
+        stored = reader.read_metadata().state_dict_metadata
+        wrong = [f"{folder}: no tensor {name}" for name in tensors if name not in stored]
+        wrong += [
+            f"{folder}: {name} has shape {list(stored[name].size)}, expected {list(value.shape)}"
+            for name, value in tensors.items()
+            if name in stored and stored[name].size != value.shape
+        ]
+        _refuse(wrong)
+        dcp.load(dict(tensors), storage_reader=reader, process_group=self.group.writers, no_dist=self.group.world == 1)
+        if self.group.main and folder.parent == self.folder:
+            write_text(self.folder / "latest", folder.name + "\n")
+        self.group.barrier()
+        return state
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """state.json of a state. Errors: FileNotFoundError, or ValueError where another format or only part of one is there."""
+    path = folder / "state.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: no state of a training here, or only the first part of one")
+    state = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: format {state.get('format')!r}, expected {FORMAT}")
+    return state
+
+
+def _intact(path: Path, sha256: str) -> bool:
+    return path.is_file() and _sha256(path) == sha256
+
+
+def _refuse(lines: list[str]) -> None:
+    if lines:
+        more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
+        raise ValueError("; ".join(lines[:4]) + more)
