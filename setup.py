@@ -4,6 +4,8 @@ Environment:
     LENS_CUDA        AUTO (default): CUDA kernels where nvcc is found, or where there is a driver and nvcc can
                      come from PyPI; ON: CUDA kernels or an error; OFF: CPU kernels alone
     LENS_CUDA_ARCHS  targets instead of the default list, e.g. "80 90a"
+    LENS_CUTLASS     OFF (default); ON: also the CUTLASS instance that the matrix products are measured against, with
+                     the headers of an installed nvidia-cutlass; or the folder that holds them
     LENS_BUILD_DIR   object files, kept for the next build (default: build/cmake-<python tag>)
     LENS_JOBS        parallel compilations (default: the CPUs this process may use)
 nvcc is looked for in CUDACXX, PATH, CUDA_HOME (unset: the default toolkit folder), then among the wheels.
@@ -97,6 +99,29 @@ def nvcc_to_use() -> str | None:
     return nvcc
 
 
+def cutlass_headers() -> str:
+    """The folder that holds cutlass/cutlass.h, or "" where the instance is not asked for."""
+    asked = os.environ.get("LENS_CUTLASS", "OFF")
+    if asked.upper() == "OFF":
+        return ""
+    if cuda_mode() == "OFF":
+        sys.exit(f"lens: LENS_CUTLASS={asked} needs the CUDA kernels, but LENS_CUDA is OFF")
+    if asked.upper() == "ON":
+        spec = importlib.util.find_spec("cutlass_library")  # the package in nvidia-cutlass that carries the headers
+        folders = list(spec.submodule_search_locations or []) if spec else []
+        candidates = [os.path.join(folder, "source", "include") for folder in folders]
+    else:
+        candidates = [os.path.abspath(asked)]
+    for folder in candidates:
+        if os.path.isfile(os.path.join(folder, "cutlass", "cutlass.h")):
+            return folder
+    sys.exit(
+        f"lens: LENS_CUTLASS={asked}, but cutlass/cutlass.h is not in {candidates or 'an installed nvidia-cutlass'}. "
+        "Either `pip install --no-deps nvidia-cutlass==4.2.0.0` and build without isolation, or unpack that wheel and "
+        "name its folder cutlass_library/source/include"
+    )
+
+
 def find_tool(name: str, at_least: tuple[int, int]) -> str | None:
     """A tool that runs, from PATH or from beside this Python (a virtual environment need not be activated).
 
@@ -144,6 +169,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_CUDA_COMPILER={nvcc or ''}",
             f"-DLENS_CUDA={'ON' if nvcc else 'OFF'}",
             f"-DLENS_CUDA_ARCHS={archs}",
+            f"-DLENS_CUTLASS={cutlass_headers()}",
         ]  # fmt: skip
         environment = dict(os.environ)
         if nvcc:

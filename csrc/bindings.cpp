@@ -194,6 +194,28 @@ void fields(GuidanceStepParams& p, V& v) {
   v.number("guidance", p.guidance);
 }
 
+#if defined(LENS_WITH_CUTLASS)
+template <class V>
+void fields(CutlassLinearGatedResidualParams& p, V& v) {
+  v.size("B", p.B, 0);
+  v.size("S", p.S, 0);
+  v.size("D", p.D, 1);
+  v.size("K", p.K, 1);
+  v.array("a", p.a, p.B * p.S * p.K);
+  v.array("weight", p.weight, p.D * p.K);
+  v.array("bias", p.bias, 0);  // may be null
+  v.strided("gate", p.gate, p.B * p.D, "gate_stride", p.gate_stride);
+  v.array("x", p.x, p.B * p.S * p.D);
+  v.array("out", p.out, p.B * p.S * p.D);
+}
+
+void run(const CutlassLinearGatedResidualParams& p, int device) {
+  const char* op = "cutlass_linear_gated_residual";
+  if (device < 0) refuse(op, "device must be a GPU, got the CPU");
+  check_launch(op, cutlass_linear_gated_residual_cuda(p));
+}
+#endif
+
 template <class Params>
 void bind(py::module_& m, const char* name) {
   Params none{};
@@ -220,6 +242,9 @@ PYBIND11_MODULE(_C, m) {
 #define LENS_BIND(stem, Params) bind<Params>(m, #stem);
   LENS_FOR_EACH_KERNEL(LENS_BIND)
 #undef LENS_BIND
+#if defined(LENS_WITH_CUTLASS)
+  bind<CutlassLinearGatedResidualParams>(m, "cutlass_linear_gated_residual");
+#endif
 #if defined(LENS_WITH_CUDA)
   m.attr("with_cuda") = true;
   m.attr("cuda_targets") = LENS_CUDA_TARGETS;  // "80-real 90a-real 120-virtual", say

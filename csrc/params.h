@@ -266,6 +266,22 @@ struct JointAttentionParams {
   void* stream;
 };
 
+// out = x + gate_b * (a weight^T + bias) for samples of equal length: csrc/cutlass, in the bench
+// alone
+struct CutlassLinearGatedResidualParams {
+  const void* a;       // [B, S, K]
+  const void* weight;  // [D, K]
+  const void* bias;    // [D], may be null
+  const void* gate;    // [B, D], row stride gate_stride
+  const void* x;       // [B, S, D]
+  void* out;           // [B, S, D]
+  int64_t B, S, D, K;
+  int64_t gate_stride;
+  DType dtype;  // bfloat16
+  void* stream;
+};
+int cutlass_linear_gated_residual_cuda(const CutlassLinearGatedResidualParams& p);
+
 // Every kernel by stem. CPU kernels return nothing: their arguments were checked before. Launchers
 // return a cudaError_t as int and leave the stream running.
 #define LENS_FOR_EACH_KERNEL(OP)                                                     \

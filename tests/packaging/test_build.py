@@ -250,3 +250,29 @@ def test_editable_with_nvcc_from_pypi(tmp_path):
     assert load_alone(python, module)
     where = run([python, "-c", "import importlib.util as u; print(u.find_spec('lens').origin)"], tmp_path, env)
     assert pathlib.Path(where.strip()) == source / "lens" / "__init__.py"
+
+
+def test_cutlass_headers_are_found_where_they_were_said_to_be(setup_py, monkeypatch, tmp_path):
+    monkeypatch.setenv("LENS_CUDA", "AUTO")
+    for off in (None, "OFF", "off"):
+        monkeypatch.delenv("LENS_CUTLASS", raising=False)
+        if off:
+            monkeypatch.setenv("LENS_CUTLASS", off)
+        assert setup_py.cutlass_headers() == ""
+    package = tmp_path / "cutlass_library"
+    headers = package / "source" / "include"
+    (headers / "cutlass").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    for asked in (str(headers), "ON"):
+        monkeypatch.setenv("LENS_CUTLASS", asked)
+        with pytest.raises(SystemExit, match=r"cutlass/cutlass\.h is not in"):
+            setup_py.cutlass_headers()
+    (headers / "cutlass" / "cutlass.h").touch()
+    monkeypatch.setenv("LENS_CUTLASS", str(headers))
+    assert setup_py.cutlass_headers() == str(headers)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("LENS_CUTLASS", "ON")
+    assert setup_py.cutlass_headers() == str(headers)
+    monkeypatch.setenv("LENS_CUDA", "OFF")
+    with pytest.raises(SystemExit, match="needs the CUDA kernels"):
+        setup_py.cutlass_headers()
