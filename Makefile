@@ -1,4 +1,4 @@
-# The only commands to remember: make demo | gallery | test | check | build | bench | cuda-check | gpu-check
+# The only commands to remember: make demo | gallery | test | nightly | check | build | bench | cuda-check | gpu-check
 # Each sets up .venv first where it is missing, and is quick when nothing changed.
 PYTHON ?= $(firstword $(shell command -v python3 python3.13 python3.12 python3.11 python3.10))
 BIN := .venv/bin
@@ -15,7 +15,7 @@ export LENS_CUDA_ARCHS ?= 80 90a
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: demo gallery test check build bench cuda-check gpu-check
+.PHONY: demo gallery test nightly check build bench cuda-check gpu-check
 
 # ---- environment: torch comes pinned from constraints.txt; changed metadata reinstalls
 $(STAMP): pyproject.toml constraints.txt
@@ -41,8 +41,11 @@ gallery: build
 
 # ---- tests: those that compare running times go alone and first, the rest in parallel
 test: build
-	$(PYTEST) -q -m timing
-	$(PYTEST) -q -n $(JOBS) -m 'not timing'
+	$(PYTEST) -q -m 'timing and not nightly'
+	$(PYTEST) -q -n $(JOBS) -m 'not timing and not nightly'
+
+nightly: build
+	$(PYTEST) -q -n $(JOBS) -m nightly
 
 check: $(STAMP)
 	$(BIN)/ruff check .
