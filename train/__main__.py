@@ -10,6 +10,7 @@ STAGES = {  # module, what it does
     "world": ("train.data.sheet", "draw a labelled contact sheet of the small world"),
     "vae": ("train.vae", "latents <-> pixels"),
     "encoder": ("train.encoder", "the small GPT-OSS text encoder"),
+    "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "eye": ("train.eye", "the judge of classes, boxes and colours"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),

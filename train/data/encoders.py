@@ -32,6 +32,7 @@ class LatentCodec(Protocol):
 
 class TextEncoder(Protocol):
     fingerprint: str
+    shape: tuple[int, int]  # F layers, E width
 
     def encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """Ids after the prefix of n samples -> features of all their tokens, one sample after another, [RT, F, E]."""
@@ -68,11 +69,10 @@ def _chat(folder: Path):
 class ReleasedLatents:
     """A folder's `vae/`, one picture at a time: a picture's bits do not depend on its neighbours."""
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: nn.Module, fingerprint: str):
         from lens.vae import PixelCodec
 
-        self.codec = PixelCodec(vae)
-        self.fingerprint = fingerprint_of(vae.state_dict().values())
+        self.codec, self.fingerprint = PixelCodec(vae), fingerprint
 
     def encode(self, pixels: Tensor) -> Tensor:
         return torch.stack([self.codec.encode(picture.float() / 127.5 - 1) for picture in pixels])
@@ -81,13 +81,14 @@ class ReleasedLatents:
 class ReleasedText:
     """A folder's `text_encoder/`, one caption at a time. `prefix`: the ids before every caption."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], tokenizer: ChatTokens):
+    def __init__(self, model: nn.Module, layers: Sequence[int], tokenizer: ChatTokens, fingerprint: str):
         from lens.text_encoder import DEFAULT_CHAT_DATE, TextEncoder
 
         chat = _chat(tokenizer.folder)
         self.encoder = TextEncoder(chat, model, layers)
         self.prefix = chat._encode(chat.frame(DEFAULT_CHAT_DATE)[0])
-        self.fingerprint = fingerprint_of(model.state_dict().values(), self.prefix, tuple(layers))
+        self.shape = len(layers), self.encoder.width
+        self.fingerprint = fingerprint_of((), fingerprint, self.prefix, tuple(layers))
 
     def encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
         return torch.cat([torch.stack(self.encoder.features([*self.prefix, *own]), 1) for own in ids])
@@ -112,6 +113,7 @@ class MiniText:
 
     def __init__(self, model: nn.Module, layers: Sequence[int], prefix: Sequence[int]):
         self.model, self.layers, self.prefix = model.eval(), tuple(layers), list(prefix)
+        self.shape = len(self.layers), model.config.hidden_size
         self.fingerprint = fingerprint_of(model.state_dict().values(), self.prefix, self.layers)
 
     @torch.no_grad()
@@ -124,13 +126,31 @@ class MiniText:
 def released(
     folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> tuple[ChatTokens, ReleasedLatents, ReleasedText]:
-    """Tokenizer, codec and text encoder of a checkpoint folder in the released layout. Errors: as in loading."""
+    """Tokenizer, codec (float32) and text encoder (`dtype`) of a checkpoint folder. Errors: as in loading."""
     from lens import checkpoint
 
-    layers = checkpoint.transformer_config(
-        checkpoint.read_json(folder / "transformer" / "config.json")
-    ).selected_layer_index
+    path = folder / "transformer" / "config.json"
+    layers = checkpoint.transformer_config(checkpoint.read_json(path), str(path)).selected_layer_index
     tokenizer = ChatTokens(folder / "tokenizer")
     model = checkpoint.load_text_encoder(folder / "text_encoder", dtype, device, max(layers) + 1)
     vae = checkpoint.load_vae(folder / "vae", torch.float32, device)
-    return tokenizer, ReleasedLatents(vae), ReleasedText(model, layers, tokenizer)
+    marks = [checkpoint.fingerprint(folder / part)[:16] for part in ("vae", "text_encoder")]
+    return tokenizer, ReleasedLatents(vae, marks[0]), ReleasedText(model, layers, tokenizer, f"{marks[1]} {dtype}")
+
+
+def mini(recipe: str, vae: Path, encoder: Path, device: torch.device | str) -> tuple[ChatTokens, MiniLatents, MiniText]:
+    """The same of Mini's stages: a "vae" folder, and the averaged encoder of a state file of "encoder" or of "pretrain"."""
+    from .. import configs
+    from .. import encoder as stage
+    from ..checkpointing import load_state
+
+    config = configs.load(recipe, "encoder")
+    tokenizer = ChatTokens(stage.ROOT / config.TOKENIZER, 1 << 20)
+    prefix = stage.tokenizer_of(config.TOKENIZER).prefix
+    if torch.load(encoder, map_location="cpu", weights_only=True).get("stage") == "pretrain":
+        average, model = load_state(encoder, "pretrain")["ema"]["average"], stage.build(config)
+        model.load_state_dict({k.removeprefix("encoder."): v for k, v in average.items() if k.startswith("encoder.")})
+    else:
+        model = stage.load_trained(config, encoder)
+    model.to(device)
+    return tokenizer, MiniLatents(vae, device), MiniText(model, config.LAYERS, prefix)

@@ -15,20 +15,28 @@ up). It keeps nothing between batches. A member that cannot be read is skipped, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .buckets import Bucket, BucketSampler
+from .buckets import Bucket, BucketSampler, MicroBatch, outputs, philox, uniforms
 from .encoders import LatentCodec, TextEncoder, Tokenizer
+from .pictures import Unusable, fitted
+from .shards import FEATURES, IDS, LATENTS, TEXT, Member, ShardSet, array_of
+from .stream import undisturbed
+
+TRIES = 100  # members drawn for one place before a bucket is given up
+STRIDE = 1 << 12  # draws of a micro-batch; no batch is larger
 
 
 @dataclass(frozen=True)
 class Skip:
-    """A member that was asked for and could not be read, and why."""
+    """A member that was asked for and could not be used, and why."""
 
     key: str
     reason: str
@@ -38,7 +46,8 @@ class Skip:
 class Batch:
     """One micro-batch: B samples of one bucket, I image tokens each, RT text tokens in all, text packed sample after sample.
 
-    `pixels` or `latents` (or both) and `ids` or `features` (or both) are there: `Encode` computes what is missing.
+    From the loader: `latents` where the shards hold them, else `pixels`; `features` where the shards hold them, `ids` where
+    they do or there is a tokenizer. `Encode` computes what is missing.
     """
 
     number: int  # of the global stream: step * slots + slot; with a purpose it keys every draw (noise, times)
@@ -48,53 +57,216 @@ class Batch:
     keys: tuple[str, ...]  # B
     captions: tuple[str, ...]  # B, "" where dropped
     lengths: list[int]  # B, text tokens of each sample, 0 where its caption was dropped
-    pixels: Tensor | None  # uint8 [B, H, W, 3]
-    latents: Tensor | None  # float32 [B, I, C], normalised tokens
-    ids: Tensor | None  # int64 [RT], after the chat prefix
-    features: Tensor | None  # [RT, F, E]
+    pixels: Tensor | None = None  # uint8 [B, H, W, 3]
+    latents: Tensor | None = None  # float32 [B, I, C], normalised tokens
+    ids: Tensor | None = None  # int64 [RT], after the chat prefix
+    features: Tensor | None = None  # [RT, F, E]
     skipped: tuple[Skip, ...] = ()
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there."""
+        found = {name: getattr(self, name) for name in ("pixels", "latents", "ids", "features")}
+        return {name: value for name, value in found.items() if value is not None}
 
     def to(self, device: torch.device | str) -> Batch:
         """The tensors on a device."""
-        raise NotImplementedError
+        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors.items()}
+        return dataclasses.replace(self, **moved)
 
     def pin_memory(self) -> Batch:
-        """The tensors in page-locked memory."""
-        raise NotImplementedError
+        """The tensors in page-locked memory; DataLoader's pinning calls this."""
+        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in self.tensors.items()})
+
+
+class Reader(torch.utils.data.Dataset):
+    """MicroBatch -> Batch, from files and keyed draws alone: what a worker runs."""
+
+    def __init__(self, shards: ShardSet, tokenizer: Tokenizer | None, text_dropout: float, seed: int):
+        self.shards, self.tokenizer, self.text_dropout, self.seed = shards, tokenizer, text_dropout, seed
+
+    def __getitem__(self, micro: MicroBatch) -> Batch:
+        count, skipped, rows = len(micro.members), [], []
+        for place, member in enumerate(micro.members.tolist()):
+            rows.append(self._usable(micro.bucket, micro.ordinal + place, member, skipped))
+        dropped = uniforms(self.seed, "text dropout", micro.number * STRIDE, count) < self.text_dropout
+        out = Batch(
+            micro.number,
+            micro.step,
+            micro.slot,
+            micro.bucket,
+            keys=tuple(row["key"] for row in rows),
+            captions=tuple("" if gone else row["caption"] for row, gone in zip(rows, dropped)),
+            lengths=[0 if gone else len(row.get("ids", ())) for row, gone in zip(rows, dropped)],
+            skipped=tuple(skipped),
+        )
+        kept = [row for row, gone in zip(rows, dropped) if not gone]
+        for name in ("pixels", "latents"):
+            if name in rows[0]:
+                setattr(out, name, torch.stack([row[name] for row in rows]))
+        for name in ("ids", "features"):
+            if name in rows[0]:
+                setattr(out, name, torch.cat([row[name] for row in kept] or [rows[0][name][:0]]))
+        return out
+
+    def _usable(self, bucket: Bucket, ordinal: int, position: int, skipped: list[Skip]) -> dict[str, Any]:
+        """The sample at a position, or the first usable one of those drawn in its place by (seed, bucket, ordinal)."""
+        others = None
+        for attempt in range(TRIES):
+            member = self.shards.member(bucket, position)
+            try:
+                return self._sample(member, bucket)
+            except Unusable as error:
+                skipped.append(Skip(member.key, str(error)))
+            if others is None:
+                others = outputs(philox(self.seed, "replacement", bucket.name, ordinal), 0, TRIES)
+            position = int(others[attempt]) % self.shards.sizes[bucket]
+        raise ValueError(
+            f"{self.shards.folder}: {TRIES} members of bucket {bucket.name} in a row cannot be used; the last: "
+            f"{skipped[-1].key}: {skipped[-1].reason}"
+        )
+
+    def _sample(self, member: Member, bucket: Bucket) -> dict[str, Any]:
+        """Errors: Unusable."""
+        row: dict[str, Any] = {"key": member.key}
+        try:
+            row["caption"] = member.read(TEXT).decode()
+        except UnicodeDecodeError as error:
+            raise Unusable(f"its caption is not UTF-8: {error}") from None
+        if "latents" in self.shards.precomputed:
+            row["latents"] = array_of(member.read(LATENTS)).float()
+        else:
+            row["pixels"] = torch.from_numpy(fitted(member.read(member.picture), bucket.size))
+        if "text" in self.shards.precomputed:
+            row["ids"], row["features"] = array_of(member.read(IDS)).long(), array_of(member.read(FEATURES))
+        elif self.tokenizer is not None:
+            row["ids"] = torch.tensor(self.tokenizer(row["caption"]), dtype=torch.int64)
+        return row
+
+
+def as_it_is(batch: Batch) -> Batch:
+    """DataLoader's collate function: a Reader's item is a whole batch."""
+    return batch
 
 
 class Loader:
-    """Micro-batches of a shard set in the sampler's order."""
+    """Micro-batches of a shard set in the sampler's order.
+
+    tokenizer: caption -> ids, None where captions alone are wanted or the shards hold the text. workers: processes that read
+    ahead (0: none, here and now); their number changes no byte. pin: into page-locked memory. Errors: ValueError.
+    """
 
     def __init__(
         self,
-        shards: Any,
+        shards: ShardSet,
         sampler: BucketSampler,
         tokenizer: Tokenizer | None = None,
         text_dropout: float = 0.1,
         workers: int = 0,
         pin: bool = False,
     ):
-        raise NotImplementedError
+        if not 0 <= text_dropout <= 1 or workers < 0:
+            raise ValueError(f"Loader: text_dropout {text_dropout}, workers {workers}; expected [0, 1] and 0 or more")
+        if max(sampler.batch) > STRIDE:
+            raise ValueError(f"Loader: a batch of {max(sampler.batch)}, expected at most {STRIDE}")
+        for bucket, size in zip(sampler.buckets, sampler.sizes):
+            if shards.sizes.get(bucket) != size:
+                held = shards.sizes.get(bucket, 0)
+                raise ValueError(f"Loader: the sampler counts {size} samples in {bucket.name}, the shards {held}")
+        self.shards, self.sampler, self.workers, self.pin = shards, sampler, workers, pin
+        self.reader = Reader(shards, tokenizer, text_dropout, sampler.seed)
 
     def batches(self, start: int | Mapping[str, Any] = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
-        """A rank's micro-batches from the first slot of a step (or of a saved state) on, without end."""
-        raise NotImplementedError
+        """A rank's micro-batches from the first slot of a step (or of a saved state) on, without end.
+
+        Errors: ValueError where a state belongs to another stream or to other shards, or `world` does not divide the slots.
+        """
+        if isinstance(start, Mapping) and start["data"] != self.shards.fingerprint:
+            raise ValueError(
+                f"Loader: the state was saved over shards {start['data']}, {self.shards.folder} is {self.shards.fingerprint}"
+            )
+        options: dict[str, Any] = {}
+        if self.workers:  # fresh processes: a fork would copy the threads and the device of the training
+            options = {"multiprocessing_context": "spawn", "prefetch_factor": 2}
+        loading = torch.utils.data.DataLoader(
+            self.reader,
+            batch_size=None,
+            sampler=self.sampler.stream(start, rank, world),
+            num_workers=self.workers,
+            collate_fn=as_it_is,
+            pin_memory=self.pin,
+            generator=torch.Generator(),  # DataLoader draws a seed nobody uses; not from the global generator
+            **options,
+        )
+        with undisturbed():  # to stop is the training's alone
+            iterator = iter(loading)
+        return iterator
 
     def state(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps: {step, counts, fingerprint}; the same for every rank, valid on any world size."""
-        raise NotImplementedError
+        """What a checkpoint keeps after `step` consumed optimiser steps; the same on every rank, valid on any world size."""
+        return {**self.sampler.state(step), "data": self.shards.fingerprint}
 
 
 class Encode:
-    """Fills in latents and features on the training's device; on CUDA on a stream of its own."""
+    """Fills in latents and features on the training's device. Networks may be None where the shards hold their numbers.
 
-    def __init__(self, codec: LatentCodec | None, text: TextEncoder | None, device: torch.device | str):
-        raise NotImplementedError
+    shards: where given, numbers computed with other networks than these are refused. Errors: ValueError.
+    """
 
+    def __init__(
+        self,
+        codec: LatentCodec | None,
+        text: TextEncoder | None,
+        device: torch.device | str,
+        shards: ShardSet | None = None,
+    ):
+        self.codec, self.text, self.device = codec, text, torch.device(device)
+        held = shards.precomputed if shards is not None else {}
+        for name, network in (("latents", codec), ("text", text)):
+            if network is not None and held.get(name, network.fingerprint) != network.fingerprint:
+                raise ValueError(
+                    f"Encode: the {name} of {shards.folder} were computed with {held[name]}, "
+                    f"these networks are {network.fingerprint}"
+                )
+
+    @torch.no_grad()
     def __call__(self, batch: Batch) -> Batch:
-        raise NotImplementedError
+        """Errors: ValueError where something is missing and there is nothing to compute it with."""
+        lengths, ids = batch.lengths, batch.ids
+        batch = batch.to(self.device)
+        if batch.latents is None:
+            if self.codec is None or batch.pixels is None:
+                raise ValueError("Encode: the batch has no latents; expected pixels and a codec")
+            batch.latents = self.codec.encode(batch.pixels).float()
+        if batch.features is None:
+            if self.text is None or ids is None:
+                raise ValueError("Encode: the batch has no text features; expected ids and a text encoder")
+            own = [part.tolist() for part in ids.cpu().split(lengths) if len(part)]
+            none = torch.zeros(0, *self.text.shape, device=self.device)
+            batch.features = self.text.encode(own) if own else none
+        return batch
 
-    def ahead(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches encoded, on CUDA one ahead of the one in use."""
-        raise NotImplementedError
+    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches, encoded; on CUDA on a stream of its own, one ahead of the one in use."""
+        if self.device.type != "cuda":
+            yield from map(self, batches)
+            return
+        beside, waiting = torch.cuda.Stream(self.device), deque()
+        for batch in batches:
+            with torch.cuda.stream(beside):
+                encoded = self(batch)
+                done = torch.cuda.Event()
+                done.record(beside)
+            waiting.append((encoded, done))
+            if len(waiting) > 1:
+                yield self._joined(*waiting.popleft())
+        while waiting:
+            yield self._joined(*waiting.popleft())
+
+    def _joined(self, batch: Batch, done: torch.cuda.Event) -> Batch:
+        """The batch for the stream that is current: it waits for the encoder's, and its memory is kept until it is done."""
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(done)
+        for value in batch.tensors.values():
+            value.record_stream(current)
+        return batch

@@ -1,0 +1,278 @@
+"""Shards on disk: WebDataset tars of one bucket each, a sidecar index, a manifest; written whole or not at all.
+
+    OUT/manifest.json                 buckets, shards with their hashes, what was left out and why, what was computed beforehand
+    OUT/512_1x1/000000.tar            members KEY.jpg (the encoded picture as it came), KEY.txt (caption), KEY.json (provenance),
+                                      with --precompute also KEY.latents.npy, KEY.ids.npy, KEY.features.npy
+    OUT/512_1x1/000000.json           keys; offset, size and CRC-32 of every member in the tar
+
+The index is written after its tar, the manifest after all: an interrupted build goes on at the first shard without an index.
+Any WebDataset reader can stream the tars; ours reads members at random by the index and checks them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tarfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lens import checkpoint
+
+from ..checkpointing import write_text
+from .buckets import Bucket
+from .pictures import Unusable
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+TEXT, META, LATENTS, IDS, FEATURES = "txt", "json", "latents.npy", "ids.npy", "features.npy"
+OPEN_FILES, OPEN_INDEXES = 256, 512  # kept by a reader
+
+
+@dataclass
+class Sample:
+    """What becomes the members of one key."""
+
+    key: str
+    picture: bytes
+    suffix: str  # of the picture, without the dot
+    caption: str
+    meta: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, Tensor] = field(default_factory=dict)  # LATENTS, IDS, FEATURES
+
+    def members(self) -> dict[str, Any]:
+        out: dict[str, Any] = {"__key__": self.key, self.suffix: self.picture, TEXT: self.caption.encode()}
+        out[META] = json.dumps(self.meta, ensure_ascii=False, sort_keys=True).encode()
+        return out | {name: array_bytes(value) for name, value in self.arrays.items()}
+
+
+def array_bytes(value: Tensor) -> bytes:
+    """A .npy file; bfloat16, which NumPy lacks, as the uint16 of its bits."""
+    value = value.detach().cpu().contiguous()
+    stream = io.BytesIO()
+    np.save(stream, (value.view(torch.uint16) if value.dtype == torch.bfloat16 else value).numpy())
+    return stream.getvalue()
+
+
+def array_of(data: bytes) -> Tensor:
+    """The inverse of `array_bytes`. Errors: Unusable."""
+    try:
+        value = torch.from_numpy(np.load(io.BytesIO(data), allow_pickle=False))
+    except (ValueError, EOFError, OSError) as error:
+        raise Unusable(f"not an array: {error}") from None
+    return value.view(torch.bfloat16) if value.dtype == torch.uint16 else value
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_shard(
+    path: Path,
+    bucket: Bucket,
+    makers: Iterable[tuple[str, Callable[[], Sample]]],
+    plan: str,
+) -> dict[str, Any]:
+    """Write `path` (.tar) and its index. makers: (name of the source, function that reads or draws it); one that raises
+    Unusable is left out and named in the index. `plan`: hash of what the shard is made of, kept for resuming.
+
+    Errors: OSError naming the file (a full disk, say), with nothing left behind.
+    """
+    from webdataset.writer import TarWriter
+
+    keys: list[str] = []
+    skipped: list[list[str]] = []
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
+            for source, make in makers:
+                try:
+                    sample = make()
+                except Unusable as error:
+                    skipped.append([source, str(error)])
+                    continue
+                tar.write(sample.members())
+                keys.append(sample.key)
+
+    checkpoint.write_atomic(path, write)
+    places = {key: at for at, key in enumerate(keys)}
+    parts: dict[str, list[list[int] | None]] = {}
+    with tarfile.open(path) as tar, path.open("rb") as file:
+        for member in tar:
+            folder, slash, name = member.name.rpartition("/")
+            stem, _, part = name.partition(".")  # WebDataset's rule: a key ends at the first dot of its last component
+            file.seek(member.offset_data)
+            entry = [member.offset_data, member.size, zlib.crc32(file.read(member.size))]
+            parts.setdefault(part, [None] * len(keys))[places[folder + slash + stem]] = entry
+    index = {
+        "format": FORMAT,
+        "bucket": bucket.name,
+        "plan": plan,
+        "bytes": path.stat().st_size,
+        "sha256": digest_of(path),
+        "skipped": skipped,
+        "keys": keys,
+        "parts": parts,
+    }
+    write_text(path.with_suffix(".json"), json.dumps(index, ensure_ascii=False) + "\n")
+    return index
+
+
+def read_index(path: Path) -> dict[str, Any]:
+    """An index. Errors: ValueError naming a file that is none, or of another format."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not an index of a shard: {error}") from None
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{path}: not an index of a shard of format {FORMAT}")
+    return index
+
+
+@dataclass(frozen=True)
+class Member:
+    """The parts of one key and how to read them."""
+
+    key: str
+    parts: Mapping[str, tuple[int, int, int]]  # offset, size, CRC-32
+    shard: Path
+    pread: Callable[[Path, int, int], bytes]
+
+    def read(self, part: str) -> bytes:
+        """Errors: Unusable where the bytes are not those that were written."""
+        if part not in self.parts:
+            raise Unusable(f"no .{part} beside it")
+        offset, size, crc = self.parts[part]
+        data = self.pread(self.shard, offset, size)
+        if len(data) < size:
+            raise Unusable(f"{self.shard.name} ends before it")
+        if zlib.crc32(data) != crc:
+            raise Unusable(f"its .{part} is not what was written")
+        return data
+
+    @property
+    def picture(self) -> str:
+        """The part that is the picture."""
+        known = (TEXT, META, LATENTS, IDS, FEATURES)
+        return next(part for part in self.parts if part not in known)
+
+
+class ShardSet:
+    """A finished folder of shards. `sizes`: samples of every bucket; members are counted through its shards in order.
+
+    Sent to another process it is opened there anew. Errors: FileNotFoundError, ValueError naming the file.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, path = Path(folder), Path(folder) / MANIFEST
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no finished shards here; `python -m train shards` writes them")
+        self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        if self.manifest.get("format") != FORMAT:
+            raise ValueError(f"{path}: format {self.manifest.get('format')!r}, expected {FORMAT}")
+        tars = {n: [[s["samples"], s["sha256"]] for s in own] for n, own in self.manifest["buckets"].items()}
+        self.fingerprint = hashlib.sha256(json.dumps(tars).encode()).hexdigest()[:16]
+        self.precomputed: dict[str, str] = self.manifest["precomputed"]
+        self.sizes: dict[Bucket, int] = {}
+        self._shards: dict[Bucket, tuple[np.ndarray, list[Path]]] = {}
+        for name, shards in self.manifest["buckets"].items():
+            bucket, own = Bucket.of(name), [s for s in shards if s["samples"]]
+            if own:
+                ends = np.cumsum([s["samples"] for s in own])
+                self.sizes[bucket] = int(ends[-1])
+                self._shards[bucket] = ends, [self.folder / name / s["name"] for s in own]
+        self._indexes: OrderedDict[Path, tuple[list[str], dict[str, np.ndarray]]] = OrderedDict()
+        self._files: OrderedDict[Path, int] = OrderedDict()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSet, (self.folder,)
+
+    def member(self, bucket: Bucket, position: int) -> Member:
+        """Member `position` of a bucket in stored order."""
+        ends, paths = self._shards[bucket]
+        shard = int(np.searchsorted(ends, position, side="right"))
+        path = paths[shard]
+        keys, parts = self._index(path)
+        place = position - (int(ends[shard - 1]) if shard else 0)
+        own = {name: tuple(table[place].tolist()) for name, table in parts.items() if table[place, 0] >= 0}
+        return Member(keys[place], own, path, self._pread)
+
+    def _index(self, path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
+        if path not in self._indexes:
+            index = read_index(path.with_suffix(".json"))
+            parts = {name: np.array([row or (-1, 0, 0) for row in rows]) for name, rows in index["parts"].items()}
+            self._indexes[path] = index["keys"], parts
+            if len(self._indexes) > OPEN_INDEXES:
+                self._indexes.popitem(last=False)
+        self._indexes.move_to_end(path)
+        return self._indexes[path]
+
+    def _pread(self, path: Path, offset: int, size: int) -> bytes:
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+            if len(self._files) > OPEN_FILES:
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(path)
+        return os.pread(self._files[path], size, offset)
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_files", {}).values():
+            os.close(handle)
+
+    def faults(self) -> list[str]:
+        """Every shard that is not what the manifest says, in words; [] where all are."""
+        found = []
+        for name, shards in self.manifest["buckets"].items():
+            for shard in shards:
+                path = self.folder / name / shard["name"]
+                for file, key in ((path, "sha256"), (path.with_suffix(".json"), "index_sha256")):
+                    if not file.is_file():
+                        found.append(f"{file}: missing")
+                    elif digest_of(file) != shard[key]:
+                        found.append(f"{file}: not the file that was written")
+        return found
+
+
+def write_manifest(
+    folder: Path, shards: Sequence[tuple[Bucket, Path]], left_out: Mapping[str, int], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The manifest of finished shards. left_out: reason -> count, of what never came to a shard."""
+    buckets: dict[str, list[dict[str, Any]]] = {}
+    skipped = 0
+    for bucket, path in shards:
+        index = read_index(path.with_suffix(".json"))
+        skipped += len(index["skipped"])
+        buckets.setdefault(bucket.name, []).append(
+            {
+                "name": path.name,
+                "samples": len(index["keys"]),
+                "bytes": index["bytes"],
+                "sha256": index["sha256"],
+                "index_sha256": digest_of(path.with_suffix(".json")),
+            }
+        )
+    manifest = {
+        "format": FORMAT,
+        "samples": sum(s["samples"] for own in buckets.values() for s in own),
+        "left_out": {**left_out, "unusable": left_out.get("unusable", 0) + skipped},
+        "precomputed": {},
+        **settings,
+        "buckets": buckets,
+    }
+    checkpoint.write_json(folder / MANIFEST, manifest)
+    return manifest

@@ -1,0 +1,292 @@
+"""Stage "shards": pictures and captions -> WebDataset shards of one aspect bucket each.
+
+    python -m train shards --images photos/ --out shards/train --held-out 0.01               # photos/a.jpg with a.txt or a.json
+    python -m train shards --images photos/ --split held_out --held-out 0.01 --out shards/held
+    python -m train shards --images photos/ --captions captions.jsonl --bases 512 --aspects 1:1 --out shards/512
+    python -m train shards --world mini --bases 64 96 128 --per-bucket 2000 --out shards/world
+    python -m train shards ... --precompute latents,text --model checkpoint/ --device cuda
+    python -m train shards --verify shards/train                                             # hashes; exit 1 where one differs
+
+A picture goes to the bucket of the nearest aspect (in log ratio) at every base it serves without upscaling (`--assign largest`: only
+at the largest). Files are kept as they are encoded; orientation, crop and resize happen at load. Captions come from NAME.txt, from
+"caption" in NAME.json, or from `--captions`: JSON lines {"file": ..., "caption": ...}. What cannot be used (broken, too small, without
+a caption) is left out, counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps that share of the keys, chosen
+by their hash alone, out of the split "train"; the world's own held-out compositions are its split "held_out".
+
+Interrupted or out of disk, the same command goes on at the first unfinished shard. The same sources give the same tars,
+whatever `--workers`.
+
+`--precompute` stores the latents (posterior mode, patchified, normalised) and the text features beside each picture, from a checkpoint
+folder (`--model`) or from Mini's stages (`--vae`, `--encoder`). Text features are large: at the released size 46 KB a token in
+float32, so 5 MB for a caption of 110.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpointing import write_text
+from .data import encoders
+from .data.buckets import ASPECTS, BASES, Bucket
+from .data.pictures import fitted
+from .data.shards import FEATURES, IDS, LATENTS, Sample, ShardSet, read_index, write_manifest, write_shard
+from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
+from .data.stream import start_worker, undisturbed
+from .loop import device_of
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Precompute:
+    """What is computed beside each picture, and with which networks. Plain values: every process loads them for itself."""
+
+    what: tuple[str, ...] = ()
+    model: Path | None = None
+    vae: Path | None = None
+    encoder: Path | None = None
+    recipe: str = "mini"
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def networks(self) -> tuple[encoders.Tokenizer, encoders.LatentCodec | None, encoders.TextEncoder | None]:
+        return _networks(self)
+
+    def fingerprints(self) -> dict[str, str]:
+        _, codec, text = self.networks() if self.what else (None, None, None)
+        found = {"latents": codec and codec.fingerprint, "text": text and text.fingerprint}
+        return {name: value for name, value in found.items() if value}
+
+    def __call__(self, sample: Sample, bucket: Bucket) -> Sample:
+        if not self.what:
+            return sample
+        tokenizer, codec, text = self.networks()
+        if codec is not None:
+            pixels = torch.from_numpy(fitted(sample.picture, bucket.size))[None].to(self.device)
+            sample.arrays[LATENTS] = codec.encode(pixels)[0].to(DTYPES[self.dtype])
+        if text is not None:
+            ids = tokenizer(sample.caption)
+            sample.arrays[IDS] = torch.tensor(ids, dtype=torch.int32)
+            sample.arrays[FEATURES] = text.encode([ids]).to(DTYPES[self.dtype])
+        return sample
+
+
+@functools.lru_cache(maxsize=1)
+def _networks(asked: Precompute) -> tuple[Any, Any, Any]:
+    device = device_of(asked.device)
+    if asked.model is not None:
+        tokenizer, codec, text = encoders.released(asked.model, device, DTYPES[asked.dtype])
+    else:
+        tokenizer, codec, text = encoders.mini(asked.recipe, asked.vae, asked.encoder, device)
+    return tokenizer, codec if "latents" in asked.what else None, text if "text" in asked.what else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One shard to be: its bucket, its file, what goes into it."""
+
+    bucket: Bucket
+    path: Path
+    sources: tuple[Source, ...]
+    extra: Precompute
+
+    @property
+    def digest(self) -> str:
+        """Of everything the bytes depend on; paths and devices are no part of it."""
+        content = [[type(s).__name__, *(v for k, v in asdict(s).items() if k != "folder")] for s in self.sources]
+        settings = [self.bucket.name, sorted(self.extra.fingerprints().items()), self.extra.dtype]
+        return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:16]
+
+    def build(self) -> int:
+        """Write the shard; the number of its samples."""
+        makers = [(s.file, lambda s=s: self.extra(s.sample(), self.bucket)) for s in self.sources]
+        return len(write_shard(self.path, self.bucket, makers, self.digest)["keys"])
+
+    def done(self) -> bool:
+        """Whether it is there. Errors: ValueError where what is there was made of something else."""
+        index = self.path.with_suffix(".json")
+        if not (index.is_file() and self.path.is_file()):
+            return False
+        if read_index(index)["plan"] != self.digest:
+            raise ValueError(
+                f"{self.path}: was made from other sources or settings; expected a fresh --out, or that folder removed"
+            )
+        return True
+
+
+def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[Bucket, list[Source]]:
+    """What goes where, in stored order: pictures by the hash of their keys, so that a shard is a sample of the folder."""
+    buckets: dict[Bucket, list[Source]] = {Bucket(b, a): [] for b in options.bases for a in options.aspects}
+    if options.world:
+        for place, (bucket, own) in enumerate(buckets.items()):
+            first = options.first_seed + place * options.per_bucket
+            seeds = range(first, first + options.per_bucket)
+            own += [Drawing(options.world, options.split, seed, *bucket.size) for seed in seeds]
+        return buckets
+    captions = captions_of(options.captions) if options.captions else None
+    for picture, height, width in pictures_of(options.images, captions, out):
+        if (fraction(picture.key) < options.held_out) != (options.split == "held_out"):
+            continue
+        found = assign(height, width, options.bases, options.aspects, options.assign == "largest")
+        if not found:
+            out.append((picture.file, "too small"))
+        for bucket in found:
+            buckets[bucket].append(picture)
+    for own in buckets.values():
+        own.sort(key=lambda p: (hashlib.sha256(p.key.encode()).digest(), p.key))
+    return buckets
+
+
+def plans_of(options: argparse.Namespace, buckets: dict[Bucket, list[Source]], extra: Precompute) -> list[Plan]:
+    return [
+        Plan(
+            bucket, options.out / bucket.name / f"{number:06d}.tar", tuple(own[start : start + options.samples]), extra
+        )
+        for bucket, own in buckets.items()
+        for number, start in enumerate(range(0, len(own), options.samples))
+    ]
+
+
+def completed(plans: Sequence[Plan], workers: int) -> Iterator[tuple[Plan, int]]:
+    """Shards as they are finished; processes, where asked for, write several at once."""
+    if not workers:
+        yield from ((plan, plan.build()) for plan in plans)
+        return
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
+        with undisturbed():
+            waiting: list[tuple[Plan, Callable[[], int]]] = [(p, pool.submit(p.build).result) for p in plans]
+        try:
+            yield from ((plan, wait()) for plan, wait in waiting)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def build(options: argparse.Namespace) -> None:
+    """Plan, write what is missing, then the manifest. Errors: ValueError where nothing usable was found; OSError."""
+    extra = Precompute(
+        tuple(options.precompute),
+        options.model,
+        options.vae,
+        options.encoder,
+        options.config,
+        options.device,
+        options.dtype,
+    )
+    out: list[tuple[str, str]] = []
+    plans = plans_of(options, sources_of(options, out), extra)
+    if not plans:
+        reasons = dict(collections.Counter(reason for _, reason in out))
+        raise ValueError(f"shards: {options.images} holds no usable picture with a caption; left out: {reasons}")
+    missing = [plan for plan in plans if not plan.done()]
+    print(f"{sum(len(p.sources) for p in plans)} samples in {len(plans)} shards, {len(missing)} to write", flush=True)
+    begin = time.monotonic()
+    for count, (plan, samples) in enumerate(completed(missing, options.workers), 1):
+        left = (time.monotonic() - begin) / count * (len(missing) - count)
+        name = plan.path.relative_to(options.out)
+        print(f"{name}  {samples} samples  {count} of {len(missing)}, {left:.0f} s left", flush=True)
+    counted = dict(collections.Counter("no caption" if r.startswith("no caption") else r for _, r in out))
+    for reason in [r for r in counted if r not in ("no caption", "too small")]:
+        counted["unusable"] = counted.get("unusable", 0) + counted.pop(reason)
+    settings = {
+        "split": options.split,
+        "held_out": options.held_out,
+        "precomputed": extra.fingerprints(),
+        "dtype": options.dtype if extra.what else None,
+    }
+    manifest = write_manifest(options.out, [(p.bucket, p.path) for p in plans], counted, settings)
+    torn = [pair for p in plans for pair in read_index(p.path.with_suffix(".json"))["skipped"]]
+    lines = [json.dumps({"source": s, "reason": r}, ensure_ascii=False) for s, r in [*out, *torn]]
+    write_text(options.out / "left_out.jsonl", "".join(line + "\n" for line in lines))
+    print(f"{manifest['samples']} samples written; left out: {manifest['left_out']}")
+
+
+def share(text: str) -> float:
+    """A number in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise ValueError(text)
+    return value
+
+
+def parts(text: str) -> list[str]:
+    """Comma-separated names of what can be precomputed."""
+    names = text.split(",")
+    if not set(names) <= {"latents", "text"}:
+        raise ValueError(text)
+    return sorted(set(names))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, metavar="FOLDER", help="pictures, in subfolders too")
+    source.add_argument("--world", metavar="RECIPE", help="scenes of a recipe's small world, e.g. mini")
+    source.add_argument(
+        "--verify", type=Path, metavar="FOLDER", help="write nothing; compare finished shards with their hashes"
+    )
+    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON lines {"file": ..., "caption": ...}')
+    parser.add_argument("--out", type=Path, default=Path("shards"), help="folder to write (default: shards)")
+    parser.add_argument(
+        "--bases", type=int, nargs="+", default=list(BASES), help="base resolutions (default: 512 768 1024)"
+    )
+    parser.add_argument(
+        "--aspects",
+        nargs="+",
+        choices=ASPECTS,
+        metavar="W:H",
+        default=list(ASPECTS),
+        help="aspect ratios W:H (default: all nine)",
+    )
+    parser.add_argument(
+        "--assign", choices=("all", "largest"), default="all", help="bases a picture goes to (default: all it serves)"
+    )
+    parser.add_argument("--split", choices=("train", "held_out"), default="train", help="(default: train)")
+    parser.add_argument(
+        "--held-out", type=share, default=0.0, metavar="SHARE", help="of the keys of a folder (default: 0)"
+    )
+    parser.add_argument("--samples", type=int, default=1_000, help="samples of a shard (default: 1000)")
+    parser.add_argument("--per-bucket", type=int, default=1_000, help="--world: scenes of a bucket (default: 1000)")
+    parser.add_argument("--first-seed", type=int, default=0, help="--world: seed of the first scene (default: 0)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that write shards (default: 0, none)")
+    parser.add_argument(
+        "--precompute", type=parts, default=[], metavar="latents,text", help="what to store beside pictures"
+    )
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="--precompute: a checkpoint folder")
+    parser.add_argument("--vae", type=Path, default=Path("runs/vae"), help='--precompute: folder of the stage "vae"')
+    parser.add_argument(
+        "--encoder", type=Path, default=Path("runs/encoder/encoder.pt"), metavar="STATE", help="--precompute"
+    )
+    parser.add_argument("--config", default="mini", help="--precompute: recipe of --vae and --encoder (default: mini)")
+    parser.add_argument("--device", default="cpu", help="--precompute: cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="float32", help="of what is stored (default: float32)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    if options.verify:
+        found = ShardSet(options.verify).faults()
+        print("\n".join(found) or f"{options.verify}: every file is what was written")
+        return int(bool(found))
+    torch.set_num_threads(1)
+    try:
+        build(options)
+    except OSError as error:
+        print(f"shards: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        print("What is finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 1
+    return 0
