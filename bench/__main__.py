@@ -102,12 +102,12 @@ def _compare(options: argparse.Namespace) -> int:
 
     try:
         before, after = load(options.before), load(options.after)
-        verdicts = compare(before, after, tuple(options.subject) if options.subject else None)
+        subjects = tuple(options.subject) if options.subject else None
+        verdicts, gone = compare(before, after, subjects), lost(before, after, subjects)
     except (NoResult, Incomparable) as error:
         return _mistake(f"cannot compare: {error}")
-    gone = lost(before, after)
-    print("\n".join([*lines(verdicts), *(f"LOST    {case}: it ran before" for case in gone), sight(verdicts)]))
-    return int(any(v.slower for v in verdicts) or bool(gone))
+    print("\n".join([*lines(verdicts), *map(str, gone), sight(verdicts)]))
+    return int(any(v.slower for v in verdicts) or any(subject.judged for subject in gone))
 
 
 def _report(options: argparse.Namespace) -> int:

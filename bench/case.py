@@ -38,12 +38,15 @@ class Subject:
 
     call: gets one of `Work.inputs`, returns the tensors that are compared. mode, on a GPU: "graph" replays a captured
     CUDA graph, so that no host time is measured; "stream" calls it as a user would, host gaps included.
+    timed: where the time is not that of the call: makes one and returns seconds. told: what else the row then says.
     """
 
     call: Callable[..., Any]
     mode: str = "graph"
     grad: bool = False  # records gradients
     settle: Callable[[], Any] | None = None  # after the comparison, before the timing: what must be put back
+    timed: Callable[..., float] | None = None
+    told: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass
@@ -54,7 +57,8 @@ class Work:
     wider arithmetic. bound: largest relative L2 distance of a subject's result to the oracle's. flops, bytes: what no
     implementation can avoid, by the formulas of `bench.roofline`. data: further tensors that must not be constant.
     select: the part of a result that is compared. left_out: subjects this machine cannot run, with the reason.
-    failed: ours that did not run, filled by `bench.measure`.
+    failed: subjects with a wrong result, and ours that did not run, filled by `bench.measure`. more: what else a row
+    says, such as {"pictures": 8}.
     """
 
     inputs: Sequence[tuple[Any, ...]]
@@ -68,6 +72,7 @@ class Work:
     left_out: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     note: str = ""
+    more: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

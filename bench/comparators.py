@@ -195,8 +195,8 @@ def _heads(stream: Stream, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor,
 
 def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attention of one sample: [S, N, H] each -> [S_q, N H], no mask."""
-    out = F.scaled_dot_product_attention(*(t.transpose(0, 1)[None] for t in (q, k, v)))
-    return out[0].transpose(0, 1).flatten(1)
+    q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
 
 
 def _mlp(stream: Stream, x: Tensor) -> Tensor:

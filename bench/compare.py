@@ -8,7 +8,6 @@ results' pairs is what this machine cannot tell from a change.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from .case import OURS
 from .machine import Incomparable, refuse_unlike
@@ -42,30 +41,55 @@ class Verdict:
 def compare(before: Result, after: Result, subjects: tuple[str, ...] | None = None) -> list[Verdict]:
     """A verdict for every case and subject that both results hold; Incomparable for unlike cards or nothing in common.
 
-    subjects: only these; by default ours and what begins with it, for comparators are judged by nobody.
+    subjects: only these; by default ours, see `judged`.
     """
     refuse_unlike(before.identity, after.identity)
     verdicts = []
     for key, row in after.rows.items():
-        wanted = key[1].startswith(OURS) if subjects is None else key[1] in subjects
-        if wanted and key in before.rows:
+        if judged(key[1], subjects) and key in before.rows:
             was = before.rows[key]
             verdicts.append(Verdict(*key, was.best, row.best, max(was.band, row.band)))
-    if not verdicts:
+    if not verdicts and not lost(before, after, subjects):
         raise Incomparable("no case with a common subject is in both results")
     return verdicts
 
 
-def lost(before: Result, after: Result) -> list[str]:
-    """Cases of ours that ran before and now failed or were left out: not slower, but gone."""
-    gone: dict[str, Any] = {**after.bench.get("left_out", {}), **after.bench.get("failed", {})}
-    return [
-        case for case, subject in before.rows if subject == OURS and (case, subject) not in after.rows and case in gone
-    ]
+@dataclass(frozen=True)
+class Lost:
+    """A subject that has a time in the first result, was asked for in the second and has none there."""
+
+    case: str
+    subject: str
+    reason: str
+    judged: bool
+
+    def __str__(self) -> str:
+        return f"{'LOST' if self.judged else 'lost':6}  {self.case} [{self.subject}]  it ran before: {self.reason}"
+
+
+def judged(subject: str, subjects: tuple[str, ...] | None) -> bool:
+    """Whether a verdict on the subject counts; by default ours and what begins with it, for comparators are judged by
+    nobody."""
+    return subject.startswith(OURS) if subjects is None else subject in subjects
+
+
+def lost(before: Result, after: Result, subjects: tuple[str, ...] | None = None) -> list[Lost]:
+    """Every subject that vanished: failed, left out, no longer offered, or not reached by a run that was cut off."""
+    asked, gone = after.bench["asked"], []
+    for case, subject in before.rows:
+        wanted = case in asked["cases"] and (asked["subjects"] is None or subject in asked["subjects"])
+        if wanted and (case, subject) not in after.rows:
+            told = after.bench["failed"].get(case, {}) | after.bench["left_out"].get(case, {})
+            gone.append(
+                Lost(case, subject, told.get(subject, "not reached, or no longer there"), judged(subject, subjects))
+            )
+    return gone
 
 
 def sight(verdicts: list[Verdict]) -> str:
     """How small a regression this pair of results can see."""
+    if not verdicts:
+        return "no subject is left to compare"
     limits = sorted(v.limit - 1 for v in verdicts)
     middle, worst = limits[len(limits) // 2], limits[-1]
     blind = sum(limit > 0.1 for limit in limits)

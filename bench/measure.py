@@ -15,16 +15,19 @@ from .timing import Clock, band, best, clock_of, take_turns
 COLD = 2  # inputs of so many L2 caches are not served by it
 
 
-def compare_results(case: Case, work: Work, clock: Clock, wanted: tuple[str, ...]) -> tuple[dict[str, Any], dict]:
+def compare_results(
+    case: Case, work: Work, clock: Clock, wanted: tuple[str, ...]
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Launch every wanted subject once, by the launch that will be timed; launchers and errors by name.
 
-    A subject too far from the oracle raises Disagreement. A comparator that cannot run here is left out with its
-    reason; ours that cannot has failed, and the others are timed all the same.
+    A subject too far from the oracle has failed, and so has ours that cannot run; a comparator that cannot is left out.
+    Each with its reason, and the others are timed all the same.
     """
     refuse_constant(work.inputs, case.id)
     refuse_constant(work.data, f"{case.id}: weights")
     oracle = work.oracle(*work.inputs[0])
-    launchers, errors = {}, {}
+    launchers: dict[str, Any] = {}
+    errors: dict[str, float] = {}
     for name in [n for n in work.subjects if n in wanted]:
         launcher = clock.launcher(work.subjects[name], work.inputs)
         try:
@@ -33,19 +36,21 @@ def compare_results(case: Case, work: Work, clock: Clock, wanted: tuple[str, ...
             words = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
             (work.failed if name.startswith(OURS) else work.left_out)[name] = words
             continue
-        errors[name] = distance(found, oracle)
-        if not errors[name] <= work.bound:
-            raise Disagreement(
-                f"{case.id}: {name} is {errors[name]:.3g} away from the oracle (bound {work.bound:.3g}): not timed"
-            )
-        launchers[name] = launcher
+        try:
+            away = distance(found, oracle)
+            if not away <= work.bound:
+                raise Disagreement(f"{away:.3g} away from the oracle (bound {work.bound:.3g}): not timed")
+        except ValueError as wrong:  # other shapes or another number of tensors among them
+            work.failed[name] = f"{type(wrong).__name__}: {wrong}"
+        else:
+            launchers[name], errors[name] = launcher, away
         del found
     return launchers, errors
 
 
 def _memory(launcher: Any, device: torch.device) -> dict[str, int]:
     """Bytes allocated before a call, the weights and graphs of all subjects among them, and at its peak."""
-    if device.type != "cuda":
+    if device.type != "cuda" or launcher.subject.timed is not None:
         return {}
     torch.cuda.reset_peak_memory_stats(device)
     resident = torch.cuda.memory_allocated(device)
@@ -62,7 +67,7 @@ def measure(
     clock: Clock | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Rows of one case by subject: {"passes": seconds of every round in each pass, "best", "band", "error", ...}, or
-    {"left_out": reason} or {"failed": reason}. LeftOut, Disagreement and ConstantData come through."""
+    {"left_out": reason} or {"failed": reason}. ConstantData comes through."""
     names = tuple(n for n in case.subjects if wanted is None or n in wanted)
     clock = clock or clock_of(device)
     try:
@@ -99,6 +104,8 @@ def measure(
             "roof": roof(work.flops, work.bytes, fastest, ceilings),
             "in_cache": in_cache,
             "host": min(launchers[name].host, default=None),
+            **work.more,
+            **work.subjects[name].told(),
             **_memory(launchers[name], device),
         }
     return rows

@@ -18,7 +18,7 @@ import torch
 from lens.checkpoint import write_json
 
 from . import machine
-from .case import Case, ConstantData, Disagreement
+from .case import Case
 from .measure import forget_compiled, measure, release
 from .roofline import ceilings
 
@@ -64,7 +64,8 @@ class Bench:
         self.cases = {case.id: case for case in cases}
         self.device, self.seconds, self.subjects = device, seconds, subjects
         self.out, self.until = out, None if budget is None else time.monotonic() + budget
-        self.report: dict[str, Any] = {"left_out": {}, "failed": {}}
+        asked = {"cases": list(self.cases), "subjects": None if subjects is None else list(subjects)}
+        self.report: dict[str, Any] = {"asked": asked, "left_out": {}, "failed": {}}
         self.json: dict[str, Any] = {}
         self._rows: tuple[str, dict[str, Any]] = ("", {})
         self._stats: list[Any] = []
@@ -82,33 +83,31 @@ class Bench:
             release(self.device)
             forget_compiled()
             if self.until is not None and time.monotonic() > self.until:
-                rows = {name: {"left_out": "the time budget was spent"} for name in case.subjects}
+                rows = {name: {"left_out": "the time budget was spent"} for name in self._asked(case)}
             else:
                 rows = self._measured(case)
-            broken = {n: r["failed"] for n, r in rows.items() if "failed" in r}
-            if broken and id not in self.report["failed"]:
-                self.report["failed"][id] = "; ".join(f"{n}: {why}" for n, why in broken.items())
-            left = {n: r["left_out"] for n, r in rows.items() if "left_out" in r}
-            if left:
-                self.report["left_out"][case.id] = left
-            self._rows = (case.id, rows)
+            for outcome in ("failed", "left_out"):
+                if told := {name: row[outcome] for name, row in rows.items() if outcome in row}:
+                    self.report[outcome][id] = told
+            self._rows = (id, rows)
         return self._rows[1]
 
     def _measured(self, case: Case) -> dict[str, Any]:
         try:
             return measure(case, self.device, self.seconds, self.report["ceilings"], self.subjects)
-        except (ConstantData, Disagreement, RuntimeError, ValueError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            self.report["failed"][case.id] = reason.splitlines()[0][:400]
-            return {name: {"failed": reason} for name in case.subjects}
+        except (RuntimeError, ValueError, TypeError) as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0][:400]
+            return {name: {"failed": reason} for name in self._asked(case)}
+
+    def _asked(self, case: Case) -> list[str]:
+        return [name for name in case.subjects if self.subjects is None or name in self.subjects]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         mark = pytest.mark.benchmark
         pairs = [
             pytest.param(case.id, subject, id=f"{case.id}-{subject}", marks=mark(timer=device_clock, group=case.id))
             for case in self.cases.values()
-            for subject in case.subjects
-            if self.subjects is None or subject in self.subjects
+            for subject in self._asked(case)
         ]
         metafunc.parametrize(("case", "subject"), pairs)
 

@@ -11,7 +11,7 @@ import torch
 
 from lens.checkpoint import write_atomic
 
-from .case import Case
+from .case import Case, Disagreement
 from .measure import compare_results
 from .timing import clock_of
 
@@ -39,8 +39,10 @@ def prepared(case: Case, subject: str, device: torch.device) -> Any:
         raise ValueError(f"{case.id}: no subject {subject!r} here: {reason}")
     clock = clock_of(device)
     launchers, _ = compare_results(case, work, clock, (subject,))
+    if subject in work.failed:
+        raise Disagreement(f"{case.id}: {subject} has failed: {work.failed[subject]}")
     if subject not in launchers:
-        raise ValueError(f"{case.id}: {subject} cannot run here: {(work.left_out | work.failed)[subject]}")
+        raise ValueError(f"{case.id}: {subject} cannot run here: {work.left_out[subject]}")
     launcher = launchers[subject]
     if settle := work.subjects[subject].settle:
         settle()

@@ -7,6 +7,7 @@ GPU is committed, both say so and show the paper's time and the floor alone.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
@@ -19,6 +20,7 @@ from .case import OURS
 from .machine import ROOT
 from .result import Result, load_folder, time_text
 from .roofline import H100_BF16, PAPER_SECONDS, SAME_CHIP, step_flops
+from .suites.throughput import CALLS
 
 RESULTS = ROOT / "bench" / "results"
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"
@@ -26,19 +28,51 @@ BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STAGES = ("text", "denoise", "decode")
 NAMES = {"lens": "Lens, 20 guided steps", "turbo": "Lens-Turbo, 4 steps"}
 FLOOR_TEXT = 300  # text tokens of the floor
+OVERLAP = 0.02  # share of a time from which overlapping stages are told; less is two measurements' difference
+BATCHES = {"1024/b1": 1, "1024/b4": 4, "1024/b8": 8, "mixed/queue": 0}  # pictures of a call; a queue tells its own
 COLOURS = {"text": "#4f81bd", "denoise": "#2f5d8a", "decode": "#8fb4d9", "paper": "#c0c0c0"}
 
 
 @dataclass(frozen=True)
-class Bar:
-    """One drawn time: who, and seconds by stage ("total" alone where stages are not known)."""
+class Times:
+    """Seconds of a picture by stage, each measured alone, and in all: as measured, else the sum of the stages."""
 
-    who: str
     stages: dict[str, float]
+    total: float | None = None
+
+    @property
+    def alone(self) -> float:
+        return sum(self.stages.values())
 
     @property
     def seconds(self) -> float:
-        return sum(self.stages.values())
+        return self.alone if self.total is None else self.total
+
+    @property
+    def overlap(self) -> float:
+        """What the stages would take longer one after another; 0 where they do not."""
+        return max(0.0, self.alone - self.seconds)
+
+    @property
+    def drawn(self) -> dict[str, float]:
+        """Parts that add up to `seconds`: stages that overlap are shrunk, time between them is "rest"."""
+        if self.seconds <= self.alone:
+            return {stage: s * self.seconds / self.alone for stage, s in self.stages.items()}
+        return {**self.stages, "rest": self.seconds - self.alone}
+
+    def __str__(self) -> str:
+        hidden = (
+            f" (stages alone {time_text(self.alone)}: they overlap)" if self.overlap > OVERLAP * self.seconds else ""
+        )
+        return f"{time_text(self.seconds)}{hidden}"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One drawn time: who, and how long."""
+
+    who: str
+    times: Times
 
 
 def floor_seconds(variant: str) -> float:
@@ -48,8 +82,8 @@ def floor_seconds(variant: str) -> float:
     return steps * sum(step_flops(LensConfig(), images, texts).values()) / H100_BF16
 
 
-def measured(results: list[Result], variant: str, subject: str) -> dict[str, float] | None:
-    """Best seconds by stage of the headline case; the newest result that has a stage counts. None without denoise."""
+def measured(results: list[Result], variant: str, subject: str) -> Times | None:
+    """Best seconds of the headline case; the newest result that has a stage counts. None without denoise."""
     found: dict[str, float] = {}
     for result in results:
         for stage in (*STAGES, "total"):
@@ -62,22 +96,20 @@ def measured(results: list[Result], variant: str, subject: str) -> dict[str, flo
     if "denoise" not in found:
         return None
     total = found.pop("total", None)
-    if total is not None and total > sum(found.values()):
-        found["rest"] = total - sum(found.values())
-    return found
+    return Times(found, total)
 
 
 def bars(results: dict[str, list[Result]], variant: str) -> list[Bar]:
     """The paper's bar, then ours and the comparators' of every GPU with results."""
-    drawn = [Bar("paper, H100", {"total": PAPER_SECONDS[variant]})]
+    drawn = [Bar("paper, H100", Times({"total": PAPER_SECONDS[variant]}))]
     for device, of_device in results.items():
         for subject, label in (
             (OURS, "Lens"),
             ("exact_compiled", "torch.compile, exact savings"),
             ("reference_eager", "reference, eager"),
         ):
-            if stages := measured(of_device, variant, subject):
-                drawn.append(Bar(f"{label}, {device}", stages))
+            if times := measured(of_device, variant, subject):
+                drawn.append(Bar(f"{label}, {device}", times))
     return drawn
 
 
@@ -100,10 +132,10 @@ def speed_table(results: dict[str, list[Result]]) -> str:
     for variant, name in NAMES.items():
         texts = []
         for device, of_device in results.items():
-            if stages := measured(of_device, variant, OURS):
-                missing = [s for s in STAGES if s not in stages]
+            if times := measured(of_device, variant, OURS):
+                missing = [s for s in STAGES if s not in times.stages] if times.total is None else []
                 partly = f", without {' and '.join(missing)}" if missing else ""
-                texts.append(f"{time_text(sum(stages.values()))} on one {device}{partly}")
+                texts.append(f"{times} on one {device}{partly}")
         here = "; ".join(texts) or "not measured yet"
         lines.append(f"| {name} | {PAPER_SECONDS[variant]} s | {time_text(floor_seconds(variant))} | {here} |")
     lines += ["", *throughput(results), f"{SAME_CHIP} ![The paper's times, ours and the floors](docs/images/speed.svg)"]
@@ -111,23 +143,26 @@ def speed_table(results: dict[str, list[Result]]) -> str:
 
 
 def throughput(results: dict[str, list[Result]]) -> list[str]:
-    """Lines of pictures per second, for the batches of Lens-Turbo that were measured; the newest result of each counts.
-    Batches of which only the denoiser was measured stand apart."""
+    """Markdown: Lens-Turbo's pictures per second by batch, and of a queue of mixed sizes; nothing where nothing was
+    measured. The newest result of each counts."""
+    stream, ways = "e2e/turbo/{}/bf16/stream", []
+    ways.append(("streamed, decode beside denoising", stream, OURS))
+    ways.append(("the same calls one after another", stream, CALLS))
+    ways.append(("one call, prompt to pixels", "e2e/turbo/{}/bf16/total", OURS))
+    ways.append(("one call, the denoiser alone", "e2e/turbo/{}/bf16/denoise", OURS))
     lines = []
     for device, of_device in results.items():
-        rates: dict[str, dict[int, float]] = {"total": {}, "denoise": {}}
-        for result in of_device:
-            for batch in (1, 4, 8):
-                for stage, of_stage in rates.items():
-                    row = result.rows.get((f"e2e/turbo/1024/b{batch}/bf16/{stage}", OURS))
-                    if row is not None:
-                        of_stage[batch] = batch / row.best
-        alone = {batch: rate for batch, rate in rates["denoise"].items() if batch not in rates["total"]}
-        for what, told in (("", rates["total"]), (" of the denoiser alone", alone)):
-            if told:
-                text = ", ".join(f"{rate:.3g} at batch {batch}" for batch, rate in sorted(told.items()))
-                lines.append(f"Lens-Turbo on one {device}, pictures per second{what}: {text}.")
-    return lines
+        for what, case, subject in ways:
+            rates = []
+            for label, batch in BATCHES.items():
+                rows = [r.rows[key] for r in of_device if (key := (case.format(label), subject)) in r.rows]
+                rates.append(f"{rows[-1].more.get('pictures', batch) / rows[-1].best:.3g}" if rows else "")
+            if any(rates):
+                lines.append(f"| {device}, {what} | {' | '.join(rates)} |")
+    if not lines:
+        return []
+    head = "| pictures per second, Lens-Turbo, 1024x1024 | batch 1 | batch 4 | batch 8 | queue of mixed sizes |"
+    return [head, "|---|---|---|---|---|", *lines, ""]
 
 
 def attention_entries(result: Result) -> list[dict[str, Any]]:
@@ -150,18 +185,18 @@ def picture(results: dict[str, list[Result]]) -> str:
     body, y = [], top
     for variant, name in NAMES.items():
         drawn, floor = bars(results, variant), floor_seconds(variant)
-        scale = (width - left - 120) / max(b.seconds for b in drawn)
+        scale = (width - left - 120) / max(b.times.seconds for b in drawn)
         body.append(f'<text x="12" y="{y}" font-weight="bold">{escape(name)}</text>')
         y += 12
         first = y
         for b in drawn:
             body.append(f'<text x="{left - 8}" y="{y + 14}" text-anchor="end">{escape(b.who)}</text>')
             x = float(left)
-            for stage, seconds in b.stages.items():
+            for stage, seconds in b.times.drawn.items():
                 colour = COLOURS["paper"] if b.who.startswith("paper") else COLOURS.get(stage, "#d9d9d9")
                 body.append(f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="{bar}" fill="{colour}"/>')
                 x += seconds * scale
-            body.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{time_text(b.seconds)}</text>')
+            body.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{escape(str(b.times))}</text>')
             y += bar + gap
         if len(drawn) == 1:
             body.append(f'<text x="{left}" y="{y + 14}" fill="#a33">not measured yet on any GPU</text>')
@@ -188,6 +223,10 @@ def replaced(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
+def _put(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
+
+
 def write(check: bool = False, results: Path = RESULTS, readme: Path = README, drawing: Path = PICTURE) -> list[Path]:
     """Write README table and picture; the changed files. check: change nothing, ValueError where one is stale."""
     found = gpu_results(results)
@@ -196,5 +235,5 @@ def write(check: bool = False, results: Path = RESULTS, readme: Path = README, d
     if check and stale:
         raise ValueError(f"stale: {', '.join(p.name for p in stale)}; run python -m bench report")
     for path in [] if check else stale:
-        write_atomic(path, lambda to, path=path: to.write_text(wanted[path], encoding="utf-8"))
+        write_atomic(path, partial(_put, wanted[path]))
     return stale

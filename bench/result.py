@@ -1,7 +1,8 @@
 """A result file: pytest-benchmark's JSON, with our card and rows in it. Reading, checking, tables.
 
 machine_info      {"identity", "build"} of `bench.machine.card`
-bench             {"ceilings", "before", "after", "left_out": {case: {subject: reason}}, "failed": {case: reason}}
+bench             {"ceilings", "before", "after", "asked": {"cases": ids, "subjects": names, null: all},
+                  "left_out", "failed": {case: {subject: reason}}}
 benchmarks        one per case and subject; stats.data are seconds, extra_info our row
 """
 
@@ -96,14 +97,17 @@ def table(result: Result) -> str:
     lines += ["|---|---|---|---|---|---|---|---|---|"]
     for row in result.rows.values():
         r = row.more.get("roof", {})
-        shares = [f"{r[k]:.0%}" if k in r else "" for k in ("of_floor", "of_matmul", "of_copy")]
-        if row.more.get("in_cache"):
+        shares = [f"{r[k]:.0%}" if r.get(k) else "" for k in ("of_floor", "of_matmul", "of_copy")]
+        if row.more.get("in_cache") and r.get("of_copy"):
             shares[2] += " (in cache)"
-        times = f"{time_text(row.best)} | {time_text(row.median)} | {row.band:.1%} | {row.more.get('error', 0):.1e}"
+        if goal := row.more.get("goal"):
+            shares[0] = f"goal {time_text(goal)}: {'met' if row.best < goal else 'MISSED'}"
+        rate = f" ({row.more['pictures'] / row.best:.3g} pictures/s)" if "pictures" in row.more else ""
+        times = (
+            f"{time_text(row.best)}{rate} | {time_text(row.median)} | {row.band:.1%} | {row.more.get('error', 0):.1e}"
+        )
         lines.append(f"| {row.case} | {row.subject} | {times} | {' | '.join(shares)} |")
-    for case, subjects in result.bench.get("left_out", {}).items():
-        for subject, reason in subjects.items():
-            lines.append(f"| {case} | {subject} | left out: {reason} | | | | | | |")
-    for case, reason in result.bench.get("failed", {}).items():
-        lines.append(f"| {case} | | FAILED: {reason} | | | | | | |")
+    for outcome, words in (("left_out", "left out"), ("failed", "FAILED")):
+        for case, subjects in result.bench.get(outcome, {}).items():
+            lines += [f"| {case} | {subject} | {words}: {why} | | | | | | |" for subject, why in subjects.items()]
     return "\n".join(lines)

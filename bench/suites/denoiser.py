@@ -45,6 +45,7 @@ class Denoiser:
     text: int
     guided: bool
     steps: int = 20
+    _rotation: Any = None
 
     @cached_property
     def model(self) -> LensTransformer2DModel:
@@ -163,12 +164,9 @@ class Denoiser:
         """What `Exact.forward` takes after the image rows, at one step of the schedule."""
         table = self.table
         lengths = (tuple(self.images), tuple(self.texts))
-        return (text, table.blocks[index][..., None, :], table.final[index][:, None], self._rotation(exact), lengths)
-
-    def _rotation(self, exact: Exact) -> Any:
-        if not hasattr(exact, "rotation"):
-            exact.rotation = exact.tables([self.grid] * len(self.texts), self.texts, self.scale.dtype)
-        return exact.rotation
+        if self._rotation is None:
+            self._rotation = exact.tables([self.grid] * len(self.texts), self.texts, self.scale.dtype)
+        return (text, table.blocks[index][..., None, :], table.final[index][:, None], self._rotation, lengths)
 
     def exact(self, index: int, compile: bool = True) -> Callable[..., Tensor]:
         """Comparator (c)."""

@@ -13,6 +13,7 @@ def row(case: str, seconds: float, band: float = 0.0, subject: str = "ours") -> 
 
 def result(*rows: Row, **identity: object) -> Result:
     build = {"lens": "0", "commit": "c"}
-    bench = {"ceilings": {"copy": 4.3e12, "matmul": 7.9e14}, "left_out": {}, "failed": {}}
     made = {(r.case, r.subject): r for r in rows}
+    asked = {"cases": list(dict.fromkeys(r.case for r in rows)), "subjects": None}
+    bench = {"asked": asked, "ceilings": {"copy": 4.3e12, "matmul": 7.9e14}, "left_out": {}, "failed": {}}
     return Result(Path("made.json"), {**IDENTITY, **identity}, build, bench, made)

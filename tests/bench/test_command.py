@@ -43,7 +43,7 @@ def test_a_run_stores_what_it_measured_in_pytest_benchmarks_form(run):
     result = load(out)
     assert set(result.rows) == {
         (f"tiny/ops/swiglu/small/{d}/forward", s) for d in ("bf16", "fp32") for s in ("ours", "spec_eager")
-    }
+    } | {("tiny/ops/gated_residual/small/fp32/forward", "spec_eager")}
     entry = json.loads(out.read_text())["benchmarks"][0]
     assert entry["stats"]["rounds"] == len(entry["stats"]["data"]) == sum(entry["extra_info"]["passes"])
     assert entry["stats"]["min"] == pytest.approx(entry["extra_info"]["best"], abs=0)
@@ -57,8 +57,12 @@ def test_a_run_stores_what_it_measured_in_pytest_benchmarks_form(run):
 def test_a_wrong_result_fails_the_run_and_is_in_its_table(run):
     done, out = run
     assert done.returncode == 1
-    assert "away from the oracle" in load(out).bench["failed"]["tiny/ops/gated_residual/small/fp32/forward"]
-    assert "FAILED: Disagreement" in done.stdout
+    case = "tiny/ops/gated_residual/small/fp32/forward"
+    assert "away from the oracle" in load(out).bench["failed"][case]["ours"]
+    assert f"| {case} | ours | FAILED: Disagreement" in done.stdout
+    assert (case, "spec_eager") in load(out).rows, "the others are timed all the same"
+    assert load(out).bench["asked"]["subjects"] == ["ours", "spec_eager"]
+    assert case in load(out).bench["asked"]["cases"]
     assert "this machine sees no smaller change" in done.stdout
 
 
@@ -117,7 +121,7 @@ def test_a_profile_of_ours_that_cannot_run_says_why_and_what_must_be_put_back_is
     subjects = {"ours": Subject(fails), "other": Subject(lambda x: x + 1, settle=lambda: back.append(1))}
     work = Work([(torch.randn(3),)], subjects, lambda x: x + 1, 1e-3, 1.0, 1.0)
     case = Case("t/x", tuple(subjects), lambda device: work)
-    with pytest.raises(ValueError, match="t/x: ours cannot run here: RuntimeError: no kernel for this"):
+    with pytest.raises(ValueError, match="t/x: ours has failed: RuntimeError: no kernel for this"):
         profiling.prepared(case, "ours", torch.device("cpu"))
     assert profiling.prepared(case, "other", torch.device("cpu")).outputs() is not None
     assert back == [1]

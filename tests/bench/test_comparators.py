@@ -92,6 +92,11 @@ def test_a_whole_schedule_agrees_in_one_batch_and_in_mixed_sizes():
         "train/64/b2/fp32",
         "e2e/turbo/64/b1/fp32/text",
         "e2e/turbo/64/b1/fp32/total",
+        "e2e/lens/64/b1/fp32/host",
+        "e2e/turbo/64/b1/fp32/host_total",
+        "e2e/turbo/64/b1/fp32/first_latents",
+        "e2e/turbo/64/b1/fp32/stream",
+        "e2e/turbo/mixed/queue/fp32/stream",
     ],
 )
 def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
@@ -102,7 +107,9 @@ def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
     assert set(rows) == set(wanted)
     assert rows["ours"]["best"] > 0
     assert rows["ours"]["error"] <= rows["ours"]["bound"]
-    assert rows["ours"]["flops"] + rows["ours"]["bytes"] > 0
+    kind = case.id.split("/")[-1]
+    assert (rows["ours"]["flops"] + rows["ours"]["bytes"] > 0) is (kind not in ("host", "host_total", "first_latents"))
+    assert (rows["ours"].get("pictures", 0) > 1) is (kind == "stream")
 
 
 def test_constant_latents_are_refused():
@@ -132,6 +139,12 @@ def test_ids_are_unique_and_of_one_form():
         "step/1440/single/text64/bf16",
         "e2e/lens/1024/b1/bf16/total",
         "e2e/turbo/1440/b1/bf16/denoise",
+        "e2e/turbo/1024/b1/bf16/host",
+        "e2e/turbo/1024/b1/bf16/host_total",
+        "e2e/turbo/1024/b1/bf16/first",
+        "e2e/turbo/1024/b1/bf16/first_latents",
+        "e2e/turbo/1024/b8/bf16/stream",
+        "e2e/turbo/mixed/queue/bf16/stream",
         "e2e/mini/64/b8/bf16/total",
         "ops/swiglu/1024cfg/bf16/backward",
         "attention/4511,4096/bf16/forward",

@@ -61,11 +61,41 @@ def test_comparators_are_judged_only_when_named():
     assert compare(before, after, ("reference_eager",))[0].slower
 
 
-def test_a_case_that_stopped_running_is_lost_not_passed():
-    before, after = result(row("x", 1.0), row("y", 1.0)), result(row("y", 1.0))
-    assert lost(before, after) == []  # not asked for
-    failing = dataclasses.replace(after, bench={**after.bench, "failed": {"x": "RuntimeError: no"}})
-    assert lost(before, failing) == ["x"]
+def told(before, after, subjects=None, **bench):
+    """What was lost, as (case, subject, reason, judged)."""
+    after = dataclasses.replace(after, bench={**after.bench, **bench})
+    return [dataclasses.astuple(one) for one in lost(before, after, subjects)]
+
+
+def test_whatever_stopped_running_is_lost_not_passed():
+    comparator = row("y", 1.0, subject="reference_eager")
+    before, after = result(row("x", 1.0), row("y", 1.0), comparator), result(row("y", 1.0))
+    every = {"cases": ["x", "y"], "subjects": None}
+    vanished = ("y", "reference_eager", "not reached, or no longer there", False)
+    assert told(before, after) == [vanished], "x was not asked for"
+    assert told(before, after, asked=every)[1:] == [vanished]
+    assert told(before, after, asked={**every, "subjects": ["ours"]})[1:] == []
+    assert told(before, after, asked=every, failed={"x": {"ours": "RuntimeError: no"}})[0] == (
+        ("x", "ours", "RuntimeError: no", True)
+    )
+    left = told(before, after, ("reference_eager",), left_out={"y": {"reference_eager": "no diffusers"}})
+    assert left == [("y", "reference_eager", "no diffusers", True)]
+
+
+def test_a_vanished_subject_is_named_and_fails_the_comparison_where_it_is_judged(tmp_path, capsys):
+    other = row("x", 1.0, subject="library")
+    before = as_file(tmp_path / "a.json", result(row("x", 1.0), other, row("x", 1.0, subject="ours_graph")))
+    fewer = as_file(tmp_path / "b.json", result(row("x", 1.0), row("x", 1.0, subject="ours_graph")))
+    assert bench.main(["compare", str(before), str(fewer)]) == 0
+    assert "lost    x [library]  it ran before: not reached" in capsys.readouterr().out
+    assert bench.main(["compare", str(before), str(fewer), "--subject", "library", "--subject", "ours"]) == 1
+    least = as_file(tmp_path / "c.json", result(row("x", 1.0), other))
+    assert bench.main(["compare", str(before), str(least)]) == 1
+    assert "LOST    x [ours_graph]" in capsys.readouterr().out
+    made = result(other)
+    made.bench["failed"]["x"] = dict.fromkeys(("ours", "ours_graph"), "RuntimeError: no")
+    assert bench.main(["compare", str(before), str(as_file(tmp_path / "d.json", made))]) == 1
+    assert "no subject is left to compare" in capsys.readouterr().out
 
 
 def test_an_unsteady_machine_says_how_little_it_sees():
@@ -109,7 +139,7 @@ def test_exit_codes(tmp_path, capsys):
 def test_a_file_survives_reading_and_its_table_tells_everything(tmp_path):
     made = result(row("x", 0.06, 0.01))
     made.bench["left_out"]["x"] = {"fa3": "not installed"}
-    made.bench["failed"]["y"] = "Disagreement: off"
+    made.bench["failed"]["y"] = {"ours": "Disagreement: off"}
     again = load(as_file(tmp_path / "a.json", made))
     assert again.rows.keys() == made.rows.keys()
     text = table(again)

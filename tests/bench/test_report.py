@@ -55,21 +55,66 @@ def test_the_picture_stacks_the_stages_to_scale(tmp_path):
 
 def test_throughput_is_told_where_batches_were_measured():
     rows = [row(f"e2e/turbo/1024/b{b}/bf16/total", s) for b, s in ((1, 0.2), (8, 1.25))]
-    lines = report.throughput({"NVIDIA H200": [result(*rows, row("e2e/turbo/1024/b8/bf16/denoise", 1.0))]})
-    assert lines == ["Lens-Turbo on one NVIDIA H200, pictures per second: 5 at batch 1, 6.4 at batch 8."]
-    assert report.throughput({"NVIDIA H200": [result(row("x", 1.0))]}) == []
-    newer = result(row("e2e/turbo/1024/b1/bf16/total", 0.16), row("e2e/turbo/1024/b4/bf16/denoise", 0.5))
-    assert report.throughput({"NVIDIA H200": [result(*rows), newer]}) == [
-        "Lens-Turbo on one NVIDIA H200, pictures per second: 6.25 at batch 1, 6.4 at batch 8.",
-        "Lens-Turbo on one NVIDIA H200, pictures per second of the denoiser alone: 8 at batch 4.",
+    head = report.throughput({"NVIDIA H200": [result(*rows)]})[:2]
+    assert report.throughput({"NVIDIA H200": [result(*rows)]}) == [
+        *head,
+        "| NVIDIA H200, one call, prompt to pixels | 5 |  | 6.4 |  |",
+        "",
     ]
+    assert report.throughput({"NVIDIA H200": [result(row("x", 1.0))]}) == []
+    newer = [row("e2e/turbo/1024/b1/bf16/total", 0.16), row("e2e/turbo/1024/b4/bf16/denoise", 0.5)]
+    for case, ours, calls in (("1024/b8", 4.0, 4.8), ("mixed/queue", 3.2, 4.0)):
+        for subject, seconds in (("ours", ours), ("calls", calls)):
+            streamed = row(f"e2e/turbo/{case}/bf16/stream", seconds, subject=subject)
+            streamed.more["pictures"] = 24 if "b8" in case else 16
+            newer.append(streamed)
+    lines = report.throughput({"NVIDIA H200": [result(*rows), result(*newer)]})
+    assert lines == [
+        *head,
+        "| NVIDIA H200, streamed, decode beside denoising |  |  | 6 | 5 |",
+        "| NVIDIA H200, the same calls one after another |  |  | 5 | 4 |",
+        "| NVIDIA H200, one call, prompt to pixels | 6.25 |  | 6.4 |  |",
+        "| NVIDIA H200, one call, the denoiser alone |  | 8 |  |  |",
+        "",
+    ]
+    assert all(line.count("|") == 6 for line in lines[:-1])
 
 
 def test_a_variants_own_decode_counts_whatever_the_order():
     """Both variants decode alike; a set of names would pick either, by the seed of the process's hashes."""
     own = [row("e2e/turbo/1024/b1/bf16/denoise", 0.15), row("e2e/turbo/1024/b1/bf16/decode", 0.03)]
     for rows in ([row("e2e/lens/1024/b1/bf16/decode", 0.04), *own], [*own, row("e2e/lens/1024/b1/bf16/decode", 0.04)]):
-        assert report.measured([result(*rows)], "turbo", "ours") == {"denoise": 0.15, "decode": 0.03}
+        assert report.measured([result(*rows)], "turbo", "ours").stages == {"denoise": 0.15, "decode": 0.03}
+
+
+@pytest.mark.parametrize(
+    ("total", "told", "drawn"),
+    [
+        (0.2, "200 ms", {"text": 0.03, "denoise": 0.12, "decode": 0.03, "rest": 0.02}),
+        (
+            0.17,
+            "170 ms (stages alone 180 ms: they overlap)",
+            {"text": 0.17 / 6, "denoise": 0.68 / 6, "decode": 0.17 / 6},
+        ),
+        (0.179, "179 ms", {"text": 0.179 / 6, "denoise": 0.716 / 6, "decode": 0.179 / 6}),
+        (None, "180 ms", {"text": 0.03, "denoise": 0.12, "decode": 0.03}),
+    ],
+)
+def test_what_counts_is_the_total_whatever_its_stages_take_alone(total, told, drawn):
+    stages = {"text": 0.03, "denoise": 0.12, "decode": 0.03}
+    rows = [row(f"e2e/turbo/1024/b1/bf16/{stage}", s) for stage, s in stages.items()]
+    rows += [] if total is None else [row("e2e/turbo/1024/b1/bf16/total", total)]
+    results = {"NVIDIA H200": [result(*rows)]}
+    times = report.measured(results["NVIDIA H200"], "turbo", "ours")
+    assert f"| {told} on one NVIDIA H200 |" in report.speed_table(results)
+    assert times.drawn == pytest.approx(drawn)
+    assert sum(times.drawn.values()) == pytest.approx(times.seconds)
+    assert f">{told}</text>" in report.picture(results)
+
+
+def test_a_total_alone_lacks_nothing():
+    rows = [row("e2e/lens/1024/b1/bf16/denoise", 1.2), row("e2e/lens/1024/b1/bf16/total", 1.3)]
+    assert "| 1.3 s on one NVIDIA H200 |" in report.speed_table({"NVIDIA H200": [result(*rows)]})
 
 
 def test_measured_attention_becomes_lines_of_the_backends_table(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import plugin
-from bench.case import Case, ConstantData, Disagreement, LeftOut, Subject, Work, distance, refuse_constant
+from bench.case import Case, ConstantData, LeftOut, Subject, Work, distance, refuse_constant
 from bench.measure import measure
 from bench.timing import CpuClock, band, best, calls_per_round, take_turns
 
@@ -106,13 +106,23 @@ def test_what_may_be_equal_is_not_refused():
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x + 1.01, lambda x: (x + 1) * float("nan"), lambda x: x[:2] + 1])
-@pytest.mark.parametrize("who", ["ours", "other"])
-def test_a_wrong_result_is_not_timed(wrong, who):
+@pytest.mark.parametrize(("who", "right"), [("ours", "other"), ("other", "ours")])
+def test_a_wrong_result_is_not_timed_and_the_others_are(wrong, who, right):
     ticks = Ticks()
     subjects = {name: ticks.subject(name, 1, wrong if name == who else None) for name in ("ours", "other")}
-    with pytest.raises(Disagreement):
-        measure(case_of(subjects), CPU, 0.0, CEILINGS, clock=ticks.clock())
-    assert ticks.calls.count("ours") <= 1
+    rows = measure(case_of(subjects), CPU, 0.0, CEILINGS, clock=ticks.clock())
+    assert rows[who]["failed"].startswith("Disagreement: ")
+    assert ticks.calls.count(who) == 1
+    assert rows[right]["best"] == 1
+
+
+def test_a_subject_may_take_its_own_time_and_tell_more():
+    ticks, taken = Ticks(), iter([3.0, 2.0, 4.0] * 3)
+    own = ticks.subject("a", 1, timed=lambda x: next(taken), told=lambda: {"parts": 2})
+    rows = measure(case_of({"ours": own}, more={"pictures": 8}), CPU, 0.0, CEILINGS, clock=ticks.clock())["ours"]
+    assert (rows["best"], rows["passes"][0]) == (2.0, [3.0, 2.0, 4.0])
+    assert (rows["pictures"], rows["parts"]) == (8, 2)
+    assert ticks.calls == ["a"], "called once, to be compared"
 
 
 def test_a_comparator_that_cannot_run_is_left_out_with_its_reason_and_ours_has_failed():
