@@ -12,12 +12,15 @@
 
 // <<<>>> under nvcc; compiled for the host, the emulator runs the same kernel.
 #if defined(__CUDACC__)
-#define LENS_LAUNCH(kernel, grid, block, stream, ...) \
-  kernel<<<grid, block, 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#define LENS_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
-#define LENS_LAUNCH(kernel, grid, block, stream, ...) \
-  (static_cast<void>(stream), lens::emulation::launch(#kernel, kernel, grid, block, 0, __VA_ARGS__))
+#define LENS_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
+  (static_cast<void>(stream),                                              \
+   lens::emulation::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
 #endif
+#define LENS_LAUNCH(kernel, grid, block, stream, ...) \
+  LENS_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
 
 namespace lens::gpu {
 

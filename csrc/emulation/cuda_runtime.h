@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "emulation/cuda.h"
+#include "emulation/hopper.h"
 #include "emulation/scheduler.h"
 
 #define __global__ inline
@@ -14,6 +16,7 @@
 #define __host__
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __restrict__ __restrict
 // One block runs at a time, so static storage is the block's; the section lets the scheduler poison
 // it before every block.
@@ -31,6 +34,41 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
   return cudaSuccess;
 }
 
+// The emulated device is an sm_90.
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount = 16,
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76
+};
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? lens::emulation::multiprocessors()
+           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+                                                            : 0;
+  return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+template <class Kernel>
+inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+  return lens::emulation::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
+constexpr unsigned long long cudaEnableDefault = 0;
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned,
+                                                    unsigned long long,
+                                                    cudaDriverEntryPointQueryResult* state) {
+  if (std::strcmp(name, "cuTensorMapEncodeTiled") != 0) return cudaErrorInvalidValue;
+  *found = reinterpret_cast<void*>(&cuTensorMapEncodeTiled);
+  *state = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
+
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) uint2 {
   uint32_t x, y;
 };

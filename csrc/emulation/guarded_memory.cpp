@@ -37,6 +37,20 @@ void describe_address(const void* raw, char* text, size_t size) {
   std::snprintf(text, size, "accessed %p, which is in no buffer", raw);
 }
 
+bool in_one_buffer(const void* start, size_t bytes, char* text, size_t size) {
+  const char* first = static_cast<const char*>(start);
+  for (const Buffer& b : g_buffers) {
+    if (first < b.data || first > b.data + b.bytes) continue;
+    const auto left = size_t(b.data + b.bytes - first);
+    if (bytes <= left) return true;
+    std::snprintf(text, size, "reaches %zu bytes past the end of '%s' (%zu bytes)", bytes - left,
+                  b.name.c_str(), b.bytes);
+    return false;
+  }
+  std::snprintf(text, size, "starts at %p, which is in no buffer", start);
+  return false;
+}
+
 }  // namespace lens::emulation
 
 using lens::emulation::Buffer;

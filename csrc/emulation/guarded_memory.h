@@ -9,4 +9,7 @@ namespace lens::emulation {
 // handler.
 void describe_address(const void* address, char* text, size_t size);
 
+// Whether [start, start + bytes) lies in one buffer; if not, writes where it leaves it.
+bool in_one_buffer(const void* start, size_t bytes, char* text, size_t size);
+
 }  // namespace lens::emulation

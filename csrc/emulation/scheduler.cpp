@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "emulation/guarded_memory.h"
+#include "emulation/hopper.h"
 
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator's fiber switch and fault handler are written for Linux on x86-64"
@@ -57,7 +58,7 @@ constexpr size_t kStackBytes = 64 << 10;
 constexpr unsigned kMaxThreads = 1024, kWarp = 32;
 constexpr uint64_t kStackMark = 0x5afe57acc5afe57aull;
 
-enum class State { kReady, kBarrier, kWarpOp, kDone };
+enum class State { kReady, kBarrier, kWarpOp, kSuspended, kDone };
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -90,6 +91,8 @@ char g_message[1024] = "";
 char g_fault[512] = "";
 int g_fault_code = 0;
 
+}  // namespace
+
 uint64_t random_below(uint64_t n) {  // splitmix64
   uint64_t z = (g_state += 0x9e3779b97f4a7c15ull);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -110,6 +113,8 @@ void report(int code, const char* format, ...) {
                 blockIdx.y, blockIdx.z, what);
 }
 
+namespace {
+
 void to_scheduler() {
   Block& b = g_block;
   lens_emulation_switch(&b.fibers[b.current].stack_pointer, b.scheduler_stack);
@@ -128,6 +133,7 @@ void make_ready(unsigned index) {
 [[noreturn]] void fiber_main() {
   Block& b = g_block;
   b.thread(b.closure);
+  end_thread();
   b.fibers[b.current].state = State::kDone;
   --b.live;
   if (b.at_barrier) {
@@ -238,16 +244,18 @@ void report_deadlock() {
   int shown = 0;
   for (unsigned i = 0; i < g_block.threads && shown < 4; ++i) {
     const Fiber& f = g_block.fibers[i];
-    if (f.state != State::kBarrier && f.state != State::kWarpOp) continue;
+    if (f.state == State::kReady || f.state == State::kDone) continue;
     bool seen = false;
     for (unsigned j = 0; j < i; ++j) {
       const Fiber& g = g_block.fibers[j];
       seen |= g.state == f.state && g.line == f.line && g.mask == f.mask;
     }
     if (seen) continue;
-    char text[120];
+    char text[200];
     std::snprintf(text, sizeof text, "; from thread %u at line %d, %s", i, f.line,
-                  f.state == State::kBarrier ? "a block barrier" : "a warp operation");
+                  f.state == State::kBarrier  ? "a block barrier"
+                  : f.state == State::kWarpOp ? "a warp operation"
+                                              : waits_for(i));
     where += text;
     ++shown;
   }
@@ -255,7 +263,7 @@ void report_deadlock() {
          where.c_str());
 }
 
-void run_block() {
+void run_block(size_t shared_bytes) {
   Block& b = g_block;
   b.ready.clear();
   b.next_ready = 0;
@@ -264,19 +272,23 @@ void run_block() {
   if (__start_lens_shared) {
     std::memset(__start_lens_shared, 0xff, size_t(__stop_lens_shared - __start_lens_shared));
   }
+  begin_block(shared_bytes);
   for (unsigned i = 0; i < b.threads; ++i) start_fiber(i);
   make_all_ready();
   while (b.live && !b.aborted) {
     if (b.ready.empty()) {
+      if (deliver()) continue;
       report_deadlock();
       break;
     }
+    if (g_seed % 2 && random_below(16) == 0) deliver();
     const unsigned i = take_ready();
     threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
     b.current = int(i);
     lens_emulation_switch(&b.scheduler_stack, b.fibers[i].stack_pointer);
     b.current = -1;
   }
+  if (!b.aborted) end_block();
   for (unsigned i = 0; i < b.threads; ++i) {
     if (std::memcmp(b.stacks.get() + i * kStackBytes, &kStackMark, sizeof kStackMark)) {
       report(kLaunchFailure, "thread %u overran its stack of %zu bytes", i, kStackBytes);
@@ -321,10 +333,26 @@ uint64_t receive(const Fiber* warp, unsigned lane) {
 
 }  // namespace
 
-void fail(const char* what) {
+void fail(const char* format, ...) {
+  char what[400];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(what, sizeof what, format, arguments);
+  va_end(arguments);
   report(kLaunchFailure, "thread %d: %s", g_block.current, what);
   abandon_fiber();
 }
+
+unsigned current_thread() { return unsigned(g_block.current); }
+unsigned block_threads() { return g_block.threads; }
+uint64_t seed() { return g_seed; }
+void suspend(int line) {
+  Fiber& self = g_block.fibers[g_block.current];
+  self.state = State::kSuspended;
+  self.line = line;
+  to_scheduler();
+}
+void wake(unsigned thread) { make_ready(thread); }
 
 void block_barrier(int line) {
   Block& b = g_block;
@@ -384,8 +412,8 @@ uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t bits, int argument, i
   return self.received;
 }
 
-void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*),
-              void* closure) {
+void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+              void (*thread)(void*), void* closure) {
   g_kernel = name;
   blockIdx = {0, 0, 0};
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
@@ -397,8 +425,9 @@ void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void
     g_block.aborted = false;
     return;
   }
-  if (shared_bytes) {
-    report(kInvalidConfiguration, "dynamic shared memory is not emulated");
+  if (!shared_allowed(kernel, shared_bytes)) {
+    report(kInvalidConfiguration, "%zu bytes of dynamic shared memory, which nobody allowed",
+           shared_bytes);
     g_block.aborted = false;
     return;
   }
@@ -423,7 +452,7 @@ void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void
     const auto n = uint64_t((static_cast<unsigned __int128>(step) * i + start) % blocks);
     blockIdx = {unsigned(n % grid.x), unsigned(n / grid.x % grid.y),
                 unsigned(n / (uint64_t(grid.x) * grid.y))};
-    run_block();
+    run_block(shared_bytes);
   }
 }
 

@@ -10,6 +10,8 @@
 // mask, accesses outside guarded buffers, misaligned accesses and whatever else the compiler's
 // trapping checks find, launches a device would refuse.
 //
+// What Hopper adds stands in hopper.h.
+//
 // Not modelled: weak memory order, preemption between two barriers, timing, occupancy, registers,
 // bank conflicts, approximate device functions (rsqrtf and friends are the host's, so last bits
 // differ).
@@ -40,12 +42,22 @@ enum class WarpOp : int { kShuffle, kShuffleXor, kShuffleDown, kShuffleUp, kBall
 void block_barrier(int line);
 // Exchanges `bits` within the warp; returns what this lane receives.
 uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t bits, int argument, int width, int line);
-[[noreturn]] void fail(const char* what);
+[[noreturn]] void fail(const char* format, ...);
+
+// Called from the other parts of the emulator.
+unsigned current_thread();
+unsigned block_threads();
+uint64_t seed();
+uint64_t random_below(uint64_t n);
+void suspend(int line);  // the running thread, until it is woken
+void wake(unsigned thread);
+// An error of no thread: of a launch or of a copy.
+void report(int code, const char* format, ...);
 
 // Checks the launch as a device would, then runs every thread of the grid; the outcome is the next
 // last_error().
-void run_grid(const char* name, dim3 grid, dim3 block, size_t shared_bytes, void (*thread)(void*),
-              void* closure);
+void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
+              void (*thread)(void*), void* closure);
 
 // 0, or the cudaError_t of the first failed launch since the last call.
 int last_error();
@@ -59,7 +71,7 @@ void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 blo
     std::tuple<Parameters...> parameters;
   } closure{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
   run_grid(
-      name, grid, block, shared_bytes,
+      name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
       [](void* raw) {
         auto* c = static_cast<Closure*>(raw);
         std::apply(c->kernel, c->parameters);

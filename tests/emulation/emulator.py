@@ -58,15 +58,15 @@ def _compile(source: pathlib.Path, include: pathlib.Path, key: str) -> pathlib.P
 
 def _digest(paths: list[pathlib.Path]) -> str:
     digest = hashlib.sha256(repr(FLAGS).encode())
-    for path in sorted(paths, key=lambda path: path.name):
+    for path in sorted(paths):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
 def build(tree: pathlib.Path, only: str = "") -> pathlib.Path:
     """The library made of tree/cuda and tree/emulation; with `only`, of that launcher and the emulator alone."""
-    headers = [*tree.glob("*/*.h"), *tree.glob("*/*.cuh"), tree / "params.h"]
-    sources = [*tree.glob("emulation/*.cpp"), *tree.glob(f"cuda/{only or '*'}.cu")]
+    headers = [*tree.rglob("*.h"), *tree.rglob("*.cuh")]
+    sources = [*tree.glob("emulation/*.cpp"), *tree.glob(f"cuda/**/{only or '*'}.cu")]
     common = _digest(headers)
     keys = {source: hashlib.sha256(common.encode() + source.read_bytes()).hexdigest()[:16] for source in sources}
     library = BUILD / f"{only or 'all'}-{hashlib.sha256(''.join(sorted(keys.values())).encode()).hexdigest()[:16]}.so"

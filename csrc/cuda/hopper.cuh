@@ -1,0 +1,275 @@
+// What Hopper (sm_90a) adds to CUDA C++: barriers with byte counts, tile copies by the TMA unit,
+// products of a warpgroup. The only file with inline PTX; csrc/emulation/cuda/hopper.cuh stands in
+// for it on the host, with the same names and the same demands. A thread is one of 128 of its
+// warpgroup; "warp" marks what all 32 lanes, "warpgroup" what all 128 threads must call together.
+//
+//   LENS_DYNAMIC_SHARED(name)            the block's dynamic shared memory, 1024-byte aligned
+//   barrier_init(bar, arrivals)          one thread; then fence_barrier_init(), then
+//   __syncthreads() barrier_arrive(bar)                  one arrival of the current phase
+//   barrier_arrive_expect_tx(bar, bytes) the same, and the phase waits for `bytes` of copies
+//   barrier_wait(bar, parity)            until the phase of that parity is over. A fresh barrier
+//                                        passes parity 1 and blocks parity 0
+//   tma_prefetch(map)                    the map itself into the cache, by one thread
+//   tma_load_{2,3,4}d(to, map, bar, x, y..)  one box into shared memory, by one thread; x
+//   innermost,
+//                                        in elements; what lies outside arrives as zero and counts
+//   tma_store_{2,3,4}d(map, from, x, y..)    one box out; outside nothing is written. Before it,
+//   all
+//                                        writers fence_async_shared(), then a barrier; after it, by
+//                                        the same thread: tma_store_commit(), tma_store_wait<n>()
+//                                        (all but n groups were read), tma_store_wait_all()
+//   fence_async_shared()                 own writes to shared memory become visible to TMA and
+//   wgmma wgmma<N, kB>(d, a, b, accumulate)    warpgroup: d [64, N] (+)= A [64, 16] B [16, N], bf16
+//   in
+//                                        shared memory, float accumulators. d is undefined until a
+//                                        wait; its shared memory must stay until a wait
+//   wgmma_rs<N, kB>(d, a, b, accumulate) the same with A in registers, which stay untouched too
+//   wgmma_fence()                        warpgroup: before the first wgmma after registers of d or
+//   a
+//                                        were written or read by other code
+//   wgmma_commit()                       warpgroup: closes a group
+//   wgmma_wait<n>(d..)                   warpgroup: all but the n newest groups are over; names
+//   every
+//                                        accumulator that code below may touch
+//   matrix_k(p), matrix_mn(p, block)     descriptors of 128-byte swizzled matrices, see below
+//   registers_down<n>(), registers_up<n>()   warpgroup: gives back, takes registers per thread
+//   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)   warp; id 1 .. 15
+//   elect_one()                          warp: true in exactly one lane
+//   exp2_approx(x)                       2^x, 2 ulp, denormals are zero
+//   stmatrix_x4(row, r0 .. r3), ldmatrix_x4(row, r0 .. r3)   warp: four 8x8 matrices of bf16; lane
+//   l
+//                                        names row l % 8 of matrix l / 8 (16 bytes) and holds
+//                                        (l / 4, 2 (l % 4) + {0, 1}) of each
+//
+// Accumulators: d[4 j + 2 h + e] of thread t is row 16 (t / 32) + 8 h + (t % 32) / 4, column
+// 8 j + 2 (t % 4) + e. A in registers: a[2 c + h] holds columns 8 c + 2 (t % 4) + {0, 1} of row
+// 16 (t / 32) + 8 h + (t % 32) / 4, lower column in the lower half; that is the layout of
+// accumulators 8 m .. 8 m + 7 rounded pairwise: a = {d[8 m] d[8 m + 1], d[8 m + 2] d[8 m + 3], ..}.
+//
+// A warp sees its own groups end: shared memory that a product read is free once every one of the
+// four warps has waited, so a barrier that frees it counts warps, not warpgroups.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/shared_matrix.cuh"
+
+#define LENS_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
+
+namespace lens::gpu {
+
+#define LENS_PTX __device__ __forceinline__
+
+LENS_PTX uint32_t shared_address(const void* p) {
+  return uint32_t(__cvta_generic_to_shared(const_cast<void*>(p)));
+}
+
+// ---- barriers in shared memory
+LENS_PTX void barrier_init(uint64_t* bar, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals)
+               : "memory");
+}
+LENS_PTX void fence_barrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+LENS_PTX void barrier_arrive(uint64_t* bar) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+LENS_PTX void barrier_arrive_expect_tx(uint64_t* bar, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
+               "r"(bytes)
+               : "memory");
+}
+LENS_PTX void barrier_wait(uint64_t* bar, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "AGAIN_%=:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@done bra OVER_%=;\n"
+      "bra AGAIN_%=;\n"
+      "OVER_%=:\n"
+      "}" ::"r"(shared_address(bar)),
+      "r"(parity)
+      : "memory");
+}
+
+// ---- tile copies
+LENS_PTX void tma_prefetch(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+#define LENS_TMA_LOAD "cp.async.bulk.tensor."
+#define LENS_TMA_FROM ".shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {"
+LENS_PTX void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
+  asm volatile(LENS_TMA_LOAD "2d" LENS_TMA_FROM "%3, %4}], [%2];" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
+               : "memory");
+}
+LENS_PTX void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
+  asm volatile(LENS_TMA_LOAD "3d" LENS_TMA_FROM "%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z)
+               : "memory");
+}
+LENS_PTX void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                          int w) {
+  asm volatile(LENS_TMA_LOAD "4d" LENS_TMA_FROM "%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+#undef LENS_TMA_LOAD
+#undef LENS_TMA_FROM
+LENS_PTX void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
+      "r"(shared_address(from)), "r"(x), "r"(y)
+      : "memory");
+}
+LENS_PTX void tma_store_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
+      "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
+LENS_PTX void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          map),
+      "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
+      : "memory");
+}
+LENS_PTX void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kPending>
+LENS_PTX void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+LENS_PTX void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+LENS_PTX void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- products of a warpgroup
+LENS_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+LENS_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// The empty statements tie the values of d to this place: no use of them moves above the wait.
+template <int kPending, int... kSizes>
+LENS_PTX void wgmma_wait(float (&... d)[kSizes]) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+  const auto hold = [](auto& values) {
+#pragma unroll
+    for (float& value : values) asm volatile("" : "+f"(value)::"memory");
+  };
+  (hold(d), ...);
+}
+
+template <int N, Major kB>
+struct Wgmma;
+
+#define LENS_D0 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define LENS_D1 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define LENS_D2 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
+#define LENS_D3 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define LENS_D4 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define LENS_D5 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define LENS_D6 \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
+#define LENS_D7 \
+  "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define LENS_F4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define LENS_F16(i) LENS_F4(i), LENS_F4(i + 4), LENS_F4(i + 8), LENS_F4(i + 12)
+#define LENS_F32 LENS_F16(0), LENS_F16(16)
+#define LENS_F64 LENS_F32, LENS_F16(32), LENS_F16(48)
+#define LENS_F96 LENS_F64, LENS_F16(64), LENS_F16(80)
+#define LENS_F128 LENS_F96, LENS_F16(96), LENS_F16(112)
+
+// The operands behind the N / 2 accumulators are numbered from N / 2: o0 is the first of them.
+#define LENS_WGMMA(N, list, outputs, o0, o1, o2, o3, o4, o5, o6)                                 \
+  template <Major kB>                                                                            \
+  struct Wgmma<N, kB> {                                                                          \
+    static LENS_PTX void shared(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {     \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2                                      \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" list "}, %" #o0  \
+                   ", %" #o1 ", p, 1, 1, 0, %" #o3 ";\n}"                                        \
+                   : outputs                                                                     \
+                   : "l"(a), "l"(b), "r"(accumulate), "n"(int(kB)));                             \
+    }                                                                                            \
+    static LENS_PTX void registers(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b,        \
+                                   int accumulate) {                                             \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o5                                      \
+                   ", 0;\n"                                                                      \
+                   "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 {" list "}, {%" #o0 \
+                   ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, %" #o6 ";\n}"            \
+                   : outputs                                                                     \
+                   : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate),        \
+                     "n"(int(kB)));                                                              \
+    }                                                                                            \
+  };
+#define LENS_L32 LENS_D0 ", " LENS_D1
+#define LENS_L64 LENS_L32 ", " LENS_D2 ", " LENS_D3
+#define LENS_L96 LENS_L64 ", " LENS_D4 ", " LENS_D5
+#define LENS_L128 LENS_L96 ", " LENS_D6 ", " LENS_D7
+#define LENS_L48 LENS_L32 ", " LENS_D2
+#define LENS_L80 LENS_L64 ", " LENS_D4
+#define LENS_F48 LENS_F32, LENS_F16(32)
+#define LENS_F80 LENS_F64, LENS_F16(64)
+LENS_WGMMA(64, LENS_L32, LENS_F32, 32, 33, 34, 35, 36, 37, 38)
+LENS_WGMMA(96, LENS_L48, LENS_F48, 48, 49, 50, 51, 52, 53, 54)
+LENS_WGMMA(128, LENS_L64, LENS_F64, 64, 65, 66, 67, 68, 69, 70)
+LENS_WGMMA(160, LENS_L80, LENS_F80, 80, 81, 82, 83, 84, 85, 86)
+LENS_WGMMA(192, LENS_L96, LENS_F96, 96, 97, 98, 99, 100, 101, 102)
+LENS_WGMMA(256, LENS_L128, LENS_F128, 128, 129, 130, 131, 132, 133, 134)
+#undef LENS_WGMMA
+
+template <int N, Major kB = Major::kK>
+LENS_PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  Wgmma<N, kB>::shared(d, a, b, accumulate);
+}
+template <int N, Major kB = Major::kK>
+LENS_PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  Wgmma<N, kB>::registers(d, a, b, accumulate);
+}
+
+// ---- the rest
+template <int kRegisters>
+LENS_PTX void registers_down() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+LENS_PTX void registers_up() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+LENS_PTX void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+LENS_PTX void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+LENS_PTX bool elect_one() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.b32 %0, 1, 0, p;\n}"
+               : "=r"(elected)::"memory");
+  return elected != 0;
+}
+LENS_PTX float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+LENS_PTX void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile(
+      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
+      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
+      : "memory");
+}
+LENS_PTX void ldmatrix_x4(const void* row, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+#undef LENS_PTX
+
+}  // namespace lens::gpu

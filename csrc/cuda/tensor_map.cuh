@@ -1,0 +1,75 @@
+// Host side of TMA: the map of a bf16 array in global memory, and what a launcher asks of a device.
+// The driver's function is looked up through the runtime, so that nothing links libcuda.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <atomic>
+#include <cstdint>
+#include <initializer_list>
+
+namespace lens::gpu {
+
+// Sizes and box count elements, innermost first; strides are those of dimensions 1, 2, .. in
+// elements. The inner box is at most 64 elements, one swizzled row. Base and strides lie on 16-byte
+// boundaries. An array without elements has no map: none of its tiles is ever asked for.
+inline int make_tensor_map(CUtensorMap* map, const void* base, std::initializer_list<int64_t> sizes,
+                           std::initializer_list<int64_t> strides,
+                           std::initializer_list<uint32_t> box,
+                           CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
+  *map = CUtensorMap{};
+  static const auto encode = [] {
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult state;
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found,
+                                                               12000, cudaEnableDefault, &state);
+    const bool served = error == cudaSuccess && state == cudaDriverEntryPointSuccess;
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(served ? found : nullptr);
+  }();
+  if (encode == nullptr) return int(cudaErrorNotSupported);
+  cuuint64_t dims[5], pitches[5];
+  cuuint32_t boxes[5], steps[5];
+  int rank = 0;
+  for (int64_t size : sizes) {
+    if (size == 0) return int(cudaSuccess);
+    steps[rank] = 1;
+    dims[rank++] = cuuint64_t(size);
+  }
+  int i = 0;
+  for (int64_t stride : strides) pitches[i++] = cuuint64_t(stride) * 2;
+  i = 0;
+  for (uint32_t extent : box) boxes[i++] = extent;
+  const CUresult result =
+      encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(rank), const_cast<void*>(base), dims,
+             pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  return result == CUDA_SUCCESS ? int(cudaSuccess) : int(cudaErrorInvalidValue);
+}
+
+// Streaming multiprocessors of the current device, or 0 where it is no sm_90.
+inline int hopper_multiprocessors() {
+  int device = 0, major = 0, minor = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (major != 9 || minor != 0) return 0;
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
+// Lets `kernel` ask for `bytes` of dynamic shared memory, once per kernel and device.
+template <auto kernel>
+int allow_shared(int bytes) {
+  static std::atomic<uint64_t> allowed{0};
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return int(error);
+  const uint64_t bit = uint64_t(1) << (device & 63);
+  if (device < 64 && allowed.load() & bit) return int(cudaSuccess);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.fetch_or(bit);
+  return int(error);
+}
+
+}  // namespace lens::gpu

@@ -1,0 +1,123 @@
+// Stand-in for csrc/cuda/hopper.cuh, found first on the include path when a kernel is compiled for
+// the host. emulation/hopper.h says what it is faithful to.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "cuda/shared_matrix.cuh"
+#include "cuda_runtime.h"
+#include "emulation/hopper.h"
+
+#define LENS_DYNAMIC_SHARED(name) unsigned char* const name = lens::emulation::dynamic_shared()
+
+namespace lens::gpu {
+
+namespace host = lens::emulation;
+
+inline uint32_t shared_address(const void* p) { return host::shared_address(p); }
+
+inline void barrier_init(uint64_t* bar, int arrivals) { host::barrier_init(bar, arrivals); }
+inline void fence_barrier_init() { host::fence_barrier_init(); }
+inline void barrier_arrive(uint64_t* bar) { host::barrier_arrive(bar, 0); }
+inline void barrier_arrive_expect_tx(uint64_t* bar, int bytes) { host::barrier_arrive(bar, bytes); }
+inline void barrier_wait(uint64_t* bar, uint32_t parity, int line = __builtin_LINE()) {
+  host::barrier_wait(bar, parity, line);
+}
+
+inline void tma_prefetch(const CUtensorMap*) {}
+inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
+  const int at[] = {x, y};
+  host::tma_load(to, map, bar, 2, at);
+}
+inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
+  const int at[] = {x, y, z};
+  host::tma_load(to, map, bar, 3, at);
+}
+inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                        int w) {
+  const int at[] = {x, y, z, w};
+  host::tma_load(to, map, bar, 4, at);
+}
+inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
+  const int at[] = {x, y};
+  host::tma_store(map, from, 2, at);
+}
+inline void tma_store_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
+  const int at[] = {x, y, z};
+  host::tma_store(map, from, 3, at);
+}
+inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
+  const int at[] = {x, y, z, w};
+  host::tma_store(map, from, 4, at);
+}
+inline void tma_store_commit() { host::tma_store_commit(); }
+template <int kPending>
+inline void tma_store_wait() {
+  host::tma_store_wait(kPending);
+}
+inline void tma_store_wait_all() { host::tma_store_wait(0); }
+inline void fence_async_shared() {}
+
+inline void wgmma_fence(int line = __builtin_LINE()) { host::wgmma_fence(line); }
+inline void wgmma_commit(int line = __builtin_LINE()) { host::wgmma_commit(line); }
+// The caller's line is not to be had beside a parameter pack: the number of what it touches and the
+// depth tell two places apart well enough for the warp's convergence check.
+template <int kPending, int... kSizes>
+inline void wgmma_wait(float (&... d)[kSizes]) {
+  float* const touched[] = {d..., nullptr};
+  host::wgmma_wait(kPending, touched, int(sizeof...(kSizes)), 1000000 + kPending);
+}
+template <int N, Major kB = Major::kK>
+inline void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  host::wgmma(d, N, nullptr, a, b, kB == Major::kMN, accumulate);
+}
+template <int N, Major kB = Major::kK>
+inline void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  host::wgmma(d, N, a, 0, b, kB == Major::kMN, accumulate);
+}
+
+template <int kRegisters>
+inline void registers_down(int line = __builtin_LINE()) {
+  host::set_registers(kRegisters, false, line);
+}
+template <int kRegisters>
+inline void registers_up(int line = __builtin_LINE()) {
+  host::set_registers(kRegisters, true, line);
+}
+inline void named_barrier_sync(int id, int threads, int line = __builtin_LINE()) {
+  host::named_barrier(id, threads, true, line);
+}
+inline void named_barrier_arrive(int id, int threads, int line = __builtin_LINE()) {
+  host::named_barrier(id, threads, false, line);
+}
+inline bool elect_one(int line = __builtin_LINE()) {
+  host::warp_operation(host::WarpOp::kSync, 0xffffffffu, 0, 0, 32, line);
+  return threadIdx.x % 32 == 0;
+}
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;
+}
+
+// The address of the row that holds this lane's pair of matrix i.
+inline unsigned char* matrix_row(const void* row, int i) {
+  uint64_t address;
+  std::memcpy(&address, &row, 8);
+  const int lane = int(threadIdx.x) % 32;
+  address = __shfl_sync(0xffffffffu, address, 8 * i + lane / 4);
+  std::memcpy(&row, &address, 8);
+  return static_cast<unsigned char*>(const_cast<void*>(row)) + lane % 4 * 4;
+}
+inline void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  const uint32_t values[] = {r0, r1, r2, r3};
+  for (int i = 0; i < 4; ++i) std::memcpy(matrix_row(row, i), &values[i], 4);
+  __syncwarp();
+}
+inline void ldmatrix_x4(const void* row, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3) {
+  uint32_t* const values[] = {&r0, &r1, &r2, &r3};
+  for (int i = 0; i < 4; ++i) std::memcpy(values[i], matrix_row(row, i), 4);
+  __syncwarp();
+}
+
+}  // namespace lens::gpu

@@ -1,0 +1,66 @@
+// What csrc/emulation/cuda/hopper.cuh is made of: barriers with byte counts, tile copies, products
+// of a warpgroup, all as late or as early as the seed has it.
+//
+// Faithful: phases, parities, arrival and byte counts of barriers; boxes, bounds, zero fill and
+// swizzle of copies; descriptor bits and fragments of wgmma. Asynchronous: a copy arrives when no
+// thread can go on (seed 0 and even ones) or at any time, in any order (odd ones); a product reads
+// shared memory when its group is waited for or (seeds but 0) when issued, whichever is drawn, warp
+// by warp, and its accumulators are NaN in between. So a missing wait, one that waits for
+// too little, a buffer that is given back too early, a barrier that miscounts end as wrong numbers,
+// a deadlock or an error. Also an error: barriers used before they are initialised and fenced, more
+// arrivals than a phase has, copies that miss shared memory or its alignment or are under way when
+// the block ends, maps that reach past their array, descriptors on which the threads of a
+// warpgroup disagree, a wgmma without fence, products nobody waited for, register counts beyond the
+// file, more shared memory than was asked for.
+//
+// Not seen: a missing fence_async_shared(); memory order between threads; what the hardware makes
+// of other descriptor bits, swizzles and layouts than the PTX description (one reading serves
+// kernel and emulation alike, so the first tile on a device must be compared); A registers that
+// change before the wait; setmaxnreg that waits; rounding inside wgmma; bank conflicts, registers,
+// time.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "emulation/cuda.h"
+
+namespace lens::emulation {
+
+// ---- called by the scheduler
+void begin_block(size_t shared_bytes);
+bool deliver();                          // one copy that is under way; false: none is
+void end_thread();                       // what the running thread leaves open is an error
+void end_block();                        // what the block leaves open is an error
+const char* waits_for(unsigned thread);  // for the deadlock report
+
+// ---- called by device code; `line` is the caller's
+unsigned char* dynamic_shared();
+uint32_t shared_address(const void* p);
+
+void barrier_init(uint64_t* bar, int arrivals);
+void fence_barrier_init();
+void barrier_arrive(uint64_t* bar, int bytes);  // bytes: expected by the same arrival, or 0
+void barrier_wait(uint64_t* bar, uint32_t parity, int line);
+
+void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int rank, const int* at);
+void tma_store(const CUtensorMap* map, const void* from, int rank, const int* at);
+void tma_store_commit();
+void tma_store_wait(int pending);
+
+// a: four registers, or null and then a descriptor
+void wgmma(float* d, int n, const uint32_t* a, uint64_t a_bits, uint64_t b_bits, bool b_transposed,
+           bool accumulate);
+void wgmma_fence(int line);
+void wgmma_commit(int line);
+void wgmma_wait(int pending, float* const* touched, int count, int line);
+
+void set_registers(int registers, bool up, int line);
+void named_barrier(int id, int threads, bool wait, int line);
+
+// ---- called by the launchers, through the stand-ins of cuda_runtime.h
+int multiprocessors();
+int allow_shared(const void* kernel, int bytes);
+bool shared_allowed(const void* kernel, size_t bytes);
+
+}  // namespace lens::emulation
