@@ -282,6 +282,79 @@ struct CutlassLinearGatedResidualParams {
 };
 int cutlass_linear_gated_residual_cuda(const CutlassLinearGatedResidualParams& p);
 
+// ---- matrix products whose epilogue is one of the ops above; bfloat16, float accumulators, one
+// rounding at the end. Rows of weight are output columns. Both streams run in one launch; a stream
+// without rows may hold null pointers. A row's bits depend on that row alone.
+
+// y = x weight^T + bias
+struct LinearParams {
+  const void* x;       // [R, K]
+  const void* weight;  // [D, K]
+  const void* bias;    // [D], may be null
+  void* y;             // [R, D]
+  int64_t R, K, D;
+  DType dtype;  // bfloat16
+  void* stream;
+};
+
+// qk_norm_rope of x weight^T + bias, whose columns are [3, N, H]
+struct LinearQkvNormRopeParams {
+  const void* image_x;           // [RI, K]
+  const void* text_x;            // [RT, K]
+  const void* image_weight;      // [3 * N * H, K]
+  const void* text_weight;       // [3 * N * H, K]
+  const void* image_bias;        // [3 * N * H], may be null
+  const void* text_bias;         // [3 * N * H], may be null
+  const void* image_q_weight;    // [H]
+  const void* image_k_weight;    // [H]
+  const void* text_q_weight;     // [H]
+  const void* text_k_weight;     // [H]
+  const void* cos;               // float [RS, H / 2], joint layout
+  const void* sin;               // float [RS, H / 2], joint layout
+  const int32_t* image_offsets;  // [B + 1]
+  const int32_t* text_offsets;   // [B + 1]
+  void* qkv;                     // [3, RS, N, H], joint layout
+  int64_t RI, RT, B, K, N, H;
+  double eps;
+  DType dtype;  // bfloat16
+  void* stream;
+};
+
+// y = swiglu(x weight^T)
+struct LinearSwigluParams {
+  const void* image_x;       // [RI, K]
+  const void* text_x;        // [RT, K]
+  const void* image_weight;  // [2, F, K]
+  const void* text_weight;   // [2, F, K]
+  void* image_y;             // [RI, F]
+  void* text_y;              // [RT, F]
+  int64_t RI, RT, K, F;
+  DType dtype;  // bfloat16
+  void* stream;
+};
+
+// out = x + gate_b * (y weight^T + bias); out may be x
+struct LinearGatedResidualParams {
+  const void* image_x;           // [RI, D]
+  const void* text_x;            // [RT, D]
+  const void* image_y;           // [RI, K]
+  const void* text_y;            // [RT, K]
+  const void* image_weight;      // [D, K]
+  const void* text_weight;       // [D, K]
+  const void* image_bias;        // [D], may be null
+  const void* text_bias;         // [D], may be null
+  const void* image_gate;        // [B, D], row stride image_gate_stride
+  const void* text_gate;         // [B, D], row stride text_gate_stride
+  const int32_t* image_offsets;  // [B + 1]
+  const int32_t* text_offsets;   // [B + 1]
+  void* image_out;               // [RI, D]
+  void* text_out;                // [RT, D]
+  int64_t RI, RT, B, K, D;
+  int64_t image_gate_stride, text_gate_stride;
+  DType dtype;  // bfloat16
+  void* stream;
+};
+
 // Every kernel by stem. CPU kernels return nothing: their arguments were checked before. Launchers
 // return a cudaError_t as int and leave the stream running.
 #define LENS_FOR_EACH_KERNEL(OP)                                                     \
@@ -299,6 +372,13 @@ int cutlass_linear_gated_residual_cuda(const CutlassLinearGatedResidualParams& p
   OP(swiglu_backward, SwigluBackwardParams)                                          \
   OP(guidance_step, GuidanceStepParams)
 
+// Kernels of sm_90a alone: other devices have no such op, and libraries serve them.
+#define LENS_FOR_EACH_HOPPER_KERNEL(OP)             \
+  OP(linear, LinearParams)                          \
+  OP(linear_qkv_norm_rope, LinearQkvNormRopeParams) \
+  OP(linear_swiglu, LinearSwigluParams)             \
+  OP(linear_gated_residual, LinearGatedResidualParams)
+
 #define LENS_DECLARE_CPU(stem, Params) void stem(const Params& p);
 namespace base {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
@@ -313,6 +393,7 @@ LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
 
 #define LENS_DECLARE_CUDA(stem, Params) int stem##_cuda(const Params& p);
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CUDA)
+LENS_FOR_EACH_HOPPER_KERNEL(LENS_DECLARE_CUDA)
 #undef LENS_DECLARE_CUDA
 
 }  // namespace lens
