@@ -13,8 +13,10 @@ from pathlib import Path
 import torch
 
 from . import __version__, residency, selftest
+from .config import LensConfig
 from .findings import BROKEN, NOTE, OK, Finding
-from .ops import attention_backends, backend
+from .forecast import forecast
+from .ops import attention_backends, backend, linear_backends
 
 _DISTRIBUTION = "lens-t2i"
 _OPTIONAL_ON_CUDA = {"kernels": "keeps the MXFP4 text encoder packed on the GPU instead of expanding it to bfloat16"}
@@ -27,7 +29,8 @@ def examine(model: str = "mini", device: torch.device | None = None) -> list[Fin
     device: where the self-test runs; None: cuda where torch can use it, else cpu.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    findings = [*system(), *devices(), *extension(), *op_backends(device), *attention(device), *memory(device)]
+    findings = [*system(), *devices(), *extension(), *op_backends(device), *attention(device)]
+    findings += [*products(device), *memory(device)]
     findings += packages()
     findings += selftest.run_ops(device)
     threads = torch.get_num_threads()
@@ -174,7 +177,33 @@ def attention(device: torch.device) -> list[Finding]:
         for name, chosen, why in attention_backends.report(need):
             status = OK if chosen or not attention_backends.forced() else NOTE
             found.append(Finding(f"Attention for {use}", name, status, f"{'CHOSEN' if chosen else 'not'}: {why}"))
+    return [*found, *text_lengths(needs["captured steps"], needs["plain steps"])]
+
+
+def text_lengths(binned: attention_backends.Need, exact: attention_backends.Need) -> list[Finding]:
+    """Whether a captured step of the released model is told exact text lengths, for runs of 415 text tokens."""
+    section, found = "Text lengths of captured steps", []
+    for side, steps, halves in ((64, 20, 2), (64, 4, 1), (90, 20, 2)):
+        lengths = [side * side + 415, side * side][:halves]
+        name = f"{16 * side}x{16 * side}, {steps} {'guided ' * (halves - 1)}steps"
+        try:
+            detail = forecast(LensConfig(), lengths, binned, exact).describe(steps)
+        except RuntimeError as error:
+            return [Finding(section, name, NOTE, str(error))]
+        found.append(Finding(section, name, OK, detail))
     return found
+
+
+def products(device: torch.device) -> list[Finding]:
+    """Who multiplies in a block of the released model: the library with a row kernel after it, or our fused GEMM."""
+    section = "Products with a row op behind them"
+    if device.type != "cuda":
+        wanted = linear_backends.forced() == "fused"
+        detail = "torch's, sample by sample; the fused ones need a CUDA device"
+        return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
+    with torch.cuda.device(device):
+        rows = linear_backends.report()
+    return [Finding(section, name, BROKEN if by == "none" else OK, f"{by}: {why}") for name, by, why in rows]
 
 
 def memory(device: torch.device) -> list[Finding]:

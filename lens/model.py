@@ -6,7 +6,7 @@ image token, E encoder width, F encoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,28 +16,13 @@ from torch import Tensor, nn
 from . import ops
 from .config import LensConfig
 from .modulation import Modulation, TimeEmbedding, concatenate, modulate
+from .ops import linear_fused
+from .ops.linear_fused import linear
 from .packing import Packing, expect_tensors, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
 TEXT_EPS = 1e-5  # RMSNorm of the encoder's features
 IMAGE, TEXT = 0, 1
-
-
-def linear(layer: Callable[[Tensor], Tensor], x: Tensor, lengths: Sequence[int] | None) -> Tensor:
-    """``layer`` over packed rows [R, K] -> [R, M]; sample by sample where ``lengths`` are given.
-
-    Library matrix products change a row's bits with the number of rows and with the alignment of the first one, so a
-    sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line.
-    """
-    if lengths is None:
-        return layer(x)
-    parts, start = [], 0
-    for length in lengths:
-        if length:
-            rows = x[start : start + length]
-            parts.append(layer(rows.clone() if rows.data_ptr() % 64 else rows))
-        start += length
-    return layer(x[:0]) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Stream(nn.Module):
@@ -159,38 +144,47 @@ class LensTransformer2DModel(nn.Module):
         for index, block in enumerate(layers):
             following = layers[index + 1] if index + 1 < len(layers) else None
             live = (IMAGE,) if following is None and blocks_out is None else (IMAGE, TEXT)
-            q, k, v = ops.qk_norm_rope(
-                linear(block.image.qkv, normed[IMAGE], groups[IMAGE]),
-                linear(block.text.qkv, normed[TEXT], groups[TEXT]),
-                block.image.q_norm,
-                block.image.k_norm,
-                block.text.q_norm,
-                block.text.k_norm,
+            both, streams = block.streams(), block.streams()[: len(live)]
+            q, k, v = linear_fused.linear_qkv_norm_rope(
+                normed,
+                [s.qkv for s in both],
+                [s.q_norm for s in both],
+                [s.k_norm for s in both],
                 packing.cos,
                 packing.sin,
                 *offsets,
                 BLOCK_EPS,
+                groups,
             ).unbind(0)
             attention = ops.joint_attention(
                 q, k, v, *lengths, *offsets, text_queries=TEXT in live, places=packing.places
             )
             del q, k, v  # three rows of the width for every token, while the MLP needs the most
-            for s in live:
-                stream = block.streams()[s]
-                _, _, gate1, shift2, scale2, gate2 = modulation.of(index, s)
-                y = linear(stream.out, attention[s], groups[s])
-                x[s], a = ops.gated_residual_norm_modulate(
-                    x[s], y, gate1, stream.norm2, scale2, shift2, offsets[s], BLOCK_EPS
+            _, _, gate1, shift2, scale2, gate2 = zip(*(modulation.of(index, s) for s in live))
+            x, normed = linear_fused.linear_gated_residual_norm_modulate(
+                x[: len(live)],
+                attention[: len(live)],
+                [s.out for s in streams],
+                gate1,
+                [s.norm2 for s in streams],
+                scale2,
+                shift2,
+                offsets,
+                BLOCK_EPS,
+                groups,
+            )
+            del attention
+            hidden = linear_fused.linear_swiglu(normed, [s.w13 for s in streams], groups)
+            w2 = [s.w2 for s in streams]
+            if following is None:
+                x = linear_fused.linear_gated_residual(x, hidden, w2, gate2, offsets, groups, "w2")
+            else:
+                shift1, scale1 = zip(*(modulation.of(index + 1, s)[:2] for s in live))
+                norm1 = [s.norm1 for s in following.streams()]
+                x, normed = linear_fused.linear_gated_residual_norm_modulate(
+                    x, hidden, w2, gate2, norm1, scale1, shift1, offsets, BLOCK_EPS, groups, "w2"
                 )
-                y = linear(stream.w2, ops.swiglu(linear(stream.w13, a, groups[s])), groups[s])
-                if following is None:
-                    x[s] = ops.gated_residual(x[s], y, gate2, offsets[s])
-                else:
-                    shift1, scale1 = modulation.of(index + 1, s)[:2]
-                    norm1 = following.streams()[s].norm1
-                    x[s], normed[s] = ops.gated_residual_norm_modulate(
-                        x[s], y, gate2, norm1, scale1, shift1, offsets[s], BLOCK_EPS
-                    )
+            del hidden
             if blocks_out is not None:
                 blocks_out.append((x[IMAGE], x[TEXT]))
         return linear(self.image_out, self._final_norm(x[IMAGE], modulation, packing), groups[IMAGE])

@@ -72,11 +72,11 @@ def transformer_parameters(config: LensConfig) -> tuple[int, int]:
 def step_bytes(config: LensConfig, image_rows: int, text_rows: int, itemsize: int = 2) -> int:
     """Most memory alive inside a step, besides weights and the step's own buffers.
 
-    The peak lies in the image's MLP: its hidden rows thrice (both branches and their product), and five rows of the
-    width for every token: the residual before and after attention, its output, the normed rows of both norms.
+    The peak lies in the image's MLP: its hidden rows thrice (both branches and their product), and two rows of the
+    width for every token: the residual and its normed rows.
     """
     rows = image_rows + text_rows
-    return itemsize * (3 * config.mlp_hidden_dim * image_rows + 5 * config.inner_dim * rows)
+    return itemsize * (3 * config.mlp_hidden_dim * image_rows + 2 * config.inner_dim * rows)
 
 
 def buffer_bytes(

@@ -68,6 +68,11 @@ def unavailable(device: str) -> str:
     return ""
 
 
+def without(kernel: str) -> str:
+    """Why this build has no `kernel`; "" if it has."""
+    return "" if hasattr(_extension, kernel) else f"lens._C was built without {kernel}"
+
+
 def _refuse(op: str, device: str, reason: str) -> None:
     raise RuntimeError(f"lens.{op}: backend {_choice!r} was asked for but cannot run on {device}: {reason}")
 

@@ -41,25 +41,40 @@ def qk_norm_rope(
     width, joint_rows = image_qkv.shape[1], image_qkv.shape[0] + text_qkv.shape[0]
     checks.expect_shape(op, "text_qkv", text_qkv, "RT, 3 D", text_qkv.shape[0], width)
     checks.expect_like(op, "text_qkv", text_qkv, image_qkv)
-    checks.expect_rank(op, "image_q_weight", image_q_weight, "H")
-    head_dim = image_q_weight.shape[0]
+    weights = (image_q_weight, image_k_weight, text_q_weight, text_k_weight)
+    expect_heads(op, image_qkv, width, joint_rows, weights, cos, sin, image_offsets, text_offsets)
+    call = reference.qk_norm_rope if backend.choose(op, image_qkv) == "reference" else _forward
+    return call(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets, eps)
+
+
+def expect_heads(
+    op: str,
+    like: Tensor,
+    width: int,
+    joint_rows: int,
+    weights: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+) -> None:
+    """The checks of norms, rotation and places for products of `width` columns, beside rows like `like`."""
+    checks.expect_rank(op, "image_q_weight", weights[0], "H")
+    head_dim = weights[0].shape[0]
     if head_dim < 2 or head_dim % 2 or head_dim > 512:
         checks.refuse(op, f"image_q_weight must be [H] with H even and in [2, 512], got [{head_dim}]")
     if width % (3 * head_dim):
-        checks.refuse(op, f"image_qkv must be [RI, 3 N H] with H = {head_dim}, got {list(image_qkv.shape)}")
-    weights = (image_q_weight, image_k_weight, text_q_weight, text_k_weight)
+        checks.refuse(op, f"image_qkv must be [RI, 3 N H] with H = {head_dim}, got {[like.shape[0], width]}")
     for name, weight in zip(_WEIGHTS, weights, strict=True):
         checks.expect_shape(op, name, weight, "H", head_dim)
-        checks.expect_like(op, name, weight, image_qkv)
+        checks.expect_like(op, name, weight, like)
     for name, table in (("cos", cos), ("sin", sin)):
         checks.expect_shape(op, name, table, "RI + RT, H / 2", joint_rows, head_dim // 2)
-        checks.expect_like(op, name, table, image_qkv, reference.arithmetic_dtype(image_qkv.dtype))
-    batch = checks.expect_offsets(op, "image_offsets", image_offsets, image_qkv)
+        checks.expect_like(op, name, table, like, reference.arithmetic_dtype(like.dtype))
+    batch = checks.expect_offsets(op, "image_offsets", image_offsets, like)
     checks.expect_rows_have_sample(op, joint_rows, batch)
     checks.expect_shape(op, "text_offsets", text_offsets, "B + 1", batch + 1)
     checks.expect_like(op, "text_offsets", text_offsets, image_offsets)
-    call = reference.qk_norm_rope if backend.choose(op, image_qkv) == "reference" else _forward
-    return call(image_qkv, text_qkv, *weights, cos, sin, image_offsets, text_offsets, eps)
 
 
 def _arguments(*inputs: Tensor) -> dict[str, Any]:

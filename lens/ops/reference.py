@@ -235,8 +235,8 @@ def linear_qkv_norm_rope(
     eps: float = 1e-6,
 ) -> Tensor:
     """qk_norm_rope of linear(x_s, weight_s, bias_s), s = image, text: x_s [R_s, D] -> qkv [3, RI + RT, N, H]."""
-    norms = [_wide(w[s]) for s in (0, 1) for w in (q_weight, k_weight)]
     image, text = (linear(x[s], weight[s], bias[s]) for s in (0, 1))
+    norms = _wide(q_weight[0]), _wide(k_weight[0]), _wide(q_weight[1]), _wide(k_weight[1])
     return qk_norm_rope(image, text, *norms, cos, sin, image_offsets, text_offsets, eps).to(x[0].dtype)
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lens import cli, doctor, ops, residency, selftest
 from lens.findings import BROKEN, NOTE, OK
-from lens.ops import attention_backends, backend
+from lens.ops import attention_backends, backend, linear_backends
 from lens.vae import PixelCodec
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
@@ -71,6 +71,15 @@ def test_a_wrong_op_is_found(monkeypatch, op, fault):
     assert {f.name for f in findings if f.status == BROKEN} == {op}
     if fault == "raises":
         assert "no such kernel" in next(f for f in findings if f.name == op).detail
+
+
+def test_products(monkeypatch):
+    (finding,) = doctor.products(CPU)
+    assert (finding.status, finding.name) == (OK, "cpu")
+    with linear_backends.use("fused"):
+        (finding,) = doctor.products(CPU)
+    assert finding.status == BROKEN
+    assert "LENS_LINEAR=fused" in finding.detail
 
 
 def test_a_broken_finding_decides_the_exit_code(monkeypatch):
@@ -175,6 +184,15 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
             ]
             assert sorted(f.name for f in rows) == names
             assert [f.name for f in rows if f.detail.startswith("CHOSEN: predicted ")] == [chosen]
+        lengths = {f.name: f.detail for f in findings if f.section == "Text lengths of captured steps"}
+        assert lengths == {
+            "1024x1024, 20 guided steps": "text in bins of 64 rows, torch-varlen instead of torch-cudnn: "
+            "20 steps save 7.4 ms a step, a capture costs 271 ms (predicted)",
+            "1024x1024, 4 steps": "text in bins of 64 rows, torch-varlen instead of torch-cudnn: "
+            "4 steps save 4.0 ms a step, a capture costs 238 ms (predicted)",
+            "1440x1440, 20 guided steps": "exact text lengths, torch-cudnn instead of torch-varlen: "
+            "20 steps save 27.5 ms a step, a capture costs 386 ms (predicted)",
+        }
         (absent,) = [f for f in findings if f.section == "Attention for training" and f.name == "flash-attn-2"]
         assert absent.detail == "not: flash_attn is not installed (backward)"
         with attention_backends.use("torch-sdpa"):
@@ -182,6 +200,8 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
         assert next(f for f in forced if f.name == "torch-sdpa").detail.startswith("CHOSEN: forced; ")
         captured = [f for f in forced if f.section == "Attention for captured steps"]
         assert {f.status for f in captured} == {NOTE}, "the forced one reads lengths: nothing is chosen"
+        (why,) = [f for f in forced if f.section == "Text lengths of captured steps"]
+        assert (why.status, "torch-sdpa was asked for but cannot run" in why.detail) == (NOTE, True)
     finally:
         attention_backends.choose.cache_clear()
 

@@ -92,7 +92,7 @@ def test_dead_text_branch_is_skipped(monkeypatch):
         return residual(x, *args)
 
     monkeypatch.setattr(module.ops, "joint_attention", watch_attention)
-    monkeypatch.setattr(module.ops, "gated_residual", watch_residual)
+    monkeypatch.setattr(module.linear_fused, "gated_residual", watch_residual)
     lean = pipe(PROMPTS, seed=1, guidance_scale=1.0, **SMALL | {"num_inference_steps": 1}).images
     assert queries == [True, True, False]
     assert gates == [12]  # one gated residual without a following norm: the last block's, of the image rows alone

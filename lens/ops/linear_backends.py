@@ -1,0 +1,170 @@
+"""Who multiplies in a block: the library (cuBLASLt) with a row kernel after it, or our GEMM with the row op in its epilogue.
+
+The library is the default. A shape uses ours only where linear_table.json holds measured rates of both for its
+architecture, product and rows, and ours is the higher: predictions are shown and decide nothing. A rate counts the
+product's FLOPs over the time of product and row op together. LENS_LINEAR=fused | library, or `use(name)`, forces a
+choice for every product; where `fused` cannot run, that raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens.ops import backend
+
+BACKENDS = ("library", "fused")
+PRODUCTS = {
+    "qkv": "linear_qkv_norm_rope",
+    "w13": "linear_swiglu",
+    "out": "linear_gated_residual",
+    "w2": "linear_gated_residual",
+}  # and the op that computes each
+TABLE = Path(__file__).with_name("linear_table.json")
+HEAD_DIM = 64  # of the one epilogue that knows heads
+_forced: str | None = os.environ.get("LENS_LINEAR") or None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one call asks for."""
+
+    product: str
+    device: str
+    arch: tuple[int, int]  # compute capability
+    dtype: torch.dtype
+    rows: int  # of all streams
+    depth: int  # columns that are summed over
+    columns: int
+    head_dim: int = HEAD_DIM
+    plain: bool = True  # the layers are torch.nn.Linear, with nothing around or hooked to them
+    backward: bool = False  # a gradient is recorded
+    alone: bool = False  # sample by sample, so that no sample sees its batch
+
+
+def missing(need: Need) -> str:
+    """Why our kernel cannot serve the call, or ""."""
+    op = PRODUCTS[need.product]
+    if need.device != "cuda":
+        return f"runs on cuda, not on {need.device}"
+    if why := backend.unavailable("cuda") or backend.without(op):
+        return why
+    if need.arch != (9, 0):
+        return f"needs compute capability 9.0, this is {need.arch[0]}.{need.arch[1]}"
+    if need.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
+    if need.backward:
+        return "has no backward pass: training multiplies by the library"
+    if not need.plain:
+        return "a layer is no plain torch.nn.Linear"
+    if need.product == "qkv" and need.head_dim != HEAD_DIM:
+        return f"needs heads of {HEAD_DIM} channels, these have {need.head_dim}"
+    for what, size in (("input", need.depth), ("output", need.columns)):
+        if size % 64:
+            return f"needs {what} columns in multiples of 64, got {size}"
+    return ""
+
+
+@functools.cache
+def table() -> list[dict[str, Any]]:
+    """Entries of linear_table.json: arch, product, rows (at least), backend, tflops, status, source."""
+    entries: list[dict[str, Any]] = json.loads(TABLE.read_text())["entries"]
+    for e in entries:
+        known = e["status"] in ("measured", "predicted") and e["backend"] in BACKENDS and e["product"] in PRODUCTS
+        if not known or not e["source"] or not e["tflops"] > 0:
+            raise ValueError(f"{TABLE.name}: a measured or predicted rate with its source expected, got {e}")
+    return entries
+
+
+@functools.cache
+def measured() -> bool:
+    """Whether any rate of ours is measured: until then the library serves every call that is not forced."""
+    return any(e["status"] == "measured" and e["backend"] == "fused" for e in table())
+
+
+def entry(name: str, need: Need) -> dict[str, Any] | None:
+    """The table's line of the most rows that the call reaches; None where it has none."""
+    arch = f"{need.arch[0]}.{need.arch[1]}"
+    of = (e for e in table() if (e["arch"], e["product"], e["backend"]) == (arch, need.product, name))
+    return max((e for e in of if e["rows"] <= need.rows), key=lambda e: int(e["rows"]), default=None)
+
+
+def decide(need: Need) -> tuple[str, str]:
+    """(backend, why). RuntimeError where a forced one cannot run."""
+    why = missing(need)
+    if _forced is not None:
+        if _forced not in BACKENDS:
+            known = " or ".join(BACKENDS)
+            raise RuntimeError(f"lens.{PRODUCTS[need.product]}: LENS_LINEAR must be {known}, got {_forced!r}")
+        if _forced == "fused" and why:
+            raise RuntimeError(f"lens.{PRODUCTS[need.product]}: fused was asked for but cannot run: {why}")
+        return _forced, "forced"
+    if why:
+        return "library", f"fused {why}"
+    if need.alone:
+        return "library", "every sample is multiplied alone; the table goes by all rows"
+    ours, library = entry("fused", need), entry("library", need)
+    if ours is None or library is None:
+        return "library", f"no rates for {need.product} with {need.rows} rows in {TABLE.name}"
+    said = ", ".join(f"{e['backend']} {e['status']} {e['tflops']:g} TFLOP/s" for e in (ours, library))
+    if "predicted" in (ours["status"], library["status"]):
+        return "library", f"not measured against each other yet ({said})"
+    return ("fused" if ours["tflops"] > library["tflops"] else "library"), said
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(need: Need) -> str:
+    """The backend that serves the call: "library" or "fused"."""
+    return decide(need)[0]
+
+
+def usual(product: str, rows: int = 8192 + 415, device: torch.device | None = None) -> Need:
+    """What the released model asks for in a guided 1024x1024 step on a CUDA device."""
+    depth, columns = {"qkv": (1536, 4608), "out": (1536, 1536), "w13": (1536, 8192), "w2": (4096, 1536)}[product]
+    arch = capability(None if device is None else device.index)
+    return Need(product, "cuda", arch, torch.bfloat16, rows, depth, columns)
+
+
+def report() -> list[tuple[str, str, str]]:
+    """(product, backend, why) of the released model on the current CUDA device; "none" where a forced one cannot run."""
+    rows = []
+    for product in PRODUCTS:
+        try:
+            chosen, why = decide(usual(product))
+        except RuntimeError as error:
+            chosen, why = "none", str(error)
+        rows.append((product, chosen, why))
+    return rows
+
+
+@functools.cache
+def capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def forced() -> str | None:
+    """The backend that is forced, if any."""
+    return _forced
+
+
+@contextlib.contextmanager
+def use(name: str | None) -> Iterator[None]:
+    """Force a backend inside the block (None: choose by the table). The choice holds for the whole process."""
+    global _forced
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"lens.ops.linear_backends: name must be {' or '.join(BACKENDS)}, got {name!r}")
+    before, _forced = _forced, name
+    choose.cache_clear()
+    try:
+        yield
+    finally:
+        _forced = before
+        choose.cache_clear()

@@ -1,0 +1,309 @@
+"""Products with a row op behind them: what they compute, who computes it, and what is said when the wanted one cannot."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lens.ops import backend, linear_backends, linear_fused, reference
+from lens.ops.linear_backends import Need
+from tests.ops.harness import DTYPES, Maker, cast, error, offsets_of, same_bits
+
+HEADS, HEAD, HIDDEN = 2, 64, 128
+WIDTH = HEADS * HEAD
+IMAGES = {"two samples": ([40, 33], [7, 30]), "no text": ([9, 4], [0, 0]), "one has text": ([5, 70, 0], [0, 65, 2])}
+
+
+def inputs(images: list[int], texts: list[int]) -> dict:
+    """Arguments of the specification, float64, image first; spread so that silu and the norms are not near zero."""
+    make = Maker()
+    rows = [sum(images), sum(texts)]
+    angle = make(sum(rows), HEAD // 2, grad=False)
+
+    def matrix(columns: int, depth: int) -> Tensor:
+        return (make(columns, depth, grad=False) * 2 / depth**0.5).requires_grad_()
+
+    def pair(*shape: int) -> list[Tensor]:
+        return [make(*shape), make(*shape)]
+
+    tables = [make.modulation(len(images), WIDTH, 3) for _ in rows]
+    return {
+        "x": [make(r, WIDTH) for r in rows],
+        "normed": [make(r, WIDTH) for r in rows],
+        "hidden": [make(r, HIDDEN) for r in rows],
+        "qkv": [matrix(3 * WIDTH, WIDTH) for _ in rows],
+        "qkv_bias": pair(3 * WIDTH),
+        "w13": [matrix(2 * HIDDEN, WIDTH) for _ in rows],
+        "out": [matrix(WIDTH, HIDDEN) for _ in rows],
+        "out_bias": pair(WIDTH),
+        "q_weight": pair(HEAD),
+        "k_weight": pair(HEAD),
+        "norm": pair(WIDTH),
+        "cos": angle.cos(),
+        "sin": angle.sin(),
+        "gate": [t[0] for t in tables],
+        "scale": [t[1] for t in tables],
+        "shift": [t[2] for t in tables],
+        "offsets": [offsets_of(images), offsets_of(texts)],
+    }
+
+
+def typed(made: dict, dtype: torch.dtype) -> dict:
+    return {
+        name: [cast({name: v}, dtype)[name] for v in value] if isinstance(value, list) else cast({name: value}, dtype)[name]
+        for name, value in made.items()
+    }  # fmt: skip
+
+
+def layer(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made.weight = nn.Parameter(weight.detach())
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach())
+    return made
+
+
+def layers(weights: list[Tensor], biases: list[Tensor] | None = None) -> list[nn.Linear]:
+    return [layer(w, b) for w, b in zip(weights, biases or [None, None], strict=True)]
+
+
+def by_spec(m: dict) -> dict[str, list[Tensor]]:
+    heads = m["q_weight"], m["k_weight"], m["cos"], m["sin"], *m["offsets"]
+    residual = reference.linear_gated_residual(m["x"], m["hidden"], m["out"], m["out_bias"], m["gate"], m["offsets"])
+    unbiased = reference.linear_gated_residual(m["x"], m["hidden"], m["out"], [None, None], m["gate"], m["offsets"])
+    rows = zip(residual, m["norm"], m["scale"], m["shift"], m["offsets"])
+    return {
+        "qkv": [reference.linear_qkv_norm_rope(m["normed"], m["qkv"], m["qkv_bias"], *heads)],
+        "swiglu": reference.linear_swiglu(m["normed"], m["w13"]),
+        "residual": residual,
+        "unbiased": unbiased,
+        "norm": [reference.rms_norm_modulate(*row) for row in rows],
+    }
+
+
+def by_op(m: dict, lengths: tuple = (None, None)) -> dict[str, list[Tensor]]:
+    heads = m["q_weight"], m["k_weight"], m["cos"], m["sin"], *m["offsets"]
+    out = layers(m["out"], m["out_bias"])
+    modulation = m["norm"], m["scale"], m["shift"], m["offsets"]
+    residual, normed = linear_fused.linear_gated_residual_norm_modulate(
+        m["x"], m["hidden"], out, m["gate"], *modulation, lengths=lengths
+    )
+    plain = linear_fused.linear_gated_residual(m["x"], m["hidden"], out, m["gate"], m["offsets"], lengths)
+    assert all(map(same_bits, plain, residual))
+    unbiased = layers(m["out"])
+    return {
+        "qkv": [
+            linear_fused.linear_qkv_norm_rope(m["normed"], layers(m["qkv"], m["qkv_bias"]), *heads, lengths=lengths)
+        ],
+        "swiglu": linear_fused.linear_swiglu(m["normed"], layers(m["w13"]), lengths),
+        "residual": residual,
+        "unbiased": linear_fused.linear_gated_residual(m["x"], m["hidden"], unbiased, m["gate"], m["offsets"], lengths),
+        "norm": normed,
+    }
+
+
+def composed(m: dict) -> dict[str, list[Tensor]]:
+    """The spec with the roundings of the library way: a product is stored before the row op reads it."""
+    dtype = m["x"][0].dtype
+    exact = reference.linear
+    reference.linear = lambda *args: exact(*args).to(dtype)
+    try:
+        return by_spec(m)
+    finally:
+        reference.linear = exact
+
+
+def against_spec(case: str, dtype: torch.dtype, call=by_op, spec=by_spec) -> None:
+    """Error against float64 at most twice the spec's own in ``dtype``, plus one rounding."""
+    made = inputs(*IMAGES[case])
+    small = typed(made, dtype)
+    with torch.no_grad():
+        exact, expected, got = by_spec(typed(small, torch.float64)), spec(small), call(small)
+    for name, values in got.items():
+        assert len(values) == len(exact[name])
+        for value, right, own in zip(values, exact[name], expected[name], strict=True):
+            assert (value.dtype, value.shape) == (dtype, right.shape), name
+            rounding = torch.finfo(dtype).eps * (right.abs().max().item() if right.numel() else 0.0)
+            allowed = 2 * error(own, right) + rounding * (32 if dtype == torch.float64 else 1)
+            assert error(value, right) <= allowed, f"{name}: {error(value, right)} > {allowed}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("case", IMAGES)
+def test_the_library_way_against_the_spec(case, dtype):
+    against_spec(case, dtype, spec=composed)
+
+
+@pytest.mark.parametrize("choice", ["compiled", "reference"])
+def test_row_ops_of_either_backend(choice):
+    with backend.use(choice):
+        against_spec("two samples", torch.float32)
+
+
+def test_gradients():
+    """Of the products' weights, biases and rows, by the library way: numerical differentiation in float64."""
+    made = inputs([3], [2])
+    m = {k: [t.detach()[..., :8] if k in ("x", "normed", "hidden") else t for t in v] for k, v in made.items()}
+    functional = torch.nn.functional
+
+    def call(a, b, up, weight, bias):
+        (hidden,) = linear_fused.linear_swiglu([a], [lambda rows: functional.linear(rows, up)])
+        out = [lambda rows: functional.linear(rows, weight, bias)]
+        gate = [m["gate"][0][:, :8].detach()]
+        return linear_fused.linear_gated_residual([b], [hidden], out, gate, m["offsets"])[0]
+
+    make = Maker()
+    values = [m["normed"][0].requires_grad_(), m["x"][0].requires_grad_(), make(6, 8), make(8, 3), make(8)]
+    assert torch.autograd.gradcheck(call, values)
+
+
+def test_sample_by_sample():
+    """With lengths, a sample's rows have the bits they have alone."""
+    images, texts = IMAGES["two samples"]
+    made = typed(inputs(images, texts), torch.bfloat16)
+    with torch.no_grad():
+        whole = by_op(made, (images, texts))
+        first = {**made, "offsets": [o[:2] for o in made["offsets"]]}
+        for name in ("x", "normed", "hidden"):
+            first[name] = [v[:n].detach() for v, n in zip(made[name], (images[0], texts[0]))]
+        for name in ("gate", "scale", "shift"):
+            first[name] = [v[:1].detach() for v in made[name]]
+        joint = images[0] + texts[0]
+        first |= {name: made[name][:joint] for name in ("cos", "sin")}
+        alone = by_op(first, ([images[0]], [texts[0]]))
+    assert same_bits(alone["qkv"][0], whole["qkv"][0][:, :joint])
+    for name in ("swiglu", "residual", "norm"):
+        for value, all_rows in zip(alone[name], whole[name], strict=True):
+            assert same_bits(value, all_rows[: len(value)]), name
+
+
+# ---- who multiplies
+
+
+NEED = Need("w13", "cuda", (9, 0), torch.bfloat16, 8192, 1536, 8192)
+
+
+@pytest.fixture
+def able(monkeypatch):
+    """A build with every kernel, on a machine that has the GPU for them."""
+    monkeypatch.setattr(backend, "unavailable", lambda device: "")
+    monkeypatch.setattr(backend, "without", lambda kernel: "")
+    linear_backends.choose.cache_clear()
+    yield monkeypatch
+    linear_backends.choose.cache_clear()
+
+
+def entries(status: str, fused: float) -> list[dict]:
+    common = {"arch": "9.0", "product": "w13", "source": "x"}
+    return [
+        {**common, "rows": 4096, "backend": "library", "tflops": 600, "status": status},
+        {**common, "rows": 4096, "backend": "fused", "tflops": fused, "status": status},
+        {**common, "rows": 9000, "backend": "fused", "tflops": 1, "status": status},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "fused", "rows", "expected"),
+    [
+        ("measured", 601, 8192, "fused"),
+        ("measured", 600, 8192, "library"),
+        ("predicted", 900, 8192, "library"),
+        ("measured", 900, 4095, "library"),  # no rates for so few rows
+        ("measured", 900, 9000, "library"),  # the line of the most rows counts
+    ],
+)
+def test_measured_rates_decide(able, status, fused, rows, expected):
+    able.setattr(linear_backends, "table", lambda: entries(status, fused))
+    chosen, why = linear_backends.decide(at(rows))
+    assert chosen == expected
+    assert why
+
+
+def at(rows: int = 8192, **changes) -> Need:
+    return dataclasses.replace(NEED, rows=rows, **changes)
+
+
+REFUSALS = [
+    (dict(device="cpu"), "runs on cuda, not on cpu"),
+    (dict(arch=(8, 0)), "needs compute capability 9.0, this is 8.0"),
+    (dict(arch=(10, 0)), "needs compute capability 9.0, this is 10.0"),
+    (dict(dtype=torch.float32), "computes in bfloat16, not in float32"),
+    (dict(backward=True), "has no backward pass"),
+    (dict(plain=False), "no plain torch.nn.Linear"),
+    (dict(depth=96), "needs input columns in multiples of 64, got 96"),
+    (dict(product="qkv", head_dim=128), "needs heads of 64 channels, these have 128"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSALS, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
+def test_what_ours_cannot_serve(able, changes, message):
+    able.setattr(linear_backends, "table", lambda: entries("measured", 900))
+    assert linear_backends.decide(at())[0] == "fused"
+    chosen, why = linear_backends.decide(at(**changes))
+    assert chosen == "library"
+    assert message in why
+    with linear_backends.use("fused"), pytest.raises(RuntimeError, match="fused was asked for but cannot run") as told:
+        linear_backends.choose(at(**changes))
+    assert message in str(told.value)
+    assert str(told.value).startswith(f"lens.{linear_backends.PRODUCTS[at(**changes).product]}: ")
+
+
+def test_forced(able, monkeypatch):
+    able.setattr(linear_backends, "table", lambda: entries("measured", 900))
+    with linear_backends.use("library"):
+        assert linear_backends.choose(at()) == "library"
+    able.setattr(linear_backends, "table", lambda: entries("measured", 1))
+    with linear_backends.use("fused"):
+        assert linear_backends.choose(at(alone=True)) == "fused"
+        made = typed(inputs([3], [2]), torch.float32)
+        with pytest.raises(RuntimeError, match=r"lens.linear_swiglu: fused was asked for but cannot run: runs on cuda"):
+            linear_fused.linear_swiglu(made["normed"], layers(made["w13"]))
+    assert linear_backends.forced() is None
+    with pytest.raises(ValueError, match="must be library or fused, got 'quick'"), linear_backends.use("quick"):
+        pass
+    monkeypatch.setattr(linear_backends, "_forced", "quick")
+    with pytest.raises(RuntimeError, match="LENS_LINEAR must be library or fused, got 'quick'"):
+        linear_backends.choose(at(rows=1))
+
+
+def test_batch_invariance_is_the_librarys_unless_forced(able):
+    able.setattr(linear_backends, "table", lambda: entries("measured", 900))
+    assert linear_backends.choose(at(alone=True)) == "library"
+
+
+def test_a_build_without_the_kernels_says_so(monkeypatch):
+    monkeypatch.setattr(backend, "unavailable", lambda device: "")
+    monkeypatch.setattr(backend, "_extension", object())
+    assert linear_backends.missing(at()) == "lens._C was built without linear_swiglu"
+
+
+def test_the_table_is_whole_and_nothing_in_it_is_claimed_as_measured():
+    """A measured line needs a committed result; until there is one, the library is the default everywhere."""
+    products = {(e["product"], e["backend"]) for e in linear_backends.table() if e["arch"] == "9.0"}
+    assert products == {(p, b) for p in linear_backends.PRODUCTS for b in linear_backends.BACKENDS}
+    assert linear_backends.measured() == any(e["status"] == "measured" for e in linear_backends.table())
+
+
+def test_a_table_without_a_source_is_refused(tmp_path, monkeypatch):
+    bad = tmp_path / "linear_table.json"
+    bad.write_text(json.dumps({"entries": [{**entries("measured", 1)[0], "source": ""}]}))
+    monkeypatch.setattr(linear_backends, "TABLE", bad)
+    linear_backends.table.cache_clear()
+    try:
+        with pytest.raises(ValueError, match="rate with its source expected"):
+            linear_backends.table()
+    finally:
+        linear_backends.table.cache_clear()
+
+
+def test_the_report_names_every_product(able):
+    able.setattr(linear_backends, "capability", lambda index: (9, 0))
+    rows = linear_backends.report()
+    assert [name for name, _, _ in rows] == list(linear_backends.PRODUCTS)
+    assert all(by == "library" and "not measured against each other yet" in why for _, by, why in rows)
+    with linear_backends.use("fused"):
+        assert {by for _, by, _ in linear_backends.report()} == {"fused"}
+        able.setattr(linear_backends, "capability", lambda index: (8, 0))
+        assert all(by == "none" and "needs compute capability" in why for _, by, why in linear_backends.report())
