@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .model import LensTransformer2DModel
 from .ops import attention_backends, backend
@@ -68,11 +69,12 @@ class Engine:
     cache: where captured steps are kept; None makes one on the CUDA device of the model, with ``budget`` bytes
     for graphs, their buffers and their workspace. LENS_GRAPHS=off turns capturing off.
     text_bin: text rows of a captured step are rounded up to a multiple of it. 1 captures every combination of text
-    lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample.
+    lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample. None:
+    64, or 1 for runs in which that is predicted to save more than it costs; see ``lens.forecast``.
     """
 
-    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30, text_bin: int = TEXT_BIN):
-        if text_bin < 1:
+    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30, text_bin: int | None = None):
+        if text_bin is not None and text_bin < 1:
             raise ValueError(f"lens.Engine: text_bin must be positive, got {text_bin}")
         self.cache = cache
         self.budget = budget
@@ -96,16 +98,24 @@ class Engine:
         if backend.forced() == "reference":
             return "the reference ops read lengths on the host"
         try:
-            attention_backends.choose(self._need(model, grids[0]))
+            attention_backends.choose(self._need(model, grids[0], self.text_bin != 1))
         except RuntimeError as error:
             return str(error)
         return ""
 
-    def _need(self, model: LensTransformer2DModel, grid: Grid) -> attention_backends.Need:
+    def _need(self, model: LensTransformer2DModel, grid: Grid, device_lengths: bool) -> attention_backends.Need:
         head_dim = model.config.attention_head_dim
-        return attention_backends.need_of(
-            model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths=self.text_bin > 1
-        )
+        return attention_backends.need_of(model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths)
+
+    def bin_of(self, model: LensTransformer2DModel, job: Job) -> int:
+        """The multiple that this job's text rows are rounded up to; 1: exact lengths."""
+        if self.text_bin is not None:
+            return self.text_bin
+        grid = job.grids[0]
+        binned, exact = (self._need(model, grid, device_lengths) for device_lengths in (True, False))
+        lengths = [grid[0] * grid[1] + len(index) for index in job.all_indices]
+        steps = job.sigma.shape[1] - 1 - job.step
+        return 1 if forecast(model.config, lengths, binned, exact).lengths(steps) == "exact" else TEXT_BIN
 
     @torch.no_grad()
     def start(self, model: LensTransformer2DModel, job: Job) -> Run:
@@ -114,7 +124,7 @@ class Engine:
             return Run(model, free_state(model, job), None, None)
         if self.cache is None or self.cache.device not in (None, model.device):  # the model may have moved
             self.cache = GraphCache(CudaDriver(model.device), self.budget, model.device)
-        binned = bin_texts(job.grids[0], job.all_indices, self.text_bin)
+        binned = bin_texts(job.grids[0], job.all_indices, self.bin_of(model, job))
         if not self.cache.claim():  # the same buffers' worth of its own, the same kernels, the same bits
             state = fixed_state(model, job, binned)
             load(model, state, job, binned)
@@ -132,7 +142,7 @@ class Engine:
         cache.keep(
             lambda key: isinstance(key, tuple) and key[0] == placed
         )  # weights that moved left their graphs behind
-        attention = attention_backends.choose(self._need(model, job.grids[0])).name
+        attention = attention_backends.choose(self._need(model, job.grids[0], not binned.exact)).name
         choices = backend.forced(), attention
         texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
         if binned.exact:

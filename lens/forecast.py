@@ -1,0 +1,66 @@
+"""How the texts of a captured step are told to attention, decided by predicted milliseconds.
+
+A step captured for a bin of texts serves every text of the bin, but its attention must read lengths from the device. One
+captured for exact lengths may take a library that is given them by the host, which can be faster, and is captured anew
+for other lengths. It pays where K steps save more than a capture costs. The rates are those of
+``ops/attention_table.json``; the answer depends on shapes and K alone, so equal calls run the same kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .config import LensConfig
+from .ops import attention_backends
+from .ops.attention_backends import Need
+from .packing import TEXT_BIN
+from .residency import transformer_parameters
+
+CAPTURE_SECONDS = 0.2  # of the host, besides one step that runs as it is; predicted
+OTHER_FLOPS = 530e12  # per second of matrix products and what lies between them, on Hopper; predicted
+
+
+def attention_flops(config: LensConfig, lengths: Sequence[int]) -> float:
+    """Of one step: 4 L D T^2 for each sample of T joint rows, softmax left out."""
+    return 4.0 * config.num_layers * config.inner_dim * sum(n * n for n in lengths)
+
+
+def product_flops(config: LensConfig, rows: int) -> float:
+    """Of one step's blocks: two for each weight of a stream and row, modulation left out."""
+    parameters, modulation = transformer_parameters(config)
+    return float(parameters - modulation) * rows
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One shape of step on one architecture."""
+
+    binned: str  # the attention library of a step whose lengths the device knows
+    exact: str  # and of one whose lengths the host knows
+    saving: float  # seconds of every step that exact lengths save; not above 0 where a rate is unknown
+    capture: float  # seconds of capturing
+
+    def lengths(self, steps: int) -> str:
+        """ "exact" or "binned" for a run of ``steps``."""
+        return "exact" if steps * self.saving > self.capture else "binned"
+
+    def describe(self, steps: int) -> str:
+        milliseconds = f"{1e3 * self.saving:.1f} ms a step"
+        if self.saving <= 0:
+            return f"text in bins of {TEXT_BIN} rows, {self.binned}: no library that is told lengths by the host is known to be faster"
+        bill = f"{steps} steps save {milliseconds}, a capture costs {1e3 * self.capture:.0f} ms (predicted)"
+        if self.lengths(steps) == "exact":
+            return f"exact text lengths, {self.exact} instead of {self.binned}: {bill}"
+        return f"text in bins of {TEXT_BIN} rows, {self.binned} instead of {self.exact}: {bill}"
+
+
+def forecast(config: LensConfig, lengths: Sequence[int], binned: Need, exact: Need) -> Forecast:
+    """For samples of ``lengths`` joint rows. RuntimeError where no library can serve one of the needs."""
+    names = [attention_backends.choose(need).name for need in (binned, exact)]
+    rates = [attention_backends.entry(name, need) for name, need in zip(names, (binned, exact))]
+    flops, other = attention_flops(config, lengths), product_flops(config, sum(lengths)) / OTHER_FLOPS
+    if rates[0] is None or rates[1] is None:
+        return Forecast(*names, saving=0.0, capture=CAPTURE_SECONDS + other)
+    seconds = [flops / (1e12 * float(rate["tflops"])) for rate in rates if rate is not None]
+    return Forecast(*names, saving=seconds[0] - seconds[1], capture=CAPTURE_SECONDS + other + seconds[1])
