@@ -246,7 +246,7 @@ def _qkv(
         B=image_offsets.shape[0] - 1,
         N=qkv.shape[2],
         H=qkv.shape[3],
-        D=x[0].shape[1],
+        K=x[0].shape[1],
         eps=eps,
     )
     return qkv
@@ -263,7 +263,7 @@ def _swiglu(x: Sequence[Tensor], weight: Sequence[Tensor]) -> list[Tensor]:
         **_side_by_side("y", y),
         RI=x[0].shape[0],
         RT=x[1].shape[0] if len(x) > 1 else 0,
-        D=x[0].shape[1],
+        K=x[0].shape[1],
         F=y[0].shape[1],
     )
     return y
@@ -279,7 +279,9 @@ def _residual(
     offsets: Sequence[Tensor],
 ) -> list[Tensor]:
     out, gate = _fake_residual(x), [checks.dense_rows(g) for g in gate]
-    strides: dict[str, Any] = {f"{s}_gate_stride": g.stride(0) for s, g in zip(("image", "text"), (*gate, gate[0]))}
+    tables: dict[str, Any] = {"text_gate": None, "text_gate_stride": 0}
+    for stream, table in zip(("image", "text"), gate):
+        tables |= {f"{stream}_gate": table, f"{stream}_gate_stride": table.stride(0)}
     backend.launch(
         "linear_gated_residual",
         x[0],
@@ -287,7 +289,6 @@ def _residual(
         **_side_by_side("y", y),
         **_side_by_side("weight", weight),
         **_side_by_side("bias", bias),
-        **{f"{s}_gate": g for s, g in zip(("image", "text"), (*gate, None))},
         **_side_by_side("offsets", offsets[: len(x)]),
         **_side_by_side("out", out),
         RI=x[0].shape[0],
@@ -295,7 +296,7 @@ def _residual(
         B=gate[0].shape[0],
         D=x[0].shape[1],
         K=y[0].shape[1],
-        **strides,
+        **tables,
     )
     return out
 
