@@ -6,7 +6,8 @@ are told by offsets, or one call each; there is no mask. Backward passes are ask
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,23 +96,26 @@ def _flash(module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, **opt
     return out[0] if isinstance(out, tuple) else out
 
 
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    """torch's own kernels free of float atomics: they obey the global switch alone."""
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+
+
 def repeatable(out: Tensor) -> Tensor:
-    """Make the backward pass of torch's own kernels free of float atomics: they obey the global switch alone."""
+    """Make the backward pass of torch's own kernels `deterministic`."""
     node = out.grad_fn
     if node is None or torch.compiler.is_compiling():
         return out
-    before: list[tuple[bool, bool]] = []
-
-    def on(_: Any) -> None:
-        before.append(
-            (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
-        )
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-    def off(*_: Any) -> None:
-        enabled, warn_only = before.pop()
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-    node.register_prehook(on)
-    node.register_hook(off)
+    switches = contextlib.ExitStack()  # closed by the hook after the node, as often as it runs
+    node.register_prehook(lambda _: switches.enter_context(deterministic()))
+    node.register_hook(lambda *_: switches.close())
     return out
