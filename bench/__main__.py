@@ -1,4 +1,4 @@
-"""`python -m bench list | run | compare | report`.
+"""`python -m bench list | run | compare | report | tables`.
 
 Exit codes: 0 done; 1 slower than allowed, a wrong result, or a case that failed; 2 a mistake in the command.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import sys
 from pathlib import Path
 
@@ -111,14 +110,10 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from .report import attention_entries, write
+    from .report import write
     from .result import NoResult, load, table
 
     try:
-        if options.attention:
-            for path in options.results:
-                print(",\n".join(f"    {json.dumps(entry)}" for entry in attention_entries(load(path))))
-            return 0
         if options.results:
             print("\n\n".join(table(load(path)) for path in options.results))
             return 0
@@ -132,10 +127,25 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _tables(options: argparse.Namespace) -> int:
+    from .result import NoResult
+    from .tables import committed_results, tables
+
+    try:
+        for path in tables(options.results or committed_results(), options.check):
+            print(path)
+    except NoResult as error:
+        return _mistake(str(error))
+    except ValueError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine.")
-    commands = top.add_subparsers(required=True, metavar="list | run | compare | report")
+    commands = top.add_subparsers(required=True, metavar="list | run | compare | report | tables")
     listing = commands.add_parser("list", help="ids of all cases this machine can run")
     listing.add_argument("--case", action="append", metavar="GLOB", help="only ids like this (repeatable)")
     listing.add_argument("--gpu", action="store_true", help="the cases of a GPU, on any machine")
@@ -166,8 +176,11 @@ def parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="results as tables; without arguments the README's table and picture")
     report.add_argument("results", type=Path, nargs="*")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 where README or picture are stale")
-    report.add_argument("--attention", action="store_true", help="measured lines for lens/ops/attention_table.json")
     report.set_defaults(do=_report)
+    tables = commands.add_parser("tables", help="measured rates into the tables by which lens.ops chooses kernels")
+    tables.add_argument("results", type=Path, nargs="*", help="default: all of bench/results")
+    tables.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is stale")
+    tables.set_defaults(do=_tables)
     return top
 
 

@@ -9,12 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 from xml.sax.saxutils import escape
 
 from lens.checkpoint import write_atomic
 from lens.config import LensConfig
-from lens.ops.attention_backends import CANDIDATES
 
 from .case import OURS
 from .machine import ROOT
@@ -165,20 +163,6 @@ def throughput(results: dict[str, list[Result]]) -> list[str]:
     return [head, "|---|---|---|---|---|", *lines, ""]
 
 
-def attention_entries(result: Result) -> list[dict[str, Any]]:
-    """Lines for lens/ops/attention_table.json from a result of the suite `attention`: the guided pair of 1024 x 1024
-    with the longest text, forward and backward, every candidate that ran."""
-    entries = []
-    for shape, way in (("long", "forward"), ("backward", "backward")):
-        for (case, subject), row in result.rows.items():
-            if case == f"attention/4511,4096/bf16/{way}" and subject in {c.name for c in CANDIDATES}:
-                rate = round(row.more["roof"]["flops_per_s"] / 1e12, 1)
-                source = f"{case}, {result.identity['device']}, commit {result.build['commit']}"
-                entry = {"arch": result.identity["capability"], "shape": shape, "backend": subject, "tflops": rate}
-                entries.append({**entry, "status": "measured", "source": source})
-    return entries
-
-
 def picture(results: dict[str, list[Result]]) -> str:
     """SVG: for each variant a bar per system, stacked by stage, and the floor as a line."""
     width, left, bar, gap, top = 860, 250, 18, 8, 46
@@ -223,7 +207,8 @@ def replaced(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
-def _put(text: str, path: Path) -> None:
+def put(text: str, path: Path) -> None:
+    """For `write_atomic`."""
     path.write_text(text, encoding="utf-8")
 
 
@@ -235,5 +220,5 @@ def write(check: bool = False, results: Path = RESULTS, readme: Path = README, d
     if check and stale:
         raise ValueError(f"stale: {', '.join(p.name for p in stale)}; run python -m bench report")
     for path in [] if check else stale:
-        write_atomic(path, partial(_put, wanted[path]))
+        write_atomic(path, partial(put, wanted[path]))
     return stale

@@ -1,8 +1,9 @@
 """Joint attention by every library that is installed: attention/<lengths>/<dtype>/<forward | backward>.
 
 Lengths are those of the joint sequences, "8x512" or "4511,4096". Ours is what `lens.ops.attention_backends` chooses; its
-candidates are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads
-to the longest and adds one. What cannot serve a call here is left out with its own reason.
+candidates, those without a rate too, are forced one by one, each on the same call. None gets a mask but the
+reference's way of doing it, which pads to the longest and adds one. What cannot serve a call here is left out with its
+own reason.
 """
 
 from __future__ import annotations
@@ -132,6 +133,7 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
     wanted: list[list[tuple[int, int]]] = [[(main, t), (main, 0)] for t in reversed(scale.texts)]
     wanted += [[(main, 0)] * 2, [(main, longest)] * 2, [(main, longest)]]
     wanted += [[(least, scale.texts[0]), (main, longest), (large, scale.texts[-2]), (least, longest)]]
+    wanted += [[(3 * least // 4, scale.texts[-2])] * (8 if not scale.tiny else 3)]  # the table's "short"
     wanted += [[(large, longest), (large, 0)], [(least, scale.texts[-2])] * (24 if not scale.tiny else 3)]
     kinds = [(lengths, False) for lengths in wanted] + [(wanted[0], True), (wanted[-1], True)]
     found = []

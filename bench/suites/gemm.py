@@ -1,7 +1,8 @@
 """The model's matrix products: gemm/<what>/<rows>/<dtype>.
 
 Rows are image rows of one sample or of a guided pair, "+text": with the text stream's own weights on its rows, which is
-what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows.
+what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows. The products with
+the row op behind them are in suites/linear.py and come first.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..case import OURS, Case, Subject, Work, generator, wider
 from ..roofline import product, row_product
+from . import linear
 from .scale import Scale
 
 SUBJECTS = (OURS, "matmul")
@@ -83,7 +85,7 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
 
 
 def cases(scale: Scale, gpu: bool) -> list[Case]:
-    """Image rows of one sample and of a pair at the main size, with and without text rows."""
+    """The products with their row ops; then alone, image rows of a pair and of one sample at the main size."""
     if not gpu and not scale.tiny:
         return []
     one, longest = scale.tokens(scale.main), scale.texts[-1]
@@ -95,7 +97,7 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
     wanted += [("text_in", (t,), f"text{t}") for t in reversed(scale.texts)]
     wanted += [("table", (s,), f"table{s}") for s in scale.steps.values()]
     wanted += [(what, (r,), str(r)) for what in ("image_in", "image_out") for r in (one, 2 * one)]
-    found = []
+    found = linear.cases(scale, gpu)
     for what, r, label in wanted:
 
         def make(device: torch.device, what: str = what, r: tuple[int, ...] = r) -> Work:

@@ -5,7 +5,6 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from bench import __main__ as bench
 from bench import report
 from bench.roofline import SAME_CHIP
 from tests.bench.results import result, row
@@ -115,22 +114,6 @@ def test_what_counts_is_the_total_whatever_its_stages_take_alone(total, told, dr
 def test_a_total_alone_lacks_nothing():
     rows = [row("e2e/lens/1024/b1/bf16/denoise", 1.2), row("e2e/lens/1024/b1/bf16/total", 1.3)]
     assert "| 1.3 s on one NVIDIA H200 |" in report.speed_table({"NVIDIA H200": [result(*rows)]})
-
-
-def test_measured_attention_becomes_lines_of_the_backends_table(tmp_path, capsys):
-    cases = ("attention/4511,4096/bf16/forward", "attention/4511,4096/bf16/backward", "attention/2x4096/bf16/forward")
-    rows = [row(case, 1e-3, subject=s) for case in cases for s in ("ours", "torch-cudnn", "sdpa_masked")]
-    made = result(*rows, capability="9.0")
-    for r in made.rows.values():
-        r.more["roof"]["flops_per_s"] = 4.08e14
-    path = as_file(tmp_path / "attention.json", made)
-    assert bench.main(["report", "--attention", str(path)]) == 0
-    entries = json.loads(f"[{capsys.readouterr().out}]")
-    assert [(e["arch"], e["shape"], e["backend"], e["tflops"]) for e in entries] == [
-        ("9.0", "long", "torch-cudnn", 408.0),
-        ("9.0", "backward", "torch-cudnn", 408.0),
-    ]
-    assert all(e["status"] == "measured" and "commit c" in e["source"] for e in entries)
 
 
 def test_a_cpu_has_no_headline(tmp_path):
