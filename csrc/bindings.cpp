@@ -5,6 +5,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+
 #include "arguments.h"
 #include "dispatch.h"
 
@@ -194,6 +196,115 @@ void fields(GuidanceStepParams& p, V& v) {
   v.number("guidance", p.guidance);
 }
 
+template <class V>
+void fields(JointAttentionParams& p, V& v) {
+  v.size("RI", p.RI, 0);
+  v.size("RT", p.RT, 0);
+  v.size("B", p.B, p.RI + p.RT > 0);
+  v.size("N", p.N, 1);
+  v.size("H", p.H, 1);
+  v.array("q", p.q, (p.RI + p.RT) * p.N * p.H);
+  v.array("k", p.k, (p.RI + p.RT) * p.N * p.H);
+  v.array("v", p.v, (p.RI + p.RT) * p.N * p.H);
+  v.offsets("image_offsets", p.image_offsets, p.B, "RI", p.RI);
+  v.offsets("text_offsets", p.text_offsets, p.B, "RT", p.RT);
+  v.array("image_out", p.image_out, p.RI * p.N * p.H);
+  v.array("text_out", p.text_out, 0);  // may be null
+  v.array("lse", p.lse, 0);            // may be null
+  v.size("polynomial", p.polynomial, 0);
+  v.expect(p.polynomial <= 1, "polynomial must be 0 or 1", p.polynomial);
+  v.number("scale", p.scale);
+  v.number("score_bound", p.score_bound);
+}
+
+// What a tile asks of both sides of a product.
+template <class V>
+void product_sizes(int64_t& K, const char* columns_name, int64_t& columns, int64_t multiple, V& v) {
+  v.size("K", K, 1);
+  v.size(columns_name, columns, 1);
+  v.expect(K % 64 == 0, "K must be a multiple of 64", K);
+  v.expect(columns % multiple == 0,
+           multiple == 64 ? "D must be a multiple of 64" : "F must be a multiple of 32", columns);
+}
+
+// Rows of both streams in B samples
+template <class Params, class V>
+void stream_sizes(Params& p, V& v) {
+  v.size("RI", p.RI, 0);
+  v.size("RT", p.RT, 0);
+  v.size("B", p.B, p.RI + p.RT > 0);
+  v.offsets("image_offsets", p.image_offsets, p.B, "RI", p.RI);
+  v.offsets("text_offsets", p.text_offsets, p.B, "RT", p.RT);
+}
+
+template <class V>
+void fields(LinearParams& p, V& v) {
+  v.size("R", p.R, 0);
+  product_sizes(p.K, "D", p.D, 64, v);
+  v.array("x", p.x, p.R * p.K);
+  v.array("weight", p.weight, p.D * p.K);
+  v.array("bias", p.bias, 0);  // may be null
+  v.array("y", p.y, p.R * p.D);
+}
+
+template <class V>
+void fields(LinearQkvNormRopeParams& p, V& v) {
+  stream_sizes(p, v);
+  v.size("K", p.K, 1);
+  v.expect(p.K % 64 == 0, "K must be a multiple of 64", p.K);
+  v.size("N", p.N, 1);
+  v.size("H", p.H, 2);
+  v.expect(p.H == 64, "H must be 64", p.H);
+  const int64_t columns = 3 * p.N * p.H;
+  v.array("image_x", p.image_x, p.RI * p.K);
+  v.array("text_x", p.text_x, p.RT * p.K);
+  v.array("image_weight", p.image_weight, p.RI > 0 ? columns * p.K : 0);
+  v.array("text_weight", p.text_weight, p.RT > 0 ? columns * p.K : 0);
+  v.array("image_bias", p.image_bias, 0);  // may be null
+  v.array("text_bias", p.text_bias, 0);    // may be null
+  v.array("image_q_weight", p.image_q_weight, p.RI > 0 ? p.H : 0);
+  v.array("image_k_weight", p.image_k_weight, p.RI > 0 ? p.H : 0);
+  v.array("text_q_weight", p.text_q_weight, p.RT > 0 ? p.H : 0);
+  v.array("text_k_weight", p.text_k_weight, p.RT > 0 ? p.H : 0);
+  v.array("cos", p.cos, (p.RI + p.RT) * (p.H / 2));
+  v.array("sin", p.sin, (p.RI + p.RT) * (p.H / 2));
+  v.array("qkv", p.qkv, (p.RI + p.RT) * columns);
+  v.number("eps", p.eps);
+}
+
+template <class V>
+void fields(LinearSwigluParams& p, V& v) {
+  v.size("RI", p.RI, 0);
+  v.size("RT", p.RT, 0);
+  product_sizes(p.K, "F", p.F, 32, v);
+  v.array("image_x", p.image_x, p.RI * p.K);
+  v.array("text_x", p.text_x, p.RT * p.K);
+  v.array("image_weight", p.image_weight, p.RI > 0 ? 2 * p.F * p.K : 0);
+  v.array("text_weight", p.text_weight, p.RT > 0 ? 2 * p.F * p.K : 0);
+  v.array("image_y", p.image_y, p.RI * p.F);
+  v.array("text_y", p.text_y, p.RT * p.F);
+}
+
+template <class V>
+void fields(LinearGatedResidualParams& p, V& v) {
+  stream_sizes(p, v);
+  product_sizes(p.K, "D", p.D, 64, v);
+  const int64_t image = p.RI > 0, text = p.RT > 0;
+  v.array("image_x", p.image_x, p.RI * p.D);
+  v.array("text_x", p.text_x, p.RT * p.D);
+  v.array("image_y", p.image_y, p.RI * p.K);
+  v.array("text_y", p.text_y, p.RT * p.K);
+  v.array("image_weight", p.image_weight, image * p.D * p.K);
+  v.array("text_weight", p.text_weight, text * p.D * p.K);
+  v.array("image_bias", p.image_bias, 0);  // may be null
+  v.array("text_bias", p.text_bias, 0);    // may be null
+  v.strided("image_gate", p.image_gate, image * p.B * p.D, "image_gate_stride",
+            p.image_gate_stride);
+  v.strided("text_gate", p.text_gate, text * p.B * p.D, "text_gate_stride", p.text_gate_stride);
+  v.array("image_out", p.image_out, p.RI * p.D);
+  v.array("text_out", p.text_out, p.RT * p.D);
+}
+
 #if defined(LENS_WITH_CUTLASS)
 template <class V>
 void fields(CutlassLinearGatedResidualParams& p, V& v) {
@@ -241,6 +352,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lens.ops";
 #define LENS_BIND(stem, Params) bind<Params>(m, #stem);
   LENS_FOR_EACH_KERNEL(LENS_BIND)
+#if defined(LENS_WITH_HOPPER)
+  LENS_FOR_EACH_HOPPER_KERNEL(LENS_BIND)
+#endif
 #undef LENS_BIND
 #if defined(LENS_WITH_CUTLASS)
   bind<CutlassLinearGatedResidualParams>(m, "cutlass_linear_gated_residual");

@@ -119,8 +119,8 @@ inline void check_launch(const char* op, int error) {
       801;  // cudaErrorNotSupported, which the launchers return themselves
   if (error == kNotSupported) {
     throw std::runtime_error(std::string("lens.") + op +
-                             ": the CUDA kernel does not serve sizes this large; the limits stand "
-                             "in csrc/cuda beside the launcher");
+                             ": the CUDA kernel does not serve these sizes, this dtype or this "
+                             "GPU; the limits stand in csrc/cuda beside the launcher");
   }
   if (error != 0) {
     throw std::runtime_error(std::string("lens.") + op +
@@ -146,6 +146,16 @@ inline void check_launch(const char* op, int error) {
   }
 LENS_FOR_EACH_KERNEL(LENS_DEFINE_RUN)
 #undef LENS_DEFINE_RUN
+
+#if defined(LENS_WITH_HOPPER)  // the build compiles for 90a; elsewhere lens._C has no such name
+#define LENS_DEFINE_RUN(stem, Params)                                          \
+  inline void run(const Params& p, int device) {                               \
+    if (device < 0) refuse(#stem, "device must be an sm_90 GPU, got the CPU"); \
+    LENS_RUN_CUDA(stem);                                                       \
+  }
+LENS_FOR_EACH_HOPPER_KERNEL(LENS_DEFINE_RUN)
+#undef LENS_DEFINE_RUN
+#endif
 #undef LENS_RUN_CUDA
 
 }  // namespace lens

@@ -373,11 +373,12 @@ struct LinearGatedResidualParams {
   OP(guidance_step, GuidanceStepParams)
 
 // Kernels of sm_90a alone: other devices have no such op, and libraries serve them.
-#define LENS_FOR_EACH_HOPPER_KERNEL(OP)             \
-  OP(linear, LinearParams)                          \
-  OP(linear_qkv_norm_rope, LinearQkvNormRopeParams) \
-  OP(linear_swiglu, LinearSwigluParams)             \
-  OP(linear_gated_residual, LinearGatedResidualParams)
+#define LENS_FOR_EACH_HOPPER_KERNEL(OP)                \
+  OP(linear, LinearParams)                             \
+  OP(linear_qkv_norm_rope, LinearQkvNormRopeParams)    \
+  OP(linear_swiglu, LinearSwigluParams)                \
+  OP(linear_gated_residual, LinearGatedResidualParams) \
+  OP(joint_attention, JointAttentionParams)
 
 #define LENS_DECLARE_CPU(stem, Params) void stem(const Params& p);
 namespace base {

@@ -152,6 +152,9 @@ __device__ __forceinline__ A sum_chunk(A (&terms)[V]) {
 __device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double inverse_sqrt(double x) { return rsqrt(x); }
 
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+
 // ---- samples
 // How many of the samples 1 .. B - 1 start at or before what `starts(b)` is compared with; with
 // starts rising, the index of the last such sample. All 32 lanes call it together: one load each

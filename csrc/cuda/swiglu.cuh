@@ -13,9 +13,6 @@ namespace lens::gpu {
 
 constexpr int kSwigluSegment = 4;  // chunks per lane: four warps share a row of 4096 bfloat16
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
-__device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
-
 // registers <= 64: swiglu_kernel
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock) swiglu_kernel(const SwigluParams p) {

@@ -10,3 +10,4 @@
     return int64_t(sizeof(lens::Params));                                                    \
   }
 LENS_FOR_EACH_KERNEL(LENS_ENTRY_POINT)
+LENS_FOR_EACH_HOPPER_KERNEL(LENS_ENTRY_POINT)

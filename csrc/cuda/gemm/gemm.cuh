@@ -1,0 +1,209 @@
+// d = x weight^T over the rows of two streams, image and text, each with its own weights, in one
+// persistent launch; what becomes of d is an epilogue's business, in registers.
+//
+// x [rows, K], weight [columns, K], bfloat16; d float. A tile is 128 rows by N columns; blocks take
+// tiles blockIdx, blockIdx + gridDim, .. One warp of the first warpgroup copies tiles of K = 64
+// into a ring of shared memory, two more warpgroups multiply 64 rows each and hold N / 2
+// accumulators per thread. They meet nowhere but at the ring, so one may store while the other
+// still multiplies, and the copies of the next tile run under both. A row's bits depend on that row
+// and the weights alone: one tile shape, K in order, no split.
+//
+// Bound by the tensor cores: 128 x N x 64 products take 4 N cycles, its copies (128 + N) x 128
+// bytes; see docs/gemm.md.
+#pragma once
+
+#include "cuda/hopper.cuh"
+#include "cuda/launch.cuh"
+#include "cuda/tensor_map.cuh"
+
+namespace lens::gpu {
+
+constexpr int kTileM = 128, kTileK = 64;
+constexpr int kGemmThreads = 384, kConsumerWarps = 8;
+constexpr int kCopierRegisters = 40, kConsumerRegisters = 232;
+
+// Ring of N-column tiles: as many stages as shared memory holds.
+template <int N>
+struct GemmRing {
+  static constexpr int kXBytes = kTileM * kTileK * 2, kStageBytes = kXBytes + N * kTileK * 2;
+  static constexpr int kStages = (227 * 1024 - 256) / kStageBytes;
+  static constexpr int kBarriers = kStages * kStageBytes;  // their place
+  static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
+};
+
+// A place in the ring and how often it was passed.
+struct RingPlace {
+  int stage = 0;
+  uint32_t round = 0;  // parity
+
+  template <int kStages>
+  __device__ __forceinline__ void next() {
+    if (++stage == kStages) {
+      stage = 0;
+      round ^= 1;
+    }
+  }
+};
+
+enum Stream : int { kImage = 0, kText = 1 };
+
+struct Tile {
+  int stream, row, column;  // in tiles
+};
+
+// Tiles of both streams, the image's first. Within a stream, bands of kBand row tiles, column by
+// column: what runs at a time shares few rows and few columns, which then come from L2.
+struct TileOrder {
+  static constexpr int kBand = 16;
+  int image_rows, text_rows, columns;  // in tiles
+
+  LENS_HD int count() const { return (image_rows + text_rows) * columns; }
+
+  LENS_HD Tile operator[](int t) const {
+    const bool text = t >= image_rows * columns;
+    const int rows = text ? text_rows : image_rows;
+    if (text) t -= image_rows * columns;
+    const int band = t / (kBand * columns), within = t - band * kBand * columns;
+    const int left = rows - band * kBand, height = left < kBand ? left : kBand;
+    return {text ? kText : kImage, band * kBand + within % height, within / height};
+  }
+};
+
+struct GemmMaps {
+  CUtensorMap x[2], weight[2];
+};
+
+// Where a consumer thread's accumulators lie: d[4 j + 2 h + e] is row `row + 8 h`, column
+// `column + 8 j + 2 quad + e` of its stream.
+struct Fragment {
+  int stream, row, column, quad;
+};
+
+// Epilogue: struct with Params; static rows(p, stream); kInterleaved: weight is [2, F, K] and
+// columns alternate 8 of the first half, 8 of the second; store(p, d, fragment), by all threads.
+// registers <= 168: gemm_kernel
+template <int N, class Epilogue>
+__global__ void __launch_bounds__(kGemmThreads, 1)
+    gemm_kernel(const __grid_constant__ GemmMaps maps, const TileOrder order, const int depth,
+                const typename Epilogue::Params p) {
+  using Ring = GemmRing<N>;
+  LENS_DYNAMIC_SHARED(shared);
+  auto* full = reinterpret_cast<uint64_t*>(shared + Ring::kBarriers);
+  uint64_t* empty = full + Ring::kStages;
+  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  const int tiles = order.count();
+
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < Ring::kStages; ++s) {
+      barrier_init(full + s, 1);
+      barrier_init(empty + s, kConsumerWarps);
+    }
+    fence_barrier_init();
+  }
+  __syncthreads();
+
+  if (warp < 4) {  // copy
+    registers_down<kCopierRegisters>();
+    if (warp != 0 || !elect_one()) return;
+    RingPlace at;
+    for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
+      const Tile tile = order[t];
+      for (int k = 0; k < depth; k += kTileK) {
+        unsigned char* to = shared + at.stage * Ring::kStageBytes;
+        barrier_wait(empty + at.stage, at.round ^ 1);
+        barrier_arrive_expect_tx(full + at.stage, Ring::kStageBytes);
+        tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, tile.row * kTileM);
+        if constexpr (Epilogue::kInterleaved) {
+          tma_load_4d(to + Ring::kXBytes, &maps.weight[tile.stream], full + at.stage, k, 0, 0,
+                      tile.column * (N / 16));
+        } else {
+          tma_load_2d(to + Ring::kXBytes, &maps.weight[tile.stream], full + at.stage, k,
+                      tile.column * N);
+        }
+        at.next<Ring::kStages>();
+      }
+    }
+    return;
+  }
+
+  // multiply
+  registers_up<kConsumerRegisters>();
+  const int half = warp / 4 - 1;  // of the tile's rows
+  RingPlace at;
+  for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
+    const Tile tile = order[t];
+    float d[N / 2];
+    int held = -1;  // the stage that products under way read
+    for (int k = 0; k < depth; k += kTileK) {
+      const unsigned char* from = shared + at.stage * Ring::kStageBytes;
+      const uint64_t x = matrix_k(from + half * (kTileM / 2) * kTileK * 2);
+      const uint64_t weight = matrix_k(from + Ring::kXBytes);
+      barrier_wait(full + at.stage, at.round);
+      wgmma_fence();
+#pragma unroll
+      for (int step = 0; step < kTileK / 16; ++step) {
+        wgmma<N>(d, x + step * kStepK, weight + step * kStepK, k + step > 0);
+      }
+      wgmma_commit();
+      wgmma_wait<1>();
+      if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+      held = at.stage;
+      at.next<Ring::kStages>();
+    }
+    wgmma_wait<0>(d);
+    if (lane == 0) barrier_arrive(empty + held);
+    Epilogue::template store<N>(
+        p, d,
+        Fragment{tile.stream, tile.row * kTileM + half * (kTileM / 2) + warp % 4 * 16 + lane / 4,
+                 tile.column * N, lane % 4});
+  }
+}
+
+// Host side: what a launcher fills in for each stream; no rows, no pointers.
+struct GemmStream {
+  const void *x, *weight;
+  int64_t rows;
+};
+
+// Columns of weight; with an interleaved epilogue 2 F. cudaErrorNotSupported: not an sm_90, other
+// types than bfloat16, or sizes beyond the tiles: K a multiple of 64, columns of 64 (N of 32).
+template <int N, class Epilogue>
+int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
+                int64_t columns) {
+  const int64_t most = int64_t(1) << 30;
+  if (image.rows + text.rows == 0) return int(cudaSuccess);
+  if (p.dtype != DType::kBFloat16 || p.K < kTileK || p.K % kTileK || columns < 64 || columns % 64 ||
+      image.rows + text.rows > most || columns > most || p.K > most) {
+    return int(cudaErrorNotSupported);
+  }
+  const int multiprocessors = hopper_multiprocessors();
+  if (multiprocessors == 0) return int(cudaErrorNotSupported);
+
+  GemmMaps maps;
+  const GemmStream streams[] = {image, text};
+  for (int s = 0; s < 2; ++s) {
+    const GemmStream& stream = streams[s];
+    const int64_t wide = stream.rows ? columns : 0;
+    if (const int error =
+            make_tensor_map(&maps.x[s], stream.x, {p.K, stream.rows}, {p.K}, {kTileK, kTileM})) {
+      return error;
+    }
+    const int error =
+        Epilogue::kInterleaved
+            ? make_tensor_map(&maps.weight[s], stream.weight, {p.K, 8, 2, wide / 16},
+                              {p.K, columns / 2 * p.K, 8 * p.K}, {kTileK, 8, 2, N / 16})
+            : make_tensor_map(&maps.weight[s], stream.weight, {p.K, wide}, {p.K}, {kTileK, N});
+    if (error) return error;
+  }
+  const auto row_tiles = [](int64_t rows) { return int(ceil_div(rows, kTileM)); };
+  const TileOrder order{row_tiles(image.rows), row_tiles(text.rows), int(ceil_div(columns, N))};
+  if (const int error = allow_shared<&gemm_kernel<N, Epilogue>>(GemmRing<N>::kSharedBytes)) {
+    return error;
+  }
+  const int blocks = order.count() < multiprocessors ? order.count() : multiprocessors;
+  LENS_LAUNCH_SHARED((gemm_kernel<N, Epilogue>), dim3(unsigned(blocks)), dim3(kGemmThreads),
+                     GemmRing<N>::kSharedBytes, p.stream, maps, order, int(p.K), p);
+  return int(cudaGetLastError());
+}
+
+}  // namespace lens::gpu

@@ -1,0 +1,12 @@
+#include "cuda/gemm/linear.cuh"
+
+namespace lens {
+
+int linear_cuda(const LinearParams& p) {
+  if (!gpu::whole_chunks(p.D, {p.y}) || !gpu::whole_pairs(p.bias, 0)) {
+    return int(cudaErrorNotSupported);
+  }
+  return gpu::launch_gemm<128, gpu::LinearEpilogue>(p, {p.x, p.weight, p.R}, {}, p.D);
+}
+
+}  // namespace lens
