@@ -57,10 +57,10 @@ class Forecast:
 
 def forecast(config: LensConfig, lengths: Sequence[int], binned: Need, exact: Need) -> Forecast:
     """For samples of ``lengths`` joint rows. RuntimeError where no library can serve one of the needs."""
-    names = [attention_backends.choose(need).name for need in (binned, exact)]
-    rates = [attention_backends.entry(name, need) for name, need in zip(names, (binned, exact))]
+    device, host = (attention_backends.choose(need).name for need in (binned, exact))
+    rates = attention_backends.entry(device, binned), attention_backends.entry(host, exact)
     flops, other = attention_flops(config, lengths), product_flops(config, sum(lengths)) / OTHER_FLOPS
     if rates[0] is None or rates[1] is None:
-        return Forecast(*names, saving=0.0, capture=CAPTURE_SECONDS + other)
-    seconds = [flops / (1e12 * float(rate["tflops"])) for rate in rates if rate is not None]
-    return Forecast(*names, saving=seconds[0] - seconds[1], capture=CAPTURE_SECONDS + other + seconds[1])
+        return Forecast(device, host, saving=0.0, capture=CAPTURE_SECONDS + other)
+    slow, fast = (flops / (1e12 * float(rate["tflops"])) for rate in rates if rate is not None)
+    return Forecast(device, host, saving=slow - fast, capture=CAPTURE_SECONDS + other + fast)

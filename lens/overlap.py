@@ -1,12 +1,14 @@
-"""Decode of one batch while the next is denoised: a second stream, and the order of work on both.
+"""Decode of one batch while the next is denoised, noise drawn while a prompt is read: lanes beside the caller's.
 
 A lane takes a function and gives something to ask for its result. On CUDA the function's kernels are queued on a stream
-of their own and the host goes on; elsewhere it runs at once.
+of their own and the host goes on, or the host's own work runs on a thread; elsewhere it runs at once.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Generic, Protocol, TypeVar
 
 import torch
@@ -72,6 +74,27 @@ class SideStream:
             event = torch.cuda.Event()
             event.record(self._stream)
         return _Queued(value, event)
+
+
+class HostThread:
+    """A thread for work of the host in which torch lets other threads run."""
+
+    def submit(self, work: Callable[[], Out], reads: Sequence[Tensor]) -> Pending[Out]:
+        future: Future[Out] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)  # raised where the result is taken
+
+        threading.Thread(target=run, daemon=True).start()
+        return future
+
+
+def host_lane_for(device: torch.device) -> Lane:
+    """Where the host has a device to keep busy meanwhile; without one a thread would only take turns."""
+    return HostThread() if device.type == "cuda" else Inline()
 
 
 def lane_for(device: torch.device) -> Lane:

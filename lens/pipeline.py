@@ -23,6 +23,7 @@ from .config import Defaults
 from .engine import Engine, Job, marked, with_text
 from .model import LensTransformer2DModel
 from .modulation import Modulation, TableCache, concatenate
+from .overlap import host_lane_for
 from .packing import Grid, expect_tensors, offsets_of, pad_features, split_features
 from .residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .sampler import Scheduler
@@ -305,13 +306,15 @@ class LensPipeline:
             callback_on_step_end_tensor_inputs,
         )
         shapes = [(h * w, self.transformer.config.in_channels) for h, w in given.grids]
-        noise, seeds = sampler.start_noise(shapes, seed, generator, latents)
+        draw, seeds = sampler.plan_noise(shapes, seed, generator, latents)
+        drawn = host_lane_for(self.device).submit(lambda: [_pinned(n, self.device) for n in draw()], ())
         with self.stage("encode", needed=given.written):
             features = self._features(given.text, given)
             unwanted = None if given.negative is None else self._features(given.negative, given)
         with self.stage("denoise"):
             sigma, schedule, table = self._schedules([h * w for h, w in given.grids], given.steps)
             text, negative = self._text(*features), None if unwanted is None else self._text(*unwanted)
+            noise = drawn.result()
             keys: list[int] = []
             if self.scheduler.stochastic_sampling:
                 keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
@@ -435,6 +438,11 @@ class LensPipeline:
             return [vae.to_pil(p) for p in pictures]
         arrays = [vae.to_numpy(p) for p in pictures]
         return np.stack(arrays) if batch.same_size else arrays
+
+
+def _pinned(noise: Tensor, device: torch.device) -> Tensor:
+    """The device fetches pinned memory by itself; for any other the host waits until the text encoder is done."""
+    return noise.pin_memory() if device.type == "cuda" and noise.device.type == "cpu" else noise
 
 
 def _repeat(items: Sequence[Any], times: int) -> list[Any]:

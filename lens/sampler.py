@@ -9,7 +9,7 @@ import hashlib
 import math
 import operator
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -134,7 +134,21 @@ def start_noise(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: Tensor | Sequence[Tensor] | None,
 ) -> tuple[list[Tensor], list[int | None]]:
+    """What ``plan_noise`` plans, drawn."""
+    draw, seeds = plan_noise(shapes, seed, generator, latents)
+    return draw(), seeds
+
+
+def plan_noise(
+    shapes: Sequence[tuple[int, int]],
+    seed: int | Sequence[int] | None,
+    generator: torch.Generator | Sequence[torch.Generator] | None,
+    latents: Tensor | Sequence[Tensor] | None,
+) -> tuple[Callable[[], list[Tensor]], list[int | None]]:
     """The starting noise of B pictures of ``shapes`` [I, C], float32, and their seeds (None where not from a seed).
+
+    The arguments are checked here and a generator of the caller's is drawn from; what comes from seeds is drawn when
+    asked for, by any thread.
 
     seed: int s gives picture k its own CPU generator seeded s + k, so a seed gives one picture on any device and in any
     batch; B ints; None draws one. generator: one per picture, or one for a single draw of [B, I, C]. latents: given.
@@ -150,20 +164,22 @@ def start_noise(
             raise ValueError(f"latents must be {batch} tensors of shapes [I, C] = {list(shapes)}, got {got}")
         if not all(torch.isfinite(x).all() for x in given):
             raise ValueError("latents holds NaN or infinity")
-        return [x.float() for x in given], unseeded
+        own = [x.float() for x in given]  # by the caller's thread, on the caller's stream
+        return lambda: own, unseeded
     if isinstance(generator, torch.Generator):
         if len(set(shapes)) > 1:
             raise ValueError("one generator draws [B, I, C] at once, so all sizes must be equal; pass one per picture")
-        return list(torch.randn((batch, *shapes[0]), generator=generator, device=generator.device)), unseeded
+        together = torch.randn((batch, *shapes[0]), generator=generator, device=generator.device)
+        return lambda: list(together), unseeded
     if generator is not None:
         generators = list(generator) if isinstance(generator, Sequence) else []
         if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
             what = generator if len(generators) in (0, batch) else len(generators)
             raise ValueError(f"generator must be one torch.Generator or one per picture ({batch}), got {what!r}")
-        return [_draw(s, g) for s, g in zip(shapes, generators)], unseeded
+        each = [_draw(s, g) for s, g in zip(shapes, generators)]
+        return lambda: each, unseeded
     seeds = _seeds(secrets.randbelow(2**31) if seed is None else seed, batch)
-    drawn = [_draw(s, torch.Generator("cpu").manual_seed(k)) for s, k in zip(shapes, seeds)]
-    return drawn, list(seeds)
+    return lambda: [_draw(s, torch.Generator("cpu").manual_seed(k)) for s, k in zip(shapes, seeds)], list(seeds)
 
 
 def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:

@@ -13,8 +13,9 @@ import pytest
 import torch
 from PIL import Image
 
-from lens import LensPipeline, LensPipelineOutput, sampler, vae
+from lens import LensPipeline, LensPipelineOutput, pipeline, sampler, vae
 from lens.config import Defaults
+from lens.overlap import HostThread
 from lens.sampler import Scheduler
 from tests.reference_model import relative
 from tests.small_pipeline import FOLDER, counted, fresh, same_bits, shared
@@ -302,6 +303,46 @@ def test_warnings_above_the_trained_size_and_ratio():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe(A, height=48, width=48, output_type="latent")
+
+
+def test_noise_is_drawn_while_the_prompt_is_read(monkeypatch):
+    """On a device the draw has a thread: each of the two waits for the other to have begun, and the bits stay."""
+    pipe, drawing, reading = fresh(), threading.Event(), threading.Event()
+    encode, draw = pipe.text_encoder.encode, sampler._draw
+
+    def read(*args):
+        reading.set()
+        assert drawing.wait(20)
+        return encode(*args)
+
+    def drawn(*args):
+        drawing.set()
+        assert reading.wait(20)
+        return draw(*args)
+
+    expected = shared()([A, B], seed=5, **LATENT).images
+    monkeypatch.setattr(pipeline, "host_lane_for", lambda device: HostThread())
+    monkeypatch.setattr(sampler, "_draw", drawn)
+    monkeypatch.setattr(pipe.text_encoder, "encode", read)
+    assert same_bits(pipe([A, B], seed=5, **LATENT).images, expected)
+
+
+def test_a_failure_on_the_thread_is_the_calls_own(monkeypatch):
+    monkeypatch.setattr(pipeline, "host_lane_for", lambda device: HostThread())
+    monkeypatch.setattr(sampler, "_draw", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        shared()(A, seed=5, **LATENT)
+
+
+def test_a_generator_of_the_callers_is_drawn_from_before_anything_else(monkeypatch):
+    """Its state after a call, even one that fails, does not depend on threads."""
+    pipe, generator = fresh(), torch.Generator().manual_seed(3)
+    after = torch.Generator().manual_seed(3)
+    torch.randn((1, 6, pipe.transformer.config.in_channels), generator=after)
+    monkeypatch.setattr(pipe.text_encoder, "encode", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        pipe(A, generator=[generator], height=32, width=48)
+    assert torch.equal(generator.get_state(), after.get_state())
 
 
 def test_nan_in_the_model_is_refused():
