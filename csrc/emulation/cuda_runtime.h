@@ -34,7 +34,6 @@ inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaS
   return cudaSuccess;
 }
 
-// The emulated device is an sm_90.
 enum cudaDeviceAttr {
   cudaDevAttrMultiProcessorCount = 16,
   cudaDevAttrComputeCapabilityMajor = 75,
@@ -42,8 +41,9 @@ enum cudaDeviceAttr {
 };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount      ? lens::emulation::multiprocessors()
-           : attribute == cudaDevAttrComputeCapabilityMajor ? 9
+  using namespace lens::emulation;
+  *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors()
+           : attribute == cudaDevAttrComputeCapabilityMajor ? compute_capability()
                                                             : 0;
   return cudaSuccess;
 }

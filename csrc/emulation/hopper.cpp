@@ -576,12 +576,13 @@ void set_registers(int registers, bool up, int line) {
 
 // ---- the host's side
 struct Device {
-  int multiprocessors = 3;  // few, so that small problems make blocks that take several tiles
+  int multiprocessors = 3, major = 9;
   std::map<const void*, size_t> allowed;
 };
 static Device g_device;
 
 int multiprocessors() { return g_device.multiprocessors; }
+int compute_capability() { return g_device.major; }
 int allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || size_t(bytes) > kMostShared) return 1;
   g_device.allowed[kernel] = size_t(bytes);
@@ -632,8 +633,8 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType, cuuint32_
 }
 
 extern "C" {
-// How many multiprocessors the device says it has.
-__attribute__((visibility("default"))) void lens_emulation_multiprocessors(int count) {
-  g_device.multiprocessors = count;
+__attribute__((visibility("default"))) void lens_emulation_device(int multiprocessors, int major) {
+  g_device.multiprocessors = multiprocessors;
+  g_device.major = major;
 }
 }

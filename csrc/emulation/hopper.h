@@ -60,6 +60,7 @@ void named_barrier(int id, int threads, bool wait, int line);
 
 // ---- called by the launchers, through the stand-ins of cuda_runtime.h
 int multiprocessors();
+int compute_capability();  // its major number
 int allow_shared(const void* kernel, int bytes);
 bool shared_allowed(const void* kernel, size_t bytes);
 
