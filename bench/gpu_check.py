@@ -1,16 +1,21 @@
 """`make gpu-check OUT=dir`: everything that only a GPU can say, in one command and under nine minutes.
 
     python -m bench.gpu_check --out DIR [--seconds 525] [--plan]
+    python -m bench.gpu_check --rest --out DIR [--have FOLDER]
 
 Builds from sources alone (no network; torch >= 2.11, nvcc, cmake, ninja and pybind11 present), checks single tiles
-first, then all GPU tests, then the small ones under compute-sanitizer, then runs the suites in order of value. Every
+first, then all GPU tests, then the small ones under compute-sanitizer, then measures in order of value. Every
 stage is a process with its own share of the time; `DIR/summary.json` is written anew after each, and a suite's file
 after each subject, so a run that is cut off counts as far as it came. At most eight files.
+
+--rest (`make gpu-check-rest`) builds, checks the tiles and measures every case of every suite that the results in FOLDER
+(default: DIR) lack, into files of its own: "step-rest1.json". Where the time does not reach, the same command goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -26,10 +31,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LIMIT = 525.0  # seconds in all
 SUITES = 200.0  # seconds of it that tests leave to the suites, however long the build took
-TAIL = 4000  # characters kept of a stage's output
+TAIL = 4000  # characters of a stage's output in the summary
+LOG = 1 << 20  # bytes of it in the log: all files together stay small
 PYTHON = sys.executable
 MARK = re.compile(r"pytest\.mark\.gpu\b")
-NEEDS = {"diffusers": "decode and total of e2e", "flash_attn": "a comparator of attention", "typer": "the command lens"}
+NEEDS = {
+    "diffusers": "what of e2e needs pixels",
+    "flash_attn": "a comparator of attention",
+    "typer": "the command lens",
+}
 
 
 @dataclass
@@ -56,41 +66,91 @@ def pytest_command(*more: str) -> list[str]:
     return [PYTHON, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--maxfail=20", *more]
 
 
-def suite(out: Path, name: str, most: float, seconds: float, *globs: str, least: float = 20.0) -> Stage:
-    """One `bench run` into DIR/<name>.json, which measures no new case in the last of its time."""
-    cases = [word for glob in globs for word in ("--case", glob)]
-    run = [PYTHON, "-m", "bench", "run", name, "--device", "cuda", "--out", str(out / f"{name}.json")]
-    return Stage(f"bench {name}", [*run, *cases, "--seconds", str(seconds)], least, most, ends=15.0)
+@dataclass(frozen=True)
+class Part:
+    """What of a suite the first command measures. most, leaves: as of its Stage; seconds: for each subject of a case."""
+
+    suite: str
+    most: float
+    leaves: float
+    seconds: float
+    cases: tuple[str, ...]
+    rest: float  # the same as `most` in the second command
 
 
-def plan(out: Path, sanitizer: str | None, tests: list[str], architecture: str) -> list[Stage]:
-    """Every stage in order."""
+PARTS = (  # in order of value
+    Part(
+        "e2e",
+        130,
+        110,
+        0.2,
+        (
+            *(f"e2e/*/1024/b1/bf16/{stage}" for stage in ("total", "denoise", "host*", "first_latents")),
+            *(f"e2e/turbo/1024/b1/bf16/{stage}" for stage in ("text", "decode")),
+            "e2e/turbo/1024/b4/bf16/stream",
+        ),
+        200,
+    ),
+    Part("step", 75, 70, 0.4, ("step/1024/cfg/text415/*", "step/1024/single/text200/*"), 150),
+    Part("attention", 50, 40, 0.15, ("*",), 60),
+    Part("gemm", 45, 0, 0.15, ("gemm/*_*/*", "gemm/*/8192+text415/*", "gemm/table/table20/*"), 60),
+    Part("ops", 50, 0, 0.1, ("ops/*/bf16/*",), 60),
+    Part("train", 60, 0, 0.2, ("train/512/*",), 120),
+)
+
+
+def suite(out: Path, part: Part, cases: list[str], most: float, leaves: float, number: str = "") -> Stage:
+    """One `bench run` into DIR/<suite><number>.json, which measures no new case in the last of its time."""
+    chosen = [word for case in cases for word in ("--case", case)]
+    file = str(out / f"{part.suite}{number}.json")
+    run = [PYTHON, "-m", "bench", "run", part.suite, "--device", "cuda", "--out", file, "--seconds", str(part.seconds)]
+    return Stage(f"bench {part.suite}", [*run, *chosen], 20, most, leaves=leaves, ends=15.0)
+
+
+def first_stages(tests: list[str], architecture: str) -> list[Stage]:
+    """What must pass before anything is measured."""
     archs = {"LENS_CUDA": "ON", "LENS_CUDA_ARCHS": architecture}
     build = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
     # the kernels of this package: a broken library beside them is a failed test, not the end of the run
     small = "(odd or narrow or ragged or tile) and not attention_library"
-    stages = [
+    return [
         Stage("build", build, 30, 240, needed=True, env=archs),
         Stage("tiles", pytest_command(*tests, "-k", small), 10, 60, needed=True),
-        Stage("gpu tests", pytest_command(*tests), 20, 120, leaves=SUITES),
     ]
+
+
+def plan(out: Path, sanitizer: str | None, tests: list[str], architecture: str) -> list[Stage]:
+    """Every stage of the first command in order."""
+    stages = [*first_stages(tests, architecture), Stage("gpu tests", pytest_command(*tests), 20, 120, leaves=SUITES)]
     if sanitizer:
         for tool in ("memcheck", "racecheck"):
             checked = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest_command(*tests, "-k", "narrow")]
             stages.append(Stage(f"compute-sanitizer {tool}", checked, 20, 40, leaves=SUITES))
-    return [
-        *stages,
-        suite(
-            out, "step", 110, 0.5, "step/1024/cfg/text415/*", "step/1024/single/text200/*", "step/1440/cfg/text200/*"
-        ),
-        suite(
-            out, "e2e", 150, 0.2, "e2e/*/1024/b1/*", "e2e/turbo/1024/b[48]/*/total", "e2e/turbo/1024/b[48]/*/denoise"
-        ),
-        suite(out, "ops", 60, 0.1, "ops/*/bf16/*"),
-        suite(out, "attention", 50, 0.15),
-        suite(out, "gemm", 40, 0.15),
-        suite(out, "train", 60, 0.2),
+    return [*stages, *(suite(out, part, list(part.cases), part.most, part.leaves) for part in PARTS)]
+
+
+def rest(out: Path, missing: dict[str, list[str]], number: int, tests: list[str], architecture: str) -> list[Stage]:
+    """Every stage of the second command: a suite for each in `missing` cases, the same order."""
+    measured = [
+        suite(out, part, missing[part.suite], part.rest, 0, f"-rest{number}") for part in PARTS if missing[part.suite]
     ]
+    return [*first_stages(tests, architecture), *measured]
+
+
+def missing_cases(folders: list[Path]) -> dict[str, list[str]]:
+    """Ids by suite of which no result in the folders says anything but that its time was spent."""
+    from .plugin import SPENT
+    from .result import NoResult, load
+    from .suites import SUITES as NAMES
+    from .suites import cases
+
+    known: set[str] = set()
+    for path in (path for folder in folders for path in sorted(folder.glob("*.json"))):
+        with contextlib.suppress(NoResult):  # a summary, or a file that was cut off
+            result = load(path)
+            known |= {case for case, _ in result.rows} | set(result.bench["failed"])
+            known |= {c for c, why in result.bench["left_out"].items() if SPENT not in why.values()}
+    return {name: [case.id for case in cases((name,)) if case.id not in known] for name in NAMES}
 
 
 def run_stage(stage: Stage, left: float, log: Any) -> dict[str, Any]:
@@ -120,9 +180,14 @@ def run_stage(stage: Stage, left: float, log: Any) -> dict[str, Any]:
         code = None
     outcome = "stopped" if code is None else "passed" if code == 0 else "failed"
     log.flush()
-    with open(log.name, encoding="utf-8", errors="replace") as again:
+    with open(log.name, "r+b") as again:
         again.seek(begin)
-        tail = again.read()[-TAIL:]
+        output = again.read()
+        if len(output) > LOG:
+            again.seek(begin)
+            again.truncate()
+            again.write(b"(its end)\n" + output[-LOG:])
+    tail = output.decode(errors="replace")[-TAIL:]
     return {
         "stage": stage.name,
         "outcome": outcome,
@@ -132,14 +197,14 @@ def run_stage(stage: Stage, left: float, log: Any) -> dict[str, Any]:
     }
 
 
-def write_summary(out: Path, summary: dict[str, Any]) -> None:
+def write_summary(out: Path, summary: dict[str, Any], name: str) -> None:
     """Written beside, flushed, renamed; needs nothing but the standard library, for the build may fail."""
-    part = out / "summary.json.part"
+    part = out / f"{name}.part"
     with open(part, "w", encoding="utf-8") as file:
         json.dump(summary, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(part, out / "summary.json")
+    os.replace(part, out / name)
 
 
 def missing() -> dict[str, str]:
@@ -149,15 +214,15 @@ def missing() -> dict[str, str]:
     return {name: f"left out: {what}" for name, what in NEEDS.items() if importlib.util.find_spec(name) is None}
 
 
-def check(out: Path, stages: list[Stage], limit: float, about: dict[str, Any]) -> int:
+def check(out: Path, stages: list[Stage], limit: float, about: dict[str, Any], number: str = "") -> int:
     """Run the stages within the limit; 0 where none failed."""
     out.mkdir(parents=True, exist_ok=True)
     end, done = time.monotonic() + limit, []
-    with open(out / "log.txt", "a+", encoding="utf-8") as log:
+    with open(out / f"log{number}.txt", "a+", encoding="utf-8") as log:
         for stage in stages:
             found = run_stage(stage, end - time.monotonic(), log)
             done.append(found)
-            write_summary(out, {**about, "stages": done, "complete": len(done) == len(stages)})
+            write_summary(out, {**about, "stages": done, "complete": len(done) == len(stages)}, f"summary{number}.json")
             print(f"{found['outcome']:8} {stage.name}  {found.get('seconds', found.get('reason'))}", flush=True)
             if stage.needed and found["outcome"] != "passed":
                 print(found.get("tail", ""), file=sys.stderr)
@@ -173,6 +238,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("gpu-check"), help="folder of the results (default: gpu-check)"
     )
     parser.add_argument("--seconds", type=float, default=LIMIT, help="time for all of it (default: %(default)s)")
+    parser.add_argument("--rest", action="store_true", help="measure the cases that the results so far lack")
+    parser.add_argument("--have", type=Path, help="with --rest: folder of the results so far (default: --out)")
     parser.add_argument("--plan", action="store_true", help="print the stages and run nothing")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
@@ -191,11 +258,21 @@ def main(arguments: list[str] | None = None) -> int:
         major, minor = torch.cuda.get_device_capability()
         architecture = f"{major}{minor}" + ("a" if major >= 9 else "")
         about |= {"torch": torch.__version__, "device": torch.cuda.get_device_name(), "architecture": architecture}
-    stages = plan(out, shutil.which("compute-sanitizer"), gpu_tests(), architecture)
+    number = ""
+    if options.rest:
+        folders = [out, (options.have or out).resolve()]
+        times = 1 + len({path for folder in folders for path in folder.glob("summary-rest*.json")})
+        number, missing_now = f"-rest{times}", missing_cases(folders)
+        stages = rest(out, missing_now, times, gpu_tests(), architecture)
+        if not any(missing_now.values()):
+            print("gpu-check: every case of every suite has a result")
+            return 0
+    else:
+        stages = plan(out, shutil.which("compute-sanitizer"), gpu_tests(), architecture)
     if options.plan:
         print("\n".join(f"{s.most:5.0f} s  {s.name}: {' '.join(s.command)}" for s in stages))
         return 0
-    return check(out, stages, options.seconds, about)
+    return check(out, stages, options.seconds, about, number)
 
 
 if __name__ == "__main__":

@@ -48,13 +48,18 @@ def compare_results(
     return launchers, errors
 
 
-def _memory(launcher: Any, device: torch.device) -> dict[str, int]:
-    """Bytes allocated before a call, the weights and graphs of all subjects among them, and at its peak."""
-    if device.type != "cuda" or launcher.subject.timed is not None:
+def _warm_up(launcher: Any, device: torch.device) -> dict[str, int]:
+    """One round, but of a subject that takes its own time, which may be that of a first call. On a GPU the bytes
+    allocated before it, the weights and graphs of all subjects among them, and at its peak."""
+    if launcher.subject.timed is not None:
+        return {}
+    if device.type != "cuda":
+        launcher.round()
         return {}
     torch.cuda.reset_peak_memory_stats(device)
     resident = torch.cuda.memory_allocated(device)
     launcher.round()
+    launcher.host.clear()
     return {"resident_bytes": int(resident), "peak_bytes": int(torch.cuda.max_memory_allocated(device))}
 
 
@@ -80,6 +85,7 @@ def measure(
         if settle := work.subjects[name].settle:
             settle()
         launcher.ready()
+    memory = {name: _warm_up(launcher, device) for name, launcher in launchers.items()}
     times = take_turns(launchers, seconds, case.rounds)
     in_cache = work.bytes * len(work.inputs) < COLD * getattr(clock, "l2", 0)
     rows: dict[str, dict[str, Any]] = {}
@@ -106,7 +112,7 @@ def measure(
             "host": min(launchers[name].host, default=None),
             **work.more,
             **work.subjects[name].told(),
-            **_memory(launchers[name], device),
+            **memory[name],
         }
     return rows
 

@@ -22,6 +22,7 @@ from .case import Case
 from .measure import forget_compiled, measure, release
 from .roofline import ceilings
 
+SPENT = "the time budget was spent"  # why a case was left out that the next run should take
 _now = 0.0
 _rounds: Iterator[float] = iter(())
 
@@ -83,7 +84,7 @@ class Bench:
             release(self.device)
             forget_compiled()
             if self.until is not None and time.monotonic() > self.until:
-                rows = {name: {"left_out": "the time budget was spent"} for name in self._asked(case)}
+                rows = {name: {"left_out": SPENT} for name in self._asked(case)}
             else:
                 rows = self._measured(case)
             for outcome in ("failed", "left_out"):

@@ -193,14 +193,9 @@ def clock_of(device: torch.device) -> Clock:
 def take_turns(launchers: dict[str, Any], seconds: float, at_least: int) -> dict[str, list[list[float]]]:
     """Seconds of every round of every subject, in `PASSES` passes: {name: [[...], [...]]}.
 
-    A pass lasts `seconds` / PASSES per subject, and at least `at_least` rounds. One round of each warms up, but of those
-    that take their own time, which is that of a first call for some.
+    A pass lasts `seconds` / PASSES per subject, and at least `at_least` rounds. The launchers are warm.
     """
     times: dict[str, list[list[float]]] = {name: [] for name in launchers}
-    for launcher in launchers.values():
-        if launcher.subject.timed is None:
-            launcher.round()
-            launcher.host.clear()
     for _ in range(PASSES):
         for name in launchers:
             times[name].append([])

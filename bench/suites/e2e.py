@@ -179,8 +179,8 @@ def _mini(device: torch.device) -> Work:
 
 
 def cases(scale: Scale, gpu: bool) -> list[Case]:
-    """By value: both variants at the main size, stage by stage; the host and the first picture; many pictures; batches;
-    mixed sizes; the large size. Mini anywhere."""
+    """By value: one picture of the main size, in all and stage by stage; the host, the first picture; many pictures;
+    batches; the large size; mixed sizes. Mini anywhere."""
     if not gpu and not scale.tiny:
         return [Case("e2e/mini/64/b8/fp32/total", (OURS,), _mini)]
     main, large = scale.sizes[scale.main], scale.sizes[scale.large]
@@ -197,7 +197,8 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
             def make(device: torch.device, stage: str = stage) -> Work:
                 return STAGE[stage](Drawing(scale, device, variant, grids, text))
 
-            add(variant, label, stage, make, rounds=1 if stage.startswith("first") else 5 if "host" in stage else 2)
+            long = variant == "lens" or stage.startswith("first")
+            add(variant, label, stage, make, rounds=5 if "host" in stage else 1 if long else 2)
 
     def stream(label: str, queue: list[Grid], batch: int, by: int) -> None:
         def make(device: torch.device) -> Work:
@@ -205,16 +206,21 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
 
         add("turbo", label, "stream", make, rounds=1)
 
-    draw("lens", f"{scale.main}/b1", [main], "total", "denoise", "text", "decode", "host")
-    draw("turbo", f"{scale.main}/b1", [main], "total", "denoise", "text", "decode", "host", "host_total")
-    draw("turbo", f"{scale.main}/b1", [main], "first_latents", "first")
+    one = f"{scale.main}/b1"
+    draw("turbo", one, [main], "total")
+    draw("lens", one, [main], "total")
+    draw("turbo", one, [main], "host", "denoise", "text", "decode")
+    draw("lens", one, [main], "denoise", "host")
+    draw("turbo", one, [main], "first_latents", "host_total")
     for batch in (4, 1, 8):
         stream(f"{scale.main}/b{batch}", [main] * batch * max(3, 8 // batch), batch, batch)
     stream("mixed/queue", mixed * 4, 8, 1)
+    draw("turbo", one, [main], "first")
     for batch in (8, 4):
         draw("turbo", f"{scale.main}/b{batch}", [main] * batch, "total", "denoise", "text", "decode")
     draw("turbo", f"{scale.large}/b1", [large], "total", "denoise", "text", "decode")
     draw("lens", f"{scale.large}/b1", [large], "total", "denoise")  # text and decode are Turbo's
+    draw("lens", one, [main], "text", "decode")  # the same again, under the other name
     draw("turbo", f"mixed/b{len(mixed)}", mixed, "total", "denoise", "text", "decode")
     draw("lens", f"mixed/b{len(mixed)}", mixed, "total", "denoise")
     for batch in (4, 8):

@@ -6,9 +6,12 @@ import sys
 
 import pytest
 
-from bench import gpu_check
+from bench import gpu_check, tables
 from bench.gpu_check import Stage, check, gpu_tests, main, plan
+from bench.plugin import SPENT
 from bench.suites import cases
+from tests.bench.results import result, row
+from tests.bench.test_compare import as_file
 
 
 def python(code):
@@ -19,7 +22,7 @@ def test_the_plan_builds_first_checks_tiles_then_tests_then_measures(tmp_path):
     stages = plan(tmp_path, "compute-sanitizer", gpu_tests(), "90a")
     names = [s.name for s in stages]
     assert names[:5] == ["build", "tiles", "gpu tests", "compute-sanitizer memcheck", "compute-sanitizer racecheck"]
-    assert [n.removeprefix("bench ") for n in names[5:]] == ["step", "e2e", "ops", "attention", "gemm", "train"]
+    assert [n.removeprefix("bench ") for n in names[5:]] == ["e2e", "step", "attention", "gemm", "ops", "train"]
     assert [s.needed for s in stages[:3]] == [True, True, False]
     assert stages[0].env["LENS_CUDA_ARCHS"] == "90a"
     assert len(plan(tmp_path, None, [], "90a")) == len(stages) - 2
@@ -33,18 +36,81 @@ def test_a_broken_attention_library_does_not_end_the_run(tmp_path):
     assert not any("library" in line for line in named)
 
 
-def test_its_cases_exist(tmp_path):
-    for stage in plan(tmp_path, None, [], "90a"):
-        if stage.name.startswith("bench"):
-            words = stage.command
-            globs = [words[i + 1] for i, word in enumerate(words) if word == "--case"]
-            for glob in globs or ["*"]:
-                assert cases([words[words.index("run") + 1]], [glob]), glob
+def measured_by(stages):
+    """Ids of the cases that stages would measure; every glob must find some."""
+    found = []
+    for words in (stage.command for stage in stages if stage.name.startswith("bench")):
+        for glob in (words[i + 1] for i, word in enumerate(words) if word == "--case"):
+            ids = [case.id for case in cases([words[words.index("run") + 1]], [glob])]
+            assert ids, glob
+            found += ids
+    return found
+
+
+def files_of(stages):
+    return {s.command[s.command.index("--out") + 1] for s in stages if "--out" in s.command}
+
+
+def test_its_cases_exist_and_the_headlines_are_among_them(tmp_path):
+    found = measured_by(plan(tmp_path, None, [], "90a"))
+    for variant in ("lens", "turbo"):
+        for stage in ("total", "denoise", "host"):
+            assert f"e2e/{variant}/1024/b1/bf16/{stage}" in found
+    assert "step/1024/cfg/text415/bf16" in found
+    assert set(tables.SHAPES) <= set(found)
 
 
 def test_it_leaves_at_most_eight_files(tmp_path):
-    outs = {s.command[s.command.index("--out") + 1] for s in plan(tmp_path, "x", [], "90a") if "--out" in s.command}
-    assert len(outs | {"summary.json", "log.txt"}) <= 8
+    everything = {part.suite: ["x/y"] for part in gpu_check.PARTS}
+    for stages in (plan(tmp_path, "x", [], "90a"), gpu_check.rest(tmp_path, everything, 1, [], "90a")):
+        assert len(files_of(stages) | {"summary.json", "log.txt"}) <= 8
+
+
+def test_every_case_of_every_suite_is_measured_by_the_first_command_or_the_second(tmp_path):
+    first = set(measured_by(plan(tmp_path, None, [], "90a")))
+    (tmp_path / "summary.json").write_text("{}")
+    for part in gpu_check.PARTS:
+        of_part = [row(case, 1.0) for case in sorted(first) if case.startswith(part.suite)]
+        as_file(tmp_path / f"{part.suite}.json", result(*of_part))
+    missing = gpu_check.missing_cases([tmp_path])
+    stages = gpu_check.rest(tmp_path, missing, 1, [], "90a")
+    second = set(measured_by(stages))
+    assert not first & second
+    assert first | second == {case.id for case in cases()}
+    assert [s.name for s in stages[:2]] == ["build", "tiles"]
+    assert not files_of(stages) & files_of(plan(tmp_path, None, [], "90a")), "results so far stay as they are"
+
+
+def test_what_had_no_time_is_missing_and_what_failed_or_cannot_run_is_not(tmp_path):
+    ids = [case.id for case in cases(("train", "step"))]
+    made = result(row(ids[0], 1.0))
+    made.bench["failed"][ids[1]] = {"ours": "Disagreement: off"}
+    made.bench["left_out"] = {ids[2]: {"ours": "no diffusers"}, ids[3]: {"ours": SPENT}}
+    as_file(tmp_path / "a-rest1.json", made)
+    missing = gpu_check.missing_cases([tmp_path])
+    assert [*missing["train"], *missing["step"]] == ids[3:]
+
+
+def test_the_second_command_goes_on_and_ends_when_nothing_is_missing(tmp_path, monkeypatch, capsys):
+    (tmp_path / "have").mkdir()
+    (tmp_path / "have" / "summary-rest1.json").write_text("{}")
+    words = ["--rest", "--plan", "--out", str(tmp_path / "out"), "--have", str(tmp_path / "have")]
+    assert main(words) == 0
+    assert "step-rest2.json" in capsys.readouterr().out
+    as_file(tmp_path / "have" / "all.json", result(*(row(case.id, 1.0) for case in cases())))
+    assert main(words) == 0
+    assert "every case of every suite has a result" in capsys.readouterr().out
+
+
+def test_a_talkative_stage_leaves_its_end_in_the_log(tmp_path):
+    talk = python(f"print('x' * {3 * gpu_check.LOG}); print('last words')")
+    assert check(tmp_path, [Stage("talks", talk, 0, 30), Stage("next", python("print('next')"), 0, 30)], 100, {}) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert len(log) < 1.1 * gpu_check.LOG
+    assert "(its end)" in log
+    assert "last words" in log
+    assert log.endswith("next\n")
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"][0]["tail"].endswith("last words\n")
 
 
 def test_only_test_files_with_gpu_tests_are_imported():
@@ -96,7 +162,7 @@ def test_what_is_missing_is_named(monkeypatch):
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "diffusers" else object())
-    assert gpu_check.missing() == {"diffusers": "left out: decode and total of e2e"}
+    assert gpu_check.missing() == {"diffusers": "left out: what of e2e needs pixels"}
 
 
 @pytest.mark.parametrize("limit", [540])
