@@ -12,6 +12,7 @@ STAGES = {  # module, what it does
     "encoder": ("train.encoder", "the small GPT-OSS text encoder"),
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
+    "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
     "eye": ("train.eye", "the judge of classes, boxes and colours"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
     "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),

@@ -171,27 +171,31 @@ class Mini(nn.Module):
         logits = self.encoder.lm_head(self.encoder.model.norm(last[rows]))
         return F.cross_entropy(logits.float(), flat[rows + 1])
 
-    def flow(self, x: Tensor, t: Tensor, packed: Tensor, lengths: Sequence[int]) -> Tensor:
-        """x [B, I, C], t [B], features of all samples [RT, F, E], text lengths of the samples -> velocity [B, I, C]."""
+    def flow(
+        self, x: Tensor, t: Tensor, packed: Tensor, lengths: Sequence[int], grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """x [B, I, C], t [B], features of all samples [RT, F, E], text lengths of the samples -> velocity [B, I, C].
+
+        `grid`: rows and columns of the I tokens; the recipe's square unless given.
+        """
+        grid = grid or self.grid
         model, axes = self.transformer, self.shape.axes_dims_rope
         dtype, device = model.dtype, x.device
         packing = (
-            packing_of(self.grid, tuple(lengths), axes)
-            if device.type == "cpu"
-            else packing_on(self.grid, lengths, axes, device)
+            packing_of(grid, tuple(lengths), axes) if device.type == "cpu" else packing_on(grid, lengths, axes, device)
         )
         rows = model.project_text(list(packed.to(dtype).unbind(1)), packing.text_lengths)
         out = model.denoise(x.flatten(0, 1).to(dtype), rows, modulate(model, t), packing)
         return out.view_as(x)
 
-    def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor]) -> Tensor:
+    def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:
         """The same with features per sample [T, F, E]."""
-        return self.flow(x, t, torch.cat(list(features)), [len(f) for f in features])
+        return self.flow(x, t, torch.cat(list(features)), [len(f) for f in features], grid)
 
     def forward(self, step: Step, past: Past, language: bool) -> tuple[Tensor, Tensor]:
         """Flow-matching loss per sample [B]; next-token loss of the captions (0 unless asked for)."""
         packed, last = self.packed_text(step.ids, step.lengths, past)
-        flow = flow_matching.loss(self.flow(step.x, step.t, packed, step.lengths), step.target)
+        flow = flow_matching.loss(self.flow(step.x, step.t, packed, step.lengths, step.grid), step.target)
         return flow, self.next_token(last, step.ids, step.lengths) if language else flow.new_zeros(())
 
     def rounded(self, step: Step, past: Past, language: bool) -> tuple[Tensor, Tensor]:
@@ -212,18 +216,20 @@ def sample(
     steps: int,
     guidance: float,
     mu: float,
+    grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C]."""
-    size = (model.grid[0] * model.grid[1], model.shape.in_channels)
+    """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C] of a grid (the recipe's)."""
+    grid = grid or model.grid
+    size = (grid[0] * grid[1], model.shape.in_channels)
     x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(model.device)
     sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)]).to(model.device)
     features = model.text(tokens, prefix)
     nothing = [f[:0] for f in features]
     for now, following in pairwise(sigma):
         t = now.expand(len(seeds))
-        v = model.velocity(x, t, features)
+        v = model.velocity(x, t, features, grid)
         if guidance != 1:
-            u = model.velocity(x, t, nothing)
+            u = model.velocity(x, t, nothing, grid)
             mixed = u + guidance * (v - u)
             v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
         x = x + (following - now) * v
@@ -234,7 +240,7 @@ class Painter:
     """Normalised latents -> pictures, through the best decoder trained so far (the linear codec before there is one)."""
 
     def __init__(self, folder: Path, recipe: str = "mini"):
-        self.latents, self.decoder = Latents(folder), None
+        self.latents, self.decoder = Latents(folder), None  # a released folder's decode with its own decoder
         if (folder / "decoder.pt").is_file():
             self.decoder = vae_stage.Half(vae_stage.build(configs.load(recipe, "vae")), "decoder").eval()
             self.decoder.load_state_dict(load_state(folder / "decoder.pt", "vae decoder")["ema"]["average"])
@@ -248,9 +254,14 @@ class Painter:
 
 
 def draw_sheet(
-    config: ModuleType, model: Mini, tokenizer: text_stage.CaptionTokenizer, painter: Painter, path: Path
+    config: ModuleType,
+    model: Mini,
+    tokenizer: text_stage.CaptionTokenizer,
+    painter: Painter,
+    path: Path,
+    side: int | None = None,
 ) -> None:
-    """The fixed prompts with seeds 0, 1, ...; no choice is made."""
-    tokens = [tokenizer.encode(p)[0] for p in config.PROMPTS]
-    latents = sample(model, tokens, tokenizer.prefix, range(len(tokens)), **config.SHEET)
-    contact_sheet(list(painter(latents, model.grid)), list(config.PROMPTS), path, columns=8)
+    """The fixed prompts with seeds 0, 1, ... in a square of that side (the recipe's); no choice is made."""
+    tokens, grid = [tokenizer.encode(p)[0] for p in config.PROMPTS], (side // 16, side // 16) if side else model.grid
+    latents = sample(model, tokens, tokenizer.prefix, range(len(tokens)), **config.SHEET, grid=grid)
+    contact_sheet(list(painter(latents, grid)), list(config.PROMPTS), path, columns=8)

@@ -38,7 +38,7 @@ from . import configs
 from . import encoder as text_stage
 from .checkpointing import load_state, save_state
 from .codec import Latents
-from .data.stream import Source, Step, Stream, draw
+from .data.stream import Source, Step, Stream, bucket_at, draw
 from .generator import Mini, Painter, draw_sheet, fused_rows
 from .logging import JsonLog
 from .loop import Clock, Ema, device_of, duration, keyed, rate
@@ -46,15 +46,31 @@ from .objectives import flow_matching
 from .warm_start import rebase_latents
 
 VALIDATION_SEED = 1_000_000_000
+LOSSES = ("with_text", "without_text", "text_explains")
 
 
 @torch.no_grad()
 def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
-    """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains."""
-    held = stream.encode(stream.render(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION)))
+    """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains.
+
+    Of squares of the recipe's side; a recipe with BUCKETS has the same of every base, `with_text_96` and so on, and their
+    means over the bases as `with_text` ....
+    """
+    if not stream.mixed:
+        return validate_at(config, config.SIDE, model, stream, prefix)
+    result, found = {}, {base: validate_at(config, base, model, stream, prefix) for base in config.BUCKETS}
+    for base, values in found.items():
+        result |= {f"{name}_{base}": value for name, value in values.items()}
+    return result | {name: sum(one[name] for one in found.values()) / len(found) for name in LOSSES}
+
+
+def validate_at(config: ModuleType, side: int, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
+    """`validate` on squares of one side."""
+    held = stream.encode(stream.render(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION), (side, side)))
     order = sorted(range(config.VALIDATION), key=lambda i: held.lengths[i])
     generator = keyed(config.SEED, "validation")
-    t = flow_matching.sample_times(config.VALIDATION, config.MU, generator).to(model.device)
+    mu = flow_matching.mu_of(config.MU, held.latents.shape[1])
+    t = flow_matching.sample_times(config.VALIDATION, mu, generator).to(model.device)
     noise = torch.randn(held.latents.shape, generator=generator).to(model.device)
     sums, past = {"with_text": 0.0, "without_text": 0.0}, model.past(prefix)
     for start in range(0, config.VALIDATION, 64):
@@ -65,7 +81,7 @@ def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[i
             ("with_text", batch.ids, batch.lengths),
             ("without_text", batch.ids[:0], [0] * len(pick)),
         ):
-            losses, _ = model(Step(x, target, t[pick], ids, lengths), past, False)
+            losses, _ = model(Step(x, target, t[pick], ids, lengths, batch.grid), past, False)
             sums[name] += losses.sum().item()
     result = {name: value / config.VALIDATION for name, value in sums.items()}
     return {**result, "text_explains": 1 - result["with_text"] / result["without_text"]}
@@ -129,9 +145,9 @@ def expect_finite(loss: Tensor, step: int) -> None:
         raise FloatingPointError(f"pretrain: the loss is {loss.item()} at step {step}; the state before it is kept")
 
 
-def train(config: ModuleType, options: argparse.Namespace) -> None:
+def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrain") -> None:
     """The loop. State: both networks, optimiser, averages, step, place in the stream; settings, for the export."""
-    log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / "pretrain.pt"
+    log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / f"{stage}.pt"
     device = device_of(options.device)
     encoder_config = configs.load(options.config, "encoder")
     tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
@@ -139,9 +155,12 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
     latents = Latents(options.vae, device)
+    if latents.vae is not None and device.type == "cpu":  # a released folder's encoder is slow there
+        share = latents.straighten(configs.world(options.config), config.SIDE)
+        log(step=0, latents_by_one_convolution=share)
     if fresh and options.init:
         start_from(model, options.init, encoder_config)
-        if options.init.is_dir():
+        if options.init.is_dir() and (options.init / "vae").resolve() != options.vae.resolve():
             world = configs.world(options.config)
             share = rebase_latents(model.transformer, options.init, Latents(options.vae), world, config.SIDE)
             log(step=0, latents_carried_over=share)
@@ -151,7 +170,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     model.to(device)
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
     if not fresh:
-        state = load_state(path, "pretrain")
+        state = load_state(path, stage)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, window, position = state["step"], state["window"], state["position"]
@@ -159,7 +178,13 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     if not fresh:
         ema.load(state["ema"])
     stream = Stream(
-        config, Source(options.config, config.SIDE), latents.encode, options.workers, device, stop=lambda: clock.asked
+        config,
+        Source(options.config),
+        latents.encode,
+        options.workers,
+        device,
+        getattr(config, "FIRST_SEED", 0),
+        stop=lambda: clock.asked,
     )
     compute = model if device.type == "cpu" else model.rounded
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
@@ -173,7 +198,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         save_state(
             path,
             {
-                "stage": "pretrain",
+                "stage": stage,
                 "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "ema": ema.state(),
@@ -193,6 +218,9 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         freeze()
     parameters = list(model.parameters())
     sums, since, seen, past = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, None
+    by_base: dict[int, list[Tensor]] = {}
+    if fresh and stream.mixed:  # what it starts from
+        log(step=0, **validate(config, model, stream, tokenizer.prefix))
     for next_window, next_position, batch in stream.batches(window, position) if step < steps else ():
         if step >= steps or clock.over:
             break
@@ -216,10 +244,14 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         ema.update(model)
         step, window, position = step + 1, next_window, next_position
         sums, since, seen = sums + torch.stack([loss, words]).detach().double(), since + 1, seen + len(flow)
+        if stream.mixed:
+            by_base.setdefault(bucket_at(config, step - 1).base, []).append(loss.detach())
         if step % config.LOG_EVERY == 0:
             expect_finite(sums.sum(), step)
             total, language = (sums / since).tolist()
             extra = {"next_token": language} if language else {}
+            extra |= {f"loss_{base}": torch.stack(losses).mean().item() for base, losses in sorted(by_base.items())}
+            by_base.clear()
             if step % config.VALIDATE_EVERY == 0:
                 with Averaged(ema, model):
                     extra |= validate(config, model, stream, tokenizer.prefix)
@@ -227,19 +259,21 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
             sums, since = torch.zeros_like(sums), 0
         if step % config.SAVE_EVERY == 0:
             save()
-            sheet = options.out / f"sheet_{step:06d}.png"
-            with Averaged(ema, model):
-                draw_sheet(config, model, tokenizer, Painter(options.vae, options.config), sheet)
-            log.picture("sheet", sheet, step)
+            for side in config.BUCKETS if stream.mixed else (config.SIDE,):
+                name = f"sheet_{side}" if stream.mixed else "sheet"
+                sheet = options.out / f"{name}_{step:06d}.png"
+                with Averaged(ema, model):
+                    draw_sheet(config, model, tokenizer, Painter(options.vae, options.config), sheet, side)
+                log.picture(name, sheet, step)
     save()
     stream.close()
 
 
-def load_trained(config: ModuleType, name: str, path: Path) -> Mini:
+def load_trained(config: ModuleType, name: str, path: Path, stage: str = "pretrain") -> Mini:
     """Averaged weights of a state file."""
     encoder_config = configs.load(name, "encoder")
     model = Mini(config, encoder_config, text_stage.build(encoder_config))
-    model.load_state_dict(load_state(path, "pretrain")["ema"]["average"], strict=True)
+    model.load_state_dict(load_state(path, stage)["ema"]["average"], strict=True)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,50 +24,60 @@ from .pretrain import load_trained
 STAGES = ("world", "vae", "encoder", "pretrain")
 
 
-def recipe(name: str) -> dict[str, dict[str, Any]]:
-    """Every number of a recipe: stage -> field -> value, tuples as lists."""
+def recipe(name: str, last: str = "pretrain") -> dict[str, dict[str, Any]]:
+    """Every number of a recipe up to its `last` stage: stage -> field -> value, tuples as lists."""
     return {
         stage: {field: value for field, value in vars(configs.load(name, stage)).items() if field.isupper()}
-        for stage in STAGES
+        for stage in dict.fromkeys((*STAGES, last))
     }
 
 
-def export(config: ModuleType, options: argparse.Namespace) -> None:
+def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretrain") -> None:
     """Write transformer, text encoder, tokenizer, VAE, scheduler and model_index.json, weights in bfloat16; recipe.json;
     and the log of each stage as STAGE.jsonl, where its folder has one (the encoder's: beside `--out` unless `--encoder`).
 
-    Errors: those of `load_state` where a stage was not trained.
+    A later stage than pretrain, whose VAE lies in a checkpoint folder, takes from that folder what it did not train: the
+    VAE, the recipes and the logs of the stages before it. Errors: those of `load_state` where a stage was not trained.
     """
     folder: Path = options.export
+    before = options.vae.parent if (options.vae / "config.json").is_file() else None
+    earlier = checkpoint.read_json(before / "recipe.json") if before else {}
+    logs = {path.name: path.read_text(encoding="utf-8") for path in before.glob("*.jsonl")} if before else {}
+    done = checkpoint.read_index(before)["lens"]["trained_steps"] if before else 0
     tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
         write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
-    model = load_trained(config, options.config, options.out / "pretrain.pt")
+    model = load_trained(config, options.config, options.out / f"{stage}.pt", stage)
     checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
     checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
-    vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
+    if not before:
+        vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
+    elif (folder / "vae").resolve() != options.vae.resolve():
+        shutil.copytree(options.vae, folder / "vae", dirs_exist_ok=True)
     scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
     checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.released_scheduler(scheduler))
     last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
-    state, world = load_state(options.out / "pretrain.pt", "pretrain"), configs.world(options.config)
+    state, world = load_state(options.out / f"{stage}.pt", stage), configs.world(options.config)
     about = {
         "name": "Lens-Mini",
         "variant": "lens",
         "num_inference_steps": config.SHEET["steps"],
         "guidance_scale": config.SHEET["guidance"],
         "base_resolution": config.SIDE,
-        "max_resolution": config.SIDE,
+        "max_resolution": max(getattr(config, "BUCKETS", [config.SIDE])),
         "time_dtype": "float32",
         "classes": list(world.classes),
         "caption_styles": list(world.captions),
-        "trained_steps": state["step"],
+        "trained_steps": done + state["step"],
         "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
     }
     checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
-    written = recipe(options.config)
-    written["pretrain"] |= state.get("settings", {})  # as run, where options replaced the recipe's numbers
+    written = recipe(options.config, stage) | earlier
+    written[stage] |= state.get("settings", {})  # as run, where options replaced the recipe's numbers
     checkpoint.write_json(folder / "recipe.json", written)
+    for name, text in logs.items():
+        write_text(folder / name, text)
     encoder = options.encoder.parent if options.encoder else options.out.parent / "encoder"
-    for stage, source in (("vae", options.vae), ("encoder", encoder), ("pretrain", options.out)):
+    for name, source in (("vae", options.vae), ("encoder", encoder), (stage, options.out)):
         if (source / "log.jsonl").is_file():
-            write_text(folder / f"{stage}.jsonl", (source / "log.jsonl").read_text(encoding="utf-8"))
+            write_text(folder / f"{name}.jsonl", (source / "log.jsonl").read_text(encoding="utf-8"))

@@ -44,7 +44,7 @@ def step():
     for row, length in zip(ids, LENGTHS):
         row[length:] = 0
     x, target = (torch.randn(5, 16, 32, generator=generator) for _ in range(2))
-    return Step(x, target, torch.rand(5, generator=generator), ids, LENGTHS)
+    return Step(x, target, torch.rand(5, generator=generator), ids, LENGTHS, (4, 4))
 
 
 def gradients(model, compute, step):
@@ -119,7 +119,7 @@ def test_fused_rows_train_alike_with_one_graph_per_op(model, step):
         with generator.fused_rows("aot_eager"):
             _, _, fused = gradients(model, model, step)
             torch._dynamo.utils.counters.clear()
-            shorter = Step(step.x, step.target, step.t, step.ids[:2], [7, 5, 0, 0, 0])
+            shorter = Step(step.x, step.target, step.t, step.ids[:2], [7, 5, 0, 0, 0], step.grid)
             gradients(model, model, shorter)  # other lengths: the same graphs
             assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0
     one, two = (torch.cat([g[n].flatten() for n in plain]) for g in (fused, plain))

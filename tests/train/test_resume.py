@@ -1,6 +1,7 @@
 """Every stage resumes bit for bit on a CPU: n steps at once equal some, a stop, and the rest."""
 
 import argparse
+import json
 import os
 import signal
 import subprocess
@@ -12,8 +13,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from train import configs, encoder, pretrain, vae
+from train import configs, encoder, pretrain, shipping, vae
 from train.checkpointing import folder_tensors, load_state, save_state
+from train.codec import VALIDATION_SEED, Latents
 from train.generator import Mini
 from train.logging import JsonLog, read_log
 from train.loop import Clock, Ema, duration, keyed, rate
@@ -128,6 +130,81 @@ def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, mo
     frozen = [k for k in state["model"] if k.startswith("encoder.") and "lm_head" not in k]
     drift = [(state["model"][k] - state["ema"]["average"][k]).abs().max().item() for k in frozen]
     assert max(drift) < 1e-5  # from the freeze on the average stands still on the weights in use
+
+
+def test_mixed_resolution_across_a_window_from_a_shipped_folder(tmp_path, monkeypatch):
+    """7 steps over two windows of 4 batches of several sizes, from released weights; stopped after 2 and 5."""
+    config = recipe("mixed_resolution", WINDOW=4, WARMUP=2, VALIDATION=4)
+    config.BUCKETS = {64: (0.5, 4), 96: (0.5, 2)}
+    shipped, straighten = ROOT / "lens" / "mini" / "base", Latents.straighten
+    monkeypatch.setattr(Latents, "straighten", lambda self, world, side: straighten(self, world, side, 160))
+
+    def run(out, stop):
+        monkeypatch.setattr(pretrain, "Clock", lambda _limit: CountingClock(stop))
+        options = argparse.Namespace(
+            config="mini",
+            out=out,
+            vae=shipped / "vae",
+            encoder=None,
+            stop_after=None,
+            steps=7,
+            decay=4,
+            joint_steps=None,
+            lr_scale=1.0,
+            device="cpu",
+            workers=0,
+            init=shipped,
+        )
+        pretrain.train(config, options, "mixed_resolution")
+
+    run(tmp_path / "whole", 99)
+    for stop in (2, 3, 99):
+        run(tmp_path / "parts", stop)
+    one, two = (tmp_path / name / "mixed_resolution.pt" for name in ("whole", "parts"))
+    assert_same_state(one, two, "mixed_resolution")
+    state = load_state(one, "mixed_resolution")
+    assert (state["step"], state["window"], state["position"]) == (7, 1, 3)
+    stored = folder_tensors(shipped / "text_encoder")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(state["model"]["encoder." + name], stored[name])  # frozen from the first step on
+    moved = state["model"]["transformer.image_in.weight"] - folder_tensors(shipped / "transformer")["img_in.weight"]
+    assert 0 < moved.abs().max() < 0.05
+    start, *rest = read_log(tmp_path / "whole" / "log.jsonl")[1:]
+    assert set(start) >= {"with_text_64", "with_text_96", "text_explains"}  # what it starts from
+    assert not rest
+
+    out = tmp_path / "export"  # what it did not train comes from the folder it started from
+    shipping.export(
+        config,
+        argparse.Namespace(config="mini", out=one.parent, vae=shipped / "vae", encoder=None, export=out),
+        "mixed_resolution",
+    )
+    about = json.loads((out / "model_index.json").read_text())["lens"]
+    before = json.loads((shipped / "model_index.json").read_text())["lens"]
+    assert (about["base_resolution"], about["max_resolution"]) == (64, 96)
+    assert about["trained_steps"] == before["trained_steps"] + 7
+    assert equal(folder_tensors(out / "vae"), folder_tensors(shipped / "vae"))
+    assert equal(folder_tensors(out / "text_encoder"), stored)
+    recipes, earlier = (json.loads((f / "recipe.json").read_text()) for f in (out, shipped))
+    assert recipes["mixed_resolution"]["STEPS"] == 7
+    assert all(recipes[stage] == earlier[stage] for stage in ("world", "vae", "encoder", "pretrain"))
+    for stage in ("vae", "encoder", "pretrain"):
+        assert (out / f"{stage}.jsonl").read_bytes() == (shipped / f"{stage}.jsonl").read_bytes()
+    assert (out / "mixed_resolution.jsonl").is_file()
+
+
+def test_a_linear_encoder_is_found_again_and_another_is_kept(codec):
+    shipped = ROOT / "lens" / "mini" / "base" / "vae"
+    latents, world = Latents(shipped), configs.world("mini")
+    pixels = world.batch(list(range(VALIDATION_SEED + 500, VALIDATION_SEED + 508)), 96, 64)[1]
+    slow = latents.encode(pixels)
+    assert latents.straighten(world, 64, 256, least=1.0) < 1
+    assert torch.equal(latents.encode(pixels), slow)
+    assert latents.straighten(world, 64, 256) > 0.99
+    fast = latents.encode(pixels)
+    assert not torch.equal(fast, slow)
+    assert fast.shape == slow.shape == (8, 24, 32)
+    assert ((fast - slow).pow(2).mean() / slow.var()).item() < 0.02
 
 
 def test_stop_after_saves_and_exits_zero(codec, tmp_path):

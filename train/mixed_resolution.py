@@ -1,0 +1,44 @@
+"""Stage "mixed_resolution": flow-matching training goes on at nine aspect ratios and several base resolutions.
+
+    python -m train mixed_resolution --init lens/mini/base --out runs/mixed --stop-after 90m
+    python -m train mixed_resolution --out runs/mixed --stop-after 90m          # again to resume, bit-equal on a CPU
+    python -m train mixed_resolution --out runs/mixed --export lens/mini/base
+
+Everything is as in the stage "pretrain" (train/pretrain.py), but every batch has a bucket of its own, drawn from the
+recipe's law by (seed, batch) alone; a base has its own batch size and a picture's tokens their own mu. The VAE is the one of
+the checkpoint that training starts from, frozen, unless `--vae` names another; the text encoder is frozen too.
+
+OUT holds mixed_resolution.pt (the state), log.jsonl with the losses of every base, and a sheet per base at every save.
+`with_text_64` and so on: as in pretrain, of the square pictures of a base.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from . import configs, pretrain
+
+STAGE = "mixed_resolution"
+SHIPPED = Path("lens/mini/base")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pretrain.add_arguments(parser)
+    parser.set_defaults(out=Path("runs/mixed"), vae=None)
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    config = configs.load(options.config, STAGE)
+    if options.vae is None:
+        options.vae = (options.init or SHIPPED) / "vae"
+    if options.export:
+        from .shipping import export
+
+        export(config, options, STAGE)
+    else:
+        pretrain.train(config, options, STAGE)
+    return 0
