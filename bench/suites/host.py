@@ -1,7 +1,8 @@
 """What a picture costs the CPU, and what the first one costs: e2e/<variant>/<side>/b1/<dtype>/<host | first>....
 
-host            CPU time of the calling thread from the call to the last launch of the denoiser, features given; noise,
-                plan, schedule and steps in it. `ours_given_noise`: the same with latents that lie on the device.
+host            CPU time of the calling thread from the call to the last launch of the denoiser, features given: plan,
+                schedule, steps. Noise from seeds is drawn on a thread beside it, told as "other_threads" of the row.
+                `ours_given_noise`: the same with latents that lie on the device.
 host_total      the same from prompt to pixels: with the launches of the text encoder and of the decoder
 first           seconds of the first call after loading, in a process of its own: libraries loaded, steps captured,
                 nothing compiled; prompt to pixels
@@ -67,20 +68,22 @@ class HostClock:
 
 
 class Watched:
-    """A subject that is timed by a HostClock, and tells the stages of its fastest call."""
+    """A subject that is timed by a HostClock, and tells the stages of its fastest call and what other threads took."""
 
     def __init__(self, clock: HostClock, call: Callable[..., Any]):
         self.clock, self.call = clock, call
-        self.best, self.parts = float("inf"), dict[str, float]()
+        self.best, self.told = float("inf"), dict[str, Any]()
 
     def timed(self, *arguments: Any) -> float:
+        before = time.process_time() - time.thread_time()
         seconds = self.clock.seconds(lambda: self.call(*arguments))
+        others = time.process_time() - time.thread_time() - before
         if seconds < self.best:
-            self.best, self.parts = seconds, dict(self.clock.parts)
+            self.best, self.told = seconds, {"stages": dict(self.clock.parts), "other_threads": others}
         return seconds
 
     def subject(self) -> Subject:
-        return Subject(self.call, mode="stream", timed=self.timed, told=lambda: {"stages": self.parts})
+        return Subject(self.call, mode="stream", timed=self.timed, told=lambda: self.told)
 
 
 def goal(d: Drawing, seconds: float) -> dict[str, float]:

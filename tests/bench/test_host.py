@@ -3,6 +3,8 @@
 import contextlib
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from bench.suites import cases
 from bench.suites.drawing import Drawing
 from bench.suites.host import FirstPicture, HostClock, Watched, goal
 from bench.suites.scale import RELEASED, TINY
+from lens import sampler
 from tests.bench.results import result, row
 
 CPU = torch.device("cpu")
@@ -58,18 +61,29 @@ def test_the_stages_of_the_fastest_call_are_told():
     watched = Watched(HostClock(pipe, lambda: pipe.now), lambda plan: setattr(pipe, "plan", plan) or pipe())
     for seconds in (5, 3, 7):
         assert watched.timed((("encode", 1), ("denoise", seconds))) == seconds + 1
-    assert watched.subject().told() == {"stages": {"encode": 1, "denoise": 3, "outside stages": 0}}
+    assert watched.subject().told()["stages"] == {"encode": 1, "denoise": 3, "outside stages": 0}
 
 
-def test_drawn_noise_is_in_the_hosts_time_and_given_noise_is_not(monkeypatch):
-    import time
+def spin(seconds):
+    until = time.thread_time() + seconds
+    while time.thread_time() < until:
+        pass
 
-    from lens import sampler
 
+def test_work_of_other_threads_is_told_beside_the_callers():
+    def call():
+        thread = threading.Thread(target=spin, args=(0.05,))
+        thread.start()
+        thread.join()
+
+    watched = Watched(HostClock(Pipe()), call)
+    assert watched.timed() < 0.04
+    assert 0.04 < watched.told["other_threads"] < 1
+
+
+def test_noise_drawn_by_the_caller_is_in_the_hosts_time_and_given_noise_is_not(monkeypatch):
     def slow(*arguments, make=sampler._draw):
-        until = time.thread_time() + 0.05
-        while time.thread_time() < until:
-            pass
+        spin(0.05)
         return make(*arguments)
 
     (case,) = cases(("e2e",), ["e2e/turbo/64/b1/fp32/host"], tiny=True)
