@@ -1,0 +1,380 @@
+"""Shards: what goes where, the tars and their index, resuming, full disks, what is left out and said to be."""
+
+import hashlib
+import io
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lens.resolution import MINI_BASES
+from train.__main__ import main
+from train.data import pictures
+from train.data.buckets import ASPECTS, Bucket
+from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
+from train.data.sources import assign, fraction, key_of
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def gradient(height, width, mode="RGB"):
+    """Red grows to the right, green downwards: where a pixel came from can be read off it."""
+    y, x = np.mgrid[:height, :width]
+    rows = np.stack([x * 255 // max(1, width - 1), y * 255 // max(1, height - 1), np.full_like(x, 90)], -1)
+    return Image.fromarray(rows.astype(np.uint8)).convert(mode)
+
+
+def encoded(image, kind="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Ten pictures of several shapes, one torn, one without a caption, one too small, one that is no picture."""
+    folder = tmp_path / "photos"
+    (folder / "sub").mkdir(parents=True)
+    for i, (h, w) in enumerate(
+        [(96, 96), (100, 100), (130, 128), (70, 140), (64, 128), (200, 100), (80, 64), (66, 64)]
+    ):
+        path = folder / ("sub" if i % 2 else "") / f"picture.{i}.png"
+        gradient(h, w).save(path)
+        path.with_suffix(".txt").write_text(f" picture number {i} \n", encoding="utf-8")
+    gradient(300, 200).save(folder / "photo.jpg", quality=95)
+    (folder / "photo.json").write_text('{"caption": "Fünf Äpfel"}', encoding="utf-8")
+    gradient(90, 90).save(folder / "mute.png")
+    gradient(40, 40).save(folder / "small.png")
+    (folder / "small.txt").write_text("small")
+    whole = encoded(gradient(90, 90))
+    (folder / "torn.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "torn.txt").write_text("torn")
+    (folder / "none.jpg").write_bytes(b"no picture at all")
+    (folder / "none.txt").write_text("none")
+    return folder
+
+
+def build(*arguments):
+    return main(["shards", *map(str, arguments)])
+
+
+def everything(folder):
+    """Every file below a folder -> its bytes."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def members(shards):
+    """(bucket, member) of all samples in stored order."""
+    return [(b, shards.member(b, i)) for b, n in shards.sizes.items() for i in range(n)]
+
+
+def test_a_folder_becomes_shards_of_one_bucket_each(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert build("--images", photos, "--out", out, "--bases", 64, 96, 128, "--samples", 2) == 0
+    shards = ShardSet(out)
+    placed = {}
+    for bucket, member in members(shards):
+        source = json.loads(member.read("json"))["source"]
+        data = member.read(member.picture)
+        assert data == (photos / source).read_bytes()  # as it was encoded
+        placed.setdefault(source, []).append(bucket.name)
+        assert member.picture == source.rpartition(".")[2]
+        height, width = pictures.oriented_size(photos / source)
+        assert bucket in assign(height, width, (64, 96, 128), ASPECTS, False)
+    assert placed["picture.0.png"] == ["64_1x1", "96_1x1"]
+    assert placed["picture.2.png"] == ["64_1x1", "96_1x1", "128_1x1"]
+    assert placed["sub/picture.5.png"] == ["64_1x2", "96_1x2", "128_1x2"]  # 200 high, 100 wide
+    assert placed["sub/picture.3.png"] == ["64_2x1", "96_2x1"]
+    assert placed["picture.4.png"] == ["64_2x1"]
+    assert "small.png" not in placed
+    assert "picture.6.png" not in placed  # 80x64 covers 3:4's 80x48, but has then less than 64 x 64 pixels
+    captions = {json.loads(m.read("json"))["source"]: m.read("txt").decode() for _, m in members(shards)}
+    assert captions["photo.jpg"] == "Fünf Äpfel"
+    assert captions["picture.0.png"] == "picture number 0"  # without the space around it
+    assert shards.manifest["left_out"] == {"no caption": 1, "too small": 2, "unusable": 2}
+    left = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
+    assert {entry["source"] for entry in left} == {"mute.png", "small.png", "picture.6.png", "torn.png", "none.jpg"}
+    for tar in out.rglob("*.tar"):
+        with tarfile.open(tar) as file:
+            names = file.getnames()
+        assert len({name.partition(".")[0] for name in names}) <= 2
+        assert len(names) == 3 * len({name.partition(".")[0] for name in names})
+    assert "samples written" in capsys.readouterr().out
+
+
+def test_any_webdataset_reader_streams_them(photos, tmp_path):
+    import webdataset
+
+    out = tmp_path / "out"
+    build("--images", photos, "--out", out, "--bases", 64, "--samples", 3)
+    shards, seen = ShardSet(out), []
+    for bucket in shards.sizes:
+        tars = sorted(map(str, (out / bucket.name).glob("*.tar")))
+        for sample in webdataset.WebDataset(tars, shardshuffle=False):
+            seen.append((bucket, sample["__key__"], sample["txt"]))
+    assert seen == [(b, m.key, m.read("txt")) for b, m in members(shards)]
+
+
+def test_the_largest_base_alone(photos, tmp_path):
+    build("--images", photos, "--out", tmp_path / "out", "--bases", 64, 96, 128, "--assign", "largest")
+    keys = [m.key for _, m in members(ShardSet(tmp_path / "out"))]
+    assert len(keys) == len(set(keys)) == 8
+    assert assign(130, 128, (64, 96, 128), ASPECTS, True) == [Bucket(128, "1:1")]
+
+
+def test_captions_from_one_file(photos, tmp_path):
+    lines = [{"file": "mute.png", "caption": "a gradient"}, {"file": "sub/picture.1.png", "caption": "other words"}]
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    build("--images", photos, "--captions", captions, "--out", tmp_path / "out", "--bases", 64)
+    got = {json.loads(m.read("json"))["source"]: m.read("txt").decode() for _, m in members(ShardSet(tmp_path / "out"))}
+    assert got == {line["file"]: line["caption"] for line in lines}
+    captions.write_text('{"file": "a.png"}\n')
+    with pytest.raises(ValueError, match=r"captions.jsonl, line 1: expected"):
+        build("--images", photos, "--captions", captions, "--out", tmp_path / "other", "--bases", 64)
+
+
+def test_the_same_sources_give_the_same_bytes_whatever_the_workers(photos, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(photos, copy)  # other times, another path
+    for name, folder, workers in (("a", photos, 0), ("b", copy, 2)):
+        build("--images", folder, "--out", tmp_path / name, "--bases", 64, 96, "--samples", 2, "--workers", workers)
+    a, b = ({k: v for k, v in everything(tmp_path / name).items() if k.endswith(".tar")} for name in ("a", "b"))
+    assert len(a) > 5
+    assert a == b
+    assert ShardSet(tmp_path / "a").fingerprint == ShardSet(tmp_path / "b").fingerprint
+
+
+def test_an_interrupted_build_goes_on_and_ends_alike(photos, tmp_path, capsys):
+    arguments = ("--images", photos, "--bases", 64, 96, "--samples", 2)
+    build(*arguments, "--out", tmp_path / "whole")
+    build(*arguments, "--out", tmp_path / "cut")
+    tars = sorted((tmp_path / "cut").rglob("*.tar"))
+    (tmp_path / "cut" / "manifest.json").unlink()
+    tars[0].with_suffix(".json").unlink()  # killed between a tar and its index
+    tars[1].unlink()
+    kept = {p: p.stat().st_mtime_ns for p in tars[2:]}
+    capsys.readouterr()
+    with pytest.raises(FileNotFoundError, match="no finished shards"):
+        ShardSet(tmp_path / "cut")
+    build(*arguments, "--out", tmp_path / "cut")
+    assert f"{len(tars)} shards, 2 to write" in capsys.readouterr().out
+    assert everything(tmp_path / "cut") == everything(tmp_path / "whole")
+    assert {p: p.stat().st_mtime_ns for p in tars[2:]} == kept
+
+
+def test_shards_of_something_else_are_not_mixed_in(photos, tmp_path):
+    build("--images", photos, "--out", tmp_path / "out", "--bases", 64)
+    (photos / "picture.0.txt").write_text("other words")
+    with pytest.raises(ValueError, match="was made from other sources or settings"):
+        build("--images", photos, "--out", tmp_path / "out", "--bases", 64)
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on(photos, tmp_path):
+    """A real limit of the system: no file may grow beyond 12 KB."""
+    command = [sys.executable, "-m", "train", "shards", "--images", photos, "--out", tmp_path / "out", "--bases", "64"]
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (12_288, 12_288))
+
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "File too large" in done.stderr
+    assert ".tar" in done.stderr
+    assert "goes on from there" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not list((tmp_path / "out").rglob("*.part"))
+    written = list((tmp_path / "out").rglob("*.tar"))
+    assert written  # those that fitted
+    for name in ("out", "other"):
+        build("--images", photos, "--out", tmp_path / name, "--bases", 64)
+    assert everything(tmp_path / "out") == everything(tmp_path / "other")
+
+
+def test_nothing_usable_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    gradient(64, 64).save(tmp_path / "empty" / "a.png")
+    with pytest.raises(ValueError, match=r"no usable picture with a caption; left out: \{'no caption': 1\}"):
+        build("--images", tmp_path / "empty", "--out", tmp_path / "out", "--bases", 64)
+
+
+def test_held_out_keys_are_never_trained_on(photos, tmp_path):
+    for split in ("train", "held_out"):
+        build("--images", photos, "--out", tmp_path / split, "--bases", 64, "--held-out", 0.4, "--split", split)
+    build("--images", photos, "--out", tmp_path / "all", "--bases", 64)
+    train, held, every = ({m.key for _, m in members(ShardSet(tmp_path / n))} for n in ("train", "held_out", "all"))
+    assert train
+    assert held
+    assert not train & held
+    assert train | held == every
+    assert held == {key for key in every if fraction(key) < 0.4}
+    shares = [fraction(str(i)) for i in range(4_000)]
+    assert sum(x < 0.25 for x in shares) == pytest.approx(1_000, abs=90)
+
+
+def test_damage_is_found(photos, tmp_path, capsys):
+    build("--images", photos, "--out", tmp_path / "out", "--bases", 64, "--samples", 2)
+    assert build("--verify", tmp_path / "out") == 0
+    one, two, three, *_ = sorted((tmp_path / "out").rglob("*.tar"))
+    data = bytearray(one.read_bytes())
+    data[700] ^= 1
+    one.write_bytes(data)
+    two.unlink()
+    three.with_suffix(".json").write_text("{}")
+    capsys.readouterr()
+    assert build("--verify", tmp_path / "out") == 1
+    said = capsys.readouterr().out
+    assert f"{one}: not the file that was written" in said
+    assert f"{two}: missing" in said
+    assert f"{three.with_suffix('.json')}: not the file" in said
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
+    with pytest.raises(ValueError, match="format 2, expected 1"):
+        ShardSet(tmp_path / "out")
+
+
+def test_the_small_world_at_all_27_sizes_of_mini(tmp_path):
+    out = tmp_path / "world"
+    build("--world", "mini", "--bases", *MINI_BASES, "--per-bucket", 2, "--first-seed", 70, "--out", out)
+    shards = ShardSet(out)
+    assert shards.sizes == {Bucket(base, aspect): 2 for base in MINI_BASES for aspect in ASPECTS}
+    seeds = []
+    for bucket, member in members(shards):
+        meta = json.loads(member.read("json"))
+        seeds.append(meta["seed"])
+        pixels = pictures.fitted(member.read(member.picture), bucket.size)
+        assert pixels.shape == (*bucket.size, 3)
+        if bucket.aspect == "16:9":
+            from train import configs
+
+            world = configs.world("mini")
+            scene = world.scene(meta["seed"], *bucket.size)
+            assert np.array_equal(pixels, world.render(scene))  # every pixel as it was drawn
+            assert member.read("txt").decode() == scene.caption
+    assert seeds == list(range(70, 70 + 54))
+    build(
+        "--world",
+        "mini",
+        "--bases",
+        64,
+        "--aspects",
+        "1:1",
+        "--per-bucket",
+        3,
+        "--split",
+        "held_out",
+        "--out",
+        tmp_path / "h",
+    )
+    held = ShardSet(tmp_path / "h")
+    assert all(m.key.startswith("held_out_") for _, m in members(held))
+    assert held.manifest["split"] == "held_out"
+
+
+def test_keys_are_plain_and_unlike():
+    taken = set()
+    for file in ("a/b.png", "a/b.jpg", "a.b.png", "a_b.png", "ä.png", "x" * 200 + ".png", "a b.png", "a_b.webp"):
+        key = key_of(file, taken)
+        assert key not in taken
+        assert "." not in key
+        assert len(key) <= 80
+        assert key.isascii()
+        taken.add(key)
+    assert key_of("sub/a-1.png", set()) == "sub/a-1"
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+def test_orientation_is_applied_before_the_aspect_is_chosen(tmp_path):
+    exif = Image.Exif()
+    exif[pictures.ORIENTATION] = 6  # stored lying, meant upright
+    data = encoded(gradient(100, 200), "JPEG", quality=95, exif=exif)
+    (tmp_path / "turned.jpg").write_bytes(data)
+    assert pictures.oriented_size(tmp_path / "turned.jpg") == (200, 100)
+    assert assign(200, 100, (64,), ASPECTS, False) == [Bucket(64, "1:2")]
+    upright = pictures.decoded(data)
+    assert (upright.height, upright.width) == (200, 100)
+    rows = np.asarray(upright).astype(int)
+    assert rows[10, 50, 0] < 40 < 200 < rows[190, 50, 0]  # what grew to the right grows downwards now
+    assert rows[100, 90, 1] < 40 < 200 < rows[100, 10, 1]
+
+
+def test_the_crop_is_the_centre_and_the_resize_covers():
+    data = encoded(gradient(120, 360))
+    pixels = pictures.fitted(data, (96, 96)).astype(int)
+    assert pixels.shape == (96, 96, 3)
+    assert pixels[48, 0, 0] == pytest.approx(255 / 3, abs=3)  # the middle third of the width
+    assert pixels[48, -1, 0] == pytest.approx(255 * 2 / 3, abs=3)
+    assert pixels[0, 48, 1] == pytest.approx(0, abs=3)  # all of the height
+    assert pixels[-1, 48, 1] == pytest.approx(255, abs=3)
+    exact = gradient(96, 96)
+    assert np.array_equal(pictures.fitted(encoded(exact), (96, 96)), np.asarray(exact))
+
+
+def test_the_resize_is_antialiased():
+    board = np.indices((256, 256)).sum(0) % 2 * 255
+    pixels = pictures.fitted(encoded(Image.fromarray(board.astype(np.uint8))), (64, 64)).astype(int)
+    assert abs(pixels - 127.5).max() < 6  # a checkerboard becomes grey, not a pattern
+
+
+@pytest.mark.parametrize(("height", "width"), [(63, 200), (200, 63), (10, 10)])
+def test_no_picture_is_ever_enlarged(height, width):
+    with pytest.raises(pictures.Unusable, match=f"{height}x{width} is smaller than 64x64"):
+        pictures.fitted(encoded(gradient(height, width)), (64, 64))
+
+
+def test_modes_of_pictures():
+    clear = gradient(64, 64).convert("RGBA")
+    clear.putalpha(Image.new("L", (64, 64), 0))
+    assert (np.asarray(pictures.decoded(encoded(clear))) == 255).all()  # transparent is white
+    grey = Image.fromarray((np.mgrid[:64, :64][1] * 1040).astype(np.uint16))
+    found = np.asarray(pictures.decoded(encoded(grey)))
+    assert found[0, 32].tolist() == [129] * 3  # 16 bits are scaled, not clipped
+    for mode, kind in (("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("LA", "PNG")):
+        assert pictures.decoded(encoded(gradient(64, 64, mode), kind)).mode == "RGB"
+
+
+def test_arrays_keep_every_bit():
+    for dtype in (torch.float32, torch.bfloat16, torch.int32):
+        value = (torch.randn(5, 3, generator=torch.Generator().manual_seed(0)) * 9).to(dtype)
+        again = array_of(array_bytes(value))
+        assert again.dtype == dtype
+        assert torch.equal(again, value)
+    with pytest.raises(pictures.Unusable, match="not an array"):
+        array_of(b"\x93NUMPY nothing")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
+    def full():
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_shard(tmp_path / "000000.tar", Bucket(64, "1:1"), [("a", full)], "plan")
+    assert caught.value.filename == str(tmp_path / "000000.tar")
+    assert not list(tmp_path.iterdir())
+
+
+def test_precomputed_needs_its_networks_fingerprints(tmp_path):
+    out = tmp_path / "pre"
+    arguments = ("--world", "mini", "--bases", 64, "--aspects", "1:1", "--per-bucket", 2, "--out", out)
+    build(*arguments, "--precompute", "latents", "--model", ROOT / "lens/mini/base", "--dtype", "bfloat16")
+    shards = ShardSet(out)
+    assert set(shards.precomputed) == {"latents"}
+    latents = array_of(shards.member(Bucket(64, "1:1"), 1).read(LATENTS))
+    assert latents.dtype == torch.bfloat16
+    assert latents.shape == (16, 32)
+    with pytest.raises(ValueError, match="other sources or settings"):
+        build(*arguments)
+    assert digest_of(out / "manifest.json") == hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
