@@ -10,6 +10,7 @@ import functools
 import json
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,15 @@ class JsonLog:
         self._writers: dict[str, Any] = {}
 
     def __call__(self, **values: float | int | str) -> None:
+        self.record(values)
+
+    def record(self, values: Mapping[str, float | int | str], shown: Sequence[str] | None = None) -> None:
+        """The same for names that are no words of Python. shown: what the terminal's line has of them; default: all."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
         self.file.write(json.dumps({"time": round(time.time(), 1), **rounded}) + "\n")
         self.file.flush()
-        print("  ".join(f"{k} {v}" for k, v in rounded.items()), file=sys.stderr, flush=True)
+        line = rounded if shown is None else {k: rounded[k] for k in shown if k in rounded}
+        print("  ".join(f"{k} {v}" for k, v in line.items()), file=sys.stderr, flush=True)
         step = rounded.get("step", 0)
         writer = self._writer(" ".join(str(v) for v in rounded.values() if isinstance(v, str)), step)
         if writer is not None:
@@ -87,3 +93,33 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
+
+
+class Progress:
+    """A bar with the steps, the loss and the time left, where stderr is a terminal; elsewhere the log's own lines say it."""
+
+    def __init__(self, name: str, start: int, total: int, enabled: bool = True):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        console = Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+        )
+        hidden = not (enabled and console.is_terminal)
+        self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=hidden)
+        self.task = self.bar.add_task(name, total=total, completed=start, loss="")
+
+    def __enter__(self) -> Progress:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def show(self, step: int, loss: float | None) -> None:
+        self.bar.update(self.task, completed=step, loss="" if loss is None else f"loss {loss:.4g}")

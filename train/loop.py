@@ -8,6 +8,7 @@ import signal
 import time
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def keyed(
@@ -44,8 +45,16 @@ def rate(step: int, base: float, warmup: int, steps: int, decay: int) -> float:
     return base * min(up, down)
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a parameter, gradient or average that lies on this process; a view. All of it where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Ema:
-    """Running average of parameters: `average <- d average + (1 - d) value`, d = min(decay, (1 + n) / (10 + n))."""
+    """Running average of parameters: `average <- d average + (1 - d) value`, d = min(decay, (1 + n) / (10 + n)).
+
+    Of sharded parameters each process averages its own shards.
+    """
 
     def __init__(self, module: torch.nn.Module, decay: float):
         self.decay, self.updates = decay, 0
@@ -60,7 +69,9 @@ class Ema:
         if self._pairs is None or self._pairs[0] is not module:
             values = dict(module.named_parameters())
             names = list(self.average)
-            self._pairs = (module, [self.average[n] for n in names], [values[n].detach() for n in names])
+            pairs = [(local(self.average[n]), local(values[n].detach())) for n in names]
+            pairs = [pair for pair in pairs if pair[0].numel()]
+            self._pairs = (module, [a for a, _ in pairs], [v for _, v in pairs])
         torch._foreach_lerp_(self._pairs[1], self._pairs[2], 1 - d)
 
     def state(self) -> dict:

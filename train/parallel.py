@@ -29,7 +29,7 @@ from lens import checkpoint
 from lens.model import LensTransformer2DModel, init_parameter
 
 from .denoiser import Denoiser
-from .loop import device_of, keyed
+from .loop import device_of, keyed, local
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,14 @@ class Ranks:
 
 
 @contextmanager
-def ranks(device: str = "cpu", shard: int | None = None, minutes: float = 10) -> Iterator[Ranks]:
+def ranks(device: str = "cpu", shard: int | None = None, most: int = 8, minutes: float = 10) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be alone; leaves the group at the end.
 
-    shard: ranks over which one copy of the state is laid; default: those of this node. It must divide their number.
-    Errors: ValueError for a `shard` that does not.
+    shard: ranks over which one copy of the state is laid; default: those of this node, at `most` so many. It must divide
+    their number. Errors: ValueError for a `shard` that does not.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    shard = shard or int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    shard = shard or min(most, int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
     if world % shard:
         raise ValueError(f"--shard: {shard} does not divide the {world} processes")
     chosen = device_of(device)
@@ -160,11 +160,6 @@ def accumulating(model: nn.Module, last: bool) -> Iterator[None]:
         model.set_is_last_backward(last)
         model.set_requires_all_reduce(last)
     yield
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a parameter, gradient or average that lies on this rank; a view."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

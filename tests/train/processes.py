@@ -8,7 +8,7 @@ import socket
 from train.parallel import ranks
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.train.processes"])
+_CONTEXT.set_forkserver_preload(["train.flow", "tests.train.processes"])
 
 
 def _free_port():

@@ -1,19 +1,29 @@
-"""Recipes as plain Python: `load("mini", "vae")` -> the module train.configs.mini.vae."""
+"""Recipes as plain Python: `load("mini", "vae")` -> the module train.configs.mini.vae.
+
+A field is a name in capitals. `--set FIELD=value` replaces one, checked against its annotation or, without one, against the
+value it has.
+"""
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib
+import types
+import typing
+from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..data.world import World
 
 
 def load(name: str, stage: str) -> ModuleType:
-    """The recipe of a stage. Errors: ValueError naming the recipe and the stage."""
+    """The recipe of a stage; "released/pretrain_512" names the file itself. Errors: ValueError naming recipe and stage."""
+    folder, _, file = name.partition("/")
     try:
-        return importlib.import_module(f"train.configs.{name}.{stage}")
+        return importlib.import_module(f"train.configs.{folder}.{file or stage}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("train.configs"):
             raise ValueError(f"no recipe {name!r} for stage {stage!r} in train/configs") from None
@@ -26,3 +36,94 @@ def world(name: str, split: str = "train") -> World:
 
     own = load(name, "world")
     return World(split, own.TASKS, own.CLASSES, own.CAPTIONS)
+
+
+def fields(recipe: ModuleType) -> dict[str, Any]:
+    """Every field and its value, in the order written. OPEN, the reasons, and BASED_ON, another recipe, are none."""
+    return {name: value for name, value in vars(recipe).items() if name.isupper() and name not in ("OPEN", "BASED_ON")}
+
+
+def override(recipe: ModuleType, changes: Sequence[str]) -> ModuleType:
+    """A copy with fields replaced: "LR=1e-4", or "SHEET.steps=30" for one entry of a table.
+
+    Errors: ValueError for a field there is not, naming those with a similar name, and for a value of another type.
+    """
+    copy = ModuleType(recipe.__name__, recipe.__doc__)
+    copy.__dict__.update({k: v for k, v in vars(recipe).items() if not k.startswith("__") or k == "__annotations__"})
+    hints = _hints(recipe)
+    for change in changes:
+        path, equals, text = change.partition("=")
+        name, *keys = path.strip().split(".")
+        if not equals or name not in fields(recipe):
+            close = difflib.get_close_matches(name, fields(recipe), 3, 0.5)
+            near = f"; did you mean {' or '.join(close)}?" if close else f"; fields: {', '.join(fields(recipe))}"
+            raise ValueError(f"--set {change}: {'no value' if not equals else f'no field {name!r}'}{near}")
+        value, old = _value(text.strip()), getattr(copy, name)
+        if keys:
+            table, key = old, _value(".".join(keys))
+            if not isinstance(table, dict) or key not in table:
+                known = ", ".join(map(str, table)) if isinstance(table, dict) else "no table"
+                raise ValueError(f"--set {change}: {name} has no entry {key!r}; it has {known}")
+            setattr(copy, name, {**table, key: _typed(change, value, type(table[key]))})
+        else:
+            setattr(copy, name, _typed(change, value, hints.get(name, type(old))))
+    return copy
+
+
+def _hints(recipe: ModuleType) -> dict[str, Any]:
+    """The annotations of a recipe and of the one it is BASED_ON."""
+    base = getattr(recipe, "BASED_ON", None)
+    return {**(_hints(base) if base else {}), **typing.get_type_hints(recipe)}
+
+
+def _value(text: str) -> Any:
+    """A Python literal, or else the text itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _typed(change: str, value: Any, kind: Any) -> Any:
+    if not fits(value, kind):
+        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        raise ValueError(f"--set {change}: expected {expected}, got {type(value).__name__} {value!r}")
+    return _as(value, kind)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value is of a type: int where float is asked for counts, bool where int is asked for does not."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is typing.Literal:
+        return value in inner
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if origin is tuple:
+        if not isinstance(value, tuple | list):
+            return False
+        kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
+        return len(kinds) == len(value) and all(map(fits, value, kinds))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _as(value: Any, kind: Any) -> Any:
+    """A value that fits, in the type it stands for: 1 for a float is 1.0, a list for a tuple a tuple."""
+    if kind is float:
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def describe(recipe: ModuleType) -> str:
+    """Every field as Python, one a line; below what the paper leaves open, why it is as it is."""
+    lines, reasons = [], getattr(recipe, "OPEN", {})
+    for name, value in fields(recipe).items():
+        lines.append(f"{name} = {value!r}")
+        if name in reasons:
+            lines.append(f"    # open: {reasons[name]}")
+    return "\n".join(lines)

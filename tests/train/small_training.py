@@ -1,0 +1,213 @@
+"""A training small enough for a test of a second: a two-block model, batches of several buckets made from keys."""
+
+import dataclasses
+from types import ModuleType
+
+import numpy as np
+import torch
+
+from lens.config import LensConfig
+from train import configs, flow, parallel
+from train.checkpointing import read_state
+from train.data.buckets import Bucket
+from train.denoiser import Denoiser
+from train.loop import keyed
+from train.trainer import Trainer
+
+SHAPE = {
+    "num_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "in_channels": 8,
+    "out_channels": 2,
+    "axes_dims_rope": (4, 6, 6),
+    "enc_hidden_dim": 12,
+    "selected_layer_index": (0, 1),
+}
+BUCKETS = (Bucket(64, "1:1"), Bucket(64, "1:2"), Bucket(96, "1:1"))
+SIZES = {BUCKETS[0]: 3, BUCKETS[1]: 2, BUCKETS[2]: 1}  # pictures of a micro-batch
+
+
+@dataclasses.dataclass
+class Micro:
+    step: int
+    slot: int
+    bucket: Bucket
+    keys: tuple
+    lengths: list
+    latents: torch.Tensor
+    features: torch.Tensor
+    skipped: tuple = ()
+
+
+def recipe(**changes):
+    source = configs.load("mini/on_shards", "pretrain")
+    module = ModuleType("recipe")
+    module.__dict__.update(configs.fields(source))
+    module.__dict__.update(MODEL=SHAPE, SLOTS=8, STEPS=100, WARMUP=2, DECAY=0, LR=1e-2, CLIP=0.5, LOG_EVERY=2)
+    module.__dict__.update(SAVE_EVERY=1_000, KEEP_LAST=2, KEEP_EVERY=0, EMA=0.9)
+    module.__dict__.update(changes)
+    return module
+
+
+def micro(step, slot):
+    """The batch of a slot: its bucket, its texts (some dropped), its numbers follow from (step, slot)."""
+    generator = keyed(11, "micro", step, slot)
+    bucket = BUCKETS[(step + slot) % 3]
+    count = SIZES[bucket]
+    lengths = [0 if (slot + i) % 4 == 0 else 1 + (step + slot + i) % 5 for i in range(count)]
+    latents = torch.randn(count, bucket.tokens, SHAPE["in_channels"], generator=generator)
+    features = torch.randn(sum(lengths), 2, SHAPE["enc_hidden_dim"], generator=generator)
+    keys = tuple(f"{step}-{slot}-{i}" for i in range(count))
+    return Micro(step, slot, bucket, keys, lengths, latents, features)
+
+
+def batches(start, rank, world, slots=8, spoil=lambda batch: None):
+    step = start
+    while True:
+        for slot in range(rank, slots, world):
+            batch = micro(step, slot)
+            spoil(batch)
+            yield batch
+        step += 1
+
+
+def model_on(group, settings):
+    """Wrapped; no weight is zero, so that every part of it has a gradient."""
+    with torch.device("meta"):
+        model = Denoiser(LensConfig(**settings.MODEL), torch.float32, settings.RECOMPUTE).train()
+    wrapped = parallel.wrap(model, group, settings.RESHARD) if group.shard > 1 else None
+    parallel.materialise(model, group.device, settings.SEED)
+    for name, parameter in model.named_parameters():
+        whole = torch.randn(parameter.shape, generator=keyed(5, name)) * 0.1
+        parallel.place(parameter, whole + float(parameter.dim() == 1 and "norm" in name))
+    return wrapped if wrapped is not None else parallel.wrap(model, group)
+
+
+def trainer_on(group, out, **changes):
+    settings = recipe(**changes)
+    losses = flow.FlowMatching(settings, LensConfig(**settings.MODEL))
+    out.mkdir(parents=True, exist_ok=True)
+    return Trainer(settings, group, model_on(group, settings), losses, out, BUCKETS)
+
+
+def whole(tensor):
+    full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach().numpy().copy()
+
+
+def weights(trainer):
+    return {name: whole(value) for name, value in trainer.tensors().items()}
+
+
+def gradients_of_a_step(trainer, group):
+    """The gradient as the optimiser would see it without a clip, by name; nothing is changed."""
+    caught = {}
+
+    def catch(_, found):
+        found["clipped"] = found["lr"] = 0.0
+        names = [n for n, p in trainer.parameters.items() if p.grad is not None]
+        caught.update({n: whole(trainer.parameters[n].grad) / found["weight"] for n in names})
+
+    trainer._apply = catch
+    found = trainer.take(batches(0, group.rank, group.world))
+    return caught, found["loss"], found["grad_norm"]
+
+
+# ---- what the processes run
+
+
+def three_gradients(group, out, reductions):
+    return [
+        gradients_of_a_step(trainer_on(group, out / f"{r}-{group.rank}", LOSS_REDUCTION=r), group) for r in reductions
+    ]
+
+
+def gradients_and_norms(group, out, reductions):
+    return three_gradients(group, out, reductions), clip_norms(group, out / "norms")
+
+
+def resume_both(group, back, first):
+    """What is in the state that came back; the losses of two steps from the first one."""
+    return resume_and_go_on(group, back, 0)[0], resume_and_go_on(group, first, 2)[2]
+
+
+def steps_and_save(group, out, count):
+    """Some steps, saved; what the state holds, and the losses."""
+    trainer, data = trainer_on(group, out), batches(0, group.rank, group.world)
+    losses = [trainer.take(data)["loss"] for _ in range(count)]
+    trainer.save(lambda step: {"step": step}, last=True)
+    return weights(trainer), losses
+
+
+def resume_and_go_on(group, out, count, again=None):
+    """A saved state, and after `count` more steps."""
+    trainer = trainer_on(group, out)
+    for p in parallel.bare(trainer.model).parameters():
+        torch.nn.init.zeros_(p.data)
+    state = trainer.resume(trainer.checkpoints.latest())
+    before = weights(trainer)
+    data = batches(trainer.step, group.rank, group.world)
+    losses = [trainer.take(data)["loss"] for _ in range(count)]
+    if again is not None:
+        trainer.checkpoints.folder = again / "checkpoints"
+        trainer.saved = None
+        trainer.save(lambda step: state["data"], last=True)
+    return before, weights(trainer), losses
+
+
+def clip_norms(group, out):
+    """The norm of random gradients by `parallel.norm`, and of the same, whole, by torch."""
+    trainer = trainer_on(group, out / str(group.rank))
+    found = []
+    for name, p in trainer.parameters.items():
+        p.grad = torch.zeros_like(p)
+        parallel.place(p.grad, torch.randn(p.shape, generator=keyed(9, name)))
+        found.append(p.grad)
+    mine = parallel.norm(found, group).item()
+    full = torch.nn.utils.get_total_norm([torch.from_numpy(whole(g)).double() for g in found]).item()
+    return mine, full
+
+
+def hang_in_the_second_save(group, out, mark):
+    """Killed by the test while a state is half written."""
+    import os
+    import time
+
+    trainer, data = trainer_on(group, out), batches(0, 0, 1)
+    trainer.take(data)
+    trainer.save(lambda step: {"step": step}, last=True)
+    trainer.take(data)
+    flush = os.fsync
+
+    def stuck(handle):
+        flush(handle)
+        mark.touch()
+        time.sleep(600)
+
+    os.fsync = stuck
+    trainer.save(lambda step: {"step": step}, last=True)
+
+
+def train_until_told(group, out):
+    from train.loop import Clock
+
+    trainer = trainer_on(group, out, STEPS=100_000)
+    trainer.run(batches(0, group.rank, group.world), lambda step: {"step": step}, Clock(None))
+    return trainer.step
+
+
+def state_of(out):
+    name = (out / "checkpoints" / "latest").read_text().strip()
+    return read_state(out / "checkpoints" / name)
+
+
+def distance(a, b):
+    """Largest relative difference of a tensor, by its norm."""
+    assert a.keys() == b.keys()
+    return max(float(np.linalg.norm(a[n] - b[n]) / (np.linalg.norm(b[n]) + 1e-30)) for n in a)
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return [name for name in a if not np.array_equal(a[name], b[name])]

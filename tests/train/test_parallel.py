@@ -1,0 +1,86 @@
+"""Several processes take the step that one takes, and their states are each other's."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train import processes, small_training
+from tests.train.small_training import distance, same
+from train import parallel
+from train.objectives.flow_matching import REDUCTIONS
+from train.parallel import Ranks
+
+ALONE = Ranks(torch.device("cpu"))
+LAYOUTS = [  # processes, ranks that share one copy of the state
+    pytest.param(2, 1, id="ddp-2x4"),
+    pytest.param(2, 2, id="fsdp-2x4"),
+    pytest.param(8, 1, id="ddp-8x1", marks=pytest.mark.nightly),
+    pytest.param(8, 8, id="fsdp-8x1", marks=pytest.mark.nightly),
+    pytest.param(4, 2, id="hsdp-4x2", marks=pytest.mark.nightly),
+]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    return small_training.three_gradients(ALONE, tmp_path_factory.mktemp("alone"), REDUCTIONS)
+
+
+@pytest.fixture(scope="module")
+def four_steps(tmp_path_factory):
+    """Of one process: eight micro-batches a step, clipped, AdamW, averages."""
+    return small_training.steps_and_save(ALONE, tmp_path_factory.mktemp("steps"), 4)
+
+
+@pytest.mark.parametrize(("world", "shard"), LAYOUTS)
+def test_eight_slots_give_one_gradient_whoever_computes_them(world, shard, alone, tmp_path):
+    """Three reductions over buckets of unequal size: 8 accumulated = 2 x 4 = 8 x 1. The norm over shards is the whole's."""
+    found = processes.run(world, small_training.gradients_and_norms, tmp_path, list(REDUCTIONS), shard=shard)
+    for rank, norms in found:
+        assert norms == pytest.approx((norms[1], norms[1]), rel=1e-6)
+        for (gradient, loss, norm), (want, value, length) in zip(rank, alone, strict=True):
+            assert distance(gradient, want) < 1e-6
+            assert loss == pytest.approx(value, rel=1e-6)
+            assert norm == pytest.approx(length, rel=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory):
+    """Two ranks that share one copy of the state: four steps, saved."""
+    out = tmp_path_factory.mktemp("sharded")
+    return out, processes.run(2, small_training.steps_and_save, out, 4)
+
+
+def test_a_sharded_training_is_the_whole_one(sharded, four_steps):
+    """FSDP2 on two ranks: weights, averages, moments after four steps with clip."""
+    (found, losses), (other, _) = sharded[1]
+    assert same(found, other) == []
+    assert losses == pytest.approx(four_steps[1], rel=1e-6)
+    moved = {n: v for n, v in found.items() if np.abs(v).max() > 0}
+    assert len(moved) > 0.9 * len(found)
+    for name in moved:
+        # Adam's quotient is noise where the gradient is: weights are compared by their own size
+        assert np.abs(found[name] - four_steps[0][name]).max() <= 1e-6 * max(1, np.abs(four_steps[0][name]).max()), name
+
+
+def test_states_pass_between_two_processes_one_and_two_again(sharded, tmp_path):
+    """The tensors to the last bit; the steps after them up to the order of sums."""
+    out, ((want, _), _) = sharded
+    before, after, losses = small_training.resume_and_go_on(ALONE, out, 2, tmp_path)
+    assert same(want, before) == []
+    ((again, sharded_losses), _) = processes.run(2, small_training.resume_both, tmp_path, out)
+    assert same(after, again) == []
+    assert sharded_losses == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.nightly
+def test_a_state_of_two_processes_is_loaded_by_four(sharded):
+    out, ((want, _), _) = sharded
+    for shard in (4, 2):
+        for before, _, _ in processes.run(4, small_training.resume_and_go_on, out, 1, shard=shard):
+            assert same(want, before) == []
+
+
+def test_shards_that_do_not_divide_the_processes_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="--shard: 3 does not divide the 4 processes"), parallel.ranks("cpu", 3):
+        pass

@@ -1,0 +1,339 @@
+"""Stages A and B on shards, for one process or many: `pretrain` and `mixed_resolution` with a recipe that has SLOTS.
+
+    python -m train pretrain --config released/pretrain_512 --dry-run
+    torchrun --nproc-per-node 8 -m train pretrain --config released/pretrain_512 --data SHARDS --model CHECKPOINT --out runs/a
+    python -m train mixed_resolution --config mini/on_shards --data shards/world --vae runs/vae --encoder runs/encoder/encoder.pt
+
+The VAE and the text encoder are frozen: those of a checkpoint folder (`--model`) or of Mini's stages (`--vae`, `--encoder`);
+neither is needed where the shards hold latents and features. OUT holds checkpoints/, log.jsonl and its copy for TensorBoard,
+a sheet of fixed prompts and seeds at every save, skipped.jsonl. The same command again resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lens.config import LensConfig
+from lens.ops import attention_backends
+from lens.resolution import bucket_size
+
+from . import configs, cost, parallel
+from .checkpointing import read_state
+from .data import encoders
+from .data.buckets import Bucket, BucketLaw, BucketSampler
+from .data.loader import STRIDE, Batch, Encode, Loader
+from .data.shards import ShardSet
+from .data.sheet import contact_sheet
+from .denoiser import Denoiser
+from .generator import packing_of, packing_on
+from .loop import Clock, duration, keyed
+from .objectives import flow_matching
+from .parallel import Ranks
+from .trainer import Trainer
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def model_of(recipe: ModuleType, encoder: tuple[Sequence[int], int] | None = None) -> LensConfig:
+    """The MMDiT of a recipe: the released one, but for MODEL."""
+    return LensConfig(**recipe.MODEL)
+
+
+def law_of(recipe: ModuleType) -> BucketLaw:
+    """What a recipe says about buckets."""
+    return BucketLaw(recipe.BATCH, recipe.BASE_WEIGHTS, recipe.ASPECT_WEIGHTS)
+
+
+def buckets_of(recipe: ModuleType) -> list[Bucket]:
+    """Every bucket a recipe may draw."""
+    return [Bucket(base, aspect) for base in recipe.BASES for aspect in recipe.ASPECTS]
+
+
+# ------------------------------------------------------------------------------------------------ the objective
+
+
+def times(recipe: ModuleType, batch: Batch) -> Tensor:
+    """t = sigmoid(mu + sigma z) of every picture, float32 [B]; z from a key of its own (or its quantile, stratified)."""
+    mu, count = flow_matching.mu_of(recipe.MU, batch.bucket.tokens), len(batch.lengths)
+    samples = range(batch.slot * STRIDE, batch.slot * STRIDE + count)
+    u = torch.cat(
+        [torch.rand(1, generator=keyed(recipe.SEED, "time", batch.step, s), dtype=torch.float64) for s in samples]
+    )
+    if recipe.TIME_STRATIFIED:
+        u = (torch.randperm(count, generator=keyed(recipe.SEED, "quantile", batch.step, batch.slot)) + u) / count
+    return torch.sigmoid(mu + recipe.TIME_SIGMA * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))).float()
+
+
+def noise(recipe: ModuleType, batch: Batch) -> Tensor:
+    """Like the latents; every picture's from a key of its own, drawn where the latents are."""
+    like, first = batch.latents, batch.slot * STRIDE
+    return torch.stack(
+        [
+            torch.randn(
+                like.shape[1:],
+                generator=keyed(recipe.SEED, "noise", batch.step, first + i, like.device),
+                device=like.device,
+            )
+            for i in range(len(like))
+        ]
+    )
+
+
+class FlowMatching:
+    """The loss of every picture, mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels, and its time."""
+
+    def __init__(self, recipe: ModuleType, shape: LensConfig):
+        self.recipe, self.axes = recipe, shape.axes_dims_rope
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        clean = batch.latents
+        t = times(self.recipe, batch).to(clean.device)
+        x, target = flow_matching.noised(clean, noise(self.recipe, batch), t)
+        v = velocity(model, x, batch.features, t, batch.lengths, batch.bucket.grid, self.axes)
+        return flow_matching.loss(v, target), t
+
+
+def velocity(
+    model: nn.Module,
+    x: Tensor,
+    features: Tensor,
+    t: Tensor,
+    lengths: Sequence[int],
+    grid: tuple[int, int],
+    axes: tuple[int, ...],
+) -> Tensor:
+    """x [B, I, C], features [RT, F, E], t [B] -> [B, I, C]."""
+    if x.device.type == "cpu":
+        packing = packing_of(grid, tuple(lengths), axes)
+    else:
+        packing = packing_on(grid, list(lengths), axes, x.device)
+    return model(x.flatten(0, 1), features, t, packing).view_as(x)
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+class Sheets:
+    """Fixed prompts with seeds 0, 1, ... drawn with guidance; the ranks share them, the main one writes the file."""
+
+    def __init__(
+        self,
+        recipe: ModuleType,
+        group: Ranks,
+        model: nn.Module,
+        shape: LensConfig,
+        text: encoders.TextEncoder,
+        ids: Sequence[list[int]],
+        decode: Callable[[Tensor, tuple[int, int]], np.ndarray],
+    ):
+        self.recipe, self.group, self.model, self.shape, self.text, self.decode = (
+            recipe,
+            group,
+            model,
+            shape,
+            text,
+            decode,
+        )
+        count = -(-len(ids) // group.world)  # alike on every rank, since all must call the model equally often
+        places = [min(group.rank * count + i, len(ids) - 1) for i in range(count)]
+        self.places, self.ids = places, [ids[p] for p in places]
+
+    @torch.no_grad()
+    def __call__(self, path: Path) -> None:
+        sheet, axes, count = self.recipe.SHEET, self.shape.axes_dims_rope, len(self.ids)
+        height, width = bucket_size(int(sheet["base"]), "1:1")
+        grid = height // 16, width // 16
+        tokens, steps = grid[0] * grid[1], int(sheet["steps"])
+        device = self.group.device
+        draws = [
+            torch.randn(tokens, self.shape.in_channels, generator=torch.Generator().manual_seed(p)) for p in self.places
+        ]
+        x, features = torch.stack(draws).to(device), self.text.encode(self.ids)
+        lengths = [len(ids) for ids in self.ids]
+        mu = flow_matching.mu_of(self.recipe.MU, tokens)
+        sigmas = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)]).to(device)
+        for now, following in pairwise(sigmas):  # with text and without in one call
+            both = velocity(
+                self.model, x.repeat(2, 1, 1), features, now.expand(2 * count), [*lengths, *[0] * count], grid, axes
+            ).float()
+            v, u = both.chunk(2)
+            mixed = u + sheet["guidance"] * (v - u)
+            v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
+            x = x + (following - now) * v
+        pictures = dict(pair for own in self.group.gather(list(zip(self.places, self.decode(x, grid)))) for pair in own)
+        if self.group.main:
+            contact_sheet([pictures[p] for p in sorted(pictures)], list(self.recipe.PROMPTS), path, columns=4)
+
+
+def released_decoder(codec: encoders.ReleasedLatents) -> Callable[[Tensor, tuple[int, int]], np.ndarray]:
+    from lens.vae import to_uint8
+
+    return lambda tokens, grid: np.stack([to_uint8(codec.codec.decode(rows, grid)) for rows in tokens])
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def build(
+    recipe: ModuleType,
+    group: Ranks,
+    init: Path | None = None,
+    trained: Callable[[Denoiser], None] | None = None,
+) -> nn.Module:
+    """The wrapped model, its weights drawn from the recipe's seed, or those of a checkpoint folder in the released layout.
+
+    trained: called on the model before it is wrapped; may put adapters around its layers and freeze the rest.
+    """
+    with torch.device("meta"):
+        model = Denoiser(model_of(recipe), DTYPES[recipe.COMPUTE], recipe.RECOMPUTE).train()
+
+    def fill() -> None:
+        if init is not None:
+            parallel.load_released(model, init, group.device)
+        else:
+            parallel.materialise(model, group.device, recipe.SEED)
+
+    if trained is not None:  # adapters are made on real weights
+        fill()
+        trained(model)
+        return parallel.wrap(model, group, recipe.RESHARD)
+    if group.shard > 1:  # sharded while they weigh nothing: no process ever holds the whole
+        wrapped = parallel.wrap(model, group, recipe.RESHARD)
+        fill()
+        return wrapped
+    fill()
+    return parallel.wrap(model, group, recipe.RESHARD)
+
+
+def networks(
+    recipe: ModuleType, options: argparse.Namespace, shards: ShardSet, group: Ranks
+) -> tuple[encoders.Tokenizer | None, Any, Any, Callable[[Tensor, tuple[int, int]], np.ndarray] | None]:
+    """(tokenizer, codec, text encoder, decoder) as the options name them; Nones where nothing is named.
+
+    Errors: ValueError where the shards hold only pictures and nothing is named.
+    """
+    if options.model is not None:
+        found = encoders.released(options.model, group.device, DTYPES[recipe.COMPUTE])
+        return *found, released_decoder(found[1])
+    if options.encoder is not None:
+        from .generator import Painter
+
+        found = encoders.mini("mini", options.vae, options.encoder, group.device)
+        return *found, Painter(options.vae, "mini")
+    if missing := {"latents", "text"} - set(shards.precomputed):
+        raise ValueError(
+            f"{shards.folder} holds no {' and no '.join(sorted(missing))}; expected --model, or --vae and --encoder"
+        )
+    return None, None, None, None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of a recipe with SLOTS; the others are the stage's own."""
+    own = parser.add_argument_group("recipes with SLOTS (released, mini/on_shards), on one process or under torchrun")
+    own.add_argument("--data", type=Path, metavar="SHARDS", help="folder written by `python -m train shards`")
+    own.add_argument(
+        "--model", type=Path, metavar="CHECKPOINT", help="folder whose VAE and text encoder encode the data"
+    )
+    own.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a field of the recipe; repeatable"
+    )
+    own.add_argument(
+        "--print-config", action="store_true", help="print every field, and why where the paper leaves it open"
+    )
+    own.add_argument(
+        "--dry-run", action="store_true", help="print size, memory, FLOPs and time for this mesh; needs no GPU"
+    )
+    own.add_argument("--world", type=int, default=128, help="processes that --dry-run assumes (default: 128)")
+    own.add_argument(
+        "--gpu", default="a100", choices=sorted(cost.GPUS), help="GPU that --dry-run assumes (default: a100)"
+    )
+    own.add_argument("--mfu", type=float, default=0.4, help="share of its peak that --dry-run assumes (default: 0.4)")
+    own.add_argument(
+        "--shard", type=int, help="ranks that hold one copy of the state (default: those of a node, at most SHARD)"
+    )
+    own.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
+
+
+def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
+    """`python -m train pretrain|mixed_resolution` for such a recipe. Errors: ValueError, FileNotFoundError."""
+    recipe = configs.override(recipe, options.set)
+    if options.print_config:
+        print(configs.describe(recipe))
+        return 0
+    if options.dry_run:
+        shards = ShardSet(options.data).sizes if options.data else None
+        print(cost.dry_run(recipe, options.world, options.shard, options.gpu, options.mfu, shards))
+        return 0
+    if options.data is None:
+        raise ValueError(f"{stage}: expected --data SHARDS for {recipe.__name__.removeprefix('train.configs.')}")
+    torch.set_num_threads(options.threads)
+    with parallel.ranks(options.device, options.shard, most=recipe.SHARD) as group:
+        return train(options, recipe, stage, group)
+
+
+def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
+    clock, out = Clock(options.stop_after), options.out
+    shards = ShardSet(options.data)
+    known = set(buckets_of(recipe))
+    sampler = BucketSampler(
+        {b: n for b, n in shards.sizes.items() if b in known}, law_of(recipe), recipe.SEED, recipe.SLOTS
+    )
+    tokenizer, codec, text, decode = networks(recipe, options, shards, group)
+    loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
+    encode = Encode(codec, text, group.device, shards)
+    released = options.init is not None and (options.init / "transformer").is_dir()
+    model, shape = build(recipe, group, options.init / "transformer" if released else None), model_of(recipe)
+    sheet = None
+    if decode is not None:
+        sheet = Sheets(recipe, group, model, shape, text, [tokenizer(p) for p in recipe.PROMPTS], decode)
+    if group.main:
+        out.mkdir(parents=True, exist_ok=True)
+    group.barrier()
+    trainer = Trainer(
+        recipe,
+        group,
+        model,
+        FlowMatching(recipe, shape),
+        out,
+        sampler.buckets,
+        stage,
+        sheet,
+        lambda batch: cost.training_flops(shape, batch.bucket.tokens, batch.lengths),
+        cost.peak_of(group.device),
+    )
+    start: Any = 0
+    folder = options.resume or trainer.checkpoints.latest()
+    if folder is not None:
+        state = trainer.resume(folder)
+        start = state["data"]
+        if group.main:
+            for line in changed(recipe, state["settings"]):
+                print(line, flush=True)
+    elif options.init is not None and not released:
+        trainer.start_from(options.init)
+    context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_backends.use(recipe.ATTENTION)
+    with context:
+        batches = encode.ahead(loader.batches(start, group.rank, group.world))
+        trainer.run(batches, loader.state, clock, options.steps)
+    return 0
+
+
+def changed(recipe: ModuleType, before: dict[str, Any]) -> list[str]:
+    """What a resumed training does otherwise than the state says."""
+    from .trainer import plain
+
+    now = {name: plain(value) for name, value in configs.fields(recipe).items()}
+    return [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if now[name] != before.get(name)]
+
+
+__all__ = ["add_arguments", "build", "duration", "read_state", "run", "train"]
