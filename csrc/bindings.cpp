@@ -5,8 +5,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-
 #include "arguments.h"
 #include "dispatch.h"
 
@@ -303,6 +301,38 @@ void fields(LinearGatedResidualParams& p, V& v) {
   v.strided("text_gate", p.text_gate, text * p.B * p.D, "text_gate_stride", p.text_gate_stride);
   v.array("image_out", p.image_out, p.RI * p.D);
   v.array("text_out", p.text_out, p.RT * p.D);
+}
+
+template <class V>
+void fields(DenoiseStepParams& p, V& v) {
+  v.size("RI", p.RI, 0);
+  v.size("RT", p.RT, 0);
+  v.size("B", p.B, p.RI + p.RT > 0);
+  v.size("L", p.L, 1);
+  v.size("N", p.N, 1);
+  v.size("H", p.H, 2);
+  v.size("F", p.F, 1);
+  v.size("C", p.C, 1);
+  const int64_t D = p.N * p.H, joint = p.RI + p.RT;
+  v.array("weights", p.weights, p.L * 2);
+  v.array("score_bounds", p.score_bounds, p.L);
+  v.array("image_in", p.image_in, D * p.C);
+  v.array("image_in_bias", p.image_in_bias, D);
+  v.array("image_out", p.image_out, p.C * D);
+  v.array("image_out_bias", p.image_out_bias, p.C);
+  v.array("image_rows", p.image_rows, p.RI * p.C);
+  v.array("text_rows", p.text_rows, p.RT * D);
+  v.array("modulation", p.modulation, p.B * p.L * 12 * D);
+  v.array("final_modulation", p.final_modulation, p.B * 2 * D);
+  v.array("cos", p.cos, joint * (p.H / 2));
+  v.array("sin", p.sin, joint * (p.H / 2));
+  v.offsets("image_offsets", p.image_offsets, p.B, "RI", p.RI);
+  v.offsets("text_offsets", p.text_offsets, p.B, "RT", p.RT);
+  v.array("workspace", p.workspace, joint * (2 * D + (3 * D > p.F ? 3 * D : p.F)));
+  v.array("velocity", p.velocity, p.RI * p.C);
+  v.size("polynomial", p.polynomial, 0);
+  v.number("scale", p.scale);
+  v.number("eps", p.eps);
 }
 
 #if defined(LENS_WITH_CUTLASS)

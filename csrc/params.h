@@ -355,6 +355,38 @@ struct LinearGatedResidualParams {
   void* stream;
 };
 
+// Weights of one stream of one block, as torch.nn.Linear holds them.
+struct StreamWeights {
+  const void *norm1, *qkv, *qkv_bias, *q_norm, *k_norm, *out, *out_bias, *norm2, *w13, *w2;
+};
+
+// The whole transformer once: rows of latents in, their velocity out. `weights` and `score_bounds`
+// lie on the host and are read during the call; all else is on the device. D = N * H.
+struct DenoiseStepParams {
+  const StreamWeights* weights;  // host [L, 2 (image, text)]
+  const double* score_bounds;    // host [L], as in JointAttentionParams
+  const void* image_in;          // [D, C]
+  const void* image_in_bias;     // [D]
+  const void* image_out;         // [C, D]
+  const void* image_out_bias;    // [C]
+  const void* image_rows;        // [RI, C]
+  const void* text_rows;         // [RT, D]
+  const void* modulation;        // [B, L, 2, 6 (shift1, scale1, gate1, shift2, scale2, gate2), D]
+  const void* final_modulation;  // [B, 2 (scale, shift), D]
+  const void* cos;               // float [RS, H / 2], joint layout
+  const void* sin;               // float [RS, H / 2], joint layout
+  const int32_t* image_offsets;  // [B + 1]
+  const int32_t* text_offsets;   // [B + 1]
+  void* workspace;               // [RS, 2 D + max(3 D, F)]
+  void* velocity;                // [RI, C]
+  int64_t RI, RT, B, L, N, H, F, C;
+  int64_t polynomial;  // as in JointAttentionParams
+  double scale;        // of attention
+  double eps;
+  DType dtype;  // bfloat16
+  void* stream;
+};
+
 // Every kernel by stem. CPU kernels return nothing: their arguments were checked before. Launchers
 // return a cudaError_t as int and leave the stream running.
 #define LENS_FOR_EACH_KERNEL(OP)                                                     \
@@ -378,7 +410,8 @@ struct LinearGatedResidualParams {
   OP(linear_qkv_norm_rope, LinearQkvNormRopeParams)    \
   OP(linear_swiglu, LinearSwigluParams)                \
   OP(linear_gated_residual, LinearGatedResidualParams) \
-  OP(joint_attention, JointAttentionParams)
+  OP(joint_attention, JointAttentionParams)            \
+  OP(denoise_step, DenoiseStepParams)
 
 #define LENS_DECLARE_CPU(stem, Params) void stem(const Params& p);
 namespace base {

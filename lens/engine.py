@@ -12,7 +12,8 @@ from torch import Tensor
 from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .model import LensTransformer2DModel
-from .ops import attention_backends, backend
+from .ops import attention_backends, backend, linear_backends
+from .ops.denoise_step import OWN_ATTENTION, head_norms
 from .packing import TEXT_BIN, Binned, Grid, bin_texts
 from .step import Job, State, advance, capacity, euler, fixed_state, free_state, load, with_text
 
@@ -143,7 +144,9 @@ class Engine:
             lambda key: isinstance(key, tuple) and key[0] == placed
         )  # weights that moved left their graphs behind
         attention = attention_backends.choose(self._need(model, job.grids[0], not binned.exact)).name
-        choices = backend.forced(), attention
+        # the bounds of our own attention's scores are numbers of the graph
+        norms = tuple(w._version for w in head_norms(model)) if attention == OWN_ATTENTION else ()
+        choices = backend.forced(), linear_backends.forced(), attention, norms
         texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
         if binned.exact:
             texts = tuple(binned.text_lengths)

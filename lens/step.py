@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from . import sampler
-from .model import LensTransformer2DModel
+from .model import BLOCK_EPS, LensTransformer2DModel
 from .modulation import Modulation
+from .ops import denoise_step
+from .ops.denoise_step import DenoiseStep
 from .packing import Binned, Grid, Packing, offsets_of, plan
 from .rope import grid_table
 
@@ -80,12 +82,14 @@ class State:
     noise: Tensor | None  # float32 [R, C] for stochastic steps
     guidance: float
     halves: int
+    whole: DenoiseStep | None = None  # the transformer as one call, where every kernel is ours
 
     def tensors(self) -> list[Tensor]:
         p, t = self.packing, self.table
         places = [] if p.places is None else [p.places.image_rows, p.places.text_rows, p.places.joint_offsets]
         own = [self.x, self.before, self.velocity, self.text, self.first, self.index, self.sigma, self.offsets]
-        all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *places]
+        whole = [] if self.whole is None else self.whole.tensors()
+        all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *places, *whole]
         return [x for x in all_ if x is not None]
 
     @property
@@ -98,9 +102,13 @@ class State:
 @torch.no_grad()
 def advance(model: LensTransformer2DModel, state: State) -> None:
     """One step, in place. Nothing in it looks at a value on the host."""
-    modulation = state.table.rows(state.first + state.index)
-    x = state.x.to(model.dtype).repeat(state.halves, 1)
-    state.velocity.copy_(model.denoise(x, state.text, modulation, state.packing))
+    if state.whole is not None:
+        state.whole.take(state.x, state.table, state.first, state.index)
+        state.whole.run(state.text, state.velocity)
+    else:
+        modulation = state.table.rows(state.first + state.index)
+        x = state.x.to(model.dtype).repeat(state.halves, 1)
+        state.velocity.copy_(model.denoise(x, state.text, modulation, state.packing))
     state.before.copy_(state.x)
     state.x.copy_(euler(state, *state.velocities, state.guidance, state.index))
     state.index.add_(1)
@@ -109,6 +117,10 @@ def advance(model: LensTransformer2DModel, state: State) -> None:
 def euler(state: State, c: Tensor, u: Tensor | None, guidance: float, index: Tensor) -> Tensor:
     sigma, sigma_next = (state.sigma.index_select(0, i)[0] for i in (index, index + 1))
     return sampler.step(state.before, c, u, sigma, sigma_next, guidance, state.offsets, state.noise)
+
+
+def _whole(model: LensTransformer2DModel, packing: Packing) -> DenoiseStep | None:
+    return None if denoise_step.why_not(model, packing) else DenoiseStep(model, packing, BLOCK_EPS)
 
 
 def capacity(job: Job) -> int:
@@ -137,6 +149,7 @@ def free_state(model: LensTransformer2DModel, job: Job) -> State:
         noise=torch.empty_like(x) if job.stochastic else None,
         guidance=job.guidance,
         halves=job.halves,
+        whole=_whole(model, packing),
     )
 
 
@@ -177,6 +190,7 @@ def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> Stat
         noise=torch.empty_like(x) if job.stochastic else None,
         guidance=job.guidance,
         halves=job.halves,
+        whole=_whole(model, packing),
     )
 
 

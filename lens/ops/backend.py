@@ -156,9 +156,11 @@ class CustomOp:
     much as the kernel itself on a small picture.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], devices: tuple[str, ...]) -> None:
+    def __init__(
+        self, name: str, function: Callable[..., Any], devices: tuple[str, ...], mutates: tuple[str, ...]
+    ) -> None:
         self.function = function
-        self.registered = torch.library.custom_op(name, function, mutates_args=(), device_types=devices)
+        self.registered = torch.library.custom_op(name, function, mutates_args=mutates, device_types=devices)
         self.register_fake = self.registered.register_fake
         self.register_autograd = self.registered.register_autograd
 
@@ -168,9 +170,11 @@ class CustomOp:
         return self.function(*arguments)
 
 
-def custom_op(name: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Callable[[Callable[..., Any]], CustomOp]:
-    """Decorator: register a function as the op `name` on these device types."""
-    return lambda function: CustomOp(name, function, devices)
+def custom_op(
+    name: str, devices: tuple[str, ...] = ("cpu", "cuda"), mutates: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], CustomOp]:
+    """Decorator: register a function as the op `name` on these device types; `mutates`: arguments it writes."""
+    return lambda function: CustomOp(name, function, devices, mutates)
 
 
 def launch(kernel: str, like: Tensor, dtype: torch.dtype | None = None, **arguments: Any) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from lens.config import LensConfig
 from lens.ops import backend
 
 BACKENDS = ("library", "fused")
@@ -126,22 +127,24 @@ def choose(need: Need) -> str:
     return decide(need)[0]
 
 
-def usual(product: str, rows: int = 8192 + 415, device: torch.device | None = None) -> Need:
-    """What the released model asks for in a guided 1024x1024 step on a CUDA device."""
-    depth, columns = {"qkv": (1536, 4608), "out": (1536, 1536), "w13": (1536, 8192), "w2": (4096, 1536)}[product]
-    arch = capability(None if device is None else device.index)
-    return Need(product, "cuda", arch, torch.bfloat16, rows, depth, columns)
+def needs(config: LensConfig, device: torch.device, dtype: torch.dtype, rows: int, **more: bool) -> list[Need]:
+    """What the blocks of a model ask for with ``rows`` rows, product by product."""
+    arch = capability(device.index) if device.type == "cuda" else (0, 0)
+    width, hidden, head_dim = config.inner_dim, config.mlp_hidden_dim, config.attention_head_dim
+    sizes = {"qkv": (width, 3 * width), "w13": (width, 2 * hidden), "out": (width, width), "w2": (hidden, width)}
+    return [Need(product, device.type, arch, dtype, rows, *sizes[product], head_dim, **more) for product in PRODUCTS]
 
 
 def report() -> list[tuple[str, str, str]]:
-    """(product, backend, why) of the released model on the current CUDA device; "none" where a forced one cannot run."""
+    """(product, backend, why) of the released model's guided 1024x1024 step on the current CUDA device; "none" where a
+    forced one cannot run."""
     rows = []
-    for product in PRODUCTS:
+    for need in needs(LensConfig(), torch.device("cuda"), torch.bfloat16, 8192 + 415):
         try:
-            chosen, why = decide(usual(product))
+            chosen, why = decide(need)
         except RuntimeError as error:
             chosen, why = "none", str(error)
-        rows.append((product, chosen, why))
+        rows.append((need.product, chosen, why))
     return rows
 
 

@@ -169,7 +169,7 @@ def _ours(
         checks.refuse(op, f"layers and lengths must be one per stream, got {len(layers)} for {len(x)} streams")
     if linear_backends.forced() != "fused" and not (x[0].is_cuda and linear_backends.measured()):
         return False
-    linears = [layer for layer in layers if type(layer) is nn.Linear and not _hooked(layer)]
+    linears = [layer for layer in layers if plain(layer) and isinstance(layer, nn.Linear)]
     sizes = (linears[0].in_features, linears[0].out_features) if linears else (0, 0)
     recorded = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*x, *(p for layer in linears for p in layer.parameters()))
@@ -189,8 +189,9 @@ def _ours(
     return linear_backends.choose(need) == "fused"
 
 
-def _hooked(layer: nn.Module) -> bool:
-    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+def plain(layer: Layer) -> bool:
+    """Whether a layer is torch.nn.Linear itself, with nothing around it or hooked to it."""
+    return type(layer) is nn.Linear and not layer._forward_hooks and not layer._forward_pre_hooks
 
 
 def _weights(op: str, layer: Layer, x: Tensor, biased: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -289,7 +290,8 @@ def _residual(
         **_side_by_side("y", y),
         **_side_by_side("weight", weight),
         **_side_by_side("bias", bias),
-        **_side_by_side("offsets", offsets[: len(x)]),
+        image_offsets=offsets[0].contiguous(),
+        text_offsets=offsets[-1].contiguous(),  # without a text stream nothing reads them
         **_side_by_side("out", out),
         RI=x[0].shape[0],
         RT=x[1].shape[0] if len(x) > 1 else 0,
