@@ -414,6 +414,7 @@ uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t bits, int argument, i
 
 void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
               void (*thread)(void*), void* closure) {
+  if (g_error) return;  // while the launch was prepared
   g_kernel = name;
   blockIdx = {0, 0, 0};
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;

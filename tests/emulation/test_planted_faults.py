@@ -7,13 +7,14 @@ named here. Every fault is first compiled and run without its mutation by test_k
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 
 from lens.ops import backend
-from tests.emulation import emulator
+from tests.emulation import emulator, test_linear_fused_kernels
 from tests.emulation.test_kernels import aligned
 from tests.ops import harness, test_gated_residual, test_qk_norm_rope, test_rms_norm_modulate, test_swiglu
 from tests.ops.harness import Inputs
@@ -102,16 +103,106 @@ INPUTS = {
 }
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_fault_is_noticed(name, tmp_path, monkeypatch):
-    fault = FAULTS[name]
-    mutant = emulator.mutant(tmp_path, fault.op, fault.file, fault.old, fault.new)
-    monkeypatch.setattr(backend, "launch", mutant.launch)
+_RING, _EPILOGUE = "gemm/gemm.cuh", "gemm/epilogue.cuh"
+_QKV, _GATED = "gemm/linear_qkv_norm_rope.cuh", "gemm/linear_gated_residual.cuh"
+_SWIGLU = "gemm/linear_swiglu.cuh"
+PRODUCT_FAULTS = {
+    "the copies wait for the wrong parity": Fault(
+        "linear", _RING, "empty + at.stage, at.round ^ 1", "empty + at.stage, at.round", "deadlock"
+    ),
+    "the copies do not wait": Fault(
+        "linear", _RING, "        barrier_wait(empty + at.stage, at.round ^ 1);\n", "", "numbers|has all its 1 arrivals"
+    ),
+    "a byte count that misses a row": Fault(
+        "linear", _RING, "full + at.stage, Ring::kStageBytes", "full + at.stage, Ring::kStageBytes - 128", "deadlock"
+    ),
+    "the products do not wait for the copies": Fault(
+        "linear", _RING, "      barrier_wait(full + at.stage, at.round);\n", "", "numbers|deadlock|has all its"
+    ),
+    "the products wait for the wrong parity": Fault(
+        "linear", _RING, "barrier_wait(full + at.stage, at.round)", "barrier_wait(full + at.stage, at.round ^ 1)",
+        "numbers|deadlock|has all its",
+    ),
+    "a stage given back while a product may read it": Fault(
+        "linear", _RING, "      wgmma_wait<1>();\n", "", NUMBERS
+    ),
+    "the stage in use given back": Fault(
+        "linear", _RING, "if (held >= 0 && lane == 0) barrier_arrive(empty + held);\n      held = at.stage;",
+        "held = at.stage;\n      if (k && lane == 0) barrier_arrive(empty + held);", "numbers|deadlock|has all its",
+    ),
+    "accumulators read before the last wait": Fault(
+        "linear", _RING, "wgmma_wait<0>(d);", "wgmma_wait<1>(d);", "leaves under way"
+    ),
+    "no wait for the last group": Fault("linear", _RING, "    wgmma_wait<0>(d);\n", "", "numbers|waited for"),
+    "no fence before the first product": Fault("linear", _RING, "      wgmma_fence();\n", "", "without wgmma_fence"),
+    "no fence after barriers are made": Fault(
+        "linear", _RING, "    fence_barrier_init();\n", "", "without fence_barrier_init"
+    ),
+    "barriers used before they are made": Fault(
+        "linear", _RING, "  __syncthreads();\n", "", "never initialised|without fence_barrier_init"
+    ),
+    "a stage freed by too few warps": Fault(
+        "linear", _RING, "barrier_init(empty + s, kConsumerWarps)", "barrier_init(empty + s, 2)", "numbers|has all its 2"
+    ),
+    "more registers than there are": Fault(
+        "linear", _RING, "kConsumerRegisters = 232", "kConsumerRegisters = 240", "registers"
+    ),
+    "barriers behind the end of shared memory": Fault(
+        "linear", _RING, "kBarriers + 2 * kStages * 8", "kBarriers + kStages * 8", "leaves the block's"
+    ),
+    "a step along K of the other layout": Fault("linear", _RING, "x + step * kStepK", "x + step * kStepMN", NUMBERS),
+    "both warpgroups multiply the upper rows": Fault(
+        "linear", _RING, "matrix_k(from + half * (kTileM / 2) * kTileK * 2)", "matrix_k(from)", NUMBERS
+    ),
+    "a descriptor with half an atom": Fault(
+        "linear", "shared_matrix.cuh", "return matrix_bits(tile, 16, kAtomBytes);",
+        "return matrix_bits(tile, 16, kAtomBytes / 2);", "no atom's",
+    ),
+    "copies without swizzle": Fault(
+        "linear", "tensor_map.cuh", "swizzle = CU_TENSOR_MAP_SWIZZLE_128B", "swizzle = CU_TENSOR_MAP_SWIZZLE_NONE",
+        NUMBERS,
+    ),
+    "a map with a row too many": Fault(
+        "linear", _RING, "{p.K, stream.rows}, {p.K}", "{p.K, stream.rows + 1}, {p.K}", "past the end of 'x'"
+    ),
+    "words that stay in half their quad": Fault("linear", _EPILOGUE, "bit < 4", "bit < 2", NUMBERS),
+    "rows below the last": Fault("linear", _EPILOGUE, "if (!inside) return;", "if (row < 0 && !inside) return;", "past the end of 'y'"),
+    "text tiles of the image's stream": Fault(
+        "linear_gated_residual", _RING, "{text ? kText : kImage", "{kImage", "numbers|past the end"
+    ),
+    "the gate of the first sample": Fault(
+        "linear_gated_residual", _GATED, "p.B, inside ? row : rows - 1", "p.B, 0", NUMBERS
+    ),
+    "the wrong sign of rotation": Fault(
+        "linear_qkv_norm_rope", _QKV, "-(odd * sine[j])", "odd * sine[j]", NUMBERS
+    ),
+    "half a head in the sum": Fault("linear_qkv_norm_rope", _QKV, "sum_lanes(square, 4)", "sum_lanes(square, 2)", NUMBERS),
+    "text heads at the images' place": Fault(
+        "linear_qkv_norm_rope", _QKV, "joint_row_of_text(p.image_offsets", "joint_row_of_text(p.text_offsets",
+        "numbers|past the end",
+    ),
+    "the halves of SwiGLU exchanged": Fault(
+        "linear_swiglu", _SWIGLU, "= d + 8 * (4 * g + i) + 2 * h;\n          const float* u = a + 4;",
+        "= d + 8 * (4 * g + i) + 2 * h + 4;\n          const float* u = a - 4;", NUMBERS,
+    ),
+    "w1 and w3 interleaved by sixteens": Fault(
+        "linear_swiglu", _RING, "{p.K, 8, 2, wide / 16},\n                              {p.K, columns / 2 * p.K, 8 * p.K}",
+        "{p.K, 2, 8, wide / 16},\n                              {columns / 2 * p.K, p.K, 8 * p.K}", NUMBERS,
+    ),
+}  # fmt: skip
+PRODUCT_INPUTS = {
+    "linear": lambda: test_linear_fused_kernels.linear(70, 64 * 10, 192),
+    "linear_qkv_norm_rope": lambda: test_linear_fused_kernels.qkv([20, 9], [3, 40], 64, 1),
+    "linear_swiglu": lambda: test_linear_fused_kernels.swiglu(20, 3, 64, 64),
+    "linear_gated_residual": lambda: test_linear_fused_kernels.gated([20, 9], [3, 40], 64, 64),
+}
+
+
+def _assert_noticed(fault: Fault, mutant: emulator.Emulator, check: Callable[[], None]) -> None:
     noticed = []
-    for seed in (0, 1, 2, 4):  # some order of the threads gives a race away
-        mutant.seed = seed
+    for mutant.seed in (0, 1, 2, 4):  # some order of the threads gives a race away
         try:
-            harness.against_spec(fault.op, INPUTS[fault.op](), torch.bfloat16, None)
+            check()
         except emulator.EmulationError as error:
             noticed.append(str(error))
         except AssertionError as error:
@@ -123,8 +214,29 @@ def test_fault_is_noticed(name, tmp_path, monkeypatch):
         assert any(re.search(fault.notice, what) for what in noticed), noticed
 
 
+@pytest.mark.parametrize("name", FAULTS)
+def test_fault_is_noticed(name, tmp_path, monkeypatch):
+    fault = FAULTS[name]
+    mutant = emulator.mutant(tmp_path, fault.op, fault.file, fault.old, fault.new)
+    monkeypatch.setattr(backend, "launch", mutant.launch)
+    _assert_noticed(fault, mutant, lambda: harness.against_spec(fault.op, INPUTS[fault.op](), torch.bfloat16, None))
+
+
+@pytest.mark.parametrize("name", PRODUCT_FAULTS)
+def test_fault_in_a_product_is_noticed(name, tmp_path):
+    fault = PRODUCT_FAULTS[name]
+    mutant = emulator.mutant(tmp_path, fault.op, fault.file, fault.old, fault.new)
+    mutant.multiprocessors = 1  # one block goes round the ring again and again
+    made = PRODUCT_INPUTS[fault.op]()
+    _assert_noticed(
+        fault, mutant, lambda: test_linear_fused_kernels.against_spec(mutant, fault.op, made, (mutant.seed,))
+    )
+
+
 def test_inputs_pass_without_a_fault(emulated):
     """The same inputs and orders of threads, nothing planted."""
     for op, made in INPUTS.items():
         for emulated.seed in (0, 1, 2, 4):
             harness.against_spec(op, made(), torch.bfloat16, None)
+    for kernel, made in PRODUCT_INPUTS.items():
+        test_linear_fused_kernels.against_spec(emulated, kernel, made(), (0, 1, 2, 4))
