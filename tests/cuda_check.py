@@ -8,12 +8,16 @@ Directly above a kernel stands its limit, in the form
     // registers <= 96: rms_norm_modulate_kernel<double        (optional: instantiations that begin like this)
 
 A kernel fails with more registers, with spills, with local memory (a stack frame), without a limit, or
-when no file instantiates it. Without nvcc the script says so and passes, except with CI=true, where it takes
-the compiler from the PyPI wheels that setup.py names.
+when no file instantiates it. Those of cuda/gemm and cuda/attention are compiled for sm_90a alone and fail
+unless their machine code holds matrix products of a warpgroup (HGMMA) and tile copies (UTMALDG), and no access
+to local memory (LDL, STL). Without nvcc the script says so and passes, and without nvdisasm it says that no
+machine code was read; except with CI=true, where it takes both from PyPI: the wheels that setup.py names, and
+nvdisasm's.
 """
 
 import argparse
 import ast
+import collections
 import concurrent.futures
 import dataclasses
 import os
@@ -26,6 +30,8 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ("80", "90a")  # one portable target and Hopper's own
+HOPPER = ("gemm", "attention")  # folders of kernels that exist on Hopper alone
+NVDISASM_WHEEL = "nvidia-cuda-nvdisasm==13.5.37"
 
 
 class CheckError(Exception):
@@ -231,6 +237,43 @@ def faults(reports: list[Report], limits: list[Limit]) -> list[str]:
     return found
 
 
+# ---- machine code
+
+FUNCTION = re.compile(r"^\.text\.(\S+):")
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+Opcodes = collections.Counter[str]
+
+
+def opcodes(sass: str) -> dict[str, Opcodes]:
+    """Demangled kernel name -> how often each instruction stands in its machine code, without suffixes."""
+    counts: dict[str, Opcodes] = {}
+    current: Opcodes = collections.Counter()
+    for line in sass.splitlines():
+        if match := FUNCTION.match(line):
+            current = counts.setdefault(match.group(1), collections.Counter())
+        elif match := OPCODE.match(line):
+            current[match.group(1)] += 1
+    names = demangle(list(counts))
+    return {short_name(names[mangled]): found for mangled, found in counts.items()}
+
+
+def sass_faults(kernels: dict[str, Opcodes]) -> list[str]:
+    """What the machine code of Hopper's own kernels lacks or should not have."""
+    found = []
+    for name, code in kernels.items():
+        for opcode, what in (("HGMMA", "matrix product of a warpgroup"), ("UTMALDG", "tile copy")):
+            if not code[opcode]:
+                found.append(f"{name} (sm_90a) has no {what}: {opcode} is not in its machine code")
+        if code["LDL"] or code["STL"]:
+            found.append(f"{name} (sm_90a) uses local memory: {code['LDL']} LDL, {code['STL']} STL")
+    return found
+
+
+def sass_line(name: str, code: Opcodes) -> str:
+    counts = ", ".join(f"{code[opcode]} {opcode}" for opcode in ("HGMMA", "UTMALDG", "LDL", "STL"))
+    return f"{name}: {counts}, {sum(code.values())} instructions"
+
+
 def table(reports: list[Report], limits: list[Limit]) -> str:
     rows = [("kernel", "target", "registers", "limit", "stack", "spill st/ld", "shared")]
     for report in sorted(reports, key=lambda r: (r.kernel, r.function, r.target)):
@@ -258,11 +301,24 @@ def find_nvcc() -> str | None:
     found = shutil.which("nvcc") or shutil.which("nvcc", path=os.path.join(home, "bin"))
     if found or os.environ.get("CI") != "true":
         return found
-    wheels = ROOT / "build" / "cuda-wheels"
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", f"--target={wheels}"]
-    if subprocess.run([*install, *cuda_wheels()]).returncode:
-        raise CheckError("CI=true, no nvcc on this machine, and the PyPI wheels cannot be installed")
-    return shutil.which("nvcc", path=str(wheels / "nvidia" / "cu13" / "bin"))
+    return _from_wheels("nvcc", cuda_wheels())
+
+
+def find_nvdisasm() -> str | None:
+    """nvdisasm of a toolkit; with CI=true, of its PyPI wheel."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    found = shutil.which("nvdisasm") or shutil.which("nvdisasm", path=os.path.join(home, "bin"))
+    if found or os.environ.get("CI") != "true":
+        return found
+    return _from_wheels("nvdisasm", [NVDISASM_WHEEL])
+
+
+def _from_wheels(tool: str, wheels: list[str]) -> str | None:
+    folder = ROOT / "build" / "cuda-wheels" / tool
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--upgrade", f"--target={folder}"]
+    if subprocess.run([*install, *wheels]).returncode:
+        raise CheckError(f"CI=true, no {tool} on this machine, and the PyPI wheels cannot be installed")
+    return shutil.which(tool, path=str(folder / "nvidia" / "cu13" / "bin"))
 
 
 def cuda_wheels() -> list[str]:
@@ -273,21 +329,37 @@ def cuda_wheels() -> list[str]:
     raise CheckError("setup.py does not define CUDA_WHEELS")
 
 
-def compile_report(nvcc: str, file: pathlib.Path, target: str, include: pathlib.Path) -> str:
-    """The text of ptxas for one file and target. CheckError holds the compiler's message when it fails."""
+def compile_report(
+    nvcc: str, file: pathlib.Path, target: str, include: pathlib.Path, nvdisasm: str | None = None
+) -> tuple[str, str]:
+    """The texts of ptxas and of nvdisasm for one file and target. CheckError holds a failing tool's message."""
+    sass = ""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             nvcc, "-O3", "-std=c++17", f"-I{include}", "-DLENS_WITH_CUDA=1", "-Xptxas", "-v", "-cubin",
             f"-gencode=arch=compute_{target},code=sm_{target}", "-o", f"{folder}/out.cubin", str(file),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise CheckError(f"{file.name} does not compile for sm_{target}:\n{done.stdout}{done.stderr}")
-    return done.stdout + done.stderr
+        if done.returncode:
+            raise CheckError(f"{file.name} does not compile for sm_{target}:\n{done.stdout}{done.stderr}")
+        if nvdisasm is not None:
+            dump = subprocess.run([nvdisasm, "-c", f"{folder}/out.cubin"], capture_output=True, text=True)
+            if dump.returncode:
+                raise CheckError(f"nvdisasm cannot read {file.name} for sm_{target}:\n{dump.stderr}")
+            sass = dump.stdout
+    return done.stdout + done.stderr, sass
 
 
-def check(source: pathlib.Path, nvcc: str) -> tuple[list[Report], list[Limit], list[str]]:
-    """Compile all of source/cuda; (reports, limits, faults)."""
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    reports: list[Report]
+    limits: list[Limit]
+    code: dict[str, Opcodes]  # of Hopper's own kernels
+    faults: list[str]
+
+
+def check(source: pathlib.Path, nvcc: str, nvdisasm: str | None) -> Findings:
+    """Compile all of source/cuda."""
     folder = source / "cuda"
     files = sorted(folder.rglob("*.cu"))
     if not files:
@@ -297,15 +369,21 @@ def check(source: pathlib.Path, nvcc: str) -> tuple[list[Report], list[Limit], l
         for path in sorted([*folder.rglob("*.cuh"), *files])
         for limit in limits_of(path.read_text(), str(path.relative_to(source.parent)))
     ]
+    hopper = {file for file in files if file.parent.name in HOPPER}
     with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        jobs = [pool.submit(compile_report, nvcc, f, target, source) for f in files for target in TARGETS]
-        texts = [job.result() for job in jobs]
+        jobs = [
+            pool.submit(compile_report, nvcc, file, target, source, nvdisasm if file in hopper else None)
+            for file in files
+            for target in (TARGETS if file not in hopper else ("90a",))
+        ]
+        done = [job.result() for job in jobs]
     # one kernel may be instantiated by several files; equal reports are one line
-    reports = sorted({report for text in texts for report in parse(text)}, key=dataclasses.astuple)
-    found = faults(reports, limits)
-    lines = [line.strip() for text in texts for line in text.splitlines()]
+    reports = sorted({report for text, _ in done for report in parse(text)}, key=dataclasses.astuple)
+    code = {name: counts for _, sass in done for name, counts in opcodes(sass).items()}
+    found = faults(reports, limits) + sass_faults(code)
+    lines = [line.strip() for text, _ in done for line in text.splitlines()]
     found += [line for line in lines if "Potential Performance Loss" in line]  # serialised wgmma
-    return reports, limits, found
+    return Findings(reports, limits, code, found)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -317,16 +395,22 @@ def main(arguments: list[str] | None = None) -> int:
         if nvcc is None:
             print("cuda-check: no nvcc on this machine, nothing was compiled (CI=true takes it from PyPI)")
             return 0
-        reports, limits, found = check(options.source.resolve(), nvcc)
+        nvdisasm = find_nvdisasm()
+        found = check(options.source.resolve(), nvcc, nvdisasm)
     except CheckError as error:
         print(f"cuda-check: {error}", file=sys.stderr)
         return 1
-    print(table(reports, limits))
-    for sentence in found:
+    print(table(found.reports, found.limits))
+    for name in sorted(found.code):
+        print(sass_line(name, found.code[name]))
+    if nvdisasm is None:
+        print("cuda-check: no nvdisasm on this machine, no machine code was read (CI=true takes it from PyPI)")
+    for sentence in found.faults:
         print(f"cuda-check: {sentence}", file=sys.stderr)
-    kernels = len({report.kernel for report in reports if report.entry})
-    print(f"cuda-check: {kernels} kernels, {len(reports)} reports ({', '.join(TARGETS)}), {len(found)} faults")
-    return 1 if found else 0
+    kernels = len({report.kernel for report in found.reports if report.entry})
+    targets = ", ".join(TARGETS)
+    print(f"cuda-check: {kernels} kernels, {len(found.reports)} reports ({targets}), {len(found.faults)} faults")
+    return 1 if found.faults else 0
 
 
 if __name__ == "__main__":

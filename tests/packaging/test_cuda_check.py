@@ -6,7 +6,18 @@ import textwrap
 import pytest
 
 from tests import cuda_check
-from tests.cuda_check import CheckError, Limit, faults, kernels_of, limits_of, parse, short_name, table
+from tests.cuda_check import (
+    CheckError,
+    Limit,
+    faults,
+    kernels_of,
+    limits_of,
+    opcodes,
+    parse,
+    sass_faults,
+    short_name,
+    table,
+)
 
 # `nvcc -Xptxas -v` of a kernel template: two instantiations, one device function that was not inlined
 REPORT = """\
@@ -139,6 +150,41 @@ def test_limits_are_read_beside_their_kernels():
 def test_broken_limits_are_errors(change, message):
     with pytest.raises(CheckError, match=message):
         limits_of(SOURCE.replace(*change, 1), "rows.cuh")
+
+
+# ---- machine code
+
+SASS = """
+.text._ZN4lens10row_kernelIfEEvPKT_PS1_i:
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/              @!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR8], RZ ;
+        /*0020*/                   UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+        /*0030*/               @P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+.L_x_7:
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+"""
+
+
+def test_machine_code_is_counted():
+    ((name, code),) = opcodes(SASS).items()
+    assert name == "row_kernel<float>"
+    assert code == {"LDC": 1, "SYNCS": 1, "UTMALDG": 1, "HGMMA": 1, "STG": 1}
+    assert sass_faults({name: code}) == []
+
+
+@pytest.mark.parametrize(
+    ("clean", "planted", "sentence"),
+    [
+        ("HGMMA.64x128x16.F32.BF16", "FFMA", "no matrix product of a warpgroup: HGMMA"),
+        ("UTMALDG.2D", "LDG.E", "no tile copy: UTMALDG"),
+        ("STG.E.128", "STL.128", "uses local memory: 0 LDL, 1 STL"),
+        ("LDC R1", "LDL R1", "uses local memory: 1 LDL, 0 STL"),
+    ],
+)
+def test_planted_machine_code_is_found(clean, planted, sentence):
+    (found,) = sass_faults(opcodes(SASS.replace(clean, planted, 1)))
+    assert found.startswith("row_kernel<float> (sm_90a) ")
+    assert sentence in found
 
 
 # ---- with the real compiler

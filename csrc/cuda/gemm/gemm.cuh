@@ -90,7 +90,9 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   LENS_DYNAMIC_SHARED(shared);
   auto* full = reinterpret_cast<uint64_t*>(shared + Ring::kBarriers);
   uint64_t* empty = full + Ring::kStages;
-  const int warp = int(threadIdx.x) / 32, lane = int(threadIdx.x) % 32;
+  // taken from lane 0, so that descriptors are known to be the same in all lanes
+  const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
+  const int lane = int(threadIdx.x) % 32;
   const int tiles = order.count();
 
   if (threadIdx.x == 0) {
