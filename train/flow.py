@@ -23,12 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lens import checkpoint
 from lens.config import LensConfig
 from lens.ops import attention_backends
 from lens.resolution import bucket_size
 
 from . import configs, cost, parallel
-from .checkpointing import read_state
+from .checkpointing import Checkpoints
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import STRIDE, Batch, Encode, Loader
@@ -36,15 +37,15 @@ from .data.shards import ShardSet
 from .data.sheet import contact_sheet
 from .denoiser import Denoiser
 from .generator import packing_of, packing_on
-from .loop import Clock, duration, keyed
+from .loop import Clock, keyed
 from .objectives import flow_matching
 from .parallel import Ranks
-from .trainer import Trainer
+from .trainer import Trainer, averaged_names, plain
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def model_of(recipe: ModuleType, encoder: tuple[Sequence[int], int] | None = None) -> LensConfig:
+def model_of(recipe: ModuleType) -> LensConfig:
     """The MMDiT of a recipe: the released one, but for MODEL."""
     return LensConfig(**recipe.MODEL)
 
@@ -226,6 +227,8 @@ def networks(
         found = encoders.released(options.model, group.device, DTYPES[recipe.COMPUTE])
         return *found, released_decoder(found[1])
     if options.encoder is not None:
+        if options.vae is None:
+            raise ValueError("--encoder: expected --vae, the folder of the VAE stage, beside it")
         from .generator import Painter
 
         found = encoders.mini("mini", options.vae, options.encoder, group.device)
@@ -264,21 +267,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
 
 
+def serves(recipe: ModuleType, options: argparse.Namespace) -> bool:
+    """Whether a recipe trains here. `--print-config` is answered for all. Errors: ValueError for options of the other kind."""
+    here = hasattr(recipe, "SLOTS")
+    mine = {"--data": options.data, "--model": options.model, "--shard": options.shard, "--resume": options.resume}
+    mine |= {"--dry-run": options.dry_run}
+    others = {"--decay": options.decay, "--joint-steps": options.joint_steps, "--compile": options.compile}
+    others |= {"--lr-scale": options.lr_scale != 1}
+    wrong = [name for name, value in (others if here else mine).items() if value not in (None, False)]
+    if wrong:
+        how = "recipes without SLOTS; --set replaces a field" if here else "recipes with SLOTS, such as mini/on_shards"
+        raise ValueError(f"{', '.join(wrong)}: for {how}; this is {recipe.__name__.removeprefix('train.configs.')}")
+    return here or options.print_config
+
+
 def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
     """`python -m train pretrain|mixed_resolution` for such a recipe. Errors: ValueError, FileNotFoundError."""
-    recipe = configs.override(recipe, options.set)
     if options.print_config:
         print(configs.describe(recipe))
         return 0
     if options.dry_run:
-        shards = ShardSet(options.data).sizes if options.data else None
-        print(cost.dry_run(recipe, options.world, options.shard, options.gpu, options.mfu, shards))
+        sizes = ShardSet(options.data).sizes if options.data else None
+        print(cost.dry_run(recipe, options.world, options.shard, options.gpu, options.mfu, sizes))
+        return 0
+    torch.set_num_threads(options.threads)
+    if options.export:
+        export(options, recipe)
         return 0
     if options.data is None:
         raise ValueError(f"{stage}: expected --data SHARDS for {recipe.__name__.removeprefix('train.configs.')}")
-    torch.set_num_threads(options.threads)
     with parallel.ranks(options.device, options.shard, most=recipe.SHARD) as group:
         return train(options, recipe, stage, group)
+
+
+def export(options: argparse.Namespace, recipe: ModuleType) -> None:
+    """The averages of a state as FOLDER/transformer in the released layout, bfloat16. One process, on the host."""
+    with torch.device("meta"):
+        model = Denoiser(model_of(recipe))
+    model.to_empty(device="cpu")
+    states = Checkpoints(options.out / "checkpoints", Ranks(torch.device("cpu")))
+    folder = options.resume or states.latest()
+    if folder is None:
+        raise FileNotFoundError(f"{states.folder}: no state of a training here")
+    states.load(folder, averaged_names(model))
+    checkpoint.save_transformer(model, options.export / "transformer", torch.bfloat16)
 
 
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
@@ -330,10 +362,5 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
 
 def changed(recipe: ModuleType, before: dict[str, Any]) -> list[str]:
     """What a resumed training does otherwise than the state says."""
-    from .trainer import plain
-
     now = {name: plain(value) for name, value in configs.fields(recipe).items()}
     return [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if now[name] != before.get(name)]
-
-
-__all__ = ["add_arguments", "build", "duration", "read_state", "run", "train"]

@@ -53,12 +53,13 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
 class Ema:
     """Running average of parameters: `average <- d average + (1 - d) value`, d = min(decay, (1 + n) / (10 + n)).
 
-    Of sharded parameters each process averages its own shards.
+    Of sharded parameters each process averages its own shards. trained_only: parameters without a gradient have no average.
     """
 
-    def __init__(self, module: torch.nn.Module, decay: float):
+    def __init__(self, module: torch.nn.Module, decay: float, trained_only: bool = False):
         self.decay, self.updates = decay, 0
-        self.average = {name: p.detach().clone() for name, p in module.named_parameters()}
+        chosen = (pair for pair in module.named_parameters() if pair[1].requires_grad or not trained_only)
+        self.average = {name: p.detach().clone() for name, p in chosen}
         self._pairs: tuple[torch.nn.Module, list[torch.Tensor], list[torch.Tensor]] | None = None
 
     @torch.no_grad()

@@ -9,7 +9,8 @@ recipe's law by (seed, batch) alone; a base has its own batch size and a picture
 the checkpoint that training starts from, frozen, unless `--vae` names another; the text encoder is frozen too.
 
 OUT holds mixed_resolution.pt (the state), log.jsonl with the losses of every base, and a sheet per base at every save.
-`with_text_64` and so on: as in pretrain, of the square pictures of a base.
+`with_text_64` and so on: as in pretrain, of the square pictures of a base. A recipe with SLOTS trains on shards, on any number
+of processes: train/flow.py.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from . import configs, pretrain
+from . import configs, flow, pretrain
 
 STAGE = "mixed_resolution"
 SHIPPED = Path("lens/mini/base")
@@ -31,8 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    config = configs.override(configs.load(options.config, STAGE), options.set)
+    if flow.serves(config, options):
+        return flow.run(options, config, STAGE)
     torch.set_num_threads(options.threads)
-    config = configs.load(options.config, STAGE)
     if options.vae is None:
         options.vae = (options.init or SHIPPED) / "vae"
     if options.export:

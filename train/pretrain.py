@@ -5,6 +5,7 @@
     python -m train pretrain --vae runs/vae --out runs/base --init lens/mini/base     # start from shipped weights
     python -m train pretrain --vae runs/vae --out runs/base --export lens/mini/base
     python -m train pretrain --config mini_gpu --device cuda --workers 14 ...         # see bench/mini_gpu.sh
+    torchrun --nproc-per-node 8 -m train pretrain --config released/pretrain_512 ...  # see docs/training.md
 
 Loss: mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels; x_t = (1 - t) x0 + t eps, t logit-normal around MU.
 Dropped captions have no text tokens at all. The text encoder is trained along for the first JOINT_STEPS steps (small frozen
@@ -19,6 +20,9 @@ this latent space and this tokenizer; `--encoder` beside it takes another encode
 OUT holds pretrain.pt (the state), log.jsonl and its copy for TensorBoard, and a sheet of fixed prompts and seeds at every
 save. `with_text`, `without_text`: loss on fixed unseen scenes, times and noise with the averaged weights; `text_explains` is
 the share of the latter that the caption takes away.
+
+A recipe with SLOTS trains the MMDiT alone, on shards and on any number of processes (train/flow.py). Mini's has a loop of its
+own, below: its encoder trains along, at another rate and with a second loss, and scenes that are drawn on the fly know no end.
 """
 
 from __future__ import annotations
@@ -34,7 +38,7 @@ from torch import Tensor, nn
 
 from lens import checkpoint
 
-from . import configs
+from . import configs, flow
 from . import encoder as text_stage
 from .checkpointing import load_state, save_state
 from .codec import Latents
@@ -319,11 +323,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout"
     )
+    flow.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
+    config = configs.override(configs.load(options.config, "pretrain"), options.set)
+    if flow.serves(config, options):
+        return flow.run(options, config, "pretrain")
     torch.set_num_threads(options.threads)
-    config = configs.load(options.config, "pretrain")
     if options.export:
         from .shipping import export
 

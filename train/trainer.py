@@ -87,7 +87,7 @@ class Trainer:
         self.buckets, self.stage, self.sheet, self.flops, self.peak = buckets, stage, sheet, flops, peak
         self.parameters = {n: p for n, p in parallel.bare(model).named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(recipe, self.parameters)
-        self.ema = Ema(parallel.bare(model), recipe.EMA)
+        self.ema = Ema(parallel.bare(model), recipe.EMA, trained_only=True)
         self.checkpoints = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.saved: int | None = None
@@ -217,23 +217,21 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """The averaged weights of a state of any stage; optimiser, averages and step are those of a fresh training."""
-        names = {f"ema.{name}": p for name, p in parallel.bare(self.model).named_parameters()}
-        self.checkpoints.load(folder, {name: p.detach() for name, p in names.items()})
-        self.ema = Ema(parallel.bare(self.model), self.recipe.EMA)
+        self.checkpoints.load(folder, averaged_names(parallel.bare(self.model)))
+        self.ema = Ema(parallel.bare(self.model), self.recipe.EMA, trained_only=True)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """Inside, the model has its averaged weights."""
-        whole = parallel.bare(self.model)
-        live = {name: local(p.detach()).clone() for name, p in whole.named_parameters()}
+        live = {name: local(p.detach()).clone() for name, p in self.parameters.items()}
         with torch.no_grad():
-            for name, p in whole.named_parameters():
+            for name, p in self.parameters.items():
                 local(p).copy_(local(self.ema.average[name]))
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, p in whole.named_parameters():
+                for name, p in self.parameters.items():
                     local(p).copy_(live[name])
 
     # -------------------------------------------------------------------------------------------- the loop
@@ -330,6 +328,11 @@ def optimizer_of(recipe: ModuleType, parameters: dict[str, nn.Parameter]) -> tor
         moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
         optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=local(p.detach()).device), **moments}
     return optimizer
+
+
+def averaged_names(model: nn.Module) -> dict[str, Tensor]:
+    """Where a state's averages go: its name for them -> the parameter. What was not trained has no average but itself."""
+    return {f"{'ema' if p.requires_grad else 'model'}.{n}": p.detach() for n, p in model.named_parameters()}
 
 
 def revision() -> str:

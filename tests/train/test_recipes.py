@@ -1,0 +1,154 @@
+"""The released recipe holds the paper's numbers; fields are set by type; the dry run adds up."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lens.config import LensConfig
+from train import configs, cost, flow
+from train.__main__ import main
+from train.objectives.flow_matching import mu_of
+
+ROOT = Path(__file__).parents[2]
+STAGE_A = configs.load("released/pretrain_512", "pretrain")
+STAGE_B = configs.load("released", "mixed_resolution")
+
+
+def test_stage_a_is_the_papers():
+    a = STAGE_A
+    assert (a.STEPS, a.LR, a.BETAS, a.CLIP, a.MU, a.COMPUTE) == (400_000, 2e-4, (0.9, 0.999), 1.0, 1.06, "bfloat16")
+    assert a.SLOTS * a.BATCH[512] == 3_072
+    assert flow.model_of(a) == LensConfig()
+    assert [b.size for b in flow.buckets_of(a)] == [(512, 512)]
+    assert a.RECOMPUTE == "block"
+    assert a.DECAY == 0  # constant
+
+
+def test_stage_b_is_the_papers():
+    b = STAGE_B
+    assert (b.STEPS, b.LR, b.BATCH) == (400_000, 1e-4, {512: 24, 768: 10, 1024: 6})
+    assert len(flow.buckets_of(b)) == len({(*bucket.size, bucket.base) for bucket in flow.buckets_of(b)}) == 27
+    assert [round(mu_of(b.MU, n), 4) for n in (256, 1024, 2304, 4096, 4232)] == [1.0, 1.06, 1.16, 1.3, 1.3106]
+    assert b.BETAS == STAGE_A.BETAS
+
+
+# what the paper states, and what names no choice
+STATED = {"MODEL", "BASES", "ASPECTS", "BATCH", "SLOTS", "MU", "STEPS", "LR", "DECAY", "BETAS", "CLIP", "COMPUTE"}
+
+
+@pytest.mark.parametrize("recipe", [STAGE_A, STAGE_B], ids=["a", "b"])
+def test_every_field_is_stated_or_has_its_reason(recipe):
+    named = set(configs.fields(recipe)) - {"PAPER_A100_HOURS"}
+    assert named - STATED - set(recipe.OPEN) == set()
+    assert set(recipe.OPEN) <= named
+    assert all(recipe.OPEN.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "name", "value"),
+    [
+        ("LR=1", "LR", 1.0),
+        ("MU=((256, 1.0), (4096, 1.2))", "MU", ((256, 1.0), (4096, 1.2))),
+        ("MU=0.9", "MU", 0.9),
+        ("SHEET.steps=5", "SHEET", {"steps": 5, "guidance": 5.0, "base": 1024}),
+        ("BATCH.512=3", "BATCH", {512: 3, 768: 10, 1024: 6}),
+        ("BASE_WEIGHTS={512: 1.0}", "BASE_WEIGHTS", {512: 1.0}),
+        ("ASPECT_WEIGHTS=uniform", "ASPECT_WEIGHTS", "uniform"),
+        ("BASES=[512]", "BASES", (512,)),
+        ("RECOMPUTE=none", "RECOMPUTE", "none"),
+    ],
+)
+def test_a_field_is_set_by_its_type(change, name, value):
+    changed = configs.override(STAGE_B, [change])
+    assert getattr(changed, name) == value
+    assert type(getattr(changed, name)) is type(value)
+    assert getattr(STAGE_B, name) != value
+    rest = {k: v for k, v in configs.fields(changed).items() if k != name}
+    assert rest == {k: v for k, v in configs.fields(STAGE_B).items() if k != name}
+    assert configs.override(changed, ["SEED=9"]).SEED == 9
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("WARM_UP=1", "no field 'WARM_UP'; did you mean WARMUP"),
+        ("ZZZ=1", "no field 'ZZZ'; fields: SEED, MODEL"),
+        ("LR=fast", "expected float, got str 'fast'"),
+        ("LR=True", "expected float, got bool True"),
+        ("SLOTS=1.5", "expected int, got float 1.5"),
+        ("TIME_STRATIFIED=1", "expected bool, got int 1"),
+        ("RECOMPUTE=all", r"expected Literal\['none', 'block', 'selective'\], got str 'all'"),
+        ("BETAS=(0.9,)", r"expected tuple\[float, float\]"),
+        ("SHEET.stepz=3", "SHEET has no entry 'stepz'; it has steps, guidance, base"),
+        ("LR.x=3", "LR has no entry 'x'; it has no table"),
+        ("LR", "no value; did you mean LR"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        configs.override(STAGE_B, [change])
+
+
+def test_a_recipe_there_is_not():
+    with pytest.raises(ValueError, match="no recipe 'released/other' for stage 'pretrain'"):
+        configs.load("released/other", "pretrain")
+
+
+def test_print_config_names_fields_and_reasons(capsys):
+    assert main(["pretrain", "--config", "released/pretrain_512", "--set", "LR=3e-4", "--print-config"]) == 0
+    out = capsys.readouterr().out
+    assert "LR = 0.0003\n" in out
+    assert "WARMUP = 2000\n    # open: the rate is called constant" in out
+    assert main(["mixed_resolution", "--config", "mini", "--print-config"]) == 0  # Mini's own loop answers, too
+    assert "BUCKETS = {64:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "pretrain --config mini --data x",
+            "--data: for recipes with SLOTS, such as mini/on_shards; this is mini.pretrain",
+        ),
+        ("pretrain --config mini/on_shards --lr-scale 2", "--lr-scale: for recipes without SLOTS"),
+        ("pretrain --config mini/on_shards", "expected --data SHARDS for mini.on_shards"),
+        ("pretrain --config released/pretrain_512 --dry-run --world 96", "96 processes in shards of 8 for 128 slots"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(command, message):
+    with pytest.raises(ValueError, match=message):
+        main(command.split())
+
+
+def test_the_dry_run_adds_up():
+    """Against the model's own count, and against 6 FLOPs for each parameter that rows meet, plus attention."""
+    config = LensConfig()
+    total, block = cost.parameters(config)
+    assert total == pytest.approx(4.104e9, rel=1e-3)
+    assert block == pytest.approx(84.97e6, rel=1e-3)
+    d, f, blocks = config.inner_dim, config.mlp_hidden_dim, config.num_layers
+    matrices = 4 * d * d + 3 * d * f  # of one stream of one block
+    rows = 1024 + 200
+    attention = 3 * 4 * rows * rows * d * blocks
+    want = 6 * matrices * rows * blocks + attention
+    assert cost.training_flops(config, 1024, [200]) == pytest.approx(want, rel=0.02)
+    parts = cost.memory(STAGE_A, config, 8, 128, 24 * rows)
+    states = sum(parts[name] for name in ("float32 weights", "gradients", "AdamW moments"))
+    assert states == pytest.approx(16 * total / 8)
+    alone = cost.memory(STAGE_A, config, 1, 1, 24 * rows)
+    assert alone["AdamW moments"] == pytest.approx(8 * total)
+    assert sum(cost.memory(configs.override(STAGE_A, ["RECOMPUTE=none"]), config, 8, 128, 24 * rows).values()) > 80e9
+
+
+def test_the_dry_run_is_quick_and_needs_no_gpu():
+    command = [sys.executable, "-m", "train", "mixed_resolution", "--config", "released", "--dry-run"]
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env={"CUDA_VISIBLE_DEVICES": ""}
+    )
+    assert "4.104 e9" in done.stdout
+    assert "192,000 A100 hours" in done.stdout
+    assert done.stdout.count("3.70%") == 27
+    assert "1024_2x1" in done.stdout
+    assert "1.3106" in done.stdout
