@@ -96,7 +96,7 @@ class Bench:
     def _measured(self, case: Case) -> dict[str, Any]:
         try:
             return measure(case, self.device, self.seconds, self.report["ceilings"], self.subjects)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except Exception as error:  # of whatever kind: the other cases are measured, and the result says so
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:400]
             return {name: {"failed": reason} for name in self._asked(case)}
 

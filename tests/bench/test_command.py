@@ -20,12 +20,13 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """One run in a process of its own: two cases, one of which cannot agree with its oracle."""
+    """One run in a process of its own: one case cannot agree with its oracle, another cannot even be prepared."""
     out = tmp_path_factory.mktemp("run") / "made" / "a.json"
     program = (
         "import sys; from bench import __main__ as b; from bench.suites import ops; from bench.case import *\n"
         "make = ops.prepare\n"
         "def off(stem, *rest):\n"
+        "    if stem == 'guidance_step': raise NameError('broken')\n"
         "    work = make(stem, *rest)\n"
         "    if stem == 'gated_residual': work.subjects['ours'] = Subject(lambda named: named['x'])\n"
         "    return work\n"
@@ -33,6 +34,7 @@ def run(tmp_path_factory):
     )
     words = ["run", "ops", "--tiny", "--seconds", "0.01", "--subject", "ours", "--subject", "spec_eager"]
     words += ["--case", "ops/swiglu/small/*/forward", "--case", "ops/gated_residual/small/fp32/forward"]
+    words += ["--case", "ops/guidance_step/small/fp32/forward"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     command = [sys.executable, "-c", program, *words, "--out", str(out)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True), out
@@ -61,6 +63,8 @@ def test_a_wrong_result_fails_the_run_and_is_in_its_table(run):
     assert "away from the oracle" in load(out).bench["failed"][case]["ours"]
     assert f"| {case} | ours | FAILED: Disagreement" in done.stdout
     assert (case, "spec_eager") in load(out).rows, "the others are timed all the same"
+    broken = dict.fromkeys(("ours", "spec_eager"), "NameError: broken")
+    assert load(out).bench["failed"]["tiny/ops/guidance_step/small/fp32/forward"] == broken
     assert load(out).bench["asked"]["subjects"] == ["ours", "spec_eager"]
     assert case in load(out).bench["asked"]["cases"]
     assert "this machine sees no smaller change" in done.stdout

@@ -125,14 +125,15 @@ def test_a_subject_may_take_its_own_time_and_tell_more():
     assert ticks.calls == ["a"], "called once, to be compared"
 
 
-def test_a_comparator_that_cannot_run_is_left_out_with_its_reason_and_ours_has_failed():
+@pytest.mark.parametrize("kind", [RuntimeError, NameError])
+def test_a_comparator_that_cannot_run_is_left_out_with_its_reason_and_ours_has_failed(kind):
     def fails(x):
-        raise RuntimeError("no kernel for this\nmore")
+        raise kind("no kernel for this\nmore")
 
     rows = measure(case_of({"ours": Subject(lambda x: x + 1), "other": Subject(fails)}), CPU, 0.0, CEILINGS)
-    assert rows["other"] == {"left_out": "RuntimeError: no kernel for this"}
+    assert rows["other"] == {"left_out": f"{kind.__name__}: no kernel for this"}
     rows = measure(case_of({"ours": Subject(fails), "other": Subject(lambda x: x + 1)}), CPU, 0.0, CEILINGS)
-    assert rows["ours"] == {"failed": "RuntimeError: no kernel for this"}
+    assert rows["ours"] == {"failed": f"{kind.__name__}: no kernel for this"}
     assert rows["other"]["best"] > 0
 
 
