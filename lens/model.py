@@ -53,6 +53,9 @@ class Block(nn.Module):
     def streams(self) -> tuple[Stream, Stream]:
         return self.image, self.text
 
+    def norms(self) -> ops.HeadNorms:
+        return ops.HeadNorms(self.image.q_norm, self.image.k_norm, self.text.q_norm, self.text.k_norm)
+
 
 @torch.no_grad()
 def init_parameter(name: str, parameter: Tensor, generator: torch.Generator, std: float = 0.02) -> None:
@@ -157,7 +160,7 @@ class LensTransformer2DModel(nn.Module):
                 groups,
             ).unbind(0)
             attention = ops.joint_attention(
-                q, k, v, *lengths, *offsets, text_queries=TEXT in live, places=packing.places
+                q, k, v, *lengths, *offsets, text_queries=TEXT in live, places=packing.places, norms=block.norms()
             )
             del q, k, v  # three rows of the width for every token, while the MLP needs the most
             _, _, gate1, shift2, scale2, gate2 = zip(*(modulation.of(index, s) for s in live))

@@ -4,6 +4,7 @@
 """
 
 from lens.ops import backend, reference
+from lens.ops._attention_bound import HeadNorms
 from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
 from lens.ops.guidance_step import guidance_step
@@ -14,6 +15,7 @@ from lens.ops.rms_norm_modulate import rms_norm_modulate
 from lens.ops.swiglu import swiglu
 
 __all__ = [
+    "HeadNorms",
     "backend",
     "gated_residual",
     "gated_residual_norm_modulate",

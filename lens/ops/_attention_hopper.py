@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from lens.ops import backend, reference
+from lens.ops._attention_bound import HeadNorms, known_bound
 from lens.ops._attention_cuda import deterministic
 
 POLYNOMIAL = 1  # of every four exponentials, how many are polynomials; docs/attention.md
 
 
-@backend.custom_op("lens::joint_attention_hopper", devices=("cuda",))
+@backend.custom_op("lens::joint_attention_hopper")
 def forward(
     q: Tensor,
     k: Tensor,
@@ -36,7 +37,7 @@ def forward(
 
     lse holds the natural logarithm of every softmax denominator; without text_queries its text columns hold nothing.
     longest: at least the rows of every sample; for the backward pass alone
-    score_bound: |q . k| * scale exceeds it nowhere, see score_bound(); inf where that is not known
+    score_bound: |q . k| * scale exceeds it nowhere, see _attention_bound.py; inf where that is not known
     """
     rows, heads, channels = q.shape
     if scale <= 0:
@@ -72,7 +73,7 @@ def _outputs(q: Tensor, images: int, text_queries: bool, logarithms: bool) -> tu
     return q.new_empty(images, width), text, q.new_empty(heads, rows if logarithms else 0, dtype=torch.float32)
 
 
-@backend.custom_op("lens::joint_attention_hopper_backward", devices=("cuda",))
+@backend.custom_op("lens::joint_attention_hopper_backward")
 def _backward(
     dimage: Tensor,
     dtext: Tensor,
@@ -161,11 +162,12 @@ def streams(
     longest: int,
     text_queries: bool,
     scale: float,
-    score_bound: float | None,
+    norms: HeadNorms | None,
 ) -> tuple[Tensor, Tensor]:
     """image_out [RI, N * 64] and text_out [RT, N * 64], or [0, N * 64] without text_queries. Differentiable."""
     recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    bound = float("inf") if score_bound is None else score_bound
+    known = None if norms is None or recorded else known_bound(norms, scale)
+    bound = float("inf") if known is None else known
     places = image_offsets, text_offsets, images, longest
     image, text, _ = forward(q, k, v, *places, text_queries, scale, bound, POLYNOMIAL, recorded)
     return image, text

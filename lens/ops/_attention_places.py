@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from lens.ops import attention_backends
+from lens.ops._attention_bound import HeadNorms
 from lens.ops._attention_cuda import Samples
 
 
@@ -26,11 +27,17 @@ def in_place(
     v: Tensor,
     images: int,
     image_offsets: Tensor,
+    text_offsets: Tensor,
     text_queries: bool,
     scale: float,
     places: DevicePlaces,
+    norms: HeadNorms | None,
 ) -> tuple[Tensor, Tensor]:
     """The same without one look at a length: what a captured step replays for other texts of the same total."""
+    need = attention_backends.need_of_call(q, k, v, places.longest, device_lengths=True)
+    if (streams := attention_backends.streams(need)) is not None:
+        offsets = image_offsets, text_offsets
+        return streams(q, k, v, *offsets, images, places.longest, text_queries, scale, norms)
     longest = places.longest if text_queries else places.longest_image
     query_offsets = places.joint_offsets if text_queries else image_offsets
     if not text_queries:

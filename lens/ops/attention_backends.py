@@ -2,8 +2,9 @@
 
 Every candidate declares what it needs (architecture, dtype, head dim) and what it can do (backward, lengths that only
 the device knows). Among those that can serve a call, the highest rate in attention_table.json wins; an entry there is
-"measured" or "predicted" and names its source. LENS_ATTENTION=name, or `use(name)`, forces a choice; a forced
-candidate that cannot run raises. Nothing here is imported before it is chosen. No candidate is ever given a mask.
+"measured" or "predicted" and names its source. Our own kernel is a candidate like the others, except that a prediction
+alone never chooses it. LENS_ATTENTION=name, or `use(name)`, forces a choice; a forced candidate that cannot run raises.
+Nothing here is imported before it is chosen. No candidate is ever given a mask.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from lens.ops import _attention_cuda as adapters
+from lens.ops import _attention_hopper, backend
 
 HALF = (torch.bfloat16, torch.float16)
 LONG = 1024  # rows of the longest sample from which a call counts as "long"
@@ -50,10 +52,12 @@ class Need:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A library's attention, and what it needs."""
+    """A library's attention, or ours, and what it needs."""
 
     name: str
-    call: Callable[..., Tensor]  # an adapter: (q, k, v, Samples, module) -> [RQ, N, H]
+    call: Callable[..., Tensor] | None  # an adapter: (q, k, v, Samples, module) -> [RQ, N, H]
+    streams: Callable[..., tuple[Tensor, Tensor]] | None = None  # instead, as _attention_hopper.streams
+    kernel: str = ""  # of lens._C
     dtypes: tuple[torch.dtype, ...] = HALF
     arch: tuple[tuple[int, int], tuple[int, int]] = ((8, 0), (99, 9))  # first and last compute capability
     head_dim: tuple[int, int] = (8, 256)  # a multiple of, at most
@@ -81,6 +85,8 @@ class Candidate:
             return f"needs heads of a multiple of {multiple} up to {largest} channels, these have {need.head_dim}"
         if need.backward and not self.backward:
             return "has no backward pass here"
+        if self.kernel and (why := backend.unavailable("cuda") or backend.without(self.kernel)):
+            return why
         if need.device_lengths and not self.device_lengths:
             return "reads the lengths on the host, which a captured step does not know"
         names = self.modules(need.backward)
@@ -97,6 +103,15 @@ class Candidate:
 
 
 CANDIDATES = [
+    Candidate(
+        "lens-hopper",
+        None,
+        streams=_attention_hopper.streams,
+        kernel="joint_attention",
+        dtypes=(torch.bfloat16,),
+        arch=((9, 0), (9, 0)),
+        head_dim=(64, 64),
+    ),
     Candidate(
         "flash-attn-3",
         adapters.flash_attn_3,
@@ -172,9 +187,17 @@ def _rate(candidate: Candidate, need: Need) -> float:
     return 0.0 if found is None else float(found["tflops"])
 
 
+def unproven(candidate: Candidate, need: Need) -> str:
+    """Why a candidate that could serve the call is chosen only where it is forced, or ""."""
+    found = entry(candidate.name, need)
+    if candidate.kernel and (found is None or found["status"] != "measured"):
+        return f"not chosen before it was measured; LENS_ATTENTION={candidate.name} forces it"
+    return ""
+
+
 def report(need: Need) -> list[tuple[str, bool, str]]:
     """(candidate, whether it is chosen, why or why not) for every candidate, the chosen one first."""
-    ranked = sorted(CANDIDATES, key=lambda c: (bool(c.missing(need)), -_rate(c, need)))
+    ranked = sorted(CANDIDATES, key=lambda c: (bool(c.missing(need)), bool(unproven(c, need)), -_rate(c, need)))
     try:
         best = choose(need).name
     except RuntimeError as error:
@@ -189,6 +212,8 @@ def report(need: Need) -> list[tuple[str, bool, str]]:
                 if line
                 else f"no rate for {need.shape} calls in {TABLE.name}"
             )
+            if c.name != best and (doubt := unproven(c, need)):
+                why += f"; {doubt}"
         if c.name == best and _forced is not None:
             why = f"forced; {why}"
         rows.append((c.name, c.name == best, why))
@@ -206,9 +231,9 @@ def choose(need: Need) -> Candidate:
         if why := named.missing(need):
             raise RuntimeError(f"lens.joint_attention: {_forced} was asked for but cannot run: {why}")
         return named
-    able = [c for c in CANDIDATES if not c.missing(need)]
+    able = [c for c in CANDIDATES if not (c.missing(need) or unproven(c, need))]
     if not able:
-        reasons = "; ".join(f"{c.name} {c.missing(need)}" for c in CANDIDATES)
+        reasons = "; ".join(f"{c.name} {c.missing(need) or unproven(c, need)}" for c in CANDIDATES)
         raise RuntimeError(f"lens.joint_attention: no attention backend can serve {need}: {reasons}")
     return max(able, key=lambda c: _rate(c, need))  # the first of the list where rates tie
 
@@ -238,10 +263,20 @@ def summary() -> str:
     return ", ".join(f"{choose(need).name} ({what})" for what, need in needs.items())
 
 
-def run(q: Tensor, k: Tensor, v: Tensor, samples: adapters.Samples) -> Tensor:
-    """Attention by the chosen candidate: [RQ, N, H]."""
+def need_of_call(q: Tensor, k: Tensor, v: Tensor, longest: int, device_lengths: bool) -> Need:
+    """What this call asks for."""
     backward = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    need = need_of(q.device, q.dtype, q.shape[-1], samples.longest, samples.joint_lengths is None, backward)
+    return need_of(q.device, q.dtype, q.shape[-1], longest, device_lengths, backward)
+
+
+def streams(need: Need) -> Callable[..., tuple[Tensor, Tensor]] | None:
+    """The chosen candidate where it reads the joint layout and writes both streams itself."""
+    return choose(need).streams
+
+
+def run(q: Tensor, k: Tensor, v: Tensor, samples: adapters.Samples) -> Tensor:
+    """Attention by the chosen candidate, a library's: [RQ, N, H]."""
+    need = need_of_call(q, k, v, samples.longest, samples.joint_lengths is None)
     while True:
         chosen = choose(need)
         try:
@@ -253,6 +288,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, samples: adapters.Samples) -> Tensor:
             if _forced is None:
                 warnings.warn(f"lens.joint_attention: {failed[broken]}; trying the next backend", stacklevel=2)
             continue
+        assert chosen.call is not None, "a candidate that writes both streams is called by joint_attention"
         return chosen.call(q, k, v, samples, module)
 
 

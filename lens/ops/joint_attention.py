@@ -1,4 +1,4 @@
-"""Attention of every sample over its own [image | text] rows; libraries do the work, see attention_backends.py."""
+"""Attention of every sample over its own [image | text] rows; attention_backends.py says who does the work."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lens.ops import _attention_cpu, attention_backends, backend, checks, reference
+from lens.ops._attention_bound import HeadNorms
 from lens.ops._attention_cuda import Samples
 from lens.ops._attention_places import DevicePlaces, in_place
 
@@ -25,6 +26,7 @@ def joint_attention(
     text_queries: bool = True,
     scale: float | None = None,
     places: DevicePlaces | None = None,
+    norms: HeadNorms | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v within each sample, not causal: image_out [RI, N * H], text_out [RT, N * H].
 
@@ -34,6 +36,7 @@ def joint_attention(
     text_queries: False leaves out the text rows of q; text_out is then [0, N * H]
     scale: H^-0.5 by default
     places: with it the offsets alone say where samples lie, and of the lengths only the totals count
+    norms: the weights of the norms that q and k come from; they bound the scores, which saves a kernel the maxima
     Raises ValueError for shapes, dtypes, devices, lengths or (CPU, eager) offsets that do not fit. Differentiable.
     """
     op = "joint_attention"
@@ -53,7 +56,7 @@ def joint_attention(
     _expect_offsets("text_offsets", text_offsets, text_lengths, q, places is None)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if places is not None:
-        return in_place(q, k, v, sum(image_lengths), image_offsets, text_queries, scale, places)
+        return in_place(q, k, v, sum(image_lengths), image_offsets, text_offsets, text_queries, scale, places, norms)
     chosen = backend.choose(op, q)
     if chosen == "reference":
         return reference.joint_attention(
@@ -65,6 +68,10 @@ def joint_attention(
     if sum(query_lengths) == 0:
         return q[:0].flatten(1), q[:0].flatten(1)
     offsets = image_offsets, text_offsets
+    if chosen == "cuda":
+        need = attention_backends.need_of_call(q, k, v, max(joint_lengths), device_lengths=False)
+        if (streams := attention_backends.streams(need)) is not None:
+            return streams(q, k, v, *offsets, sum(image_lengths), max(joint_lengths), text_queries, scale, norms)
     if not text_queries:
         q = _split_streams(q, image_lengths, text_lengths, *offsets)[0]
     if chosen == "cpu":

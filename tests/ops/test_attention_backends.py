@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from lens import ops
-from lens.ops import _attention_cuda, attention_backends, backend
+from lens.ops import _attention_cuda, _attention_hopper, attention_backends, backend
+from lens.ops._attention_bound import HeadNorms, known_bound, score_bound
 from lens.ops._attention_cuda import Samples
 from lens.ops._attention_places import DevicePlaces
 from lens.ops.attention_backends import CANDIDATES, Candidate, Need, choose, report, use
@@ -50,6 +51,8 @@ def machine(monkeypatch):
         choose.cache_clear()
 
     monkeypatch.setattr(attention_backends, "failed", {})
+    monkeypatch.setattr(backend, "unavailable", lambda device: "")
+    monkeypatch.setattr(backend, "without", lambda kernel: "")
     have(*ALL_MODULES, "cutlass")
     yield have
     choose.cache_clear()
@@ -93,6 +96,40 @@ def test_what_a_candidate_lacks_is_said(machine, changes, name, why):
         choose(need(**changes))
 
 
+def test_our_kernel_is_not_chosen_on_a_prediction(machine, monkeypatch):
+    for changes in ({}, {"longest": 600}, {"device_lengths": True}, {"backward": True}):
+        rows = {row[0]: row for row in report(need(**changes))}
+        assert not rows["lens-hopper"][1]
+        assert "not chosen before it was measured; LENS_ATTENTION=lens-hopper forces it" in rows["lens-hopper"][2]
+        with use("lens-hopper"):
+            assert choose(need(**changes)).name == "lens-hopper"
+            assert report(need(**changes))[0][2].startswith("forced; predicted")
+            assert "forces it" not in report(need(**changes))[0][2]
+    measured = {**attention_backends.entry("lens-hopper", need()), "status": "measured"}
+    table = {**attention_backends.table(), ("9.0", "long", "lens-hopper"): measured}
+    monkeypatch.setattr(attention_backends, "table", lambda: table)
+    choose.cache_clear()
+    assert choose(need()).name == "lens-hopper"
+    assert choose(need(longest=600)).name == "flash-attn-3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"arch": (8, 0)}, "needs compute capability 9.0 to 9.0, this is 8.0"),
+        ({"arch": (10, 0)}, "needs compute capability 9.0 to 9.0, this is 10.0"),
+        ({"dtype": torch.float16}, "does not compute in float16"),
+        ({"head_dim": 128}, "needs heads of a multiple of 64 up to 64 channels, these have 128"),
+        ({}, "lens._C was built without joint_attention"),
+    ],
+)
+def test_what_our_kernel_lacks_is_said(machine, monkeypatch, changes, why):
+    if not changes:
+        monkeypatch.setattr(backend, "without", lambda kernel: f"lens._C was built without {kernel}")
+    with use("lens-hopper"), pytest.raises(RuntimeError, match=f"lens-hopper was asked for but cannot run: {why}"):
+        choose(need(**changes))
+
+
 def test_the_forward_only_package_serves_no_training(machine):
     machine("fa3_fwd_interface")
     assert choose(need()).name == "flash-attn-3"
@@ -124,7 +161,7 @@ def test_forcing(machine):
         assert (name, chosen) == ("torch-sdpa", True)
         assert why.startswith("forced; predicted 310 TFLOP/s for long calls on 9.0")
     assert choose(need()).name == "flash-attn-3"
-    with pytest.raises(ValueError, match=r"name must be one of flash-attn-3, .*, got 'flash'"), use("flash"):
+    with pytest.raises(ValueError, match="name must be one of lens-hopper, flash.*, got 'flash'"), use("flash"):
         pass
 
 
@@ -137,7 +174,7 @@ def test_environment():
         capture_output=True, text=True, cwd=backend.__file__.split("lens")[0], timeout=300,
     )  # fmt: skip
     assert run.stdout.split() == ["quick"]
-    assert "must be one of flash-attn-3" in run.stderr
+    assert "must be one of lens-hopper, flash-attn-3" in run.stderr
 
 
 def test_nothing_is_imported_before_it_is_chosen(tmp_path, monkeypatch):
@@ -282,6 +319,45 @@ def cudnn_op(monkeypatch):
     monkeypatch.setattr(torch.ops.aten, "_cudnn_attention_forward", forward)
 
 
+def launch(kernel, like, dtype=None, *, q, k, v, image_out, text_out, lse, scale, score_bound, **sizes) -> None:
+    """The attention kernel: what csrc/params.h says of it."""
+    assert kernel == "joint_attention"
+    places = [sizes[name] for name in ("image_offsets", "text_offsets")]
+    assert (sizes["RI"], sizes["RT"]) == tuple(p[-1].item() for p in places)
+    assert (sizes["B"], sizes["N"], sizes["H"]) == (len(places[0]) - 1, *q.shape[1:])
+    lengths = [p.diff().tolist() for p in places]
+    image, text = ops.reference.joint_attention(q, k, v, *lengths, *places, text_out is not None, scale)
+    image_out.copy_(image)
+    if text_out is not None:
+        text_out.copy_(text)
+    if lse is not None:
+        start = 0
+        for rows in map(sum, zip(*lengths)):
+            own = slice(start, start + rows)
+            lse[:, own] = (torch.einsum("qnh,knh->nqk", q[own], k[own]) * scale).logsumexp(-1)
+            start += rows
+
+
+def flash_backward(
+    grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
+    unused, *, scale=None,
+):  # fmt: skip
+    """torch's private backward pass of flash attention: the true gradients, from the logarithms it is given."""
+    assert (dropout_p, is_causal, rng_state.dtype) == (0.0, False, torch.uint64)
+    assert torch.are_deterministic_algorithms_enabled()
+    checked(cum_seq_q, cum_seq_k, max_q, max_k)
+    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
+    ends = cum_seq_q.tolist(), cum_seq_k.tolist()
+    for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:]):
+        p = torch.exp(torch.einsum("qnh,knh->nqk", query[a:b], key[c:d]) * scale - logsumexp[:, a:b, None])
+        dp = torch.einsum("qnh,knh->nqk", grad_out[a:b], value[c:d])
+        ds = p * (dp - (grad_out[a:b] * out[a:b]).sum(-1).T[..., None]) * scale
+        dq[a:b] = torch.einsum("nqk,knh->qnh", ds, key[c:d])
+        dk[c:d] = torch.einsum("nqk,qnh->knh", ds, query[a:b])
+        dv[c:d] = torch.einsum("nqk,qnh->knh", p, grad_out[a:b])
+    return dq, dk, dv
+
+
 def on_cpu(monkeypatch, name: str) -> None:
     """Candidate `name`, with its stand-in for a module, serves calls on the CPU and nothing else does."""
     real = BY_NAME[name]
@@ -289,6 +365,10 @@ def on_cpu(monkeypatch, name: str) -> None:
     changes = {f: getattr(real, f) for f in inspect.signature(Candidate).parameters}
     changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None, rests_on=())
     changes |= dict(dtypes=(torch.float32, torch.float64))
+    if real.kernel:
+        changes |= dict(kernel="", head_dim=(1, 64))
+        monkeypatch.setattr(backend, "launch", launch)
+        monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
     monkeypatch.setattr(attention_backends, "CANDIDATES", [Candidate(**changes)])
     choose.cache_clear()
 
@@ -333,12 +413,15 @@ def test_device_lengths(monkeypatch, cudnn_op, name):
     choose.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "torch-sdpa"])
-def test_gradients_pass_through_every_adapter(monkeypatch, name):
+@pytest.mark.parametrize("text_queries", [True, False])
+@pytest.mark.parametrize(
+    "name", ["lens-hopper", "flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "torch-sdpa"]
+)
+def test_gradients_pass_through_every_adapter(monkeypatch, name, text_queries):
     on_cpu(monkeypatch, name)
     monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
     tensors = inputs(torch.float64, grad=True)
-    arguments = (*tensors, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS))
+    arguments = (*tensors, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS), text_queries)
     weight = torch.linspace(-1, 1, 14 * 16, dtype=torch.float64).view(14, 16)
 
     def gradients(op):
@@ -347,6 +430,60 @@ def test_gradients_pass_through_every_adapter(monkeypatch, name):
 
     for got, expected in zip(gradients(ops.joint_attention), gradients(ops.reference.joint_attention), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    choose.cache_clear()
+
+
+# ------------------------------------------------------------------------------------------------ our kernel's bound
+
+
+def test_no_score_exceeds_the_bound_and_one_comes_close():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.rand(64, generator=generator, dtype=torch.float64) * 2 - 0.5 for _ in range(4)]
+    bound = score_bound(weights[:2], weights[2:])
+    most = 0.0
+    pair = torch.stack(weights).abs().view(2, 2, 32, 2).amax(1).amax(-1).prod(0).argmax()
+    for q_weight in weights[:2]:
+        for k_weight in weights[2:]:
+            raw = torch.randn(2, 500, 64, generator=generator, dtype=torch.float64)
+            # and rows that lie in the worst pair alone, in either direction, turned by any angle
+            raw[:, 250:] = 0
+            raw[:, 250:, 2 * pair : 2 * pair + 2] = torch.eye(2, dtype=torch.float64)[torch.arange(250) % 2]
+            rows = torch.nn.functional.rms_norm(raw, (64,), eps=1e-6) * torch.stack([q_weight, k_weight])[:, None]
+            angles = torch.rand(2, 500, 32, generator=generator, dtype=torch.float64) * 6.3
+            turned = torch.view_as_complex(rows.view(2, 500, 32, 2)) * torch.polar(torch.ones_like(angles), angles)
+            q, k = torch.view_as_real(turned).flatten(2).bfloat16().double()
+            most = max(most, float((q @ k.T).abs().max()) / 8)
+    assert 0.97 * bound < most <= bound
+    assert score_bound(weights[:2], weights[2:], 0.25) == pytest.approx(2 * bound)
+
+
+def test_the_bound_is_remembered_until_a_weight_changes(monkeypatch):
+    norms = HeadNorms(*(torch.ones(64) for _ in range(4)))
+    assert known_bound(norms, 0.125) == pytest.approx(8.08)
+    monkeypatch.setattr(_attention_hopper.known_bound.__globals__["torch"], "stack", None)  # nothing is computed again
+    assert known_bound(norms, 0.125) == pytest.approx(8.08)
+    monkeypatch.undo()
+    norms.text_k[3] = 2.0
+    assert known_bound(norms, 0.125) == pytest.approx(16.16)
+    assert known_bound(norms, 0.25) == pytest.approx(32.32)
+    assert known_bound(norms._replace(image_k=3 * torch.ones(64)), 0.125) == pytest.approx(24.24)
+    with torch.inference_mode():
+        assert known_bound(HeadNorms(*(torch.ones(64) for _ in range(4))), 0.125) is None
+
+
+def test_the_bound_reaches_the_kernel(monkeypatch):
+    """In inference by the norms; with a gradient, or without norms, no bound is known."""
+    on_cpu(monkeypatch, "lens-hopper")
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    bounds = []
+    monkeypatch.setattr(backend, "launch", lambda *a, score_bound, **k: bounds.append(score_bound))
+    norms = HeadNorms(*(torch.full((8,), 1.5) for _ in range(4)))
+    arguments = (*inputs(), IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS))
+    with torch.no_grad():
+        ops.joint_attention(*arguments, norms=norms)
+        ops.joint_attention(*arguments)
+    ops.joint_attention(*inputs(grad=True), *arguments[3:], norms=norms)
+    assert bounds == [pytest.approx(1.01 * 8**0.5 * 2.25), float("inf"), float("inf")]
     choose.cache_clear()
 
 
