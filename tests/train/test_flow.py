@@ -1,0 +1,134 @@
+"""Stages A and B by their commands, on shards of the small world: resumed bit for bit, drawn, exported, under torchrun."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from PIL import Image
+
+from lens import checkpoint
+from train.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = ROOT / "lens" / "mini" / "base"
+SMALL = ["BATCH.64=2", "SHEET.steps=1", "LOG_EVERY=1", "SAVE_EVERY=100", 'PROMPTS=("a red apple", "a blue car")']
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    out = tmp_path_factory.mktemp("shards") / "world"
+    command = "shards --world mini --bases 64 --aspects 1:1 1:2 --per-bucket 10 --precompute latents,text"
+    assert main([*command.split(), "--model", str(SHIPPED), "--out", str(out)]) == 0
+    return out
+
+
+def words(shards, out, steps, *more):
+    changes = [word for change in SMALL for word in ("--set", change)]
+    start = ["mixed_resolution", "--config", "mini/on_shards", "--data", str(shards), "--out", str(out)]
+    return [*start, "--init", str(SHIPPED), "--steps", str(steps), *changes, *more]
+
+
+def tensors(out):
+    """Everything in the latest state of a training."""
+    folder = out / "checkpoints" / (out / "checkpoints" / "latest").read_text().strip()
+    reader = dcp.FileSystemReader(folder)
+    found = {
+        n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in reader.read_metadata().state_dict_metadata.items()
+    }
+    dcp.load(found, storage_reader=reader, no_dist=True)
+    return found, json.loads((folder / "state.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory):
+    """Three steps, with the networks of the shipped checkpoint at hand, for the sheet."""
+    out = tmp_path_factory.mktemp("trained")
+    assert main(words(shards, out, 3, "--model", str(SHIPPED))) == 0
+    return out
+
+
+def test_resumed_by_the_same_command_it_is_bit_equal(shards, trained, tmp_path, capsys):
+    assert main(words(shards, tmp_path, 1)) == 0
+    assert main(words(shards, tmp_path, 3, "--set", "KEEP_LAST=1")) == 0
+    (whole, state), (parts, other) = tensors(trained), tensors(tmp_path)
+    assert whole.keys() == parts.keys()
+    assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+    assert state["data"] == other["data"]
+    assert state["step"] == other["step"] == 3
+    assert "KEEP_LAST was 2, is 1" in capsys.readouterr().out
+    assert [p.name for p in (tmp_path / "checkpoints").glob("step*")] == ["step_0000003"]
+
+
+def test_a_sheet_is_drawn_at_a_save(trained):
+    with Image.open(trained / "sheet_0000003.png") as image:
+        assert image.width > 2 * 64
+        assert len(image.convert("RGB").getcolors(1 << 20)) > 50
+
+
+def test_the_averages_are_exported_in_the_released_layout(shards, trained, tmp_path):
+    assert (
+        main(["mixed_resolution", "--config", "mini/on_shards", "--out", str(trained), "--export", str(tmp_path)]) == 0
+    )
+    model = checkpoint.load_transformer(tmp_path / "transformer", torch.float32, "cpu")
+    found, _ = tensors(trained)
+    for name, p in model.named_parameters():
+        want = found.get(f"ema.{name}", found[f"model.{name}"])
+        assert torch.equal(p, want.bfloat16().float()), name
+    assert len([name for name in found if name.startswith("ema.")]) > 100
+
+
+def test_shards_without_latents_need_networks(shards, tmp_path, monkeypatch):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    manifest = json.loads((shards / "manifest.json").read_text())
+    (bare / "manifest.json").write_text(json.dumps({**manifest, "precomputed": {}}))
+    with pytest.raises(ValueError, match=r"holds no latents and no text; expected --model, or --vae and --encoder"):
+        main(words(bare, tmp_path / "out", 1))
+
+
+def test_a_damaged_state_is_named(trained, shards, tmp_path):
+    import shutil
+
+    shutil.copytree(trained, tmp_path / "copy")
+    broken = tmp_path / "copy" / "checkpoints" / "step_0000003" / "__0_0.distcp"
+    whole = bytearray(broken.read_bytes())
+    whole[len(whole) // 2] ^= 1
+    broken.write_bytes(whole)
+    with pytest.raises(ValueError, match=r"__0_0\.distcp: not the file that was saved"):
+        main(words(shards, tmp_path / "copy", 4))
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("shard", ["1", "2"])
+def test_torchrun_goes_on_where_one_process_stopped(shards, tmp_path, shard):
+    """One step alone, two more on two processes, against three alone: the same samples and noise, equal up to sums (R2)."""
+    assert main(words(shards, tmp_path / "alone", 3)) == 0
+    assert main(words(shards, tmp_path / "both", 1)) == 0
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "0",
+        "-m",
+        "train",
+    ]
+    command = [*torchrun, *words(shards, tmp_path / "both", 3, "--shard", shard, "--model", str(SHIPPED))]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=600)
+    (one, state), (two, other) = tensors(tmp_path / "alone"), tensors(tmp_path / "both")
+    assert (state["world"], other["world"]) == (1, 2)
+    assert state["data"] == other["data"]
+    rows = [
+        [json.loads(r)["loss"] for r in (tmp_path / d / "log.jsonl").read_text().splitlines()]
+        for d in ("alone", "both")
+    ]
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5)
+    moved = [(one[n] - two[n]).norm() / (one[n].norm() + 1e-12) for n in one if n.startswith("model.")]
+    assert max(moved) < 1e-4
+    assert (tmp_path / "both" / "sheet_0000003.png").is_file()
