@@ -135,7 +135,7 @@ def released(
     model = checkpoint.load_text_encoder(folder / "text_encoder", dtype, device, max(layers) + 1)
     vae = checkpoint.load_vae(folder / "vae", torch.float32, device)
     marks = [checkpoint.fingerprint(folder / part)[:16] for part in ("vae", "text_encoder")]
-    return tokenizer, ReleasedLatents(vae, marks[0]), ReleasedText(model, layers, tokenizer, f"{marks[1]} {dtype}")
+    return tokenizer, ReleasedLatents(vae, marks[0]), ReleasedText(model, layers, tokenizer, marks[1])
 
 
 def mini(recipe: str, vae: Path, encoder: Path, device: torch.device | str) -> tuple[ChatTokens, MiniLatents, MiniText]:

@@ -16,6 +16,7 @@ up). It keeps nothing between batches. A member that cannot be read is skipped, 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -186,8 +187,10 @@ class Loader:
                 f"Loader: the state was saved over shards {start['data']}, {self.shards.folder} is {self.shards.fingerprint}"
             )
         options: dict[str, Any] = {}
-        if self.workers:  # fresh processes: a fork would copy the threads and the device of the training
-            options = {"multiprocessing_context": "spawn", "prefetch_factor": 2}
+        if self.workers:  # not forks of the training, whose threads and device they would copy, but of one fresh process
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload([__name__])
+            options = {"multiprocessing_context": context, "prefetch_factor": 2}
         loading = torch.utils.data.DataLoader(
             self.reader,
             batch_size=None,
