@@ -111,6 +111,8 @@ OUTPUT = "One picture's file, or a folder, made where missing; files of the same
 NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {pictures.DEFAULT_NAME})."
 SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
 MODEL = "mini, a folder in the released layout, or a hub id (default: mini)."
+LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; repeatable."
+LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
 VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
 DEVICE = '"cpu", "cuda" or "cuda:1" (default: cuda if usable, else cpu).'
 DTYPE = "Number type of weights and activations (default: bfloat16 on cuda, float32 on cpu)."
@@ -141,6 +143,8 @@ def generate(
     scale: Annotated[int | None, _files("--scale", min=1, max=64, help=SCALE)] = None,
     model: Annotated[str | None, _where("--model", "-m", help=MODEL)] = None,
     variant: Annotated[Variant | None, _where("--variant", help=VARIANT)] = None,
+    lora: Annotated[list[Path] | None, _where("--lora", metavar="FILE|FOLDER", help=LORA)] = None,
+    lora_scale: Annotated[list[float] | None, _where("--lora-scale", help=LORA_SCALE)] = None,
     device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
     dtype: Annotated[DType | None, _where("--dtype", help=DTYPE)] = None,
     residency: Annotated[Residence | None, _where("--residency", help=RESIDENCY)] = None,
@@ -163,6 +167,7 @@ def generate(
         cut = truncation.value if truncation else recipe.truncation if recipe else Truncation.reference.value
         if guidance is not None and not math.isfinite(guidance):
             raise UsageError(f"--guidance must be a finite number, got {guidance}")
+        adapters = cli_request.loras(lora, lora_scale, recipe)
         paths = cli_request.paths(output, name, request)
         if scale is not None and sheet is None:
             raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
@@ -171,6 +176,8 @@ def generate(
 
         began = time.perf_counter()
         pipe = _load(model, variant, device, dtype, recipe, quiet, residency)
+        for adapter, factor in adapters:
+            pipe.load_lora(adapter, factor)
         loaded = time.perf_counter()
         if recipe is not None:
             _same_checkpoint(recipe, pipe, like, explicit=model is not None)
@@ -219,6 +226,7 @@ def generate(
                         dtype=str(pipe.dtype).removeprefix("torch."),
                         version=__version__,
                         fingerprint=pipe.fingerprint or "",
+                        loras=tuple(pipe.loras),
                     )
                     pictures.save_png(image, path, made)
                     saved.append(path)
@@ -307,6 +315,9 @@ def _same_checkpoint(recipe: pictures.Recipe, pipe: LensPipeline, like: Path | N
         warnings.warn(f"{what}: this will be another picture", stacklevel=2)
     elif recipe.version != __version__:
         warnings.warn(f"{like} was drawn by version {recipe.version}, this is {__version__}", stacklevel=2)
+    if [digest for _, digest, _ in pipe.loras] != [digest for _, digest, _ in recipe.loras]:
+        theirs = ", ".join(name for name, _, _ in recipe.loras) or "no LoRA"
+        warnings.warn(f"{like} was drawn with {theirs}, not with these: this will be another picture", stacklevel=2)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import secrets
 import sys
 import warnings
@@ -57,6 +58,27 @@ def parse(
         raise UsageError(f"--seed must be one number or one per picture ({count}), got {len(seeds)}")
     unwanted = negative if negative is not None else recipe.negative if recipe else ""
     return [Item(texts[k // per_prompt], unwanted, seeds[k], sizes[k // per_prompt]) for k in range(count)]
+
+
+def loras(
+    given: Sequence[Path] | None, scales: Sequence[float] | None, recipe: pictures.Recipe | None
+) -> list[tuple[Path, float]]:
+    """(file or folder, scale) of every LoRA. A recipe knows its LoRAs by fingerprint only: the files must be given again."""
+    if not given:
+        if scales:
+            raise UsageError("--lora-scale needs --lora")
+        if recipe is not None and recipe.loras:
+            names = ", ".join(name for name, _, _ in recipe.loras)
+            raise UsageError(f"the picture was drawn with the LoRA {names}: give it with --lora")
+        return []
+    if not scales:
+        said = [scale for _, _, scale in recipe.loras] if recipe is not None else []
+        scales = said if len(said) == len(given) else [1.0]
+    if len(scales) not in (1, len(given)):
+        raise UsageError(f"--lora-scale must be given once, or once per --lora ({len(given)}), got {len(scales)}")
+    if not all(math.isfinite(scale) for scale in scales):
+        raise UsageError(f"--lora-scale must be a finite number, got {', '.join(map(str, scales))}")
+    return list(zip(given, scales if len(scales) == len(given) else [*scales] * len(given)))
 
 
 def _read_prompts(file: str) -> list[str]:

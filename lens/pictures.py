@@ -51,25 +51,30 @@ class Recipe:
     dtype: str
     version: str
     fingerprint: str
+    loras: tuple[tuple[str, str, float], ...] = ()  # (name, fingerprint, scale) of each; unwritten where there are none
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), ensure_ascii=False)
+        values = asdict(self)
+        if not self.loras:
+            del values["loras"]
+        return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Recipe:
-        """Strict: every field present and of its type. ``source`` is named in errors."""
+        """Strict: every field present (``loras`` where there were any) and of its type. ``source`` is named in errors."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise RecipeError(f"{source}: its recipe is not valid JSON: {error}") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
+        if not isinstance(values, dict) or set(values) | {"loras"} != names:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise RecipeError(f"{source}: its recipe must have the keys {sorted(names)}, got {got}")
         for name, value in values.items():
             if not _is_valid(name, value):
                 raise RecipeError(f"{source}: {name} of its recipe is {value!r}")
-        return cls(**{**values, "size": tuple(values["size"]), "guidance": float(values["guidance"])})
+        loras = tuple((name, digest, float(scale)) for name, digest, scale in values.get("loras", ()))
+        return cls(**{**values, "size": tuple(values["size"]), "guidance": float(values["guidance"]), "loras": loras})
 
 
 def _is_valid(name: str, value: Any) -> bool:
@@ -80,8 +85,17 @@ def _is_valid(name: str, value: Any) -> bool:
         return isinstance(value, list) and len(value) == 2 and all(whole(v, 1) for v in value)
     if name in ("seed", "steps"):
         return whole(value, 0 if name == "seed" else 1)
+
+    def number(v: Any) -> bool:
+        return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+
     if name == "guidance":
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < math.inf
+        return number(value) and value >= 0
+    if name == "loras":
+        return isinstance(value, list) and all(
+            isinstance(v, list) and [isinstance(s, str) for s in v] == [True, True, False] and number(v[2])
+            for v in value
+        )
     return isinstance(value, str)
 
 

@@ -8,6 +8,7 @@ exception or Ctrl-C in mid-call leaves it usable.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor
 
 from . import arguments, callbacks, checkpoint, modulation, sampler, vae
+from .adapters import Adapters
+from .adapters import read as read_adapter
 from .arguments import Arguments, Embeds
 from .config import Defaults
 from .engine import Engine, Job, marked, with_text
@@ -98,6 +101,7 @@ class LensPipeline:
         self.engine = Engine()
         self.places: Places | None = None  # where the parts live, if not simply on one device
         self._tables = TableCache()
+        self._adapters = Adapters(transformer)
 
     @property
     def device(self) -> torch.device:
@@ -148,6 +152,32 @@ class LensPipeline:
         if policy is not None:
             pipe.live(policy, device)
         return pipe
+
+    # ------------------------------------------------------------------------------------------------ adapters
+
+    def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """Merge a LoRA, a peft folder or a safetensors file, into the transformer: W + scale * alpha / r * up @ down,
+        rounded once. Further ones add to it. Not while a picture is being drawn.
+
+        CheckpointError, which names the file and the key, for one that is broken or adapts another model; ValueError for
+        a scale that is no finite number. Nothing is changed then.
+        """
+        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise ValueError(f"load_lora: scale must be a finite number, got {scale!r}")
+        self._adapted(self._adapters.add(read_adapter(path), float(scale)))
+
+    def unload_lora(self) -> None:
+        """The weights as they were before the first ``load_lora``, bit for bit."""
+        self._adapted(self._adapters.clear())
+
+    @property
+    def loras(self) -> list[tuple[str, str, float]]:
+        """(name, fingerprint, scale) of the LoRAs in force."""
+        return [(adapter.name, adapter.fingerprint, scale) for adapter, scale in self._adapters.loaded]
+
+    def _adapted(self, names: set[str]) -> None:
+        if any("modulation" in name or name.startswith("time_embedding") for name in names):
+            self._tables.forget()  # also where these weights were evicted: nobody watches their versions
 
     # ------------------------------------------------------------------------------------------------ residency
 

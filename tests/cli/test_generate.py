@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -35,6 +36,7 @@ EXPECTED_RECIPE = {
     "dtype": "float32",
     "version": __version__,
     "fingerprint": checkpoint.fingerprint(DEV),
+    "loras": (),
 }
 
 
@@ -71,6 +73,69 @@ def apple(tmp_path_factory):
 
 
 # ------------------------------------------------------------------------------------------------ pictures
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """A peft file for the golden model, made by hand: alpha 8 over rank 2."""
+    from safetensors.torch import save_file
+
+    path, generator = tmp_path_factory.mktemp("lora") / "style.safetensors", torch.Generator().manual_seed(1)
+    name, tensors = "base_model.model.transformer_blocks.{}.attn.to_out.0", {}
+    for block in range(3):
+        for side, shape in (("lora_A.weight", (2, 128)), ("lora_B.weight", (128, 2))):
+            tensors[f"{name.format(block)}.{side}"] = torch.randn(shape, generator=generator)
+        tensors[f"{name.format(block)}.alpha"] = torch.tensor(8.0)
+    save_file(tensors, path)
+    return path
+
+
+def test_a_lora_is_drawn_with_and_stands_in_the_recipe(apple, lora, tmp_path):
+    plain, styled, again, twice = (tmp_path / f"{name}.png" for name in ("plain", "styled", "again", "twice"))
+    written(generate("a dog", "-s", 3, "-o", plain))
+    written(generate("a dog", "-s", 3, "-o", styled, "--lora", lora, "--lora-scale", 0.75))
+    assert not np.array_equal(pixels(styled), pixels(plain))
+    pipe = LensPipeline.from_pretrained(DEV, variant="lens")
+    pipe.load_lora(lora, 0.75)
+    expected = pipe("a dog", height=32, width=32, num_inference_steps=2, seed=3).images[0]
+    assert np.array_equal(pixels(styled), np.asarray(expected))
+    recipe = pictures.read_recipe(styled)
+    assert recipe.loras == tuple(pipe.loras) == (("style.safetensors", pipe.loras[0][1], 0.75),)
+    assert "loras" not in json.loads(pictures.read_recipe(plain).to_json())
+
+    refused = generate("--like", styled, "-o", again)
+    assert refused.exit_code == 2
+    assert "drawn with the LoRA style.safetensors: give it with --lora" in refused.stderr
+    redrawn = generate("--like", styled, "-o", again, "--lora", lora)  # the scale is the recipe's
+    assert written(redrawn) == [again]
+    assert np.array_equal(pixels(again), pixels(styled))
+    assert "another picture" not in redrawn.stderr
+    other = generate("--like", styled, "-o", twice, "--lora", lora, "--lora", lora, "--lora-scale", 0.375)
+    assert written(other) == [twice]
+    assert np.array_equal(pixels(twice), pixels(styled))  # halves add up
+    assert "drawn with style.safetensors, not with these" in " ".join(other.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lora-scale", "0.5"], "--lora-scale needs --lora"),
+        (["--lora", "LORA", "--lora-scale", "1", "--lora-scale", "2"], r"once per --lora (1), got 2"),
+        (["--lora", "LORA", "--lora-scale", "nan"], "--lora-scale must be a finite number"),
+    ],
+)
+def test_lora_flags_that_make_no_sense(lora, flags, message):
+    result = generate("a dog", *[lora if flag == "LORA" else flag for flag in flags])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+
+
+def test_a_broken_lora_is_named(lora, tmp_path):
+    (tmp_path / "half.safetensors").write_bytes(lora.read_bytes()[:400])
+    result = generate("a dog", "-o", tmp_path / "x.png", "--lora", tmp_path / "half.safetensors")
+    assert result.exit_code == 1
+    assert "half.safetensors: truncated" in " ".join(result.stderr.split())
+    assert not (tmp_path / "x.png").exists()
 
 
 @pytest.mark.parametrize("residency", ["auto", "lean"])
@@ -311,6 +376,9 @@ def broken_recipes():
         ("steps", 0),
         ("guidance", "5"),
         ("prompt", 3),
+        ("loras", [["a", "b"]]),
+        ("loras", [["a", "b", "c"]]),
+        ("loras", "style"),
     ]:
         yield json.dumps({**good, key: value}), f"{key} of its recipe"
 
