@@ -187,7 +187,7 @@ class Loader:
                 f"Loader: the state was saved over shards {start['data']}, {self.shards.folder} is {self.shards.fingerprint}"
             )
         options: dict[str, Any] = {}
-        if self.workers:  # not forks of the training, whose threads and device they would copy, but of one fresh process
+        if self.workers:  # forks of one fresh process, not of the training, whose threads and device they would copy
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
             options = {"multiprocessing_context": context, "prefetch_factor": 2}
