@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lens import ops
 from lens.ops import attention_backends
+from lens.ops._attention_bound import HeadNorms
 
 from ..case import OURS, Case, Subject, Work, generator, wider
 from ..roofline import attention, moved
@@ -77,15 +78,19 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, de
     joint = [i + t for i, t in lengths]
     g = generator(device, "attention", *joint)
     heads = (c.num_attention_heads, c.attention_head_dim)
-    inputs = [
-        tuple(torch.randn((sum(joint), *heads), generator=g, device=device).to(dtype) for _ in range(3))
-        for _ in range(2)
-    ]
+    weight = 1 + 0.1 * torch.randn(heads[1], generator=g, device=device)
+    norms = HeadNorms(*[weight.to(dtype)] * 4)  # q and k are as the model makes them, which bounds their scores
+
+    def normal(normed: bool) -> Tensor:
+        x = torch.randn((sum(joint), *heads), generator=g, device=device)
+        return (F.rms_norm(x, heads[1:]) * norms.image_q.float() if normed else x).to(dtype)
+
+    inputs = [(normal(True), normal(True), normal(False)) for _ in range(2)]
     images, texts = [i for i, _ in lengths], [t for _, t in lengths]
     image_offsets, text_offsets = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (images, texts))
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        image, text = ops.joint_attention(q, k, v, images, texts, image_offsets, text_offsets)
+        image, text = ops.joint_attention(q, k, v, images, texts, image_offsets, text_offsets, norms=norms)
         parts = zip(image.split(images), text.split(texts))
         return torch.cat([p for pair in parts for p in pair]).unflatten(-1, heads)
 
