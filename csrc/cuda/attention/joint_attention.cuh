@@ -252,7 +252,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
                            const __grid_constant__ CUtensorMap k_map,
                            const __grid_constant__ CUtensorMap v_map,
                            const JointAttentionParams p) {
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // others get an empty kernel
   LENS_DYNAMIC_SHARED(bytes);
   auto& shared = *reinterpret_cast<AttentionShared*>(bytes);
   if (threadIdx.x == 0) {
@@ -282,7 +281,6 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
     if (warp == 0 && lane == 0) load_tiles(shared, &q_map, &k_map, &v_map, walk);
     if (warp == 1) sweep_values(shared, walk, lane);
   }
-#endif
 }
 
 }  // namespace lens::gpu
