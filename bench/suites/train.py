@@ -2,7 +2,9 @@
 
 Every subject steps the same weights with the same optimiser; its learning rate is 0, which costs the same time and
 leaves the weights as they were, so that all results can be compared. The reference recomputes its blocks in the
-backward pass, because what eager PyTorch keeps of them does not fit a card of 141 GB.
+backward pass, because what eager PyTorch keeps of them does not fit a card of 141 GB. `ours_selective` and `ours_block` are
+the trainer's model (train/denoiser.py) with that much computed again: MFU does not count it, `peak_bytes` shows what it saves.
+"tokens" of a row, image and text, over its time is the throughput.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
 from lens.packing import plan
+from train.denoiser import Denoiser
 
 from .. import weights
 from ..case import OURS, Case, Subject, Work, generator, wider
@@ -26,7 +29,7 @@ from ..roofline import step_bytes, step_flops, text_projection_flops
 from .denoiser import features_of
 from .scale import Scale
 
-SUBJECTS = (OURS, "exact_compiled", "reference_eager")
+SUBJECTS = (OURS, "ours_selective", "ours_block", "exact_compiled", "reference_eager")
 BOUND = {torch.bfloat16: 0.15, torch.float32: 2e-3}
 
 
@@ -73,7 +76,18 @@ def ways(model: LensTransformer2DModel, scale: Scale, size: int, batch: int, tex
         mask = torch.ones(features[0].shape[:2], dtype=torch.bool, device=x.device)
         return Reference(model, recompute=True)(x, features, mask, time, grid)
 
-    return {OURS: ours, "exact": exact, "reference_eager": reference}
+    def recomputed(what: str) -> Callable[..., Tensor]:
+        with torch.device("meta"):
+            twin = Denoiser(scale.config, model.dtype, what).train()
+        twin.load_state_dict(model.state_dict(keep_vars=True), assign=True)  # the very same parameters
+
+        def velocity(x: Tensor, time: Tensor, features: list[Tensor]) -> Tensor:
+            rows = torch.stack([f.flatten(0, 1) for f in features], 1)
+            return twin(x.flatten(0, 1), rows, time, packing).view_as(x)
+
+        return velocity
+
+    return {OURS: ours, "recomputed": recomputed, "exact": exact, "reference_eager": reference}
 
 
 def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
@@ -103,6 +117,8 @@ def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
     by = ways(model, scale, size, batch, text)
     velocities = {
         OURS: by[OURS],
+        "ours_selective": by["recomputed"]("selective"),
+        "ours_block": by["recomputed"]("block"),
         "exact_compiled": by["exact"](True, False),
         "reference_eager": by["reference_eager"],
     }
@@ -119,6 +135,7 @@ def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
         bytes=3.0 * step_bytes(config, images, texts, item) + 8.0 * item * every,  # AdamW: w, m, v, gradient
         data=[p for p in model.parameters() if p.dim() > 1],
         note="FLOPs as three forwards; attention's backward counted as two",
+        more={"tokens": batch * (tokens + text)},
     )
 
 
