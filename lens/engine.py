@@ -13,7 +13,7 @@ from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .model import LensTransformer2DModel
 from .ops import attention_backends, backend, linear_backends
-from .ops.denoise_step import OWN_ATTENTION, head_norms
+from .ops.denoise_step import OWN_ATTENTION
 from .packing import TEXT_BIN, Binned, Grid, bin_texts
 from .step import Job, State, advance, capacity, euler, fixed_state, free_state, load, with_text
 
@@ -145,7 +145,9 @@ class Engine:
         )  # weights that moved left their graphs behind
         attention = attention_backends.choose(self._need(model, job.grids[0], not binned.exact)).name
         # the bounds of our own attention's scores are numbers of the graph
-        norms = tuple(w._version for w in head_norms(model)) if attention == OWN_ATTENTION else ()
+        norms = (
+            tuple(w._version for block in model.layers() for w in block.norms()) if attention == OWN_ATTENTION else ()
+        )
         choices = backend.forced(), linear_backends.forced(), attention, norms
         texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
         if binned.exact:

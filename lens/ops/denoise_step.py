@@ -6,6 +6,7 @@ host some 450 calls of Python; this one costs a call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lens.ops import attention_backends, backend, checks, linear_backends
-from lens.ops._attention_bound import score_bound
+from lens.ops._attention_bound import known_bound
 from lens.ops._attention_hopper import POLYNOMIAL
 from lens.ops.linear_fused import plain
 
@@ -86,10 +87,10 @@ denoise_step.register_fake(lambda *_: None)
 
 def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     """Why steps of this plan run op by op; "" where they are one call."""
-    if linear_backends.forced() != "fused" and not linear_backends.measured():
+    if linear_backends.idle():
         return "the library multiplies"  # nearly always, and said without a look at anything else
-    if model.training or torch.is_grad_enabled():
-        return "a gradient may be recorded"
+    if model.training:
+        return "the model is in training"
     if why := backend.without("denoise_step"):
         return why
     config, lengths = model.config, list(zip(packing.image_lengths, packing.text_lengths))
@@ -119,7 +120,7 @@ class DenoiseStep:
     """One model and one plan of rows: pointer tables, workspace and the buffers its inputs are brought to.
 
     Holds addresses of the model's weights, good as long as they stay where they are, and bounds of the scores, good as
-    long as ``head_norms`` are what they were.
+    long as the blocks' ``norms`` are what they were.
     """
 
     def __init__(self, model: LensTransformer2DModel, packing: Packing, eps: float):
@@ -174,12 +175,7 @@ def _addresses(stream: Stream) -> list[int]:
 
 
 def bounds(model: LensTransformer2DModel) -> Tensor:
-    """Of every block, what no attention score exceeds: float64 [L] on the host, by one copy from the device."""
-    norms = torch.stack([w.detach() for w in head_norms(model)]).cpu().unflatten(0, (-1, 2, 2))
-    return torch.tensor([score_bound(q.unbind(), k.unbind()) for q, k in norms], dtype=torch.float64, device="cpu")
-
-
-def head_norms(model: LensTransformer2DModel) -> list[Tensor]:
-    """[H] each: by block q's of image and text, then k's."""
-    streams = [block.streams() for block in model.layers()]
-    return [w for pair in streams for w in (*(s.q_norm for s in pair), *(s.k_norm for s in pair))]
+    """Of every block, what no attention score exceeds, or inf: float64 [L] on the host."""
+    scale = model.config.attention_head_dim**-0.5
+    known = [known_bound(block.norms(), scale) for block in model.layers()]
+    return torch.tensor([math.inf if k is None else k for k in known], dtype=torch.float64, device="cpu")

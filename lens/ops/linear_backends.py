@@ -91,6 +91,11 @@ def measured() -> bool:
     return any(e["status"] == "measured" and e["backend"] == "fused" for e in table())
 
 
+def idle() -> bool:
+    """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured."""
+    return _forced != "fused" and (not measured() or backend.forced() == "reference")
+
+
 def entry(name: str, need: Need) -> dict[str, Any] | None:
     """The table's line of the most rows that the call reaches; None where it has none."""
     arch = f"{need.arch[0]}.{need.arch[1]}"

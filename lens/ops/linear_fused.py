@@ -105,7 +105,7 @@ def linear_gated_residual(
 
     x: [R_s, D] float32, bfloat16 (float32 arithmetic) or float64; y: [R_s, K], dtype of x
     layers: K -> D columns, with or without bias
-    gate, offsets: of each stream, as in gated_residual
+    gate, offsets: of each stream, as in gated_residual; offsets of a stream that is left out are not read
     lengths: with them every sample is multiplied alone; product: "out" or "w2", the line of the table
     Raises ValueError for shapes, dtypes, devices or (CPU) offsets that do not fit. Differentiable.
     """
@@ -113,6 +113,7 @@ def linear_gated_residual(
     if not _ours(product, op, y, layers, lengths):
         return [gated_residual(a, linear(*of), g, o) for a, g, o, of in zip(x, gate, offsets, zip(layers, y, lengths))]
     linears = [_weights(op, layer, b) for layer, b in zip(layers, y, strict=True)]
+    offsets = offsets[: len(x)]
     for a, b, (weight, _), g, o in zip(x, y, linears, gate, offsets, strict=True):
         checks.expect_shape(op, "x", a, "R, D", b.shape[0], weight.shape[0])
         checks.expect_like(op, "x", a, b)
@@ -142,7 +143,7 @@ def linear_gated_residual_norm_modulate(
     """
     if _ours(product, "linear_gated_residual", y, layers, lengths):
         x_new = linear_gated_residual(x, y, layers, gate, offsets, lengths, product)
-        norms = zip(x_new, weight, scale, shift, offsets, strict=True)
+        norms = zip(x_new, weight, scale, shift, offsets[: len(x)], strict=True)
         return x_new, [rms_norm_modulate(*of, eps) for of in norms]
     products = zip(x, layers, y, lengths)
     rows = zip(products, gate, weight, scale, shift, offsets)
@@ -167,7 +168,7 @@ def _ours(
     """Whether our kernel serves the call; the streams agree in number, and a forced kernel that cannot run raises."""
     if len(layers) != len(x) or len(lengths) < len(x):
         checks.refuse(op, f"layers and lengths must be one per stream, got {len(layers)} for {len(x)} streams")
-    if linear_backends.forced() != "fused" and not (x[0].is_cuda and linear_backends.measured()):
+    if linear_backends.idle():
         return False
     linears = [layer for layer in layers if plain(layer) and isinstance(layer, nn.Linear)]
     sizes = (linears[0].in_features, linears[0].out_features) if linears else (0, 0)
@@ -213,7 +214,12 @@ def _weights(op: str, layer: Layer, x: Tensor, biased: bool = True) -> tuple[Ten
 def _side_by_side(rows: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
     """Arguments of a kernel by stream; those of a stream that is not there are null."""
     both = dict(zip((f"image_{rows}", f"text_{rows}"), (*tensors, None)))
-    return {name: None if t is None else t.contiguous() for name, t in both.items()}
+    return {name: None if t is None else _placed(t.contiguous()) for name, t in both.items()}
+
+
+def _placed(t: Tensor, even: int = 0) -> Tensor:
+    """t where its copies in tiles may begin, 16 bytes, and with rows an even number of elements apart; else a copy."""
+    return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 or even % 2 else t
 
 
 @backend.custom_op("lens::linear_qkv_norm_rope")
@@ -279,7 +285,7 @@ def _residual(
     gate: Sequence[Tensor],
     offsets: Sequence[Tensor],
 ) -> list[Tensor]:
-    out, gate = _fake_residual(x), [checks.dense_rows(g) for g in gate]
+    out, gate = _fake_residual(x), [_placed(g, g.stride(0)) for g in map(checks.dense_rows, gate)]
     tables: dict[str, Any] = {"text_gate": None, "text_gate_stride": 0}
     for stream, table in zip(("image", "text"), gate):
         tables |= {f"{stream}_gate": table, f"{stream}_gate_stride": table.stride(0)}

@@ -5,17 +5,22 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from lens import LensConfig, LensTransformer2DModel
+from lens import LensConfig, LensTransformer2DModel, engine
+from lens.graphs import GraphCache
 from lens.modulation import Modulation
-from lens.ops import backend
+from lens.ops import attention_backends, backend, denoise_step, linear_backends
+from lens.ops._attention_bound import score_bound
 from lens.ops.denoise_step import DenoiseStep
 from lens.packing import Packing, plan
+from lens.step import State, free_state
+from tests.pipeline.test_engine import job
+from tests.recorded_graph import Recorder, RecordingDriver, launches
 
 # heads of 64, columns in multiples of 64 (512 hidden), two blocks: one whose text goes on, one whose text ends
 CONFIG = LensConfig(num_layers=2, num_attention_heads=3, enc_hidden_dim=64, selected_layer_index=(0,))
@@ -65,7 +70,7 @@ def inputs(case: str) -> Inputs:
 
 
 def plainly(model: LensTransformer2DModel, given: Inputs) -> Tensor:
-    with backend.use("reference"):
+    with backend.use("reference"), linear_backends.use("library"):
         return model.denoise(given.image, given.text, given.modulation, given.packing)
 
 
@@ -100,6 +105,25 @@ def whole(model: LensTransformer2DModel, given: Inputs) -> Tensor:
     return velocity
 
 
+@pytest.fixture
+def forced(monkeypatch):
+    """Everything is forced to our kernels, as on a machine that has them."""
+    monkeypatch.setattr(linear_backends, "missing", lambda need: "")
+    monkeypatch.setattr(backend, "without", lambda kernel: "")
+    own = dataclasses.replace(attention_backends.CANDIDATES[0], name=denoise_step.OWN_ATTENTION)
+    monkeypatch.setattr(attention_backends, "choose", lambda need: own)
+    with linear_backends.use("fused"):
+        yield
+
+
+@pytest.fixture
+def ours(emulated, forced):
+    """A model whose weights lie in guarded buffers."""
+    made = model()
+    with on_device(made, emulated.library):
+        yield made
+
+
 def relative(got: Tensor, exact: Tensor) -> float:
     return float((got.double() - exact).norm() / exact.norm())
 
@@ -117,3 +141,133 @@ def test_the_whole_transformer(emulated, case):
     assert emulated.calls == ["denoise_step"]
     assert relative(own, exact) > 1e-4
     assert relative(got, exact) <= 2 * relative(own, exact)
+
+
+def test_the_model_by_our_products(emulated, forced):
+    """Op by op: four products a block, both streams in each; the last block's text is left out."""
+    given, ours = inputs("unequal text"), model()
+    with torch.no_grad():
+        exact, own = plainly(model(torch.float64), given.to(torch.float64)), plainly(ours, given)
+        got = ours.denoise(given.image, given.text, given.modulation, given.packing)
+    products = [name for name in emulated.calls if name.startswith("linear")]
+    block = ["linear_qkv_norm_rope", "linear_gated_residual", "linear_swiglu", "linear_gated_residual"]
+    assert products == 2 * block
+    assert relative(got, exact) <= 2 * relative(own, exact)
+
+
+# ---- in a step
+
+
+def drawing(texts: tuple[int, int]) -> engine.Job:
+    """A guided job: three steps, the second is next."""
+    made = job(CONFIG, (5, 7), texts, steps=3)
+    table = Modulation(made.table.blocks.bfloat16() * 0.5, made.table.final.bfloat16() * 0.5)
+    rows = {name: [t.bfloat16() for t in getattr(made, name)] for name in ("text", "negative")}
+    return dataclasses.replace(made, table=table, step=1, **rows)
+
+
+def storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def stepped(model: LensTransformer2DModel, state: State, dtype: torch.dtype) -> Tensor:
+    """The velocity of the state's step by the model, op by op, told on the host what only the device knows."""
+    lengths = [o.diff().tolist() for o in (state.packing.image_offsets, state.packing.text_offsets)]
+    packing = dataclasses.replace(state.packing, image_lengths=lengths[0], text_lengths=lengths[1], places=None)
+    given = Inputs(packing, state.x.repeat(2, 1), state.text, state.table.rows(state.first + state.index))
+    return plainly(model, given.to(dtype))
+
+
+@pytest.mark.parametrize("texts", [(0, 9), (3, 5)], ids=str)
+def test_a_step_is_one_call_and_allocates_nothing(emulated, ours, texts):
+    state = free_state(ours, drawing(texts))
+    assert state.whole is not None
+    with torch.no_grad():
+        exact, own = stepped(model(torch.float64), state, torch.float64), stepped(ours, state, torch.bfloat16)
+        before = storages([*state.tensors(), state.whole.weights, state.whole.score_bounds])
+        with Recorder() as recorded:
+            state.whole.take(state.x, state.table, state.first, state.index)
+            state.whole.run(state.text, state.velocity)
+    assert emulated.calls == ["denoise_step"]
+    assert len(launches(recorded.calls)) == 5
+    assert storages(t for call in recorded.calls for t in call[3]) <= before
+    assert relative(state.velocity, exact) <= 2 * relative(own, exact)
+
+
+def test_a_captured_step_takes_other_texts_and_changed_weights(emulated, ours):
+    """Rows that fill the bin are a sample of their own; replays read the weights where they are."""
+    runs = engine.Engine(GraphCache(RecordingDriver(), 1 << 40))
+    with torch.no_grad():
+        for texts in ((0, 9), (0, 30)):
+            run = runs.start(ours, drawing(texts))
+            assert run.captured
+            state = run._state
+            assert state.whole is not None
+            assert sum(state.packing.text_lengths) == 64
+            exact, own = (stepped(m, state, m.dtype) for m in (model(torch.float64), ours))
+            run.step()
+            run.close()
+            assert relative(state.velocity, exact) <= 2 * relative(own, exact)
+        before = state.velocity.clone()
+        weight = ours.layers()[0].image.w13.weight
+        unmerged = weight.clone()
+        weight.mul_(1.25)  # as an adapter that is merged
+        run = runs.start(ours, drawing((0, 30)))
+        run.step()
+        run.close()
+        assert len(runs.cache) == 1
+        assert relative(state.velocity, before.double()) > 1e-3
+        weight.copy_(unmerged)
+        key = next(iter(runs.cache._entries))
+        ours.layers()[1].text.k_norm.mul_(1.0)  # the scores' bounds are numbers of the call
+        runs.start(ours, drawing((0, 30))).close()
+        assert len(runs.cache) == 2
+        assert key in runs.cache._entries
+    assert set(emulated.calls) == {"denoise_step", "guidance_step"}
+
+
+def test_when_a_step_is_one_call(forced, monkeypatch):
+    packing, ours = inputs("no text").packing, model()
+
+    def why() -> str:
+        linear_backends.choose.cache_clear()
+        return denoise_step.why_not(ours, packing)
+
+    assert why() == ""
+    with linear_backends.use("library"):
+        assert why() == "the library multiplies"
+    hook = ours.layers()[1].text.w2.register_forward_hook(lambda *_: None)
+    monkeypatch.setattr(linear_backends, "missing", lambda need: "" if need.plain else "a layer is no plain Linear")
+    with pytest.raises(RuntimeError, match="fused was asked for but cannot run: a layer is no plain Linear"):
+        why()
+    hook.remove()
+    assert why() == ""
+    with monkeypatch.context() as patched:
+        patched.setattr(attention_backends, "choose", lambda need: attention_backends.CANDIDATES[-1])
+        assert why() == "attention is torch-sdpa's"
+    with monkeypatch.context() as patched:
+        patched.setattr(backend, "without", lambda kernel: f"lens._C was built without {kernel}")
+        assert why() == "lens._C was built without denoise_step"
+    ours.train()
+    assert why() == "the model is in training"
+
+
+def test_every_block_has_its_own_bound():
+    made = model()
+    before = denoise_step.bounds(made).tolist()
+    for block, bound in zip(made.layers(), before, strict=True):
+        streams = block.streams()
+        assert bound == score_bound([s.q_norm for s in streams], [s.k_norm for s in streams])
+    with torch.no_grad():
+        made.layers()[1].text.k_norm.mul_(8)
+    after = denoise_step.bounds(made).tolist()
+    assert after[0] == before[0]
+    assert after[1] > 2 * before[1]
+
+
+def test_weights_elsewhere_than_on_16_bytes_are_refused():
+    made = model()
+    room = torch.empty(CONFIG.inner_dim + 1, dtype=torch.bfloat16)
+    made.layers()[0].text.norm2.data = room[1:]
+    with pytest.raises(ValueError, match=r"lens.denoise_step: weights must be dense and start on 16 bytes"):
+        DenoiseStep(made, inputs("no text").packing, 1e-6)

@@ -66,7 +66,7 @@ def layer(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 def layers(weights: list[Tensor], biases: list[Tensor] | None = None) -> list[nn.Linear]:
-    return [layer(w, b) for w, b in zip(weights, biases or [None, None], strict=True)]
+    return [layer(w, b) for w, b in zip(weights, biases or [None] * len(weights), strict=True)]
 
 
 def by_spec(m: dict) -> dict[str, list[Tensor]]:
