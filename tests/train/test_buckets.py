@@ -94,9 +94,20 @@ def test_nothing_eligible_is_ever_enlarged(height, width, bucket):
         assert eligible(height, width, bucket) == (area >= bucket.base**2 and area >= h * w)
 
 
-@pytest.mark.parametrize(("height", "width", "want"), [(512, 512, True), (511, 900, False), (2_000, 511, False)])
-def test_eligible_at_the_border(height, width, want):
-    assert eligible(height, width, Bucket(512, "1:1")) is want
+@pytest.mark.parametrize(
+    ("height", "width", "bucket", "want"),
+    [
+        (512, 512, Bucket(512, "1:1"), True),
+        (511, 900, Bucket(512, "1:1"), False),
+        (2_000, 511, Bucket(512, "1:1"), False),
+        (1_472, 736, Bucket(1024, "1:2"), True),
+        (1_450, 730, Bucket(1024, "1:2"), False),  # more than 1024^2 pixels, and yet it would have to grow
+        (1_152, 864, Bucket(1024, "3:4"), False),  # the bucket's very size, which has fewer
+        (1_184, 888, Bucket(1024, "3:4"), True),
+    ],
+)
+def test_eligible_at_the_border(height, width, bucket, want):
+    assert eligible(height, width, bucket) is want
 
 
 def test_outputs_cost_nothing_to_reach_and_are_numpys():

@@ -277,6 +277,43 @@ def test_features_and_latents_are_the_pipelines_own(computed, networks):
     )
 
 
+class Stand:
+    """Stands in for both networks: means of tokens, ids as numbers; says where it ran."""
+
+    fingerprint, shape = "stand", (1, 2)
+
+    def __init__(self, device):
+        self.device, self.streams = device, set()
+
+    def encode(self, given):
+        if self.device == "cuda":
+            self.streams.add(torch.cuda.current_stream().cuda_stream)
+        if isinstance(given, torch.Tensor):
+            n, h, w, _ = given.shape
+            return given.reshape(n, h // 16, 16, w // 16, 16, 3).double().mean((2, 4)).reshape(n, -1, 3).float()
+        return (
+            torch.tensor([i for own in given for i in own], device=self.device)[:, None, None].expand(-1, 1, 2).float()
+        )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_encoding_ahead_is_encoding(folder, device):
+    stand, text = Stand(device), Stand("cpu")
+    loaded = take(loader(folder, text_dropout=0.3).batches(), 8)
+    plain = [Encode(text, text, "cpu")(batch) for batch in loaded]
+    found = list(Encode(stand, stand, device).ahead(loaded))
+    for a, b in zip(plain, found, strict=True):
+        assert {value.device.type for value in b.tensors.values()} == {device}
+        assert a.keys == b.keys
+        assert a.latents.shape == (len(a.keys), a.bucket.tokens, 3)
+        assert torch.equal(a.features, b.features.cpu())
+        assert a.features[:, 0, 0].tolist() == a.ids.tolist()
+        torch.testing.assert_close(a.latents, b.latents.cpu(), rtol=1e-6, atol=1e-4)
+    assert device == "cpu" or stand.streams - {torch.cuda.current_stream().cuda_stream}
+    nothing = next(loader(folder, text_dropout=1.0).batches())
+    assert Encode(text, text, "cpu")(nothing).features.shape == (0, 1, 2)
+
+
 def test_other_networks_than_the_shards_were_filled_with_are_refused(computed, networks):
     _, codec, _ = networks
     shards = ShardSet(computed / "computed")

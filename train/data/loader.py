@@ -255,6 +255,7 @@ class Encode:
             yield from map(self, batches)
             return
         beside, waiting = torch.cuda.Stream(self.device), deque()
+        beside.wait_stream(torch.cuda.current_stream(self.device))  # the networks may still be on their way there
         for batch in batches:
             with torch.cuda.stream(beside):
                 encoded = self(batch)
