@@ -229,6 +229,16 @@ def test_tiles_of_a_persistent_block(emulated, monkeypatch, multiprocessors):
     against_spec(emulated, "linear_gated_residual", gated([300], [140], 64, 384), seeds=(0, 21))
 
 
+def test_width_of_the_tiles_changes_no_bits(emulated, monkeypatch):
+    """Two row tiles of 256 columns: three blocks take them whole, four take four tiles of 192."""
+    made = gated([70], [20], 128, 256)
+    against_spec(emulated, "linear_gated_residual", made, seeds=(0,))
+    wide_tiles = run(emulated, "linear_gated_residual", made)
+    monkeypatch.setattr(emulated, "multiprocessors", 4)
+    for name, narrow_tiles in run(emulated, "linear_gated_residual", made).items():
+        assert same_bits(narrow_tiles, wide_tiles[name]), name
+
+
 def test_more_row_tiles_than_a_band(emulated):
     against_spec(emulated, "linear", linear(128 * 17 + 1, 64, 64), seeds=(21,))
 

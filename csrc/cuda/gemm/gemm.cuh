@@ -167,20 +167,14 @@ struct GemmStream {
   int64_t rows;
 };
 
-// Columns of weight; with an interleaved epilogue 2 F. cudaErrorNotSupported: not an sm_90, other
-// types than bfloat16, or sizes beyond the tiles: K a multiple of 64, columns of 64 (N of 32).
-template <int N, class Epilogue>
-int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
-                int64_t columns) {
-  const int64_t most = int64_t(1) << 30;
-  if (image.rows + text.rows == 0) return int(cudaSuccess);
-  if (p.dtype != DType::kBFloat16 || p.K < kTileK || p.K % kTileK || columns < 64 || columns % 64 ||
-      image.rows + text.rows > most || columns > most || p.K > most) {
-    return int(cudaErrorNotSupported);
-  }
-  const int multiprocessors = hopper_multiprocessors();
-  if (multiprocessors == 0) return int(cudaErrorNotSupported);
+inline TileOrder tile_order(int64_t image_rows, int64_t text_rows, int64_t columns, int width) {
+  return {int(ceil_div(image_rows, kTileM)), int(ceil_div(text_rows, kTileM)),
+          int(ceil_div(columns, width))};
+}
 
+template <int N, class Epilogue>
+int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
+                 const GemmStream& text, int64_t columns, int multiprocessors) {
   GemmMaps maps;
   const GemmStream streams[] = {image, text};
   for (int s = 0; s < 2; ++s) {
@@ -197,15 +191,48 @@ int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, con
             : make_tensor_map(&maps.weight[s], stream.weight, {p.K, wide}, {p.K}, {kTileK, N});
     if (error) return error;
   }
-  const auto row_tiles = [](int64_t rows) { return int(ceil_div(rows, kTileM)); };
-  const TileOrder order{row_tiles(image.rows), row_tiles(text.rows), int(ceil_div(columns, N))};
   if (const int error = allow_shared<&gemm_kernel<N, Epilogue>>(GemmRing<N>::kSharedBytes)) {
     return error;
   }
+  const TileOrder order = tile_order(image.rows, text.rows, columns, N);
   const int blocks = order.count() < multiprocessors ? order.count() : multiprocessors;
   LENS_LAUNCH_SHARED((gemm_kernel<N, Epilogue>), dim3(unsigned(blocks)), dim3(kGemmThreads),
                      GemmRing<N>::kSharedBytes, p.stream, maps, order, int(p.K), p);
   return int(cudaGetLastError());
+}
+
+// Of the widths the one whose whole waves of tiles are shortest, which changes no bits: an
+// accumulator sees the same products in the same order. columns: of weight, with an interleaved
+// epilogue 2 F. cudaErrorNotSupported: no sm_90, other types than bfloat16, or sizes beyond the
+// tiles, which are 64 of K and of columns (32 of F).
+template <class Epilogue, int... kWidths>
+int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
+                int64_t columns) {
+  constexpr int64_t kMostRows = 1 << 24, kMostColumns = 1 << 20;  // tiles fit an int
+  constexpr int64_t kEpilogueColumns = 16;  // what an epilogue takes, in columns of products
+  if (image.rows + text.rows == 0) return int(cudaSuccess);
+  if (p.dtype != DType::kBFloat16 || p.K < kTileK || p.K % kTileK || columns < 64 || columns % 64 ||
+      image.rows + text.rows > kMostRows || columns > kMostColumns || p.K > kMostColumns) {
+    return int(cudaErrorNotSupported);
+  }
+  const int multiprocessors = hopper_multiprocessors();
+  if (multiprocessors == 0) return int(cudaErrorNotSupported);
+  int64_t least = 0;
+  int best = 0;
+  for (const int width : {kWidths...}) {
+    const int64_t tiles = tile_order(image.rows, text.rows, columns, width).count();
+    const int64_t time = ceil_div(tiles, multiprocessors) * (width + kEpilogueColumns);
+    if (best == 0 || time < least) {
+      best = width;
+      least = time;
+    }
+  }
+  int error = int(cudaSuccess);
+  static_cast<void>((
+      (best == kWidths &&
+       (error = launch_tiles<kWidths, Epilogue>(p, image, text, columns, multiprocessors), true)) ||
+      ...));
+  return error;
 }
 
 }  // namespace lens::gpu

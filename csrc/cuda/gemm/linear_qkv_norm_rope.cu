@@ -10,7 +10,7 @@ int linear_qkv_norm_rope_cuda(const LinearQkvNormRopeParams& p) {
                             p.text_q_weight, p.text_k_weight}) {
     if (!gpu::whole_pairs(pairs, 0)) return int(cudaErrorNotSupported);
   }
-  return gpu::launch_gemm<192, gpu::LinearQkvNormRopeEpilogue>(
+  return gpu::launch_gemm<gpu::LinearQkvNormRopeEpilogue, 192>(
       p, {p.image_x, p.image_weight, p.RI}, {p.text_x, p.text_weight, p.RT}, 3 * p.N * p.H);
 }
 
