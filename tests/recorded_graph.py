@@ -130,7 +130,9 @@ def adapter(q: Tensor, k: Tensor, v: Tensor, samples: Any, module: Any) -> Tenso
     return varlen(q, k, v, samples.query_offsets, samples.joint_offsets, *bounds, samples.scale)
 
 
-OFFSETS_ALONE = Candidate("told by offsets", adapter, (torch.float32,), ((0, 0), (99, 9)), (1, 512), device="cpu")
+OFFSETS_ALONE = Candidate(
+    "told by offsets", adapter, dtypes=(torch.float32,), arch=((0, 0), (99, 9)), head_dim=(1, 512), device="cpu"
+)
 
 
 def offsets_alone(monkeypatch: Any, candidate: Candidate = OFFSETS_ALONE) -> None:
