@@ -4,6 +4,7 @@
     python -m train pretrain --vae runs/vae --out runs/base --stop-after 9m     # again to resume, bit-equal on a CPU
     python -m train pretrain --vae runs/vae --out runs/base --init lens/mini/base     # start from shipped weights
     python -m train pretrain --vae runs/vae --out runs/base --export lens/mini/base
+    python -m train pretrain --init lens/mini/base --vae lens/mini/base/vae --lora r=16 --out runs/style    # adapters alone
     python -m train pretrain --config mini_gpu --device cuda --workers 14 ...         # see bench/mini_gpu.sh
     torchrun --nproc-per-node 8 -m train pretrain --config released/pretrain_512 ...  # see docs/training.md
 
@@ -32,13 +33,14 @@ import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lens import checkpoint
 
-from . import configs, flow
+from . import adapters, configs, flow
 from . import encoder as text_stage
 from .checkpointing import load_state, save_state
 from .codec import Latents
@@ -108,9 +110,9 @@ class Averaged:
 
 
 def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only; the encoder at its own rate."""
+    """AdamW over what trains; weight decay on matrices only; the encoder at its own rate."""
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
         groups.setdefault((name.split(".")[0], parameter.dim() > 1), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -144,6 +146,27 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
         model.load_state_dict(load_state(source, "pretrain")["ema"]["average"])
 
 
+def shaped(config: ModuleType, state: dict[str, Any] | None, init: Path | None) -> ModuleType:
+    """The recipe with the MMDiT that a state was trained with, or that of the folder a training starts from."""
+    given = (state or {}).get("settings", {}).get("MODEL")
+    if state is None and init is not None and init.is_dir():
+        path = init / "transformer" / "config.json"
+        values = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
+        given = {name: values[name] for name in config.MODEL}
+    return configs.override(config, [f"MODEL={given!r}"]) if given else config
+
+
+def adapters_of(state: dict[str, Any] | None, text: str | None) -> adapters.Lora | None:
+    """The LoRA of a training: that of its state, or of `--lora`. Errors: ValueError where they differ."""
+    asked = adapters.parse(text) if text else None
+    if state is None:
+        return asked
+    held = state["settings"].get("LORA")
+    if asked and held != str(asked):
+        raise ValueError(f"--lora {asked}: this training has {held or 'none'}")
+    return adapters.parse(held) if held else None
+
+
 def expect_finite(loss: Tensor, step: int) -> None:
     if not torch.isfinite(loss):
         raise FloatingPointError(f"pretrain: the loss is {loss.item()} at step {step}; the state before it is kept")
@@ -156,6 +179,8 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     encoder_config = configs.load(options.config, "encoder")
     tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
     fresh = not path.is_file()
+    state = None if fresh else load_state(path, stage)
+    config, lora = shaped(config, state, options.init), adapters_of(state, options.lora)
     model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
     latents = Latents(options.vae, device)
@@ -171,10 +196,13 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     if fresh and (options.encoder or not options.init):
         trained = text_stage.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
         model.encoder.load_state_dict(trained.state_dict())
+    if lora:
+        model.requires_grad_(False)
+        model.transformer.requires_grad_(True)  # where adapters train: around its layers
+        adapters.attach(model.transformer, lora, config.SEED)
     model.to(device)
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
     if not fresh:
-        state = load_state(path, stage)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         step, window, position = state["step"], state["window"], state["position"]
@@ -193,8 +221,16 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     compute = model if device.type == "cpu" else model.rounded
     steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
     joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
+    joint = 0 if lora else joint  # the encoder stays the checkpoint's
     rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
-    settings = {"STEPS": steps, "DECAY": decay, "JOINT_STEPS": joint, **rates}  # what options may change
+    settings = {
+        "STEPS": steps,
+        "DECAY": decay,
+        "JOINT_STEPS": joint,
+        "MODEL": config.MODEL,
+        **rates,
+    }  # what options change
+    settings |= {"LORA": str(lora)} if lora else {}
 
     def save() -> None:
         if since:  # also between logs: broken weights must not replace the state before them
@@ -220,7 +256,7 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
 
     if step > joint:
         freeze()
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     sums, since, seen, past = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, None
     by_base: dict[int, list[Tensor]] = {}
     if fresh and stream.mixed:  # what it starts from
@@ -273,11 +309,21 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     stream.close()
 
 
-def load_trained(config: ModuleType, name: str, path: Path, stage: str = "pretrain") -> Mini:
-    """Averaged weights of a state file."""
-    encoder_config = configs.load(name, "encoder")
-    model = Mini(config, encoder_config, text_stage.build(encoder_config))
-    model.load_state_dict(load_state(path, stage)["ema"]["average"], strict=True)
+def load_trained(
+    config: ModuleType, name: str, path: Path, stage: str = "pretrain", lora_to: Path | None = None
+) -> Mini:
+    """Averaged weights of a state file, adapters merged; `lora_to`: the folder to write these to, where there are any."""
+    encoder_config, state = configs.load(name, "encoder"), load_state(path, stage)
+    model, lora = (
+        Mini(shaped(config, state, None), encoder_config, text_stage.build(encoder_config)),
+        adapters_of(state, None),
+    )
+    if lora:
+        adapters.attach(model.transformer, lora, 0)
+    model.load_state_dict(state["ema"]["average"], strict=True)
+    if lora and lora_to:
+        adapters.save(model.transformer, lora, lora_to)
+    adapters.merge(model.transformer)
     return model
 
 
@@ -307,6 +353,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="PATH",
         help="start from the weights of a state file, or of a checkpoint folder (carried over to these latents)",
+    )
+    parser.add_argument(
+        "--lora",
+        metavar="r=R[,alpha=A]",
+        help="train adapters alone, beside the frozen weights of --init; alpha=2r, targets=attention or all",
     )
     parser.add_argument(
         "--device", default="cpu", help="cpu (float32) or cuda (bfloat16 on float32 weights) (default: cpu)"

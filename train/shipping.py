@@ -36,7 +36,7 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
     """Write transformer, text encoder, tokenizer, VAE, scheduler and model_index.json, weights in bfloat16; recipe.json;
     and the log of each stage as STAGE.jsonl, where its folder has one (the encoder's: beside `--out` unless `--encoder`).
 
-    A later stage than pretrain, whose VAE lies in a checkpoint folder, takes from that folder what it did not train: the
+    A training with `--lora` is exported twice: as peft's folder `lora`, and merged. A later stage than pretrain, whose VAE lies in a checkpoint folder, takes from that folder what it did not train: the
     VAE, the recipes and the logs of the stages before it. Errors: those of `load_state` where a stage was not trained.
     """
     folder: Path = options.export
@@ -47,7 +47,7 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
     tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
         write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
-    model = load_trained(config, options.config, options.out / f"{stage}.pt", stage)
+    model = load_trained(config, options.config, options.out / f"{stage}.pt", stage, folder / "lora")
     checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
     checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
     if not before:

@@ -158,6 +158,7 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
         decay=1,
         joint_steps=1,
         lr_scale=1.0,
+        lora=None,
         device="cpu",
         workers=0,
         init=None,

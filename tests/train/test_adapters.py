@@ -1,0 +1,254 @@
+"""LoRA in training: the adapted layers are peft's to the last digit of float32, nothing else trains, runs resume and export."""
+
+import argparse
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import lens.adapters
+from lens import LensTransformer2DModel, checkpoint
+from lens.config import LensConfig
+from lens.modulation import modulate
+from lens.packing import plan
+from tests.reference_model import ReferenceLens, relative
+from train import adapters, configs, pretrain, shipping
+from train.checkpointing import folder_tensors, load_state, save_state
+from train.codec import Latents
+from train.denoiser import Denoiser
+from train.loop import keyed
+
+SHIPPED = Path(__file__).parents[2] / "lens" / "mini" / "base"
+CONFIG = json.loads((SHIPPED / "transformer" / "config.json").read_text())
+LORA = adapters.Lora(4, 6.0, "all")
+
+
+def base(kind=LensTransformer2DModel, **options):
+    """Mini's shipped weights in either of our models, float32."""
+    model = kind(checkpoint.transformer_config(CONFIG), **options)
+    model.load_state_dict(checkpoint.load_transformer(SHIPPED / "transformer", torch.float32, "cpu").state_dict())
+    return model
+
+
+def away_from_zero(model):
+    with torch.no_grad():
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if ".up." in name:
+                p.copy_(torch.randn(p.shape, generator=keyed(i, "up")) * 0.05)
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    image, text = (
+        torch.randn(2, 12, 32, generator=generator),
+        [torch.randn(2, 5, 128, generator=generator) for _ in range(4)],
+    )
+    return image, text, torch.tensor([[True] * 5, [True] * 3 + [False] * 2]), torch.tensor([0.3, 0.8])
+
+
+def forward(model):
+    image, text, mask, t = batch()
+    return model(image, text, mask, t, [(1, 3, 4)])
+
+
+@pytest.mark.parametrize("targets", ["attention", "all"])
+def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
+    """Beside the weights in training, in peft's forward on an independent Lens, merged at inference: one picture."""
+    peft = pytest.importorskip("peft")
+    lora, model, reference = adapters.Lora(4, 6.0, targets), base().train(), ReferenceLens(CONFIG)
+    adapters.attach(model, lora, 1)
+    plain = forward(model)
+    assert relative(plain, forward(base().train())) == 0  # up is zero at first
+    away_from_zero(model)
+    ours = forward(model)
+    adapters.save(model, lora, tmp_path)
+
+    reference.load_state_dict({key: value.float() for key, value in folder_tensors(SHIPPED / "transformer").items()})
+    theirs = peft.PeftModel.from_pretrained(reference.eval(), tmp_path)
+    assert {name for name, p in theirs.named_parameters() if "lora_" in name and not p.any()} == set()  # all were found
+    image, text, mask, t = batch()
+    assert relative(ours.detach(), theirs(image, text, mask, t, (3, 4)).detach()) < 1e-5
+    assert relative(ours, plain) > 0.01
+
+    inference = base().eval()
+    lens.adapters.Adapters(inference).add(lens.adapters.read(tmp_path), 1.0)
+    assert relative(forward(inference), ours) < 1e-5
+    adapters.merge(model)
+    assert [n for n, _ in model.named_parameters()] == [n for n, _ in inference.named_parameters()]
+    for (name, p), q in zip(model.named_parameters(), inference.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=name)  # the last block's text branch is zero
+
+
+def test_the_start_is_pefts_gaussian():
+    model = base()
+    adapters.attach(model, adapters.Lora(64, 128.0), 1)
+    layers = dict(adapters.adapted(model))
+    assert len(layers) == 4 * 6
+    downs = torch.cat([p.flatten() for layer in layers.values() for p in layer.down])
+    assert downs.std().item() == pytest.approx(1 / 64, rel=0.01)  # torch.nn.init.normal_(std=1 / r)
+    assert not any(p.any() for layer in layers.values() for p in layer.up)
+    first, again = layers["blocks.0.image.qkv"], base()
+    adapters.attach(again, adapters.Lora(64, 128.0, "all"), 1)  # whatever else is adapted
+    assert torch.equal(dict(adapters.adapted(again))["blocks.0.image.qkv"].down[0], first.down[0])
+
+
+def test_ops_that_read_the_weight_find_the_adapter_in_it():
+    model = base()
+    adapters.attach(model, LORA, 1)
+    away_from_zero(model)
+    x = torch.randn(7, 128, generator=keyed(2, "x"))
+    for name, layer in adapters.adapted(model):
+        if layer.base.in_features == 128:
+            whole = torch.nn.functional.linear(x, layer.weight, layer.bias)
+            assert relative(whole, layer(x)) < 1e-5, name
+            assert relative(layer.base(x), layer(x)) > 0.01, name
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_only_adapters_train_in_the_model_of_the_scaled_engine(compute):
+    model = base(Denoiser, compute=compute, recompute="block").train()
+    alive = {name for name, p in model.named_parameters() if p.requires_grad}
+    adapters.attach(model, LORA, 1)
+    away_from_zero(model)
+    image, text, _, t = batch()
+    packing = plan([(3, 4)] * 2, [5, 3], model.config.axes_dims_rope)
+    rows = torch.cat([torch.stack(text, 2)[0], torch.stack(text, 2)[1][:3]])
+    model(image.flatten(0, 1), rows, t, packing).float().square().mean().backward()
+    for name, p in model.named_parameters():
+        trains = (".down." in name or ".up." in name) and f"{name.rsplit('.', 2)[0]}.weight" in alive
+        assert p.requires_grad is trains, name
+        assert (p.grad is not None and bool(p.grad.any())) is trains, name
+        assert p.grad is None or p.grad.dtype == torch.float32
+    dead = model.layers()[-1].text
+    assert not any(p.requires_grad for p in dead.w2.parameters())  # nothing reads it
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("r=64", adapters.Lora(64, 128.0)),
+        ("r=8, alpha=4", adapters.Lora(8, 4.0)),
+        ("alpha=1.5,r=2,targets=all", adapters.Lora(2, 1.5, "all")),
+        *(
+            (text, None)
+            for text in ("64", "alpha=3", "r=0", "r=x", "r=8,alpha=nan", "r=8,rank=3", "r=8,r=9", "r=8,targets=qkv")
+        ),
+    ],
+)
+def test_what_lora_may_say(text, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match=r"--lora: .*expected for example r=64"):
+            adapters.parse(text)
+    else:
+        assert adapters.parse(text) == expected
+        assert adapters.parse(str(expected)) == expected
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+class Clock:
+    """Over after a number of steps."""
+
+    def __init__(self, steps):
+        self.left, self.elapsed, self.asked = steps, 1.0, False
+
+    @property
+    def over(self):
+        self.left -= 1
+        return self.left < 0
+
+
+@pytest.fixture
+def train(monkeypatch):
+    config, straighten = ModuleType("recipe"), Latents.straighten
+    config.__dict__.update({k: v for k, v in vars(configs.load("mini", "pretrain")).items() if k.isupper()})
+    config.WINDOW, config.BATCHES, config.WARMUP = 16, ((0, 4),), 1
+    monkeypatch.setattr(Latents, "straighten", lambda self, world, side: straighten(self, world, side, 160))
+
+    def run(out, stop=99, lora=None, init=SHIPPED, steps=5):
+        monkeypatch.setattr(pretrain, "Clock", lambda _limit: Clock(stop))
+        options = dict(config="mini", out=out, vae=SHIPPED / "vae", encoder=None, stop_after=None, steps=steps, decay=2)
+        options |= dict(joint_steps=None, lr_scale=1.0, device="cpu", workers=0, init=init, lora=lora)
+        pretrain.train(config, argparse.Namespace(**options))
+        return out / "pretrain.pt"
+
+    run.config = config
+    return run
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return len(a) == len(b) and all(map(same, a, b)) if isinstance(a, list | tuple) else a == b
+
+
+def test_a_lora_trains_alone_resumes_and_is_exported_twice(train, tmp_path):
+    whole = load_state(train(tmp_path / "whole", lora="r=4"), "pretrain")
+    for stop in (2, 99):  # the second start need not say it again
+        parts = train(tmp_path / "parts", stop, lora="r=4" if stop == 2 else None)
+    assert same(whole, load_state(parts, "pretrain"))
+    with pytest.raises(ValueError, match=r"--lora r=8,alpha=16,targets=attention: this training has r=4,alpha=8"):
+        train(tmp_path / "parts", lora="r=8")
+
+    held = {id_ for group in whole["optimizer"]["param_groups"] for id_ in group["params"]}
+    assert len(held) == 2 * 4 * 6  # down and up of four layers in six blocks
+    stored = folder_tensors(SHIPPED / "transformer")
+    untouched = whole["model"]["transformer.blocks.0.image.qkv.base.weight"]
+    assert torch.equal(untouched, stored["transformer_blocks.0.attn.img_qkv.weight"])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert torch.equal(whole["model"]["encoder." + name], folder_tensors(SHIPPED / "text_encoder")[name])
+    assert whole["model"]["transformer.blocks.0.image.qkv.up.0"].any()
+
+    out = tmp_path / "export"
+    options = argparse.Namespace(config="mini", out=tmp_path / "whole", vae=SHIPPED / "vae", encoder=None, export=out)
+    shipping.export(train.config, options)
+    found = lens.adapters.read(out / "lora")
+    assert len(found.pairs) == 4 * 6
+    assert {pair.factor for pair in found.pairs.values()} == {2.0}
+    by_hand = checkpoint.load_transformer(SHIPPED / "transformer", torch.bfloat16, "cpu")
+    lens.adapters.Adapters(by_hand).add(found, 1.0)
+    merged = checkpoint.load_transformer(out / "transformer", torch.bfloat16, "cpu")
+    assert all(torch.equal(p, q) for p, q in zip(merged.parameters(), by_hand.parameters()))
+    assert json.loads((out / "recipe.json").read_text())["pretrain"]["LORA"] == "r=4,alpha=8,targets=attention"
+    assert load_file(out / "lora" / "adapter_model.safetensors")  # a plain file
+
+
+def test_fine_tuning_takes_the_architecture_from_the_checkpoint(train, tmp_path):
+    """A folder with two blocks where the recipe has six; every weight but the encoder's trains, also after a stop."""
+    folder = tmp_path / "two"
+    small = LensTransformer2DModel(LensConfig(**{**vars(checkpoint.transformer_config(CONFIG)), "num_layers": 2}))
+    state = base().state_dict()
+    small.load_state_dict({name: state[name] for name in small.state_dict()})
+    checkpoint.save_transformer(small, folder / "transformer")
+    for part in ("text_encoder", "tokenizer"):
+        (folder / part).symlink_to(SHIPPED / part)
+    for name in ("model_index.json", "recipe.json"):
+        (folder / name).symlink_to(SHIPPED / name)
+    (folder / "vae").symlink_to(SHIPPED / "vae")
+    train(tmp_path / "out", 1, init=folder, steps=3)
+    path = train(tmp_path / "out", init=None, steps=3)
+    tuned = load_state(path, "pretrain")
+    assert tuned["step"] == 3
+    assert "transformer.blocks.1.image.qkv.weight" in tuned["model"]
+    assert "transformer.blocks.2.image.qkv.weight" not in tuned["model"]
+    moved = tuned["model"]["transformer.blocks.0.image.qkv.weight"] - small.blocks[0].image.qkv.weight
+    assert 0 < moved.abs().max() < 0.1
+    model = pretrain.load_trained(train.config, "mini", path)
+    assert len(model.transformer.blocks) == 2
+    batch_of_one = modulate(model.transformer, torch.tensor([0.5]))
+    assert batch_of_one.blocks.shape[1] == 2
+
+
+def test_states_without_settings_are_refused_a_lora(train, tmp_path):
+    path = train(tmp_path / "plain", 1)
+    state = load_state(path, "pretrain")
+    assert "LORA" not in state["settings"]
+    save_state(path, state)
+    with pytest.raises(ValueError, match="this training has none"):
+        train(tmp_path / "plain", lora="r=2")

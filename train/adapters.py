@@ -1,0 +1,149 @@
+"""LoRA for the trainings: frozen weights, W x + alpha / r * up (down x) beside them, saved as peft saves it.
+
+    python -m train pretrain --init lens/mini/base --vae lens/mini/base/vae --lora r=16,alpha=32 --out runs/style
+    python -m train pretrain --vae lens/mini/base/vae --out runs/style --export runs/style/export
+    lens generate "a red apple" --lora runs/style/export/lora --lora-scale 0.8
+
+The model's own layers are adapted, not modules of peft's: ours hold w1 above w3 in one matrix, with an adapter each, and ops
+that read `weight` instead of calling the layer must find the adapter in it. Key names, configuration and start are peft's
+(`init_lora_weights="gaussian"`: down of deviation 1 / r, up zero), so that its tools load the files (tests/train/test_adapters.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lens import adapters, checkpoint
+
+from .loop import keyed
+
+ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
+MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
+TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What `--lora` says. `targets`: a name of TARGETS."""
+
+    r: int
+    alpha: float
+    targets: str = "attention"
+
+    def __str__(self) -> str:
+        return f"r={self.r},alpha={self.alpha:g},targets={self.targets}"
+
+
+def parse(text: str) -> Lora:
+    """ "r=64", "r=64,alpha=128,targets=all" -> Lora; alpha is 2 r unless given. Errors: ValueError naming the text."""
+    how = f"--lora: {text!r}, expected for example r=64,alpha=128,targets={'|'.join(TARGETS)}"
+    pairs = [part.partition("=") for part in text.split(",")]
+    values = {name.strip(): value.strip() for name, _, value in pairs}
+    if len(values) < len(pairs) or "r" not in values or set(values) - {"r", "alpha", "targets"}:
+        raise ValueError(how)
+    try:
+        r = int(values["r"])
+        found = Lora(r, float(values.get("alpha", 2 * r)), values.get("targets", "attention"))
+    except ValueError:
+        raise ValueError(how) from None
+    if r < 1 or not 0 < found.alpha < float("inf") or found.targets not in TARGETS:
+        raise ValueError(how)
+    return found
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and the adapters of the released modules its rows are made of."""
+
+    def __init__(self, base: nn.Linear, modules: list[str], lora: Lora, seed: int):
+        super().__init__()
+        self.base, self.modules_adapted, self.factor = base, modules, lora.alpha / lora.r
+        rows, trained = base.out_features // len(modules), base.weight.requires_grad
+        self.down, self.up = nn.ParameterList(), nn.ParameterList()
+        for name in modules:  # drawn one by one: the start does not depend on what else is adapted
+            drawn = torch.randn(lora.r, base.in_features, generator=keyed(seed, f"lora {name}")) / lora.r
+            down = drawn.to(base.weight.device)
+            self.down.append(nn.Parameter(down, requires_grad=trained))
+            self.up.append(nn.Parameter(down.new_zeros(rows, lora.r), requires_grad=trained))
+        base.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = [F.linear(F.linear(x, down), up) for down, up in zip(self.down, self.up)]
+        return self.base(x) + self.factor * (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
+    @property
+    def weight(self) -> Tensor:
+        """What the layer multiplies with, for ops that do not call it: the sum in float32, rounded once."""
+        change = torch.cat([up.float() @ down.float() for down, up in zip(self.down, self.up)])
+        return (self.base.weight.float() + self.factor * change).to(self.base.weight.dtype)
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+
+def attach(model: nn.Module, lora: Lora, seed: int) -> None:
+    """Freeze the model and put adapters around the layers of `lora.targets`. They train where the layer did."""
+    found: dict[str, list[str]] = {}
+    for module, (name, _, _) in adapters.modules_of(model).items():
+        if module.partition("transformer_blocks.")[2].partition(".")[2] in TARGETS[lora.targets]:
+            found.setdefault(name.removesuffix(".weight"), []).append(module)
+    places = {name: model.get_submodule(name) for name in found}
+    wrapped = {name: AdaptedLinear(layer, found[name], lora, seed) for name, layer in places.items()}
+    model.requires_grad_(False)
+    for name, layer in wrapped.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+
+
+def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Our name and layer of everything `attach` wrapped."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+@torch.no_grad()
+def merge(model: nn.Module) -> None:
+    """Every adapter into its layer; what `attach` wrapped is a plain linear layer again."""
+    for name, layer in list(adapted(model)):
+        layer.base.weight.copy_(layer.weight)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer.base)
+
+
+def save(model: nn.Module, lora: Lora, folder: Path) -> None:
+    """The adapters as a peft folder, float32: adapter_model.safetensors and adapter_config.json."""
+    from safetensors.torch import save_file
+
+    tensors: dict[str, Tensor] = {}
+    for _, layer in adapted(model):
+        for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
+            for side, value in (("A", down), ("B", up)):
+                tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.detach().float().cpu().contiguous()
+    checkpoint.write_atomic(
+        folder / adapters.WEIGHTS, lambda temporary: save_file(tensors, temporary, {"format": "pt"})
+    )
+    config = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "r": lora.r,
+        "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": "gaussian",
+        "target_modules": list(TARGETS[lora.targets]),
+    }
+    text = json.dumps(config, indent=2) + "\n"
+    checkpoint.write_atomic(folder / adapters.CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
