@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import errno
 import functools
 import hashlib
 import json
@@ -48,6 +49,7 @@ from .data.sources import Drawing, Source, assign, captions_of, fraction, pictur
 from .data.stream import start_worker, undisturbed
 from .loop import device_of
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -286,7 +288,9 @@ def run(options: argparse.Namespace) -> int:
     try:
         build(options)
     except OSError as error:
-        print(f"shards: {error.strerror or error}: {error.filename}", file=sys.stderr)
+        if error.errno not in FULL:
+            raise
+        print(f"shards: {error.strerror}: {error.filename}", file=sys.stderr)
         print("What is finished is kept; the same command goes on from there.", file=sys.stderr)
         return 1
     return 0

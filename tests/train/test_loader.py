@@ -390,6 +390,9 @@ def test_minis_stages_and_the_interface(tmp_path):
     for own, alone in zip(together, ids):
         assert own.shape == (len(alone), *text.shape)
         torch.testing.assert_close(own, text.encode([alone]), rtol=1e-5, atol=1e-5)
+    average = {f"encoder.{k}": v for k, v in model.state_dict().items()} | {"transformer.x": token}
+    save_state(tmp_path / "pretrain.pt", {"stage": "pretrain", "ema": {"average": average}})
+    assert encoders.mini("mini", tmp_path / "vae", tmp_path / "pretrain.pt", "cpu")[2].fingerprint == text.fingerprint
     pixels = torch.randint(0, 255, (2, 64, 96, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert latents.encode(pixels).shape == (2, 24, 32)
     codec.encode_filter.weight.data.add_(1e-3)
