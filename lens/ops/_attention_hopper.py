@@ -16,6 +16,7 @@ from lens.ops._attention_bound import HeadNorms, known_bound
 from lens.ops._attention_cuda import deterministic
 
 POLYNOMIAL = 1  # of every four exponentials, how many are polynomials; docs/attention.md
+flash_backward = torch.ops.aten._flash_attention_backward  # torch's copy of flash-attn-2
 
 
 @backend.custom_op("lens::joint_attention_hopper")
@@ -102,7 +103,7 @@ def _backward(
         return joint.index_copy_(0, rows, torch.cat([image, text]).view_as(joint))
 
     with deterministic():
-        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        dq, dk, dv = flash_backward(
             queries(dimage, dtext),
             q if whole else q.index_select(0, rows),
             k,

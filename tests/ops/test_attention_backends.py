@@ -161,7 +161,7 @@ def test_forcing(machine):
         assert (name, chosen) == ("torch-sdpa", True)
         assert why.startswith("forced; predicted 310 TFLOP/s for long calls on 9.0")
     assert choose(need()).name == "flash-attn-3"
-    with pytest.raises(ValueError, match="name must be one of lens-hopper, flash.*, got 'flash'"), use("flash"):
+    with pytest.raises(ValueError, match=r"name must be one of lens-hopper, .*, got 'flash'"), use("flash"):
         pass
 
 
@@ -368,7 +368,7 @@ def on_cpu(monkeypatch, name: str) -> None:
     if real.kernel:
         changes |= dict(kernel="", head_dim=(1, 64))
         monkeypatch.setattr(backend, "launch", launch)
-        monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", flash_backward)
+        monkeypatch.setattr(_attention_hopper, "flash_backward", flash_backward)
     monkeypatch.setattr(attention_backends, "CANDIDATES", [Candidate(**changes)])
     choose.cache_clear()
 
@@ -485,6 +485,28 @@ def test_the_bound_reaches_the_kernel(monkeypatch):
     ops.joint_attention(*inputs(grad=True), *arguments[3:], norms=norms)
     assert bounds == [pytest.approx(1.01 * 8**0.5 * 2.25), float("inf"), float("inf")]
     choose.cache_clear()
+
+
+def test_the_stand_in_takes_what_torch_takes():
+    real = [a.name for a in _attention_hopper.flash_backward.default._schema.arguments]
+    taken = list(inspect.signature(flash_backward).parameters)
+    assert taken == real[: len(taken)]
+
+
+@pytest.mark.parametrize("text_queries", [True, False])
+def test_contracts_of_our_ops(monkeypatch, text_queries):
+    monkeypatch.setattr(backend, "launch", launch)
+    monkeypatch.setattr(_attention_hopper, "flash_backward", flash_backward)
+    q, k, v = inputs(grad=True)
+    places = offsets_of(IMAGES), offsets_of(TEXTS)
+    arguments = (q, k, v, *places, sum(IMAGES), 10, text_queries, 0.3, float("inf"), 0, True)
+    torch.library.opcheck(torch.ops.lens.joint_attention_hopper.default, arguments)
+    made = [x.detach() for x in torch.ops.lens.joint_attention_hopper(*arguments)]
+    lse = made[2].nan_to_num()
+    backward = (*made[:2], q.detach(), k.detach(), v.detach(), *made[:2], lse, *places, 10, 0.3)
+    torch.library.opcheck(torch.ops.lens.joint_attention_hopper_backward.default, backward)
+    with pytest.raises(ValueError, match=r"scale must be positive for lens-hopper, got -0.1"):
+        _attention_hopper.forward(q, k, v, *places, sum(IMAGES), 10, text_queries, -0.1, float("inf"), 0, True)
 
 
 def test_torch_kernels_are_told_to_be_repeatable():

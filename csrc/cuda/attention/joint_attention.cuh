@@ -78,6 +78,7 @@ __device__ inline void load_tiles(AttentionShared& shared, const CUtensorMap* q_
          walk.head, walk.row() + block * kBlockKeys);
     v.advance();
   };
+  for (const CUtensorMap* map : {q_map, k_map, v_map}) tma_prefetch(map);
   while (walk.next()) {
     barrier_wait(&shared.q_empty[q.stage], q.parity ^ 1);
     load(shared.q[q.stage], q_map, &shared.q_full[q.stage], walk.head, walk.row() + walk.query);
