@@ -220,12 +220,6 @@ class BucketSampler:
             out[here] = order[at // BLOCK].astype(np.int64) * BLOCK + at % BLOCK
         return out
 
-    def step_shapes(self, step: int) -> list[tuple[int, int]]:
-        """(samples, tokens of one) of all micro-batches of an optimiser step, of every rank: what a loss over the whole step
-        is divided by is known without asking anybody."""
-        drawn = self.draw(step * self.slots, self.slots).tolist()
-        return [(self.batch[i], self.buckets[i].tokens) for i in drawn]
-
     def _draw_blocks(self, index: int, epoch: int) -> tuple[np.ndarray, int, int]:
         """The blocks in order; where the short one ends, and what it lacks."""
         n = self.sizes[index]
