@@ -8,6 +8,7 @@ parameters and their names are the same, too.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def _keep(width: int) -> Any:
     return functools.partial(create_selective_checkpoint_contexts, policy)
 
 
-def rounded_call(module: nn.Module, weights: dict[str, Tensor], dtype: torch.dtype, *arguments: Any) -> Any:
+def rounded_call(module: nn.Module, weights: Mapping[str, Tensor], dtype: torch.dtype, *arguments: Any) -> Any:
     """`module(*arguments)` with these of its weights rounded to `dtype`; their gradients come back in their own dtype."""
     cast = {name: p.to(dtype) for name, p in weights.items() if p.dtype != dtype}
     return functional_call(module, cast, arguments)
@@ -103,7 +104,8 @@ class TrainedBlock(Block):
         attention = ops.joint_attention(q, k, v, *lengths, *offsets, text_queries=not last)
         image = self._rest(self.image, x[IMAGE], attention[IMAGE], tables[IMAGE], offsets[IMAGE])
         if last:
-            return (ops.gated_residual(*image, offsets[IMAGE]),), ()
+            x_image, y, gate = image
+            return (ops.gated_residual(x_image, y, gate, offsets[IMAGE]),), ()
         return image, self._rest(self.text, x[TEXT], attention[TEXT], tables[TEXT], offsets[TEXT])
 
     @staticmethod
@@ -137,7 +139,7 @@ class Denoiser(LensTransformer2DModel):
             module.requires_grad_(False)
         dead.norm2.requires_grad_(False)
 
-    def forward(
+    def forward(  # type: ignore[override]
         self, image_rows: Tensor, features: Tensor, time: Tensor, packing: Packing, inside: bool = False
     ) -> Tensor:
         """image rows [RI, C], text features [RT, F, E], time float32 [B] in [0, 1] -> velocity [RI, C] in `compute`."""
