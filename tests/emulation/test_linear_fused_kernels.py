@@ -229,14 +229,21 @@ def test_tiles_of_a_persistent_block(emulated, monkeypatch, multiprocessors):
     against_spec(emulated, "linear_gated_residual", gated([300], [140], 64, 384), seeds=(0, 21))
 
 
-def test_width_of_the_tiles_changes_no_bits(emulated, monkeypatch):
-    """Two row tiles of 256 columns: three blocks take them whole, four take four tiles of 192."""
-    made = gated([70], [20], 128, 256)
-    against_spec(emulated, "linear_gated_residual", made, seeds=(0,))
-    wide_tiles = run(emulated, "linear_gated_residual", made)
-    monkeypatch.setattr(emulated, "multiprocessors", 4)
-    for name, narrow_tiles in run(emulated, "linear_gated_residual", made).items():
-        assert same_bits(narrow_tiles, wide_tiles[name]), name
+@pytest.mark.parametrize(
+    ("image", "text", "columns", "blocks"),
+    [(70, 20, 256, (3, 4)), (180, 0, 192, (1, 2))],  # 128 x 256 or 128 x 192; 192 x 192 or 128 x 192
+    ids=["width", "height"],
+)
+def test_shape_of_the_tiles_changes_no_bits(emulated, monkeypatch, image, text, columns, blocks):
+    """The number of multiprocessors decides which shape is quickest."""
+    made = gated([image], [text], 128, columns)
+    results = []
+    for count in blocks:
+        monkeypatch.setattr(emulated, "multiprocessors", count)
+        against_spec(emulated, "linear_gated_residual", made, seeds=(0, 21))
+        results.append(run(emulated, "linear_gated_residual", made))
+    for name, x in results[0].items():
+        assert same_bits(x, results[1][name]), name
 
 
 def test_more_row_tiles_than_a_band(emulated):

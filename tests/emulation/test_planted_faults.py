@@ -142,17 +142,17 @@ PRODUCT_FAULTS = {
         "linear", _RING, "  __syncthreads();\n", "", "never initialised|without fence_barrier_init"
     ),
     "a stage freed by too few warps": Fault(
-        "linear", _RING, "barrier_init(empty + s, kConsumerWarps)", "barrier_init(empty + s, 2)", "numbers|has all its 2"
+        "linear", _RING, "barrier_init(empty + s, 4 * Ring::kConsumers)", "barrier_init(empty + s, 2)", "numbers|has all its 2"
     ),
     "more registers than there are": Fault(
-        "linear", _RING, "kConsumerRegisters = 232", "kConsumerRegisters = 240", "registers"
+        "linear", _RING, "kConsumers == 2 ? 232", "kConsumers == 2 ? 240", "registers"
     ),
     "barriers behind the end of shared memory": Fault(
         "linear", _RING, "kBarriers + 2 * kStages * 8", "kBarriers + kStages * 8", "leaves the block's"
     ),
     "a step along K of the other layout": Fault("linear", _RING, "x + step * kStepK", "x + step * kStepMN", NUMBERS),
     "both warpgroups multiply the upper rows": Fault(
-        "linear", _RING, "matrix_k(from + half * (kTileM / 2) * kTileK * 2)", "matrix_k(from)", NUMBERS
+        "linear", _RING, "matrix_k(from + part * 64 * kTileK * 2)", "matrix_k(from)", NUMBERS
     ),
     "a descriptor with half an atom": Fault(
         "linear", "shared_matrix.cuh", "return matrix_bits(tile, 16, kAtomBytes);",

@@ -167,8 +167,8 @@ def test_rows_do_not_depend_on_other_rows(product):
     assert same_bits(part[:700], whole[:700])
 
 
-def test_width_of_the_tiles_changes_no_bits():
-    """4,296 rows take tiles of 256 columns on 132 multiprocessors, 8,607 take 192: the same rows, the same bits."""
+def test_shape_of_the_tiles_changes_no_bits():
+    """On 132 multiprocessors 4,296 rows take tiles of 128 x 256, 8,607 of 192 x 192: the same rows, the same bits."""
     both = on_device(kernels.gated([4096, 4096], [200, 215], WIDTH, WIDTH))
     alone = on_device(kernels.gated([4096], [200], WIDTH, WIDTH))
     for name, x in alone.items():

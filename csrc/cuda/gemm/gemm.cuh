@@ -12,20 +12,24 @@
 // bytes; see docs/gemm.md.
 #pragma once
 
+#include <algorithm>
+
 #include "cuda/hopper.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace lens::gpu {
 
-constexpr int kTileM = 128, kTileK = 64;
-constexpr int kGemmThreads = 384, kConsumerWarps = 8;
-constexpr int kCopierRegisters = 40, kConsumerRegisters = 232;
+constexpr int kTileK = 64;
 
-// Ring of N-column tiles: as many stages as shared memory holds.
-template <int N>
-struct GemmRing {
-  static constexpr int kXBytes = kTileM * kTileK * 2, kStageBytes = kXBytes + N * kTileK * 2;
+// Tiles of M rows by N columns: who works on them, and a ring of as many stages as fit.
+template <int M, int N>
+struct GemmTile {
+  static constexpr int kConsumers = M / 64;  // warpgroups
+  static constexpr int kThreads = 128 * (kConsumers + 1);
+  static constexpr int kCopierRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
+  static constexpr int kXBytes = M * kTileK * 2, kStageBytes = kXBytes + N * kTileK * 2;
   static constexpr int kStages = (227 * 1024 - 256) / kStageBytes;
   static constexpr int kBarriers = kStages * kStageBytes;  // their place
   static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
@@ -47,7 +51,7 @@ struct RingPlace {
 
 enum Stream : int { kImage = 0, kText = 1 };
 
-struct Tile {
+struct TileAt {
   int stream, row, column;  // in tiles
 };
 
@@ -59,7 +63,7 @@ struct TileOrder {
 
   LENS_HD int count() const { return (image_rows + text_rows) * columns; }
 
-  LENS_HD Tile operator[](int t) const {
+  LENS_HD TileAt operator[](int t) const {
     const bool text = t >= image_rows * columns;
     const int rows = text ? text_rows : image_rows;
     if (text) t -= image_rows * columns;
@@ -82,11 +86,12 @@ struct Fragment {
 // Epilogue: struct with Params; static rows(p, stream); kInterleaved: weight is [2, F, K] and
 // columns alternate 8 of the first half, 8 of the second; store(p, d, fragment), by all threads.
 // registers <= 168: gemm_kernel
-template <int N, class Epilogue>
-__global__ void __launch_bounds__(kGemmThreads, 1)
+// registers <= 128: gemm_kernel<192
+template <int M, int N, class Epilogue>
+__global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
     gemm_kernel(const __grid_constant__ GemmMaps maps, const TileOrder order, const int depth,
                 const typename Epilogue::Params p) {
-  using Ring = GemmRing<N>;
+  using Ring = GemmTile<M, N>;
   LENS_DYNAMIC_SHARED(shared);
   auto* full = reinterpret_cast<uint64_t*>(shared + Ring::kBarriers);
   uint64_t* empty = full + Ring::kStages;
@@ -98,23 +103,23 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   if (threadIdx.x == 0) {
     for (int s = 0; s < Ring::kStages; ++s) {
       barrier_init(full + s, 1);
-      barrier_init(empty + s, kConsumerWarps);
+      barrier_init(empty + s, 4 * Ring::kConsumers);
     }
     fence_barrier_init();
   }
   __syncthreads();
 
   if (warp < 4) {  // copy
-    registers_down<kCopierRegisters>();
+    registers_down<Ring::kCopierRegisters>();
     if (warp != 0 || !elect_one()) return;
     RingPlace at;
     for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
-      const Tile tile = order[t];
+      const TileAt tile = order[t];
       for (int k = 0; k < depth; k += kTileK) {
         unsigned char* to = shared + at.stage * Ring::kStageBytes;
         barrier_wait(empty + at.stage, at.round ^ 1);
         barrier_arrive_expect_tx(full + at.stage, Ring::kStageBytes);
-        tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, tile.row * kTileM);
+        tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, tile.row * M);
         if constexpr (Epilogue::kInterleaved) {
           tma_load_4d(to + Ring::kXBytes, &maps.weight[tile.stream], full + at.stage, k, 0, 0,
                       tile.column * (N / 16));
@@ -129,16 +134,16 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
   }
 
   // multiply
-  registers_up<kConsumerRegisters>();
-  const int half = warp / 4 - 1;  // of the tile's rows
+  registers_up<Ring::kConsumerRegisters>();
+  const int part = warp / 4 - 1;  // of the tile's rows, 64 each
   RingPlace at;
   for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
-    const Tile tile = order[t];
+    const TileAt tile = order[t];
     float d[N / 2];
     int held = -1;  // the stage that products under way read
     for (int k = 0; k < depth; k += kTileK) {
       const unsigned char* from = shared + at.stage * Ring::kStageBytes;
-      const uint64_t x = matrix_k(from + half * (kTileM / 2) * kTileK * 2);
+      const uint64_t x = matrix_k(from + part * 64 * kTileK * 2);
       const uint64_t weight = matrix_k(from + Ring::kXBytes);
       barrier_wait(full + at.stage, at.round);
       wgmma_fence();
@@ -156,32 +161,34 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     if (lane == 0) barrier_arrive(empty + held);
     Epilogue::template store<N>(
         p, d,
-        Fragment{tile.stream, tile.row * kTileM + half * (kTileM / 2) + warp % 4 * 16 + lane / 4,
-                 tile.column * N, lane % 4});
+        Fragment{tile.stream, tile.row * M + part * 64 + warp % 4 * 16 + lane / 4, tile.column * N,
+                 lane % 4});
   }
 }
 
-// Host side: what a launcher fills in for each stream; no rows, no pointers.
+// ---- host side
+
+// What a launcher fills in for each stream; no rows, no pointers.
 struct GemmStream {
   const void *x, *weight;
   int64_t rows;
 };
 
-inline TileOrder tile_order(int64_t image_rows, int64_t text_rows, int64_t columns, int width) {
-  return {int(ceil_div(image_rows, kTileM)), int(ceil_div(text_rows, kTileM)),
-          int(ceil_div(columns, width))};
+inline TileOrder tile_order(int64_t image_rows, int64_t text_rows, int64_t columns, int M, int N) {
+  return {int(ceil_div(image_rows, M)), int(ceil_div(text_rows, M)), int(ceil_div(columns, N))};
 }
 
-template <int N, class Epilogue>
+template <int M, int N, class Epilogue>
 int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
                  const GemmStream& text, int64_t columns, int multiprocessors) {
+  using Ring = GemmTile<M, N>;
   GemmMaps maps;
   const GemmStream streams[] = {image, text};
   for (int s = 0; s < 2; ++s) {
     const GemmStream& stream = streams[s];
     const int64_t wide = stream.rows ? columns : 0;
     if (const int error =
-            make_tensor_map(&maps.x[s], stream.x, {p.K, stream.rows}, {p.K}, {kTileK, kTileM})) {
+            make_tensor_map(&maps.x[s], stream.x, {p.K, stream.rows}, {p.K}, {kTileK, M})) {
       return error;
     }
     const int error =
@@ -191,25 +198,36 @@ int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
             : make_tensor_map(&maps.weight[s], stream.weight, {p.K, wide}, {p.K}, {kTileK, N});
     if (error) return error;
   }
-  if (const int error = allow_shared<&gemm_kernel<N, Epilogue>>(GemmRing<N>::kSharedBytes)) {
+  if (const int error = allow_shared<&gemm_kernel<M, N, Epilogue>>(Ring::kSharedBytes)) {
     return error;
   }
-  const TileOrder order = tile_order(image.rows, text.rows, columns, N);
+  const TileOrder order = tile_order(image.rows, text.rows, columns, M, N);
   const int blocks = order.count() < multiprocessors ? order.count() : multiprocessors;
-  LENS_LAUNCH_SHARED((gemm_kernel<N, Epilogue>), dim3(unsigned(blocks)), dim3(kGemmThreads),
-                     GemmRing<N>::kSharedBytes, p.stream, maps, order, int(p.K), p);
+  LENS_LAUNCH_SHARED((gemm_kernel<M, N, Epilogue>), dim3(unsigned(blocks)), dim3(Ring::kThreads),
+                     Ring::kSharedBytes, p.stream, maps, order, int(p.K), p);
   return int(cudaGetLastError());
 }
 
-// Of the widths the one whose whole waves of tiles are shortest, which changes no bits: an
-// accumulator sees the same products in the same order. columns: of weight, with an interleaved
-// epilogue 2 F. cudaErrorNotSupported: no sm_90, other types than bfloat16, or sizes beyond the
-// tiles, which are 64 of K and of columns (32 of F).
-template <class Epilogue, int... kWidths>
+template <int M, int N>
+struct Shape {};
+
+// Cycles the slowest multiprocessor takes: whole waves of tiles, each bound by its products or by
+// its copies out of L2, and its epilogue.
+inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, int M, int N) {
+  constexpr int64_t kL2Bytes = 40;  // a cycle and multiprocessor, predicted
+  const int64_t products = M * N / 32, copies = (M + N) * kTileK * 2 / kL2Bytes;
+  const int64_t step = products > copies ? products : copies, epilogue = M * N / 20;
+  return ceil_div(tiles, multiprocessors) * (depth / kTileK * step + epilogue);
+}
+
+// Takes the quickest of the shapes, which changes no bits: an accumulator sees the same products in
+// the same order. columns: of weight, with an interleaved epilogue 2 F. cudaErrorNotSupported: no
+// sm_90, other types than bfloat16, or sizes beyond the tiles, which are 64 of K and of columns (32
+// of F).
+template <class Epilogue, int... kM, int... kN>
 int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
-                int64_t columns) {
+                int64_t columns, Shape<kM, kN>...) {
   constexpr int64_t kMostRows = 1 << 24, kMostColumns = 1 << 20;  // tiles fit an int
-  constexpr int64_t kEpilogueColumns = 16;  // what an epilogue takes, in columns of products
   if (image.rows + text.rows == 0) return int(cudaSuccess);
   if (p.dtype != DType::kBFloat16 || p.K < kTileK || p.K % kTileK || columns < 64 || columns % 64 ||
       image.rows + text.rows > kMostRows || columns > kMostColumns || p.K > kMostColumns) {
@@ -217,21 +235,16 @@ int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, con
   }
   const int multiprocessors = hopper_multiprocessors();
   if (multiprocessors == 0) return int(cudaErrorNotSupported);
-  int64_t least = 0;
-  int best = 0;
-  for (const int width : {kWidths...}) {
-    const int64_t tiles = tile_order(image.rows, text.rows, columns, width).count();
-    const int64_t time = ceil_div(tiles, multiprocessors) * (width + kEpilogueColumns);
-    if (best == 0 || time < least) {
-      best = width;
-      least = time;
-    }
-  }
+  const auto cycles = [&](int M, int N) {
+    const int tiles = tile_order(image.rows, text.rows, columns, M, N).count();
+    return gemm_cycles(tiles, multiprocessors, p.K, M, N);
+  };
+  const int64_t least = std::min({cycles(kM, kN)...});
   int error = int(cudaSuccess);
-  static_cast<void>((
-      (best == kWidths &&
-       (error = launch_tiles<kWidths, Epilogue>(p, image, text, columns, multiprocessors), true)) ||
-      ...));
+  static_cast<void>(
+      ((cycles(kM, kN) == least &&
+        (error = launch_tiles<kM, kN, Epilogue>(p, image, text, columns, multiprocessors), true)) ||
+       ...));
   return error;
 }
 

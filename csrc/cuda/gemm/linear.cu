@@ -6,7 +6,8 @@ int linear_cuda(const LinearParams& p) {
   if (!gpu::whole_chunks(p.D, {p.y}) || !gpu::whole_pairs(p.bias, 0)) {
     return int(cudaErrorNotSupported);
   }
-  return gpu::launch_gemm<gpu::LinearEpilogue, 128>(p, {p.x, p.weight, p.R}, {}, p.D);
+  return gpu::launch_gemm<gpu::LinearEpilogue>(p, {p.x, p.weight, p.R}, {}, p.D,
+                                               gpu::Shape<128, 128>{});
 }
 
 }  // namespace lens

@@ -10,8 +10,9 @@ int linear_qkv_norm_rope_cuda(const LinearQkvNormRopeParams& p) {
                             p.text_q_weight, p.text_k_weight}) {
     if (!gpu::whole_pairs(pairs, 0)) return int(cudaErrorNotSupported);
   }
-  return gpu::launch_gemm<gpu::LinearQkvNormRopeEpilogue, 192>(
-      p, {p.image_x, p.image_weight, p.RI}, {p.text_x, p.text_weight, p.RT}, 3 * p.N * p.H);
+  return gpu::launch_gemm<gpu::LinearQkvNormRopeEpilogue>(
+      p, {p.image_x, p.image_weight, p.RI}, {p.text_x, p.text_weight, p.RT}, 3 * p.N * p.H,
+      gpu::Shape<128, 192>{}, gpu::Shape<192, 192>{});
 }
 
 }  // namespace lens
