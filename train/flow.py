@@ -28,8 +28,8 @@ from lens.config import LensConfig
 from lens.ops import attention_backends
 from lens.resolution import bucket_size
 
-from . import configs, cost, parallel
-from .checkpointing import Checkpoints
+from . import adapters, configs, cost, parallel
+from .checkpointing import Checkpoints, read_state
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import STRIDE, Batch, Encode, Loader
@@ -281,8 +281,42 @@ def serves(recipe: ModuleType, options: argparse.Namespace) -> bool:
     return here or options.print_config
 
 
+def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
+    """The recipe with the MMDiT and the LoRA of the state that is taken up, else of the checkpoint folder to start from and
+    of `--lora`. Errors: ValueError where `--lora` and the state differ."""
+    recipe, asked = configs.override(recipe, []), adapters.parse(options.lora) if options.lora else None
+    folder = state_of(options)
+    if folder is not None:
+        held = read_state(folder)["settings"]
+        if asked and held.get("LORA") != str(asked):
+            raise ValueError(f"--lora {asked}: this training has {held.get('LORA', 'none')}")
+        asked = adapters.parse(held["LORA"]) if "LORA" in held else None
+        recipe.MODEL = {name: tuple(v) if isinstance(v, list) else v for name, v in held["MODEL"].items()}
+    elif (path := released_config(options.init)) is not None:
+        recipe.MODEL = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
+    if asked:
+        recipe.LORA = str(asked)
+    return recipe
+
+
+def state_of(options: argparse.Namespace) -> Path | None:
+    """The state that is taken up, if any: `--resume`, or the latest of OUT."""
+    return options.resume or Checkpoints(options.out / "checkpoints", Ranks(torch.device("cpu"))).latest()
+
+
+def released_config(init: Path | None) -> Path | None:
+    """transformer/config.json of a checkpoint folder; None for a state, or nothing."""
+    path = None if init is None else init / "transformer" / "config.json"
+    return path if path is not None and path.is_file() else None
+
+
+def lora_of(recipe: ModuleType) -> adapters.Lora | None:
+    return adapters.parse(recipe.LORA) if hasattr(recipe, "LORA") else None
+
+
 def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
     """`python -m train pretrain|mixed_resolution` for such a recipe. Errors: ValueError, FileNotFoundError."""
+    recipe = as_trained(options, recipe)
     if options.print_config:
         print(configs.describe(recipe))
         return 0
@@ -301,15 +335,22 @@ def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
 
 
 def export(options: argparse.Namespace, recipe: ModuleType) -> None:
-    """The averages of a state as FOLDER/transformer in the released layout, bfloat16. One process, on the host."""
+    """The averages of a state as FOLDER/transformer in the released layout, bfloat16. One process, on the host.
+
+    Of a training with `--lora`: the adapters as peft's FOLDER/lora, and merged.
+    """
     with torch.device("meta"):
         model = Denoiser(model_of(recipe))
     model.to_empty(device="cpu")
-    states = Checkpoints(options.out / "checkpoints", Ranks(torch.device("cpu")))
-    folder = options.resume or states.latest()
+    if lora := lora_of(recipe):
+        adapters.attach(model, lora, recipe.SEED)
+    states, folder = Checkpoints(options.out / "checkpoints", Ranks(torch.device("cpu"))), state_of(options)
     if folder is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
     states.load(folder, averaged_names(model))
+    if lora:
+        adapters.save(model, lora, options.export / "lora")
+        adapters.merge(model)
     checkpoint.save_transformer(model, options.export / "transformer", torch.bfloat16)
 
 
@@ -323,8 +364,9 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)
-    released = options.init is not None and (options.init / "transformer").is_dir()
-    model, shape = build(recipe, group, options.init / "transformer" if released else None), model_of(recipe)
+    released, lora = None if state_of(options) else released_config(options.init), lora_of(recipe)
+    attach = (lambda model: adapters.attach(model, lora, recipe.SEED)) if lora else None
+    model, shape = build(recipe, group, released.parent if released else None, attach), model_of(recipe)
     sheet = None
     if decode is not None:
         sheet = Sheets(recipe, group, model, shape, text, [tokenizer(p) for p in recipe.PROMPTS], decode)
@@ -344,14 +386,13 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
         cost.peak_of(group.device),
     )
     start: Any = 0
-    folder = options.resume or trainer.checkpoints.latest()
-    if folder is not None:
+    if (folder := state_of(options)) is not None:
         state = trainer.resume(folder)
         start = state["data"]
         if group.main:
             for line in changed(recipe, state["settings"]):
                 print(line, flush=True)
-    elif options.init is not None and not released:
+    elif options.init is not None and released_config(options.init) is None:
         trainer.start_from(options.init)
     context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_backends.use(recipe.ATTENTION)
     with context:

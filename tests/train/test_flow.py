@@ -10,7 +10,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
-from lens import checkpoint
+from lens import LensTransformer2DModel, adapters, checkpoint
+from lens.adapters import Adapters
+from lens.config import LensConfig
 from train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -79,6 +81,36 @@ def test_the_averages_are_exported_in_the_released_layout(shards, trained, tmp_p
         want = found.get(f"ema.{name}", found[f"model.{name}"])
         assert torch.equal(p, want.bfloat16().float()), name
     assert len([name for name in found if name.startswith("ema.")]) > 100
+
+
+def test_a_lora_by_the_command_resumes_and_is_exported_twice(shards, tmp_path):
+    """From a checkpoint of two blocks where the recipe has six: the architecture is the checkpoint's."""
+    stored = checkpoint.load_transformer(SHIPPED / "transformer", torch.float32, "cpu")
+    two = LensTransformer2DModel(LensConfig(**{**vars(stored.config), "num_layers": 2}))
+    two.load_state_dict({name: stored.state_dict()[name] for name in two.state_dict()})
+    checkpoint.save_transformer(two, tmp_path / "two" / "transformer")
+    start = ["--init", str(tmp_path / "two")]
+    whole, parts, out = (tmp_path / name for name in ("whole", "parts", "export"))
+    assert main(words(shards, whole, 2, *start, "--lora", "r=4,targets=all")) == 0
+    assert main(words(shards, parts, 1, *start, "--lora", "r=4,targets=all")) == 0
+    assert main(words(shards, parts, 2)) == 0  # the state knows
+    (one, state), (other, _) = tensors(whole), tensors(parts)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert state["settings"]["LORA"] == "r=4,alpha=8,targets=all"
+    assert state["settings"]["MODEL"]["num_layers"] == 2
+    trained = [name for name in one if name.startswith("optimizer.exp_avg.")]
+    assert trained
+    assert all(".down." in name or ".up." in name for name in trained)
+    assert torch.equal(one["model.blocks.1.image.qkv.base.weight"], two.blocks[1].image.qkv.weight)
+    with pytest.raises(ValueError, match=r"--lora r=5,alpha=10,targets=attention: this training has r=4"):
+        main(words(shards, parts, 2, "--lora", "r=5"))
+
+    assert main(["mixed_resolution", "--config", "mini/on_shards", "--out", str(whole), "--export", str(out)]) == 0
+    by_hand = checkpoint.load_transformer(tmp_path / "two" / "transformer", torch.bfloat16, "cpu")
+    Adapters(by_hand).add(adapters.read(out / "lora"), 1.0)
+    merged = checkpoint.load_transformer(out / "transformer", torch.bfloat16, "cpu")
+    assert all(torch.equal(p, q) for p, q in zip(merged.parameters(), by_hand.parameters(), strict=True))
 
 
 def test_shards_without_latents_need_networks(shards, tmp_path, monkeypatch):
