@@ -116,7 +116,7 @@ class TrainedBlock(Block):
         x, a = ops.gated_residual_norm_modulate(
             x, stream.out(attention), gate1, stream.norm2, scale2, shift2, offsets, BLOCK_EPS
         )
-        return x, stream.w2(ops.swiglu(stream.w13(a))), gate2
+        return x, stream.w2(ops.swiglu(stream.w13(a))), gate2.clone()  # FSDP2 warns of views among a block's results
 
 
 class Denoiser(LensTransformer2DModel):

@@ -179,8 +179,8 @@ class Trainer:
                 file.write(json.dumps(row) + "\n")
         if self.skipped_in_a_row >= self.recipe.SKIP_LIMIT:
             raise FloatingPointError(
-                f"{self.stage}: loss {found['loss']}, gradient norm {found['grad_norm']} at step {self.step}, the "
-                f"{self.skipped_in_a_row}th in a row that is not finite; see {self.out / 'skipped.jsonl'}"
+                f"{self.stage}: loss {found['loss']}, gradient norm {found['grad_norm']} at step {self.step}, "
+                f"not finite for {self.skipped_in_a_row} steps in a row; see {self.out / 'skipped.jsonl'}"
             )
 
     # -------------------------------------------------------------------------------------------- state

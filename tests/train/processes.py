@@ -41,7 +41,7 @@ def start(world, function, *arguments, shard=None):
     return processes, results
 
 
-def run(world, function, *arguments, shard=None, seconds=120):
+def run(world, function, *arguments, shard=None, seconds=600):
     """`function(group, *arguments)` on every rank -> what each returned (numbers, strings, NumPy arrays), by rank."""
     processes, results = start(world, function, *arguments, shard=shard)
     found = {}

@@ -144,10 +144,9 @@ def test_torchrun_goes_on_where_one_process_stopped(shards, tmp_path, shard):
         sys.executable,
         "-m",
         "torch.distributed.run",
+        "--standalone",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "0",
         "-m",
         "train",
     ]

@@ -128,7 +128,7 @@ def test_too_many_of_them_end_the_training(tmp_path):
     trainer, data = trainer_on(ALONE, tmp_path, SKIP_LIMIT=3), batches(0, 0, 1, spoil=spoil)
     for _ in range(2):
         trainer.take(data)
-    with pytest.raises(FloatingPointError, match=r"at step 2, the 3th in a row that is not finite"):
+    with pytest.raises(FloatingPointError, match="at step 2, not finite for 3 steps in a row"):
         trainer.take(data)
 
 
@@ -198,7 +198,7 @@ def test_a_kill_during_a_save_leaves_a_loadable_latest(tmp_path):
     assert list((out / "checkpoints").glob(".step*")) == []
 
 
-def wait_for(true, process, seconds=120):
+def wait_for(true, process, seconds=600):
     end = time.monotonic() + seconds
     while not true():
         assert process.exitcode is None
@@ -210,7 +210,7 @@ def test_sigterm_saves_and_ends_well(tmp_path):
     (process,), results = processes.start(1, small_training.train_until_told, tmp_path)
     wait_for(lambda: (tmp_path / "log.jsonl").is_file() and (tmp_path / "log.jsonl").read_bytes(), process)
     os.kill(process.pid, signal.SIGTERM)
-    _, step = results.get(timeout=60)
+    _, step = results.get(timeout=600)
     process.join()
     assert process.exitcode == 0
     assert state_of(tmp_path)["step"] == step > 0
