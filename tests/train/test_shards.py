@@ -21,7 +21,7 @@ from train.__main__ import main
 from train.data import pictures
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
-from train.data.sources import assign, fraction, key_of
+from train.data.sources import Picture, assign, fraction, key_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -378,3 +378,11 @@ def test_precomputed_needs_its_networks_fingerprints(tmp_path):
     with pytest.raises(ValueError, match="other sources or settings"):
         build(*arguments)
     assert digest_of(out / "manifest.json") == hashlib.sha256((out / "manifest.json").read_bytes()).hexdigest()
+
+
+def test_a_torn_file_with_a_whole_header_is_found_when_its_shard_is_written(tmp_path):
+    data = encoded(gradient(96, 96), "JPEG", quality=95)
+    (tmp_path / "torn.jpg").write_bytes(data[: len(data) // 2])
+    assert pictures.oriented_size(tmp_path / "torn.jpg") == (96, 96)
+    with pytest.raises(pictures.Unusable, match="truncated"):
+        Picture(str(tmp_path), "torn.jpg", "torn", "a gradient", (0, 0)).sample()
