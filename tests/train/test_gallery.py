@@ -368,7 +368,7 @@ def test_an_unread_sign_is_not_called_right():
 
 
 def test_what_mini_bench_writes_is_understood(tmp_path, monkeypatch):
-    def draw(prompts, seeds, guidance):
+    def draw(prompts, seeds, guidance, size):
         return [np.full((64, 64, 3), 128, np.uint8) for _ in prompts]
 
     source = Source("fake", 64, draw, lambda pictures: pictures, tuple(CLASSES))

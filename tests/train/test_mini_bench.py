@@ -10,7 +10,7 @@ from train.data.kinds import CORE
 from train.data.world import TASKS, World, is_held_out
 from train.evaluate import mini_bench, ocr
 from train.evaluate.eye import Eye
-from train.evaluate.sources import Source
+from train.evaluate.sources import Source, enlarged
 
 
 def test_wilson():
@@ -36,6 +36,8 @@ def test_prompts_are_unseen_first_and_of_the_form_asked_for():
                 assert scene.caption.startswith("a photo of")
     assert {s.style for s in mini_bench.scenes_of("two_object", 3, style="dense")} == {"dense"}
     assert mini_bench.scenes_of("single_object", 1, side=96)[0].height == 96
+    wide = mini_bench.scenes_of("single_object", 1, side=(64, 128))[0]
+    assert (wide.height, wide.width) == (64, 128)
 
 
 def test_text_scores_by_hand():
@@ -71,7 +73,7 @@ def perfect(scenes):
     """A source that draws what was asked, except for the first prompt of every call; its VAE loses nothing."""
     by_prompt = {s.caption: World().render(s) for group in scenes.values() for s in group}
 
-    def draw(prompts, seeds, guidance):
+    def draw(prompts, seeds, guidance, size):
         pictures = [by_prompt[p] for p in prompts]
         return [np.zeros_like(pictures[0]), *pictures[1:]]
 
@@ -97,6 +99,39 @@ def test_a_benchmark_of_known_pictures(tmp_path, capsys):
     assert "text           not measured: needs lens[eval]" in printed
     assert "0.750 [0.301, 0.954]" in printed
     json.dumps(found)
+
+
+def test_sizes_are_scored_each_by_itself_and_enlarged_pictures_are_those_of_the_small_size(tmp_path, monkeypatch):
+    asked = []
+
+    def draw(prompts, seeds, guidance, size):
+        asked.append(size)
+        scenes = {s.caption: s for s in mini_bench.scenes_of("colors", 3, CORE, side=size)}
+        return [World().render(scenes[p]) for p in prompts]
+
+    source = Source("perfect", 64, draw, lambda pictures: pictures, CORE)
+    monkeypatch.setattr(mini_bench, "from_pipeline", lambda model, steps: source)
+    parser = argparse.ArgumentParser()
+    mini_bench.add_arguments(parser)
+    start = ["--model", "x", "--quick", "--tasks", "colors", "--per-task", "3", "--no-audit", "--ceilings", "none"]
+    mini_bench.run(parser.parse_args([*start, "--sizes", "96x96", "64x128", "--out", str(tmp_path)]))
+    found = json.loads((tmp_path / "scores.json").read_text())["sizes"]
+    assert asked == [(96, 96), (64, 128)]
+    assert [found[name]["guidance"]["3"]["colors"]["score"] for name in ("96x96", "64x128")] == [1.0, 1.0]
+    assert (tmp_path / "64x128" / "colors_g3.png").is_file()
+    for wrong in ("96", "96x100", "0x64"):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*start, "--sizes", wrong])
+
+    small = [np.random.default_rng(i).integers(0, 255, (64, 64, 3), np.uint8) for i in range(2)]
+    seen = []
+    once = Source("noise", 64, lambda p, s, g, size: seen.append(size) or small, lambda p: p, CORE)
+    large = enlarged(once, 64).draw(["a", "b"], [0, 1], 3.0, (128, 128))
+    assert seen == [(64, 64)]
+    assert [p.shape for p in large] == [(128, 128, 3)] * 2
+    assert np.abs(large[0].reshape(64, 2, 64, 2, 3).mean((1, 3)) - small[0]).mean() < 20  # the same picture
+    with pytest.raises(ValueError, match=r"--enlarge 64: expected squares of at least 64 pixels, got 96x128"):
+        enlarged(once, 64).draw(["a"], [0], 3.0, (96, 128))
 
 
 def test_a_class_that_the_judge_does_not_know_is_an_error():

@@ -4,6 +4,8 @@
     python -m train evaluate mini-bench --model mini --quick --per-task 20    # guidance 3 alone
     python -m train evaluate mini-bench --state runs/base/pretrain.pt --vae runs/vae
     python -m train evaluate mini-bench --model mini --ceilings only          # true renders and reconstructions alone
+    python -m train evaluate mini-bench --model mini --quick --sizes 128x128 96x176      # HEIGHTxWIDTH, each by itself
+    python -m train evaluate mini-bench --model mini --quick --sizes 128x128 --enlarge 64   # drawn at 64, then enlarged
 
 Prompts are those of scenes never trained on: all tasks but single_object hold a fact that training never showed (a colour x
 class or class x class pair, a count, a sign's text). They are the first of a fixed row of seeds, and picture i of a task is drawn
@@ -36,7 +38,7 @@ from ..data.world import TASKS, Scene, World
 from . import ocr
 from .eye import Eye
 from .judges import Judges, merged, wilson
-from .sources import Pictures, Source, from_pipeline, from_state
+from .sources import Pictures, Size, Source, enlarged, from_pipeline, from_state
 
 __all__ = ["FIRST_SEED", "Judges", "scenes_of", "wilson"]
 FIRST_SEED = 2_000_000_000
@@ -45,18 +47,19 @@ STYLES = ("geneval", "brief", "dense", "translated")
 
 
 def scenes_of(
-    task: str, count: int, classes: Sequence[str] | None = CORE, style: str = "geneval", side: int = 64
+    task: str, count: int, classes: Sequence[str] | None = CORE, style: str = "geneval", side: int | Size = 64
 ) -> list[Scene]:
-    """The first unseen scenes of a task whose caption is of that style; always the same ones.
+    """The first unseen scenes of a task whose caption is of that style; always the same ones. side: or (height, width).
 
     A style that cannot say a task (see grammar.can_say) gives way to "brief" for that task.
     """
+    height, width = (side, side) if isinstance(side, int) else side
     split = "train" if task == "single_object" else "held_out"
     world = World(split, {task: 1.0}, classes, style)
     scenes: list[Scene] = []
     others: list[Scene] = []
     for i in range(16 * count):
-        scene = world.scene(FIRST_SEED + i, side, side)
+        scene = world.scene(FIRST_SEED + i, height, width)
         (scenes if scene.style == style else others).append(scene)
         if len(scenes) == count or (not scenes and len(others) >= 2 * count + 20):
             break
@@ -111,7 +114,8 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
             prompts, seeds = [s.caption for s in asked], list(range(len(asked)))
             pictures: Pictures = []
             for i in range(0, len(asked), 20):
-                pictures += source.draw(prompts[i : i + 20], seeds[i : i + 20], guidance)
+                size = asked[0].height, asked[0].width
+                pictures += source.draw(prompts[i : i + 20], seeds[i : i + 20], guidance, size)
             rows[task] = judges.score(task, asked, pictures)
             print(line(task, rows[task], above), flush=True)
             marks = [("+ " if right else "- ") + p for right, p in zip(rows[task]["marks"], prompts)]
@@ -124,6 +128,14 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
             means += f", of GenEval's six {np.mean(six):.3f}"
         print(f"{means}, {time.perf_counter() - start:.0f} s", flush=True)
     return {"ceilings": above, "guidance": results}
+
+
+def size_of(text: str) -> Size:
+    """ "96x176" -> (height, width). Errors: ValueError."""
+    height, width = (int(number) for number in text.lower().split("x"))
+    if height % 16 or width % 16 or min(height, width) < 16:
+        raise ValueError(f"{text}: expected HEIGHTxWIDTH in multiples of 16")
+    return height, width
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -141,6 +153,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0], help="guidance scales (default: 1 3 5)"
     )
     parser.add_argument("--quick", action="store_true", help="guidance 3 alone")
+    parser.add_argument(
+        "--sizes",
+        nargs="+",
+        type=size_of,
+        metavar="HxW",
+        help="sizes to draw, each scored by itself (default: the model's)",
+    )
+    parser.add_argument(
+        "--enlarge", type=int, metavar="SIDE", help="draw squares of this side and enlarge them to --sizes"
+    )
     parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
     parser.add_argument(
         "--classes",
@@ -177,11 +199,17 @@ def run(options: argparse.Namespace) -> int:
     if not ocr.available():
         print(f"text: {ocr.REMEDY}")
     judges = Judges(Eye.load(), classes, ocr.Reader() if ocr.available() else None, not options.no_audit)
-    scenes = {task: scenes_of(task, options.per_task, classes, options.captions, source.side) for task in options.tasks}
-    found = benchmark(source, judges, scenes, options)
+    source = enlarged(source, options.enlarge) if options.enlarge else source
     explained = source.validation.get("text_explains")
     if explained is not None:
         print(f"share of the validation loss that text explains: {explained:.3f}")
+    sizes, out, every = options.sizes or [(source.side, source.side)], options.out, {}
+    for height, width in sizes:
+        name = f"{height}x{width}"
+        if options.sizes:
+            print(f"\n{name}")
+            options.out = out / name
+        every[name] = scored(source, judges, (height, width), classes, options)
     settings = {
         "model": source.name,
         "side": source.side,
@@ -192,6 +220,15 @@ def run(options: argparse.Namespace) -> int:
         "first_prompt_seed": FIRST_SEED,
         "validation": source.validation,
     }
+    found = {"sizes": every} if options.sizes else every[name]
+    write_text(out / "scores.json", json.dumps({"settings": settings, **found}, indent=1) + "\n")
+    return 0
+
+
+def scored(source: Source, judges: Judges, size: Size, classes: Sequence[str], options: argparse.Namespace) -> dict:
+    """What scores.json holds of one size."""
+    scenes = {task: scenes_of(task, options.per_task, classes, options.captions, size) for task in options.tasks}
+    found = benchmark(source, judges, scenes, options)
     tables = {name: merged([row["per_class"] for row in rows.values()]) for name, rows in found["guidance"].items()}
     for name, table in tables.items():
         weak = [f"{k} {e['found']}/{e['asked']}" for k, e in table.items() if e["found"] < e["asked"]]
@@ -199,6 +236,4 @@ def run(options: argparse.Namespace) -> int:
     for rows in (*found["ceilings"].values(), *found["guidance"].values()):
         for row in rows.values():
             del row["marks"], row["per_class"]
-    text = json.dumps({"settings": settings, **found, "per_class": tables}, indent=1)
-    write_text(options.out / "scores.json", text + "\n")
-    return 0
+    return {**found, "per_class": tables}

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 Pictures = list[np.ndarray]  # uint8 [H, W, 3]
+Size = tuple[int, int]  # (height, width) in pixels
 
 
 @dataclass
 class Source:
-    """`draw(prompts, seeds, guidance)` and `reconstruct(pictures)` give pictures of side x side pixels.
+    """`draw(prompts, seeds, guidance, (height, width))` and `reconstruct(pictures)` give pictures; `side` is the model's own.
 
     `classes` is what the model was trained on (None where it does not say), `validation` its last measured losses.
     """
 
     name: str
     side: int
-    draw: Callable[[Sequence[str], Sequence[int], float], Pictures]
+    draw: Callable[[Sequence[str], Sequence[int], float, Size], Pictures]
     reconstruct: Callable[[Pictures], Pictures]
     classes: tuple[str, ...] | None = None
     validation: dict[str, float] = field(default_factory=dict)
@@ -36,8 +37,9 @@ def from_pipeline(model: str, steps: int) -> Source:
     about = checkpoint.read_index(root).get("lens", {})
     pipe = LensPipeline.from_pretrained(model)
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float) -> Pictures:
-        out = pipe(list(prompts), seed=list(seeds), num_inference_steps=steps, guidance_scale=guidance)
+    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
+        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size[0], "width": size[1]}
+        out = pipe(list(prompts), seed=list(seeds), **settings)
         return [np.asarray(image) for image in out.images]
 
     def reconstruct(pictures: Pictures) -> Pictures:
@@ -52,21 +54,37 @@ def from_pipeline(model: str, steps: int) -> Source:
     return Source(model, pipe.defaults.base_resolution, draw, reconstruct, classes, about.get("validation", {}))
 
 
+def enlarged(source: Source, side: int) -> Source:
+    """The pictures that the source draws as squares of that side, enlarged (bicubic): what more tokens are held against."""
+    from PIL import Image
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
+        height, width = size
+        if height != width or height < side:
+            raise ValueError(f"--enlarge {side}: expected squares of at least {side} pixels, got {height}x{width}")
+        small = source.draw(prompts, seeds, guidance, (side, side))
+        return [np.asarray(Image.fromarray(p).resize((width, height), Image.Resampling.BICUBIC)) for p in small]
+
+    return replace(source, name=f"{source.name}, enlarged from {side}", draw=draw)
+
+
 def from_state(state: Path, recipe: str, vae: Path, steps: int, mu: float | None) -> Source:
-    """The averaged weights of a pretrain state and the decoder of a VAE stage folder; mu None: the recipe's time shift."""
+    """The averaged weights of a state, pretrain.pt or mixed_resolution.pt (its name is its stage's), and the decoder of a VAE stage folder
+    (or a released one); mu None: the recipe's time shift."""
     from .. import configs, encoder, generator, pretrain
 
-    config = configs.load(recipe, "pretrain")
+    stage = state.stem
+    config = configs.load(recipe, stage)
     mu = config.SHEET["mu"] if mu is None else mu
-    model = pretrain.load_trained(config, recipe, state).eval()
+    model = pretrain.load_trained(config, recipe, state, stage).eval()
     model.transformer.batch_invariant = False
     painter = generator.Painter(vae, recipe)
     tokenizer = encoder.tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float) -> Pictures:
-        tokens = [tokenizer.encode(p)[0] for p in prompts]
-        latents = generator.sample(model, tokens, tokenizer.prefix, seeds, steps, guidance, mu)
-        return list(painter(latents, model.grid))
+    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
+        tokens, grid = [tokenizer.encode(p)[0] for p in prompts], (size[0] // 16, size[1] // 16)
+        latents = generator.sample(model, tokens, tokenizer.prefix, seeds, steps, guidance, mu, grid)
+        return list(painter(latents, grid))
 
     def reconstruct(pictures: Pictures) -> Pictures:
         tokens = painter.latents.encode(np.stack(pictures))
