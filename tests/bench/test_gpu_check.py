@@ -21,19 +21,35 @@ def python(code):
 def test_the_plan_builds_first_checks_tiles_then_tests_then_measures(tmp_path):
     stages = plan(tmp_path, "compute-sanitizer", gpu_tests(), "90a")
     names = [s.name for s in stages]
-    assert names[:5] == ["build", "tiles", "gpu tests", "compute-sanitizer memcheck", "compute-sanitizer racecheck"]
-    assert [n.removeprefix("bench ") for n in names[5:]] == ["e2e", "step", "attention", "gemm", "ops", "train"]
-    assert [s.needed for s in stages[:3]] == [True, True, False]
+    assert names[:4] == ["build", "tiles", "tiles of products and attention", "gpu tests"]
+    assert names[4:6] == ["compute-sanitizer memcheck", "compute-sanitizer racecheck"]
+    assert [n.removeprefix("bench ") for n in names[6:]] == ["e2e", "step", "attention", "gemm", "ops", "train"]
+    assert [s.needed for s in stages[:4]] == [True, True, False, False]
     assert stages[0].env["LENS_CUDA_ARCHS"] == "90a"
     assert len(plan(tmp_path, None, [], "90a")) == len(stages) - 2
 
 
 def test_a_broken_attention_library_does_not_end_the_run(tmp_path):
-    tiles = plan(tmp_path, None, gpu_tests(), "90a")[1]
-    done = subprocess.run([*tiles.command, "--collect-only"], cwd=gpu_check.ROOT, capture_output=True, text=True)
+    rows, hard = plan(tmp_path, None, gpu_tests(), "90a")[1:3]
+    command = [*rows.command, *(word for word in hard.command if word.startswith(gpu_check.KERNELS)), "--collect-only"]
+    done = subprocess.run(command, cwd=gpu_check.ROOT, capture_output=True, text=True)
     named = [line for line in done.stdout.splitlines() if "::" in line]
-    assert any("test_ops_gpu" in line for line in named), done.stdout
+    for file in ("test_ops_gpu", "test_joint_attention_gpu", "test_linear_fused_gpu"):
+        assert any(file in line for line in named), done.stdout
     assert not any("library" in line for line in named)
+    assert gpu_check.ROWS in rows.command
+    assert gpu_check.ROWS not in hard.command
+    assert all(word.startswith(gpu_check.KERNELS) for word in hard.command if word.startswith("tests/"))
+
+
+def test_a_file_that_lacks_a_package_fails_alone(tmp_path):
+    (tmp_path / "test_lacking.py").write_text("import no_such_package\n")
+    (tmp_path / "test_fine.py").write_text("import pytest\n@pytest.mark.gpu\ndef test_it():\n    print('ran')\n")
+    words = gpu_check.pytest_command("test_lacking.py", "test_fine.py", "-s", "-c", str(tmp_path / "pytest.ini"))
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "1 passed, 1 error" in done.stdout
 
 
 def measured_by(stages):
@@ -62,7 +78,7 @@ def test_its_cases_exist_and_the_headlines_are_among_them(tmp_path):
 
 def test_it_leaves_at_most_eight_files(tmp_path):
     everything = {part.suite: ["x/y"] for part in gpu_check.PARTS}
-    for stages in (plan(tmp_path, "x", [], "90a"), gpu_check.rest(tmp_path, everything, 1, [], "90a")):
+    for stages in (plan(tmp_path, "x", [], "90a"), gpu_check.rest(tmp_path, everything, 1, "90a")):
         assert len(files_of(stages) | {"summary.json", "log.txt"}) <= 8
 
 
@@ -73,7 +89,7 @@ def test_every_case_of_every_suite_is_measured_by_the_first_command_or_the_secon
         of_part = [row(case, 1.0) for case in sorted(first) if case.startswith(part.suite)]
         as_file(tmp_path / f"{part.suite}.json", result(*of_part))
     missing = gpu_check.missing_cases([tmp_path])
-    stages = gpu_check.rest(tmp_path, missing, 1, [], "90a")
+    stages = gpu_check.rest(tmp_path, missing, 1, "90a")
     second = set(measured_by(stages))
     assert not first & second
     assert first | second == {case.id for case in cases()}
