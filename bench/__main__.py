@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +31,10 @@ def _device(name: str | None) -> torch.device:
 
 def _list(options: argparse.Namespace) -> int:
     gpu = options.gpu or _device(None).type == "cuda"
-    for case in cases(SUITES, options.case or ["*"], options.tiny, gpu):
+    chosen = cases(SUITES, options.case or ["*"], options.tiny, gpu)
+    if not chosen:
+        return _mistake(f"no case matches {' '.join(options.case)}; without --case all are listed")
+    for case in chosen:
         print(f"{case.id:52} {' '.join(case.subjects)}" if options.subjects else case.id)
     return 0
 
@@ -45,12 +50,17 @@ def _run(options: argparse.Namespace) -> int:
         return _mistake(
             f"no case of {options.suite} matches {' '.join(options.case or ['*'])}{hint}; see python -m bench list"
         )
+    offered = {name for case in chosen for name in case.subjects}
+    if unknown := set(options.subject or ()) - offered:
+        return _mistake(
+            f"no subject {', '.join(map(repr, sorted(unknown)))} here; these cases have {', '.join(sorted(offered))}"
+        )
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
         if options.profile or options.trace is not None:
             return _profile(options, chosen, device)
-    except (ValueError, LeftOut) as error:
+    except (OSError, ValueError, LeftOut) as error:  # OSError: a trace that cannot be written
         _mistake(str(error))
         return 1 if isinstance(error, ConstantData | Disagreement) else 2
     if importlib.util.find_spec("pytest_benchmark") is None:
@@ -142,6 +152,19 @@ def _tables(options: argparse.Namespace) -> int:
     return 0
 
 
+def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """A number above zero, for argparse."""
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        return value
+
+    number.__name__ = kind.__name__  # argparse names it where the text is no number
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine.")
@@ -160,9 +183,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--subject", action="append", help="only this way of doing it (repeatable); default: all")
     run.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch sees one")
     run.add_argument("--tiny", action="store_true", help="small stand-ins through the same code, for a CPU")
-    run.add_argument("--seconds", type=float, default=1.0, help="time for each subject of a case (default: 1)")
+    run.add_argument(
+        "--seconds", type=_positive(float), default=1.0, help="time for each subject of a case (default: 1)"
+    )
     run.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this time")
-    run.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    run.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's)")
     run.add_argument("--out", type=Path, help="write the result here, anew after every subject")
     run.add_argument("--profile", action="store_true", help="one case: exactly one launch between CUDA profiler marks")
     run.add_argument("--trace", type=Path, metavar="FILE", help="one case: one call under the torch profiler")

@@ -9,6 +9,7 @@ benchmarks        one per case and subject; stats.data are seconds, extra_info o
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,12 @@ def parse(path: Path, value: Any) -> Result:
         for entry in value["benchmarks"]:
             more, stats = entry["extra_info"], entry["stats"]
             key = more["case"], more["subject"]
-            rows[key] = Row(*key, float(stats["min"]), float(stats["median"]), float(more["band"]), more)
+            row = rows[key] = Row(*key, float(stats["min"]), float(stats["median"]), float(more["band"]), more)
+            if not (0 < row.best < math.inf and 0 <= row.band < math.inf):  # compared, a NaN would pass as no slower
+                raise ValueError(f"{key}: best {row.best} s and band {row.band} are no measurement")
         info, bench = value["machine_info"], value["bench"]
+        if missing := {"asked", "left_out", "failed"} - set(bench):
+            raise KeyError(*sorted(missing))
         return Result(path, dict(info["identity"]), dict(info["build"]), dict(bench), rows)
     except (KeyError, TypeError, ValueError) as error:
         raise NoResult(f"{path}: not a result of `python -m bench run`: {error!r}") from None

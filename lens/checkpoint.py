@@ -6,6 +6,7 @@ scheduler/. Our own metadata, where present, is the "lens" entry of model_index.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -605,6 +606,8 @@ def fingerprint(root: Path) -> str:
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """``write(temporary)``, flush to disk, rename to ``path``: a killed or failed save leaves the old file."""
+    if path.exists() and not (path.is_file() or path.is_dir()):  # renamed over, /dev/null would be a file from then on
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     try:  # part of the name only: one as long as the disk allows must still fit
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:20]}.", suffix=".part")

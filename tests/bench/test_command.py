@@ -85,9 +85,15 @@ def test_mistakes_exit_with_2(capsys, tmp_path):
     assert bench.main([*one, "--device", "cpu", "--profile"]) == 2
     assert bench.main([*one, "--trace", str(tmp_path / "t.json"), "--subject", "theirs"]) == 2
     assert "no subject 'theirs' here" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as leaving:
-        bench.main([])
-    assert leaving.value.code == 2
+    assert bench.main([*one, "--subject", "theirs"]) == 2, "measuring nothing is no success"
+    assert "no subject 'theirs' here; these cases have ours, spec_compiled, spec_eager" in capsys.readouterr().err
+    assert bench.main(["list", "--gpu", "--case", "nothing/*"]) == 2
+    assert bench.main([*one, "--trace", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
+    for words in ([], [*one, "--threads", "0"], [*one, "--seconds", "-1"], [*one, "--seconds", "nan"]):
+        with pytest.raises(SystemExit) as leaving:
+            bench.main(words)
+        assert leaving.value.code == 2
 
 
 def test_a_trace_holds_one_call_under_its_name(tmp_path, capsys):

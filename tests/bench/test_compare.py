@@ -156,6 +156,27 @@ def test_a_file_survives_reading_and_its_table_tells_everything(tmp_path):
         parse(tmp_path, {"benchmarks": [{}]})
 
 
+@pytest.mark.parametrize(
+    ("seconds", "band"), [(float("nan"), 0.0), (0.0, 0.0), (-1.0, 0.0), (1.0, float("nan")), (1.0, -1.0)]
+)
+def test_a_time_that_is_none_cannot_pass_as_no_slower(tmp_path, seconds, band):
+    good, bad = (
+        as_file(tmp_path / "a.json", result(row("x", 1.0))),
+        as_file(tmp_path / "b.json", result(row("x", seconds, band))),
+    )
+    for pair in ((good, bad), (bad, good)):
+        assert bench.main(["compare", *map(str, pair)]) == 2
+    with pytest.raises(NoResult, match="no measurement"):
+        load(bad)
+
+
+def test_a_result_that_does_not_say_what_was_asked_is_none(tmp_path):
+    made = result(row("x", 1.0))
+    del made.bench["asked"]
+    with pytest.raises(NoResult, match="asked"):
+        load(as_file(tmp_path / "a.json", made))
+
+
 @pytest.mark.parametrize(("factor", "suite", "code"), [(1.0, "gone", 1), (1.0, "gemm", 0)])
 def test_the_gate_names_what_is_not_measured_or_has_nothing_to_compare_with(tmp_path, factor, suite, code):
     as_file(tmp_path / "gemm.json", result(row("gemm/x", factor), device="NVIDIA None"))

@@ -46,6 +46,15 @@ def test_failed_write_leaves_the_old_file(tmp_path, error):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_device_or_pipe_is_refused_and_stays(tmp_path):
+    pipe = tmp_path / "null"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        write_atomic(pipe, lambda p: p.write_text("new") and None)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
+
+
 def test_full_disk_while_flushing(tmp_path, monkeypatch):
     path = tmp_path / "file"
     path.write_text("old")
