@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from lens import LensPipeline, adapters, checkpoint
 from lens.checkpoint import CheckpointError
 from tests.reference_model import ReferenceLens, as_lens, relative
-from tests.small_pipeline import FOLDER, fresh, same_bits
+from tests.small_pipeline import FOLDER, counted, fresh, same_bits
 
 CONFIG = json.loads((FOLDER / "transformer" / "config.json").read_text())
 ATTENTION = ["img_qkv", "txt_qkv", "to_out.0", "to_add_out"]
@@ -241,6 +241,21 @@ def test_a_picture_is_that_of_merged_weights_and_the_old_one_after_unloading(fol
     assert same_bits(draw(pipe), before)
     pipe.load_lora(folder, 0.0)
     assert same_bits(draw(pipe), before)
+
+
+def test_tables_are_forgotten_where_modulation_changes(folder, tmp_path):
+    """Weights evicted to the host have versions nobody watches."""
+    pipe = fresh()
+    with counted(pipe._tables, "forget") as calls:
+        pipe.load_lora(folder)
+        pipe.unload_lora()
+    assert len(calls) == 2
+    for name in (adapters.WEIGHTS, adapters.CONFIG):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    damaged(tmp_path, lambda tensors: [tensors.pop(key) for key in list(tensors) if "attn" not in key])
+    with counted(pipe._tables, "forget") as calls:
+        pipe.load_lora(tmp_path)
+    assert not calls
 
 
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", True])
