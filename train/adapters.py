@@ -59,7 +59,7 @@ def parse(text: str) -> Lora:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer and the adapters of the released modules its rows are made of."""
+    """A linear layer, frozen by `attach`, and the adapters of the released modules its rows are made of."""
 
     def __init__(self, base: nn.Linear, modules: list[str], lora: Lora, seed: int):
         super().__init__()
@@ -71,7 +71,6 @@ class AdaptedLinear(nn.Module):
             down = drawn.to(base.weight.device)
             self.down.append(nn.Parameter(down, requires_grad=trained))
             self.up.append(nn.Parameter(down.new_zeros(rows, lora.r), requires_grad=trained))
-        base.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [F.linear(F.linear(x, down), up) for down, up in zip(self.down, self.up)]
