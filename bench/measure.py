@@ -33,8 +33,7 @@ def compare_results(
         try:
             found = work.select(launcher.outputs())
         except Exception as error:  # of whatever kind: the others are timed
-            words = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
-            (work.failed if name.startswith(OURS) else work.left_out)[name] = words
+            _cannot_run(work, name, error)
             continue
         try:
             away = distance(found, oracle)
@@ -46,6 +45,12 @@ def compare_results(
             launchers[name], errors[name] = launcher, away
         del found
     return launchers, errors
+
+
+def _cannot_run(work: Work, name: str, error: Exception) -> None:
+    """Ours has failed, a comparator is left out."""
+    words = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+    (work.failed if name.startswith(OURS) else work.left_out)[name] = words
 
 
 def _warm_up(launcher: Any, device: torch.device) -> dict[str, int]:
@@ -81,11 +86,17 @@ def measure(
         return {name: {"left_out": str(reason)} for name in names}
     launchers, errors = compare_results(case, work, clock, names)
     release(device)  # the oracle's copies
+    memory: dict[str, dict[str, int]] = {}
     for name, launcher in launchers.items():
-        if settle := work.subjects[name].settle:
-            settle()
-        launcher.ready()
-    memory = {name: _warm_up(launcher, device) for name, launcher in launchers.items()}
+        try:
+            if settle := work.subjects[name].settle:
+                settle()
+            launcher.ready()
+        except Exception as error:  # such as a graph of many calls that does not fit
+            _cannot_run(work, name, error)
+    launchers = {n: launcher for n, launcher in launchers.items() if n not in work.failed and n not in work.left_out}
+    for name, launcher in launchers.items():
+        memory[name] = _warm_up(launcher, device)
     times = take_turns(launchers, seconds, case.rounds)
     in_cache = work.bytes * len(work.inputs) < COLD * getattr(clock, "l2", 0)
     rows: dict[str, dict[str, Any]] = {}

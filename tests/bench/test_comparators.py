@@ -35,6 +35,19 @@ def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided):
         assert distance(d.engine(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
 
 
+def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
+    from lens.engine import Engine
+
+    def start(*_):
+        raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(Engine, "start", start)
+    (case,) = cases(("step",), ["step/64/single/text5/*"], tiny=True)
+    rows = measure(case, CPU, 0.0, CEILINGS, ("ours", "ours_op_by_op"))
+    assert rows["ours"] == {"failed": "RuntimeError: capture failed"}
+    assert rows["ours_op_by_op"]["best"] > 0
+
+
 def test_the_text_of_the_prompt_matters_to_every_subject():
     d = Denoiser(TINY, CPU, (4, 4), 7, True)
     (x, features, _), (_, others, projected) = d.inputs(2)

@@ -137,6 +137,17 @@ def test_a_comparator_that_cannot_run_is_left_out_with_its_reason_and_ours_has_f
     assert rows["other"]["best"] > 0
 
 
+@pytest.mark.parametrize(("who", "told"), [("ours", "failed"), ("other", "left_out")])
+def test_what_breaks_between_comparison_and_timing_is_one_subjects_failure(who, told):
+    def breaks():
+        raise MemoryError("no room for so many calls")
+
+    subjects = {n: Subject(lambda x: x + 1, settle=breaks if n == who else None) for n in ("ours", "other")}
+    rows = measure(case_of(subjects), CPU, 0.0, CEILINGS)
+    assert rows.pop(who) == {told: "MemoryError: no room for so many calls"}
+    assert next(iter(rows.values()))["best"] > 0
+
+
 def test_a_case_this_machine_cannot_run_is_left_out():
     def prepare(_):
         raise LeftOut("needs a moon")
