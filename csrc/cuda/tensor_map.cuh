@@ -47,10 +47,12 @@ inline int make_tensor_map(CUtensorMap* map, const void* base, std::initializer_
   return result == CUDA_SUCCESS ? int(cudaSuccess) : int(cudaErrorInvalidValue);
 }
 
-// Streaming multiprocessors of the current device, or 0 where it is no sm_90.
+// Streaming multiprocessors of the current device, or 0 where it is no sm_90. Binds the device's
+// context to the calling thread: a thread's first runtime call need not, and the driver's function
+// for maps fails without one.
 inline int hopper_multiprocessors() {
   int device = 0, major = 0, minor = 0, count = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess || cudaSetDevice(device) != cudaSuccess) return 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   if (major != 9 || minor != 0) return 0;

@@ -8,6 +8,7 @@ using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 constexpr CUresult CUDA_SUCCESS = 0;
 constexpr CUresult CUDA_ERROR_INVALID_VALUE = 1;
+constexpr CUresult CUDA_ERROR_INVALID_CONTEXT = 201;
 
 struct alignas(64) CUtensorMap {
   uint64_t opaque[16];

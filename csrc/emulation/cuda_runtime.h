@@ -40,6 +40,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor = 76
 };
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int) { return lens::emulation::bind_context(), cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   using namespace lens::emulation;
   *value = attribute == cudaDevAttrMultiProcessorCount      ? multiprocessors()

@@ -118,6 +118,7 @@ struct Async {
   std::vector<Thread> threads{kMaxThreads};
   std::vector<Issue> issues[kMaxThreads / kWarpgroup];
   int registers[kMaxThreads / kWarpgroup];
+  int pool = 0;  // registers of the launch, which is all that its warpgroups can share
 };
 Async g;
 char g_waiting[160];
@@ -274,8 +275,10 @@ void begin_block(size_t shared_bytes) {
     g.threads[i] = Thread{};
   }
   for (auto& issues : g.issues) issues.clear();
-  const int fair = int(65536 / (block_threads() ? block_threads() : 1)) / 8 * 8;
-  for (int& registers : g.registers) registers = fair < 255 ? fair : 255;
+  const int threads = int(block_threads() ? block_threads() : 1);
+  const int fair = std::min(65536 / threads / 8 * 8, 256);
+  g.pool = fair * threads;
+  for (int& registers : g.registers) registers = std::min(fair, 255);
 }
 
 void end_thread() {
@@ -297,9 +300,9 @@ void end_block() {
   }
   int sum = 0;
   for (unsigned i = 0; i < block_threads() / kWarpgroup; ++i) sum += g.registers[i];
-  if (sum * int(kWarpgroup) > 65536) {
-    report(kLaunchFailure, "the warpgroups ask for %d registers, a multiprocessor has 65536",
-           sum * int(kWarpgroup));
+  if (sum * int(kWarpgroup) > g.pool) {
+    report(kLaunchFailure, "the warpgroups ask for %d registers, the launch has %d",
+           sum * int(kWarpgroup), g.pool);
   }
 }
 
@@ -577,12 +580,14 @@ void set_registers(int registers, bool up, int line) {
 // ---- the host's side
 struct Device {
   int multiprocessors = 3, major = 9;
+  bool bound = false;  // a context to the calling thread
   std::map<const void*, size_t> allowed;
 };
 static Device g_device;
 
 int multiprocessors() { return g_device.multiprocessors; }
 int compute_capability() { return g_device.major; }
+void bind_context() { g_device.bound = true; }
 int allow_shared(const void* kernel, int bytes) {
   if (bytes < 0 || size_t(bytes) > kMostShared) return 1;
   g_device.allowed[kernel] = size_t(bytes);
@@ -602,6 +607,7 @@ CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType, cuuint32_
                                 const cuuint32_t* box, const cuuint32_t* steps,
                                 CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
                                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
+  if (!g_device.bound) return CUDA_ERROR_INVALID_CONTEXT;
   Map map{};
   map.magic = kMapMagic;
   map.base = static_cast<char*>(base);
@@ -636,5 +642,6 @@ extern "C" {
 __attribute__((visibility("default"))) void lens_emulation_device(int multiprocessors, int major) {
   g_device.multiprocessors = multiprocessors;
   g_device.major = major;
+  g_device.bound = false;  // every launch may be its thread's first
 }
 }

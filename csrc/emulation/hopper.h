@@ -61,6 +61,7 @@ void named_barrier(int id, int threads, bool wait, int line);
 // ---- called by the launchers, through the stand-ins of cuda_runtime.h
 int multiprocessors();
 int compute_capability();  // its major number
+void bind_context();       // to the calling thread, which has none when a launcher is called
 int allow_shared(const void* kernel, int bytes);
 bool shared_allowed(const void* kernel, size_t bytes);
 

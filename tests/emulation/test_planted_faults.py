@@ -147,6 +147,12 @@ PRODUCT_FAULTS = {
     "more registers than there are": Fault(
         "linear", _RING, "kConsumers == 2 ? 232", "kConsumers == 2 ? 240", "registers"
     ),
+    "more registers than the launch has": Fault(  # 65,536, of which 384 threads get 168 each
+        "linear", _RING, "kConsumers == 2 ? 40", "kConsumers == 2 ? 48", "65536 registers, the launch has 64512"
+    ),
+    "a thread without a context": Fault(
+        "linear", "tensor_map.cuh", " || cudaSetDevice(device) != cudaSuccess", "", "error 1:"
+    ),
     "barriers behind the end of shared memory": Fault(
         "linear", _RING, "kBarriers + 2 * kStages * 8", "kBarriers + kStages * 8", "leaves the block's"
     ),
