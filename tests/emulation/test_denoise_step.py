@@ -17,7 +17,7 @@ from lens.modulation import Modulation
 from lens.ops import attention_backends, backend, denoise_step, linear_backends
 from lens.ops._attention_bound import score_bound
 from lens.ops.denoise_step import DenoiseStep
-from lens.packing import Packing, plan
+from lens.packing import Grid, Packing, plan
 from lens.step import State, free_state
 from tests.pipeline.test_engine import job
 from tests.recorded_graph import Recorder, RecordingDriver, launches
@@ -31,9 +31,9 @@ SAMPLES = {
 }
 
 
-def model(dtype: torch.dtype = torch.bfloat16) -> LensTransformer2DModel:
+def model(dtype: torch.dtype = torch.bfloat16, config: LensConfig = CONFIG) -> LensTransformer2DModel:
     """Random weights whose branches matter: norms and biases away from 1 and 0."""
-    made = LensTransformer2DModel(CONFIG).eval().requires_grad_(False)
+    made = LensTransformer2DModel(config).eval().requires_grad_(False)
     g = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         fresh = torch.randn(parameter.shape, generator=g)
@@ -57,16 +57,19 @@ class Inputs:
 
 
 def inputs(case: str) -> Inputs:
-    grids, texts = SAMPLES[case]
+    return drawn(*SAMPLES[case], CONFIG, "cpu")
+
+
+def drawn(grids: list[Grid], texts: list[int], config: LensConfig, device: str) -> Inputs:
     g = torch.Generator().manual_seed(1)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=g).bfloat16()
+        return torch.randn(shape, generator=g).bfloat16().to(device)
 
-    packing, width = plan(grids, texts, CONFIG.axes_dims_rope), CONFIG.inner_dim
-    table = Modulation(normal(len(grids), CONFIG.num_layers, 2, 6, width) * 0.5, normal(len(grids), 2, width) * 0.5)
+    packing, width = plan(grids, texts, config.axes_dims_rope, device), config.inner_dim
+    table = Modulation(normal(len(grids), config.num_layers, 2, 6, width) * 0.5, normal(len(grids), 2, width) * 0.5)
     rows = sum(packing.image_lengths), sum(packing.text_lengths)
-    return Inputs(packing, normal(rows[0], CONFIG.in_channels), normal(rows[1], width), table)
+    return Inputs(packing, normal(rows[0], config.in_channels), normal(rows[1], width), table)
 
 
 def plainly(model: LensTransformer2DModel, given: Inputs) -> Tensor:
@@ -93,13 +96,20 @@ def on_device(model: LensTransformer2DModel, library: ctypes.CDLL) -> Iterator[N
             assert not library.lens_emulation_free(address)
 
 
-def whole(model: LensTransformer2DModel, given: Inputs) -> Tensor:
-    """By the one call, from memory that holds NaN."""
+def taken(model: LensTransformer2DModel, given: Inputs) -> DenoiseStep:
+    """The one call with its inputs, in memory that held NaN."""
     step = DenoiseStep(model, given.packing, 1e-6)
     for buffer in (step.workspace, step.image_rows, step.modulation, step.final_modulation):
         buffer.fill_(torch.nan)
-    samples = torch.arange(len(given.packing.grids))
-    step.take(given.image.float(), given.modulation, samples - 1, torch.ones(1, dtype=torch.int64))
+    samples, device = len(given.packing.grids), given.image.device
+    ones = torch.ones(1, dtype=torch.int64, device=device)
+    step.take(given.image.float(), given.modulation, torch.arange(samples, device=device) - 1, ones)
+    return step
+
+
+def whole(model: LensTransformer2DModel, given: Inputs) -> Tensor:
+    """The velocity by the one call."""
+    step = taken(model, given)
     velocity = torch.full_like(given.image, torch.nan)
     step.run(given.text, velocity)
     return velocity
