@@ -27,12 +27,17 @@ struct LinearGatedResidualEpilogue {
       const int64_t b = sample_of_row(offsets, p.B, inside ? row : rows - 1);
       const Bf16* gate = image ? static_cast<const Bf16*>(p.image_gate) + b * p.image_gate_stride
                                : static_cast<const Bf16*>(p.text_gate) + b * p.text_gate_stride;
+      uint32_t words[N / 32][4];  // all of x first: no load may rise above a store to out
+#pragma unroll
+      for (int g = 0; g < N / 32; ++g) {
+        const int column = at.column + 32 * g;
+        load_words(words[g], x, row, p.D, column, at.quad, inside && column < p.D);
+      }
 #pragma unroll
       for (int g = 0; g < N / 32; ++g) {
         const int column = at.column + 32 * g;
         if (column >= p.D) break;  // the whole warp
-        uint32_t w[4];
-        load_words(w, x, row, p.D, column, at.quad, inside);
+        uint32_t(&w)[4] = words[g];
         transpose_quad(w, at.quad);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
