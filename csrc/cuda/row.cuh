@@ -152,7 +152,9 @@ __device__ __forceinline__ A sum_chunk(A (&terms)[V]) {
 __device__ __forceinline__ float inverse_sqrt(float x) { return rsqrtf(x); }
 __device__ __forceinline__ double inverse_sqrt(double x) { return rsqrt(x); }
 
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+// The quick division: 0 where the divisor is infinite or beyond 2^126, which is the limit, 1 ulp
+// more elsewhere. The exact one calls a subroutine for every element.
+__device__ __forceinline__ float sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
 __device__ __forceinline__ double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 
 // ---- samples
