@@ -69,18 +69,22 @@ FOREIGN = [
 
 
 def test_foreign_names_stop_at_the_checkpoint():
-    paths = [path for path in files("lens", "train", "bench", suffixes={".py"}) if path.name != "checkpoint.py"]
+    layouts = {"checkpoint.py", "adapters.py"}  # of files, which name the released modules
+    paths = [path for path in files("lens", "train", "bench", suffixes={".py"}) if path.name not in layouts]
     assert lines_with("|".join(FOREIGN), paths) == []
     own = (ROOT / "lens" / "checkpoint.py").read_text()
     assert [pattern for pattern in FOREIGN if not re.search(pattern, own)] == []
 
 
 # the files of lens/ops that are no op
-SHARED = {"__init__", "attention_backends", "backend", "checks", "reference"}
+SHARED = {"__init__", "attention_backends", "backend", "checks", "linear_backends", "reference"}
 # rests on torch, hence without kernel files
 ON_TORCH = {"joint_attention"}
 # the fused form of an op shares the op's files
 FUSED = {"gated_residual_norm_modulate": "gated_residual"}
+# for sm_90a alone, hence without CPU kernels: stem -> its kernels, and where tests run them
+PRODUCTS = [f"gemm/linear{row_op}" for row_op in ("", "_qkv_norm_rope", "_swiglu", "_gated_residual")]
+HOPPER = {"linear_fused": PRODUCTS, "denoise_step": ["denoise_step"]}
 OP_FILES = [p for p in (ROOT / "lens" / "ops").glob("*.py") if p.stem not in SHARED]
 STEMS = sorted(p.stem for p in OP_FILES if not p.stem.startswith("_"))
 
@@ -89,7 +93,10 @@ STEMS = sorted(p.stem for p in OP_FILES if not p.stem.startswith("_"))
 def test_one_stem_per_op(stem):
     stem = FUSED.get(stem, stem)
     places = [f"tests/ops/test_{stem}.py"]
-    if stem not in ON_TORCH:
+    if stem in HOPPER:
+        places = [f"tests/emulation/test_{stem}.py", f"tests/gpu/test_{stem}_gpu.py"]
+        places += [f"csrc/cuda/{kernel}.{end}" for kernel in HOPPER[stem] for end in ("cuh", "cu")]
+    elif stem not in ON_TORCH:
         places += [f"csrc/cpu/{stem}.cpp", f"csrc/cuda/{stem}.cuh", f"csrc/cuda/{stem}.cu"]
     assert [place for place in places if not (ROOT / place).exists()] == []
 
