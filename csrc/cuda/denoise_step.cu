@@ -2,6 +2,7 @@
 // one call: the host fills structs and never returns to Python between two kernels. Nothing is
 // allocated; a CUDA graph may record it.
 #include "cuda/denoise_step.cuh"
+#include "cuda/rms_norm_modulate.cuh"
 
 namespace lens {
 namespace gpu {
@@ -34,7 +35,6 @@ struct Step {
   const void* modulation(int64_t block, Stream s, Row row) const {
     return static_cast<const char*>(p.modulation) + ((block * 2 + s) * 6 + row) * D * kElement;
   }
-  int64_t rows(Stream s) const { return s == kImage ? p.RI : p.RT; }
   const int32_t* offsets(Stream s) const { return s == kImage ? p.image_offsets : p.text_offsets; }
 
   // The first launch that fails is the last.
@@ -53,14 +53,22 @@ struct Step {
     run(linear_cuda, q);
   }
 
-  void norm(int64_t block, Stream s, const void* x_rows, const void* weight, Row shift, Row scale) {
-    RmsNormModulateParams q{};
-    q.x = x_rows, q.weight = weight, q.y = normed(s), q.offsets = offsets(s);
-    q.shift = modulation(block, s, shift), q.scale = modulation(block, s, scale);
-    q.R = rows(s), q.B = p.B, q.D = D;
-    q.shift_stride = q.scale_stride = row_stride;
-    q.eps = p.eps;
-    run(rms_norm_modulate_cuda, q);
+  // Image rows from x, text rows, if any, from `text_x`; one launch.
+  void norms(int64_t block, bool text, const void* text_x, const void* StreamWeights::* weight,
+             Row shift, Row scale) {
+    RmsNormModulateSets sets{};
+    for (Stream s : {kImage, kText}) {
+      RmsNormModulateParams& q = sets.p[s];
+      q.x = s == kImage ? x(kImage) : text_x, q.weight = weights(block, s).*weight;
+      q.y = normed(s), q.offsets = offsets(s);
+      q.shift = modulation(block, s, shift), q.scale = modulation(block, s, scale);
+      q.R = s == kImage ? p.RI : text ? p.RT : 0, q.B = p.B, q.D = D;
+      q.shift_stride = q.scale_stride = row_stride;
+      q.eps = p.eps;
+      q.dtype = DType::kBFloat16;
+      q.stream = p.stream;
+    }
+    if (error == 0) error = rms_norm_modulate_sets_cuda(sets);
   }
 
   void heads(int64_t block) {
@@ -149,22 +157,17 @@ int denoise_step_cuda(const DenoiseStepParams& p) {
   step.linear(p.image_rows, p.image_in, p.image_in_bias, step.x(kImage), p.C, D);
   const void* text_x =
       p.text_rows;  // read where the projection left it; the first residual writes elsewhere
-  const auto norms = [&](int64_t block, bool text, const void* StreamWeights::* weight, Row shift,
-                         Row scale) {
-    step.norm(block, kImage, step.x(kImage), step.weights(block, kImage).*weight, shift, scale);
-    if (text) step.norm(block, kText, text_x, step.weights(block, kText).*weight, shift, scale);
-  };
-  norms(0, true, &StreamWeights::norm1, kShift1, kScale1);
+  step.norms(0, true, text_x, &StreamWeights::norm1, kShift1, kScale1);
   for (int64_t block = 0; block < p.L; ++block) {
     const bool last = block + 1 == p.L, text = !last;  // nothing reads the last block's text
     step.heads(block);
     step.attention(block, text);
     step.residual(block, text, text_x, false);
     text_x = step.x(kText);
-    norms(block, text, &StreamWeights::norm2, kShift2, kScale2);
+    step.norms(block, text, text_x, &StreamWeights::norm2, kShift2, kScale2);
     step.mlp(block, text);
     step.residual(block, text, text_x, true);
-    if (!last) norms(block + 1, true, &StreamWeights::norm1, kShift1, kScale1);
+    if (!last) step.norms(block + 1, true, text_x, &StreamWeights::norm1, kShift1, kScale1);
   }
   step.final_norm();
   step.linear(step.normed(kImage), p.image_out, p.image_out_bias, p.velocity, D, p.C);

@@ -3,7 +3,7 @@
 // x [R, D] -> y [R, D]; weight [D]; scale, shift [B, D] with any row stride; offsets int32 [B + 1].
 // Moves 2 R D elements (bfloat16, R = 8192, D = 1536: 50 MB); weight, scale and shift come from L1.
 // Bound by memory. One warp per row, the row in registers, no shared memory: 6 loads of 16 bytes in
-// flight per lane at D = 1536.
+// flight per lane at D = 1536. A second set of rows may follow the first in the same launch.
 #pragma once
 
 #include "cuda/column_sums.cuh"
@@ -11,16 +11,28 @@
 #include "cuda/norm_backward.cuh"
 #include "cuda/norm_row.cuh"
 
-namespace lens::gpu {
+namespace lens {
+
+// Rows of equal width, eps and type; the second may have none.
+struct RmsNormModulateSets {
+  RmsNormModulateParams p[2];
+};
+int rms_norm_modulate_sets_cuda(const RmsNormModulateSets& sets);
+
+namespace gpu {
 
 // registers <= 96: rms_norm_modulate_kernel
 template <class T, int K, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
-    rms_norm_modulate_kernel(const RmsNormModulateParams p) {
+    rms_norm_modulate_kernel(const __grid_constant__ RmsNormModulateSets sets) {
   // who am I
-  const int lane = threadIdx.x, width = int(p.D);
-  const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
+  const int lane = threadIdx.x;
+  int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
+  const int set = row >= sets.p[0].R;
+  if (set) row -= sets.p[0].R;
+  const RmsNormModulateParams& p = sets.p[set];
   if (row >= p.R) return;
+  const int width = int(p.D);
 
   // load
   const T* x = static_cast<const T*>(p.x) + row * p.D;
@@ -67,4 +79,5 @@ __global__ void __launch_bounds__(kBackwardThreads, K == 1 ? 2 : 1)
                                    Acc<T>(p.eps), shared);
 }
 
-}  // namespace lens::gpu
+}  // namespace gpu
+}  // namespace lens
