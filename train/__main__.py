@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import linecache
 import sys
+from pathlib import Path
 
 STAGES = {  # module, what it does
     "world": ("train.data.sheet", "draw a labelled contact sheet of the small world"),
@@ -36,5 +38,40 @@ def main(argv: list[str] | None = None) -> int:
     return options.run(options)
 
 
+def mistake(error: Exception) -> str | None:
+    """What to tell a person whose command cannot be carried out; None where the error is a bug, or the training's own.
+
+    A mistake is refused by a `raise` of this project, or is a path that is missing or forbidden. The same exception out of
+    a library, or of an expression of ours, was not foreseen.
+    """
+    if isinstance(error, OSError) and error.filename:
+        paths = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
+        return f"{error.filename}: {error.strerror}" if isinstance(error, paths) else None
+    if not isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
+        return None
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return None
+    file = trace.tb_frame.f_code.co_filename
+    ours = Path(__file__).resolve().parents[1] in Path(file).resolve().parents and "site-packages" not in file
+    return str(error) if ours and linecache.getline(file, trace.tb_lineno).strip().startswith("raise ") else None
+
+
+def command() -> int:
+    """`main`, whose user's mistakes are one line and exit code 2; a training that diverged, one line and 1."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if (text := mistake(error)) is None:
+            raise
+        print(f"error: {' '.join(text.split())}", file=sys.stderr)
+        return 1 if isinstance(error, FloatingPointError) else 2
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command())

@@ -26,6 +26,7 @@ from .loop import keyed
 
 ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
 MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
+NO_BASE = "--lora: expected --init CHECKPOINT beside it, the released layout's folder whose weights stay frozen"
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
 
 

@@ -141,10 +141,13 @@ class Checkpoints:
         self.folder, self.group, self.keep_last, self.keep_every = folder, group, keep_last, keep_every
         self.pending: Future | None = None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone is as good as any
-        if group.main and folder.is_dir():
-            for part in folder.glob(".step_*.part"):  # of a save that was killed
+
+    def take_over(self) -> None:
+        """Clear away what a killed save left. For the training that writes here alone: others would remove its save under way."""
+        if self.group.main and self.folder.is_dir():
+            for part in self.folder.glob(".step_*.part"):
                 shutil.rmtree(part)
-        group.barrier()
+        self.group.barrier()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
         """Begin to write a state; waits for the one before. Errors: those of the save before, on all processes."""
@@ -174,9 +177,7 @@ class Checkpoints:
     def publish(self, part: Path, name: str) -> None:
         """Give a whole folder its name, point `latest` to it, remove what need not be kept."""
         _flush(part)
-        if (
-            self.folder / name
-        ).is_dir():  # of a branch that was left: `load` made `latest` point to where this one began
+        if (self.folder / name).is_dir():  # of a branch that was left: `latest` points to where this one began
             os.replace(self.folder / name, self.folder / f".{name}.old.part")
         os.replace(part, self.folder / name)
         _flush(self.folder)
@@ -196,8 +197,8 @@ class Checkpoints:
     def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Fill `tensors`, sharded as they are, from a state; returns what is not a tensor (see `read_state`).
 
-        A state of this folder becomes the latest: an older one begins a new branch. Errors: ValueError on all processes
-        for a damaged file (each checks its share), for tensors that are missing or of another shape.
+        Errors: ValueError on all processes for a damaged file (each checks its share), for tensors that are missing or of
+        another shape.
         """
         state = read_state(folder)
         sums = checkpoint.read_json(folder / "checksums.json")
@@ -214,10 +215,13 @@ class Checkpoints:
         ]
         _refuse(wrong)
         dcp.load(dict(tensors), storage_reader=reader, process_group=self.group.writers, no_dist=self.group.world == 1)
+        return state
+
+    def go_on_from(self, folder: Path) -> None:
+        """A state of this folder is the latest from now on: an older one begins a new branch."""
         if self.group.main and folder.parent == self.folder:
             write_text(self.folder / "latest", folder.name + "\n")
         self.group.barrier()
-        return state
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -37,17 +38,38 @@ from .data.shards import ShardSet
 from .data.sheet import contact_sheet
 from .denoiser import Denoiser
 from .generator import packing_of, packing_on
-from .loop import Clock, keyed
+from .loop import Clock, keyed, positive
 from .objectives import flow_matching
 from .parallel import Ranks
 from .trainer import Trainer, averaged_names, plain
 
+ALONE = Ranks(torch.device("cpu"))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def model_of(recipe: ModuleType) -> LensConfig:
     """The MMDiT of a recipe: the released one, but for MODEL."""
     return LensConfig(**recipe.MODEL)
+
+
+def check(recipe: ModuleType) -> None:
+    """Refuse at the start what would fail later. Errors: ValueError naming the field."""
+    known = [field.name for field in dataclasses.fields(LensConfig)]
+    if strange := sorted(set(recipe.MODEL) - set(known)):
+        raise ValueError(f"MODEL: no field {strange[0]!r}; fields: {', '.join(known)}")
+    for name in ("SLOTS", "STEPS", "KEEP_LAST", "LOG_EVERY", "SAVE_EVERY", "SKIP_LIMIT"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {getattr(recipe, name)}")
+    for name in ("LR", "CLIP", "TIME_SIGMA"):
+        if not 0 < getattr(recipe, name) < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    if not isinstance(recipe.MU, float | int) and (len(recipe.MU) != 2 or recipe.MU[0][0] == recipe.MU[1][0]):
+        raise ValueError(f"MU: expected a number or two points of a line, (tokens, mu), got {recipe.MU}")
+    bucket_size(int(recipe.SHEET["base"]), "1:1")
+    if recipe.SHEET["steps"] < 1:
+        raise ValueError(f"SHEET.steps: expected 1 or more, got {recipe.SHEET['steps']}")
+    for bucket in buckets_of(recipe):
+        bucket_size(bucket.base, bucket.aspect)
 
 
 def law_of(recipe: ModuleType) -> BucketLaw:
@@ -240,6 +262,13 @@ def networks(
     return None, None, None, None
 
 
+def share_of_peak(text: str) -> float:
+    """A number in (0, 1]."""
+    if not 0 < (value := float(text)) <= 1:
+        raise ValueError(text)
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those of a recipe with SLOTS; the others are the stage's own."""
     own = parser.add_argument_group("recipes with SLOTS (released, mini/on_shards), on one process or under torchrun")
@@ -256,13 +285,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--dry-run", action="store_true", help="print size, memory, FLOPs and time for this mesh; needs no GPU"
     )
-    own.add_argument("--world", type=int, default=128, help="processes that --dry-run assumes (default: 128)")
+    own.add_argument("--world", type=positive, default=128, help="processes that --dry-run assumes (default: 128)")
     own.add_argument(
         "--gpu", default="a100", choices=sorted(cost.GPUS), help="GPU that --dry-run assumes (default: a100)"
     )
-    own.add_argument("--mfu", type=float, default=0.4, help="share of its peak that --dry-run assumes (default: 0.4)")
     own.add_argument(
-        "--shard", type=int, help="ranks that hold one copy of the state (default: those of a node, at most SHARD)"
+        "--mfu", type=share_of_peak, default=0.4, help="share of its peak that --dry-run assumes (default: 0.4)"
+    )
+    own.add_argument(
+        "--shard", type=positive, help="ranks that hold one copy of the state (default: those of a node, at most SHARD)"
     )
     own.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
 
@@ -294,6 +325,8 @@ def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
         recipe.MODEL = {name: tuple(v) if isinstance(v, list) else v for name, v in held["MODEL"].items()}
     elif (path := released_config(options.init)) is not None:
         recipe.MODEL = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
+    elif asked and not options.dry_run:
+        raise ValueError(adapters.NO_BASE)
     if asked:
         recipe.LORA = str(asked)
     return recipe
@@ -301,7 +334,7 @@ def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
 
 def state_of(options: argparse.Namespace) -> Path | None:
     """The state that is taken up, if any: `--resume`, or the latest of OUT."""
-    return options.resume or Checkpoints(options.out / "checkpoints", Ranks(torch.device("cpu"))).latest()
+    return options.resume or Checkpoints(options.out / "checkpoints", ALONE).latest()
 
 
 def released_config(init: Path | None) -> Path | None:
@@ -317,6 +350,7 @@ def lora_of(recipe: ModuleType) -> adapters.Lora | None:
 def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
     """`python -m train pretrain|mixed_resolution` for such a recipe. Errors: ValueError, FileNotFoundError."""
     recipe = as_trained(options, recipe)
+    check(recipe)
     if options.print_config:
         print(configs.describe(recipe))
         return 0
@@ -344,7 +378,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     model.to_empty(device="cpu")
     if lora := lora_of(recipe):
         adapters.attach(model, lora, recipe.SEED)
-    states, folder = Checkpoints(options.out / "checkpoints", Ranks(torch.device("cpu"))), state_of(options)
+    states, folder = Checkpoints(options.out / "checkpoints", ALONE), state_of(options)
     if folder is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
     states.load(folder, averaged_names(model))

@@ -38,6 +38,13 @@ def duration(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def positive(text: str) -> int:
+    """A whole number of 1 or more. Errors: ValueError naming the text."""
+    if (value := int(text)) < 1:
+        raise ValueError(text)
+    return value
+
+
 def rate(step: int, base: float, warmup: int, steps: int, decay: int) -> float:
     """Learning rate of a step: linear warm-up, constant, then linear to zero over the last `decay` of `steps`."""
     up = min(1.0, (step + 1) / max(1, warmup))

@@ -47,7 +47,7 @@ from .codec import Latents
 from .data.stream import Source, Step, Stream, bucket_at, draw
 from .generator import Mini, Painter, draw_sheet, fused_rows
 from .logging import JsonLog
-from .loop import Clock, Ema, device_of, duration, keyed, rate
+from .loop import Clock, Ema, device_of, duration, keyed, positive, rate
 from .objectives import flow_matching
 from .warm_start import rebase_latents
 
@@ -181,6 +181,8 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     fresh = not path.is_file()
     state = None if fresh else load_state(path, stage)
     config, lora = shaped(config, state, options.init), adapters_of(state, options.lora)
+    if lora and fresh and options.init is None:
+        raise ValueError(adapters.NO_BASE)
     model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
     latents = Latents(options.vae, device)
@@ -342,7 +344,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="state file of the encoder stage (default: runs/encoder/encoder.pt; with --init, the encoder found there)",
     )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
-    parser.add_argument("--steps", type=int, help="total steps instead of the recipe's")
+    parser.add_argument("--steps", type=positive, help="total steps instead of the recipe's")
     parser.add_argument("--decay", type=int, help="length of the final linear decay in steps instead of the recipe's")
     parser.add_argument(
         "--joint-steps", type=int, help="steps during which the encoder trains along, instead of the recipe's"

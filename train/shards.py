@@ -47,7 +47,7 @@ from .data.pictures import fitted
 from .data.shards import FEATURES, IDS, LATENTS, Sample, ShardSet, read_index, write_manifest, write_shard
 from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
 from .data.stream import start_worker, undisturbed
-from .loop import device_of
+from .loop import device_of, positive
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -139,6 +139,8 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
             seeds = range(first, first + options.per_bucket)
             own += [Drawing(options.world, options.split, seed, *bucket.size) for seed in seeds]
         return buckets
+    if not options.images.is_dir():
+        raise ValueError(f"--images: {options.images} is no folder")
     captions = captions_of(options.captions) if options.captions else None
     for picture, height, width in pictures_of(options.images, captions, out):
         if (fraction(picture.key) < options.held_out) != (options.split == "held_out"):
@@ -260,8 +262,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--held-out", type=share, default=0.0, metavar="SHARE", help="of the keys of a folder (default: 0)"
     )
-    parser.add_argument("--samples", type=int, default=1_000, help="samples of a shard (default: 1000)")
-    parser.add_argument("--per-bucket", type=int, default=1_000, help="--world: scenes of a bucket (default: 1000)")
+    parser.add_argument("--samples", type=positive, default=1_000, help="samples of a shard (default: 1000)")
+    parser.add_argument(
+        "--per-bucket", type=positive, default=1_000, help="--world: scenes of a bucket (default: 1000)"
+    )
     parser.add_argument("--first-seed", type=int, default=0, help="--world: seed of the first scene (default: 0)")
     parser.add_argument("--workers", type=int, default=0, help="processes that write shards (default: 0, none)")
     parser.add_argument(

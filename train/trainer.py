@@ -89,6 +89,7 @@ class Trainer:
         self.optimizer = optimizer_of(recipe, self.parameters)
         self.ema = Ema(parallel.bare(model), recipe.EMA, trained_only=True)
         self.checkpoints = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
+        self.checkpoints.take_over()
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.saved: int | None = None
 
@@ -211,6 +212,7 @@ class Trainer:
         if stage != self.stage:
             raise ValueError(f"{folder}: a state of stage {stage!r}, expected {self.stage!r}; --init takes its weights")
         state = self.checkpoints.load(folder, self.tensors())
+        self.checkpoints.go_on_from(folder)
         self.step, self.skipped, self.ema.updates = state["step"], state["skipped"], state["ema_updates"]
         self.saved = self.step if folder.parent == self.checkpoints.folder else None
         return state

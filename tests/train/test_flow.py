@@ -122,6 +122,20 @@ def test_shards_without_latents_need_networks(shards, tmp_path, monkeypatch):
         main(words(bare, tmp_path / "out", 1))
 
 
+def test_an_export_disturbs_no_training(shards, tmp_path):
+    """A save under way, and the state that is the latest, stay what they are."""
+    out = tmp_path / "run"
+    assert main(words(shards, out, 2, "--set", "SAVE_EVERY=1")) == 0
+    under_way = out / "checkpoints" / ".step_0000003.part"
+    under_way.mkdir()
+    older = out / "checkpoints" / "step_0000001"
+    asked = ["mixed_resolution", "--config", "mini/on_shards", "--out", str(out)]
+    assert main([*asked, "--export", str(tmp_path / "export"), "--resume", str(older)]) == 0
+    assert main([*asked, "--dry-run", "--world", "1"]) == 0
+    assert under_way.is_dir()
+    assert (out / "checkpoints" / "latest").read_text() == "step_0000002\n"
+
+
 def test_a_damaged_state_is_named(trained, shards, tmp_path):
     import shutil
 

@@ -87,7 +87,11 @@ def key_of(file: str, taken: set[str]) -> str:
 def captions_of(path: Path) -> dict[str, str]:
     """A captions file. Errors: ValueError naming the line."""
     out = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a caption
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8: {error}") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
@@ -104,9 +108,9 @@ def caption_beside(path: Path) -> str:
     """NAME.txt, or "caption" of NAME.json. Errors: Unusable."""
     try:
         if (text := path.with_suffix(".txt")).is_file():
-            caption = text.read_text(encoding="utf-8")
+            caption = text.read_text(encoding="utf-8-sig")  # some editors put a mark before the first letter
         elif (text := path.with_suffix(".json")).is_file():
-            caption = json.loads(text.read_text(encoding="utf-8"))["caption"]
+            caption = json.loads(text.read_text(encoding="utf-8-sig"))["caption"]
         else:
             raise Unusable("no caption")
     except (ValueError, TypeError, KeyError) as error:
