@@ -19,7 +19,7 @@ from . import sampler
 from .model import BLOCK_EPS, LensTransformer2DModel
 from .modulation import Modulation
 from .ops import denoise_step
-from .ops.denoise_step import DenoiseStep
+from .ops._denoise_memory import DenoiseStep
 from .packing import Binned, Grid, Packing, offsets_of, plan
 from .rope import grid_table
 

@@ -99,10 +99,8 @@ def _flash(module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, **opt
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """torch's own kernels free of float atomics: they obey the global switch alone."""
-    enabled, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield

@@ -16,7 +16,7 @@ from lens.graphs import GraphCache
 from lens.modulation import Modulation
 from lens.ops import attention_backends, backend, denoise_step, linear_backends
 from lens.ops._attention_bound import score_bound
-from lens.ops.denoise_step import DenoiseStep
+from lens.ops._denoise_memory import DenoiseStep, bounds
 from lens.packing import Grid, Packing, plan
 from lens.step import State, free_state
 from tests.pipeline.test_engine import job
@@ -264,13 +264,13 @@ def test_when_a_step_is_one_call(forced, monkeypatch):
 
 def test_every_block_has_its_own_bound():
     made = model()
-    before = denoise_step.bounds(made).tolist()
+    before = bounds(made).tolist()
     for block, bound in zip(made.layers(), before, strict=True):
         streams = block.streams()
         assert bound == score_bound([s.q_norm for s in streams], [s.k_norm for s in streams])
     with torch.no_grad():
         made.layers()[1].text.k_norm.mul_(8)
-    after = denoise_step.bounds(made).tolist()
+    after = bounds(made).tolist()
     assert after[0] == before[0]
     assert after[1] > 2 * before[1]
 

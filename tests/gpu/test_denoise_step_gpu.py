@@ -15,7 +15,8 @@ from torch import Tensor
 from lens import LensConfig, LensTransformer2DModel
 from lens.graphs import CudaDriver
 from lens.ops import attention_backends, backend, denoise_step, linear_backends
-from lens.ops.denoise_step import OWN_ATTENTION, DenoiseStep
+from lens.ops._denoise_memory import DenoiseStep
+from lens.ops.denoise_step import OWN_ATTENTION
 from tests.emulation import test_denoise_step as steps
 from tests.emulation.test_denoise_step import CONFIG, SAMPLES, Inputs, plainly, relative
 from tests.ops.harness import same_bits
