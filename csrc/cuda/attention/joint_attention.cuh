@@ -115,10 +115,16 @@ __device__ inline void sweep_values(AttentionShared& shared, Walk walk, int lane
   }
 }
 
+// A descriptor that is the same in all lanes, said so that it goes straight to uniform registers:
+// moves of every step's would stand between the products, within the turn.
+__device__ __forceinline__ uint64_t uniform(uint64_t bits) {
+  return bits >> 32 << 32 | __shfl_sync(kFullWarp, uint32_t(bits), 0);
+}
+
 // s = Q K^T of 64 queries and 128 keys, started
 __device__ __forceinline__ void start_scores(float (&s)[kBlockKeys / 2], const Bf16* q,
                                              const Bf16* k) {
-  const uint64_t a = matrix_k(q), b = matrix_k(k);
+  const uint64_t a = uniform(matrix_k(q)), b = uniform(matrix_k(k));
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kHeadWidth / 16; ++step) {
@@ -131,7 +137,7 @@ __device__ __forceinline__ void start_scores(float (&s)[kBlockKeys / 2], const B
 __device__ __forceinline__ void start_values(float (&o)[kHeadWidth / 2],
                                              const uint32_t (&p)[kBlockKeys / 16][4], const Bf16* v,
                                              bool accumulate) {
-  const uint64_t b = matrix_mn(v);
+  const uint64_t b = uniform(matrix_mn(v));
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kBlockKeys / 16; ++step) {
@@ -271,7 +277,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 1)
   }
   make_schedule(shared.schedule, p);
   __syncthreads();
-  const int warpgroup = int(threadIdx.x) / kWarpgroup;
+  const int warpgroup = __shfl_sync(kFullWarp, int(threadIdx.x) / kWarpgroup, 0);
   const Walk walk(shared.schedule, p);
   if (warpgroup < kConsumers) {
     registers_up<232>();
