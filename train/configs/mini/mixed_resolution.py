@@ -55,5 +55,5 @@ MU = ((16, 0.5), (64, 0.74))
 WINDOW = 192  # batches; the scenes of one bucket among them are sorted by caption length together
 JOINT_STEPS = 0  # the encoder stays as it was shipped
 LR, ENCODER_LR = 1e-3, 0.0  # half of the first stage's, as in the paper
-STEPS, DECAY = 14_000, 11_000
+STEPS, DECAY = 13_750, 9_250
 VALIDATE_EVERY, SAVE_EVERY = 1_000, 2_000
