@@ -112,6 +112,8 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
   if (warp < 4) {  // copy
     registers_down<Ring::kCopierRegisters>();
     if (warp != 0 || !elect_one()) return;
+    for (const CUtensorMap& map : maps.x) tma_prefetch(&map);
+    for (const CUtensorMap& map : maps.weight) tma_prefetch(&map);
     RingPlace at;
     for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
       const TileAt tile = order[t];
@@ -212,11 +214,11 @@ template <int M, int N>
 struct Shape {};
 
 // Cycles the slowest multiprocessor takes: whole waves of tiles, each bound by its products or by
-// its copies out of L2, and its epilogue.
+// its copies out of L2, and its epilogue, by the instructions counted in the machine code.
 inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, int M, int N) {
   constexpr int64_t kL2Bytes = 40;  // a cycle and multiprocessor, predicted
   const int64_t products = M * N / 32, copies = (M + N) * kTileK * 2 / kL2Bytes;
-  const int64_t step = products > copies ? products : copies, epilogue = M * N / 20;
+  const int64_t step = products > copies ? products : copies, epilogue = M * N / 8;
   return ceil_div(tiles, multiprocessors) * (depth / kTileK * step + epilogue);
 }
 
