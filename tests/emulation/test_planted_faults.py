@@ -176,6 +176,9 @@ PRODUCT_FAULTS = {
     "text tiles of the image's stream": Fault(
         "linear_gated_residual", _RING, "{text ? kText : kImage", "{kImage", "numbers|past the end"
     ),
+    "x behind the last column": Fault(
+        "linear_gated_residual", _GATED, "inside && column < p.D", "inside", "past the end of"
+    ),
     "the gate of the first sample": Fault(
         "linear_gated_residual", _GATED, "p.B, inside ? row : rows - 1", "p.B, 0", NUMBERS
     ),
