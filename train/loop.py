@@ -98,6 +98,22 @@ class Ema:
             p.copy_(self.average[name])
 
 
+class Averaged:
+    """`with Averaged(ema, model):` runs a block on the averaged weights."""
+
+    def __init__(self, ema: Ema, model: torch.nn.Module):
+        self.ema, self.model = ema, model
+
+    def __enter__(self) -> None:
+        self.live = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        self.ema.copy_to(self.model)
+
+    @torch.no_grad()
+    def __exit__(self, *_: object) -> None:
+        for name, p in self.model.named_parameters():
+            p.copy_(self.live[name])
+
+
 class Clock:
     """Says when to stop: after `limit` seconds, or at the first SIGTERM or SIGINT. The loop then saves and exits 0."""
 

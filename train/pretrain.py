@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,69 +43,12 @@ from . import adapters, configs, flow
 from . import encoder as text_stage
 from .checkpointing import load_state, save_state
 from .codec import Latents
-from .data.stream import Source, Step, Stream, bucket_at, draw
+from .data.stream import Source, Stream, bucket_at, draw
 from .generator import Mini, Painter, draw_sheet, fused_rows
 from .logging import JsonLog
-from .loop import Clock, Ema, device_of, duration, keyed, positive, rate
-from .objectives import flow_matching
+from .loop import Averaged, Clock, Ema, device_of, duration, positive, rate
+from .validation import validate
 from .warm_start import rebase_latents
-
-VALIDATION_SEED = 1_000_000_000
-LOSSES = ("with_text", "without_text", "text_explains")
-
-
-@torch.no_grad()
-def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
-    """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains.
-
-    Of squares of the recipe's side; a recipe with BUCKETS has the same of every base, `with_text_96` and so on, and their
-    means over the bases as `with_text` ....
-    """
-    if not stream.mixed:
-        return validate_at(config, config.SIDE, model, stream, prefix)
-    result, found = {}, {base: validate_at(config, base, model, stream, prefix) for base in config.BUCKETS}
-    for base, values in found.items():
-        result |= {f"{name}_{base}": value for name, value in values.items()}
-    return result | {name: sum(one[name] for one in found.values()) / len(found) for name in LOSSES}
-
-
-def validate_at(config: ModuleType, side: int, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
-    """`validate` on squares of one side."""
-    held = stream.encode(stream.render(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION), (side, side)))
-    order = sorted(range(config.VALIDATION), key=lambda i: held.lengths[i])
-    generator = keyed(config.SEED, "validation")
-    mu = flow_matching.mu_of(config.MU, held.latents.shape[1])
-    t = flow_matching.sample_times(config.VALIDATION, mu, generator).to(model.device)
-    noise = torch.randn(held.latents.shape, generator=generator).to(model.device)
-    sums, past = {"with_text": 0.0, "without_text": 0.0}, model.past(prefix)
-    for start in range(0, config.VALIDATION, 64):
-        pick = order[start : start + 64]
-        batch = held.take(pick)
-        x, target = flow_matching.noised(batch.latents, noise[pick], t[pick])
-        for name, ids, lengths in (
-            ("with_text", batch.ids, batch.lengths),
-            ("without_text", batch.ids[:0], [0] * len(pick)),
-        ):
-            losses, _ = model(Step(x, target, t[pick], ids, lengths, batch.grid), past, False)
-            sums[name] += losses.sum().item()
-    result = {name: value / config.VALIDATION for name, value in sums.items()}
-    return {**result, "text_explains": 1 - result["with_text"] / result["without_text"]}
-
-
-class Averaged:
-    """`with Averaged(ema, model):` runs a block on the averaged weights."""
-
-    def __init__(self, ema: Ema, model: nn.Module):
-        self.ema, self.model = ema, model
-
-    def __enter__(self) -> None:
-        self.live = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.ema.copy_to(self.model)
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for name, p in self.model.named_parameters():
-            p.copy_(self.live[name])
 
 
 def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
