@@ -6,7 +6,7 @@
 
 The VAE and the text encoder are frozen: those of a checkpoint folder (`--model`) or of Mini's stages (`--vae`, `--encoder`);
 neither is needed where the shards hold latents and features. OUT holds checkpoints/, log.jsonl and its copy for TensorBoard,
-a sheet of fixed prompts and seeds at every save, skipped.jsonl. The same command again resumes.
+a sheet of fixed prompts and seeds at every save, skipped.jsonl. `--validate`: the loss on pictures held out. The same command again resumes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .data.shards import ShardSet
 from .data.sheet import contact_sheet
 from .denoiser import Denoiser
 from .generator import packing_of, packing_on
+from .held_out import HeldOut
 from .loop import Clock, keyed, positive
 from .objectives import flow_matching
 from .parallel import Ranks
@@ -57,7 +58,16 @@ def check(recipe: ModuleType) -> None:
     known = [field.name for field in dataclasses.fields(LensConfig)]
     if strange := sorted(set(recipe.MODEL) - set(known)):
         raise ValueError(f"MODEL: no field {strange[0]!r}; fields: {', '.join(known)}")
-    for name in ("SLOTS", "STEPS", "KEEP_LAST", "LOG_EVERY", "SAVE_EVERY", "SKIP_LIMIT"):
+    for name in (
+        "SLOTS",
+        "STEPS",
+        "KEEP_LAST",
+        "LOG_EVERY",
+        "SAVE_EVERY",
+        "SKIP_LIMIT",
+        "VALIDATE_EVERY",
+        "VALIDATION",
+    ):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected 1 or more, got {getattr(recipe, name)}")
     for name in ("LR", "CLIP", "TIME_SIGMA"):
@@ -277,6 +287,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, metavar="CHECKPOINT", help="folder whose VAE and text encoder encode the data"
     )
     own.add_argument(
+        "--validate",
+        type=Path,
+        metavar="SHARDS",
+        help="shards the training never sees; their loss every VALIDATE_EVERY",
+    )
+    own.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a field of the recipe; repeatable"
     )
     own.add_argument(
@@ -302,7 +318,7 @@ def serves(recipe: ModuleType, options: argparse.Namespace) -> bool:
     """Whether a recipe trains here. `--print-config` is answered for all. Errors: ValueError for options of the other kind."""
     here = hasattr(recipe, "SLOTS")
     mine = {"--data": options.data, "--model": options.model, "--shard": options.shard, "--resume": options.resume}
-    mine |= {"--dry-run": options.dry_run}
+    mine |= {"--dry-run": options.dry_run, "--validate": options.validate}
     others = {"--decay": options.decay, "--joint-steps": options.joint_steps, "--compile": options.compile}
     others |= {"--lr-scale": options.lr_scale != 1}
     wrong = [name for name, value in (others if here else mine).items() if value not in (None, False)]
@@ -350,10 +366,10 @@ def lora_of(recipe: ModuleType) -> adapters.Lora | None:
 def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
     """`python -m train pretrain|mixed_resolution` for such a recipe. Errors: ValueError, FileNotFoundError."""
     recipe = as_trained(options, recipe)
-    check(recipe)
     if options.print_config:
         print(configs.describe(recipe))
         return 0
+    check(recipe)
     if options.dry_run:
         sizes = ShardSet(options.data).sizes if options.data else None
         print(cost.dry_run(recipe, options.world, options.shard, options.gpu, options.mfu, sizes))
@@ -388,6 +404,22 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     checkpoint.save_transformer(model, options.export / "transformer", torch.bfloat16)
 
 
+def unseen(
+    recipe: ModuleType, folder: Path, seen: ShardSet, tokenizer: encoders.Tokenizer | None, encode: Encode
+) -> tuple[Loader, Encode]:
+    """What `--validate` reads. Errors: ValueError where it is what the training sees, or needs networks that are not there."""
+    shards, known = ShardSet(folder), set(buckets_of(recipe))
+    if shards.fingerprint == seen.fingerprint:
+        raise ValueError(
+            f"--validate: {folder} holds the pictures of --data; expected others, as shards --split held_out"
+        )
+    if encode.text is None and {"latents", "text"} - set(shards.precomputed):
+        raise ValueError(f"--validate: {folder} holds no latents and text; expected --model, or --vae and --encoder")
+    sizes = {b: n for b, n in shards.sizes.items() if b in known}
+    sampler = BucketSampler(sizes, law_of(recipe), recipe.SEED, recipe.SLOTS)
+    return Loader(shards, sampler, tokenizer, 0.0), Encode(encode.codec, encode.text, encode.device, shards)
+
+
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
     clock, out = Clock(options.stop_after), options.out
     shards = ShardSet(options.data)
@@ -407,17 +439,21 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
     group.barrier()
+    losses, held_out = FlowMatching(recipe, shape), None
+    if options.validate is not None:
+        held_out = HeldOut(recipe, group, losses, *unseen(recipe, options.validate, shards, tokenizer, encode))
     trainer = Trainer(
         recipe,
         group,
         model,
-        FlowMatching(recipe, shape),
+        losses,
         out,
         sampler.buckets,
         stage,
         sheet,
         lambda batch: cost.training_flops(shape, batch.bucket.tokens, batch.lengths),
         cost.peak_of(group.device),
+        held_out,
     )
     start: Any = 0
     if (folder := state_of(options)) is not None:

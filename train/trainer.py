@@ -66,7 +66,10 @@ Losses = Callable[
 
 
 class Trainer:
-    """model: as `parallel.wrap` gave it. losses: the objective. sheet: draws the averaged model's pictures into a file."""
+    """model: as `parallel.wrap` gave it. losses: the objective. sheet: draws the averaged model's pictures into a file.
+
+    held_out: the averaged model -> its losses on what is never trained on (train/held_out.py).
+    """
 
     def __init__(
         self,
@@ -80,11 +83,13 @@ class Trainer:
         sheet: Callable[[Path], None] | None = None,
         flops: Callable[[Batch], float] | None = None,
         peak: float | None = None,
+        held_out: Callable[[nn.Module], dict[str, float]] | None = None,
     ):
         if recipe.SLOTS % group.world:
             raise ValueError(f"SLOTS: {recipe.SLOTS} micro-batches do not divide among {group.world} processes")
         self.recipe, self.group, self.model, self.losses, self.out = recipe, group, model, losses, out
         self.buckets, self.stage, self.sheet, self.flops, self.peak = buckets, stage, sheet, flops, peak
+        self.held_out = held_out
         self.parameters = {n: p for n, p in parallel.bare(model).named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(recipe, self.parameters)
         self.ema = Ema(parallel.bare(model), recipe.EMA, trained_only=True)
@@ -257,6 +262,13 @@ class Trainer:
                         log.record({"step": self.step, **row, "eta_s": (last - self.step) * row["step_s"]}, SHOWN)
                         progress.show(self.step, row.get("loss"))
                     window = Window(self.buckets, self.peak, self.group)
+                if self.held_out and (self.step % recipe.VALIDATE_EVERY == 0 or self.step == last):
+                    with self.averaged():
+                        values = self.held_out(self.model)
+                    if log is not None:
+                        log.record(
+                            {"step": self.step, **values}, ("step", "with_text", "without_text", "text_explains")
+                        )
                 if self.step % recipe.SAVE_EVERY == 0 or stopped or self.step == last:
                     self.save(data)
                     if self.sheet is not None:

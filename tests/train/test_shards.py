@@ -138,9 +138,27 @@ def test_captions_from_one_file(photos, tmp_path):
     build("--images", photos, "--captions", captions, "--out", tmp_path / "out", "--bases", 64)
     got = {json.loads(m.read("json"))["source"]: m.read("txt").decode() for _, m in members(ShardSet(tmp_path / "out"))}
     assert got == {line["file"]: line["caption"] for line in lines}
+    captions.write_bytes(json.dumps({"file": "mute.png", "caption": "größer"}, ensure_ascii=False).encode("latin-1"))
+    with pytest.raises(ValueError, match=r"captions.jsonl: is not UTF-8"):
+        build("--images", photos, "--captions", captions, "--out", tmp_path / "other", "--bases", 64)
     captions.write_text('{"file": "a.png"}\n')
     with pytest.raises(ValueError, match=r"captions.jsonl, line 1: expected"):
         build("--images", photos, "--captions", captions, "--out", tmp_path / "other", "--bases", 64)
+
+
+def test_marks_and_other_encodings_of_captions(photos, tmp_path):
+    (photos / "mute.txt").write_bytes(b"\xef\xbb\xbfwith a mark")
+    (photos / "photo.json").write_bytes('{"caption": "Fünf"}'.encode("latin-1"))
+    build("--images", photos, "--out", tmp_path / "out", "--bases", 64)
+    got = {json.loads(m.read("json"))["source"]: m.read("txt").decode() for _, m in members(ShardSet(tmp_path / "out"))}
+    assert got["mute.png"] == "with a mark"
+    assert "photo.jpg" not in got
+    left = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
+    assert any(row["source"] == "photo.jpg" and "no caption: photo.json" in row["reason"] for row in left)
+    manifest = tmp_path / "out" / "manifest.json"
+    manifest.write_text(manifest.read_text()[:100])
+    with pytest.raises(ValueError, match=r"manifest.json: not a manifest of shards: "):
+        ShardSet(tmp_path / "out")
 
 
 def test_the_same_sources_give_the_same_bytes_whatever_the_workers(photos, tmp_path):
@@ -240,7 +258,7 @@ def test_damage_is_found(photos, tmp_path, capsys):
     assert f"{three.with_suffix('.json')}: not the file" in said
     manifest = tmp_path / "out" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 2'))
-    with pytest.raises(ValueError, match="format 2, expected 1"):
+    with pytest.raises(ValueError, match=r"manifest.json: not a manifest of shards of format 1"):
         ShardSet(tmp_path / "out")
 
 

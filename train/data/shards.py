@@ -182,9 +182,12 @@ class ShardSet:
         self.folder, path = Path(folder), Path(folder) / MANIFEST
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no finished shards here; `python -m train shards` writes them")
-        self.manifest = json.loads(path.read_text(encoding="utf-8"))
-        if self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{path}: format {self.manifest.get('format')!r}, expected {FORMAT}")
+        try:
+            self.manifest = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a manifest of shards: {error}") from None
+        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
+            raise ValueError(f"{path}: not a manifest of shards of format {FORMAT}")
         tars = {n: [[s["samples"], s["sha256"]] for s in own] for n, own in self.manifest["buckets"].items()}
         self.fingerprint = hashlib.sha256(json.dumps(tars).encode()).hexdigest()[:16]
         self.precomputed: dict[str, str] = self.manifest["precomputed"]

@@ -28,6 +28,7 @@ BETAS = (0.9, 0.95)
 EMA = 0.998
 COMPUTE, RECOMPUTE = "float32", "none"
 LOG_EVERY, SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 20, 500, 2, 0
+VALIDATE_EVERY, VALIDATION = 500, 16
 SHEET = {"steps": 20, "guidance": 3.0, "base": 64}
 PROMPTS = mini.PROMPTS[:16]
 OPEN: dict[str, str] = {}

@@ -48,6 +48,7 @@ ATTENTION = "auto"
 
 # ---- what a person watches
 LOG_EVERY, SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 20, 1_000, 2, 20_000
+VALIDATE_EVERY, VALIDATION = 1_000, 1  # steps between; SLOTS of micro-batches of `--validate`: 3,072 pictures
 SHEET: dict[str, float] = {"steps": 20, "guidance": 5.0, "base": 512}
 PROMPTS: tuple[str, ...] = (
     "A lighthouse on a cliff at dusk, waves breaking below, warm light in its window.",
@@ -83,6 +84,8 @@ OPEN = {
     "ATTENTION": "not given; auto takes the fastest of lens/ops/attention_table.json that is installed",
     "SHEET": "ours; base and guidance of the pictures drawn at every save",
     "PROMPTS": "ours; fixed, with seeds 0, 1, ...",
+    "VALIDATE_EVERY": "ours",
+    "VALIDATION": "ours",
     "LOG_EVERY": "ours",
     "SAVE_EVERY": "ours",
     "KEEP_LAST": "ours",

@@ -1,0 +1,51 @@
+"""The loss on pictures that the training never sees, with their captions and without: whether it learns, and from what.
+
+    python -m train shards --images photos/ --split held_out --held-out 0.01 --out shards/held
+    torchrun ... -m train pretrain ... --data shards/train --validate shards/held
+
+Every VALIDATE_EVERY steps the averaged weights are asked for the same VALIDATION * SLOTS micro-batches, with the same noise
+and times, whatever the number of processes. `with_text`, `without_text`: mean over pictures; `text_explains`: the share of the
+latter that the captions take away; `with_text_512` and so on: of a base.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from .data.loader import Encode, Loader
+from .parallel import Ranks
+from .trainer import Losses
+
+
+class HeldOut:
+    """Called by every rank with the wrapped model. loader: no caption dropped."""
+
+    def __init__(self, recipe: ModuleType, group: Ranks, losses: Losses, loader: Loader, encode: Encode):
+        self.recipe, self.group, self.losses, self.loader, self.encode = recipe, group, losses, loader, encode
+        self.bases = sorted({bucket.base for bucket in loader.sampler.buckets})
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        group = self.group
+        sums = torch.zeros(len(self.bases), 3, dtype=torch.float64, device=group.device)  # pictures, with text, without
+        batches = self.loader.batches(0, group.rank, group.world)
+        for _ in range(self.recipe.VALIDATION * self.recipe.SLOTS // group.world):
+            batch = self.encode(next(batches))
+            bare = dataclasses.replace(batch, lengths=[0] * len(batch.lengths), features=batch.features[:0])
+            row = sums[self.bases.index(batch.bucket.base)]
+            row[0] += len(batch.lengths)
+            for place, given in ((1, batch), (2, bare)):
+                row[place] += self.losses(model, given)[0].double().sum()
+        sums = group.sum(sums)
+        found = {}
+        for name, (count, text, none) in zip(
+            ["", *(f"_{b}" for b in self.bases)], [sums.sum(0).tolist(), *sums.tolist()]
+        ):
+            if count:
+                found[f"with_text{name}"], found[f"without_text{name}"] = text / count, none / count
+                found[f"text_explains{name}"] = 1 - text / none
+        return found
