@@ -14,8 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,15 +32,14 @@ from . import adapters, configs, cost, parallel
 from .checkpointing import Checkpoints, read_state
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
-from .data.loader import STRIDE, Batch, Encode, Loader
+from .data.loader import Encode, Loader
 from .data.shards import ShardSet
-from .data.sheet import contact_sheet
 from .denoiser import Denoiser
-from .generator import packing_of, packing_on
-from .held_out import HeldOut
-from .loop import Clock, keyed, positive
-from .objectives import flow_matching
+from .held_out import HeldOut, unseen
+from .loop import Clock, positive
+from .objectives.velocity import FlowMatching
 from .parallel import Ranks
+from .sheets import Sheets, released_decoder
 from .trainer import Trainer, averaged_names, plain
 
 ALONE = Ranks(torch.device("cpu"))
@@ -90,128 +88,6 @@ def law_of(recipe: ModuleType) -> BucketLaw:
 def buckets_of(recipe: ModuleType) -> list[Bucket]:
     """Every bucket a recipe may draw."""
     return [Bucket(base, aspect) for base in recipe.BASES for aspect in recipe.ASPECTS]
-
-
-# ------------------------------------------------------------------------------------------------ the objective
-
-
-def times(recipe: ModuleType, batch: Batch) -> Tensor:
-    """t = sigmoid(mu + sigma z) of every picture, float32 [B]; z from a key of its own (or its quantile, stratified)."""
-    mu, count = flow_matching.mu_of(recipe.MU, batch.bucket.tokens), len(batch.lengths)
-    samples = range(batch.slot * STRIDE, batch.slot * STRIDE + count)
-    u = torch.cat(
-        [torch.rand(1, generator=keyed(recipe.SEED, "time", batch.step, s), dtype=torch.float64) for s in samples]
-    )
-    if recipe.TIME_STRATIFIED:
-        u = (torch.randperm(count, generator=keyed(recipe.SEED, "quantile", batch.step, batch.slot)) + u) / count
-    return torch.sigmoid(mu + recipe.TIME_SIGMA * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))).float()
-
-
-def noise(recipe: ModuleType, batch: Batch) -> Tensor:
-    """Like the latents; every picture's from a key of its own, drawn where the latents are."""
-    like, first = batch.latents, batch.slot * STRIDE
-    return torch.stack(
-        [
-            torch.randn(
-                like.shape[1:],
-                generator=keyed(recipe.SEED, "noise", batch.step, first + i, like.device),
-                device=like.device,
-            )
-            for i in range(len(like))
-        ]
-    )
-
-
-class FlowMatching:
-    """The loss of every picture, mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels, and its time."""
-
-    def __init__(self, recipe: ModuleType, shape: LensConfig):
-        self.recipe, self.axes = recipe, shape.axes_dims_rope
-
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        clean = batch.latents
-        t = times(self.recipe, batch).to(clean.device)
-        x, target = flow_matching.noised(clean, noise(self.recipe, batch), t)
-        v = velocity(model, x, batch.features, t, batch.lengths, batch.bucket.grid, self.axes)
-        return flow_matching.loss(v, target), t
-
-
-def velocity(
-    model: nn.Module,
-    x: Tensor,
-    features: Tensor,
-    t: Tensor,
-    lengths: Sequence[int],
-    grid: tuple[int, int],
-    axes: tuple[int, ...],
-) -> Tensor:
-    """x [B, I, C], features [RT, F, E], t [B] -> [B, I, C]."""
-    if x.device.type == "cpu":
-        packing = packing_of(grid, tuple(lengths), axes)
-    else:
-        packing = packing_on(grid, list(lengths), axes, x.device)
-    return model(x.flatten(0, 1), features, t, packing).view_as(x)
-
-
-# ------------------------------------------------------------------------------------------------ pictures
-
-
-class Sheets:
-    """Fixed prompts with seeds 0, 1, ... drawn with guidance; the ranks share them, the main one writes the file."""
-
-    def __init__(
-        self,
-        recipe: ModuleType,
-        group: Ranks,
-        model: nn.Module,
-        shape: LensConfig,
-        text: encoders.TextEncoder,
-        ids: Sequence[list[int]],
-        decode: Callable[[Tensor, tuple[int, int]], np.ndarray],
-    ):
-        self.recipe, self.group, self.model, self.shape, self.text, self.decode = (
-            recipe,
-            group,
-            model,
-            shape,
-            text,
-            decode,
-        )
-        count = -(-len(ids) // group.world)  # alike on every rank, since all must call the model equally often
-        places = [min(group.rank * count + i, len(ids) - 1) for i in range(count)]
-        self.places, self.ids = places, [ids[p] for p in places]
-
-    @torch.no_grad()
-    def __call__(self, path: Path) -> None:
-        sheet, axes, count = self.recipe.SHEET, self.shape.axes_dims_rope, len(self.ids)
-        height, width = bucket_size(int(sheet["base"]), "1:1")
-        grid = height // 16, width // 16
-        tokens, steps = grid[0] * grid[1], int(sheet["steps"])
-        device = self.group.device
-        draws = [
-            torch.randn(tokens, self.shape.in_channels, generator=torch.Generator().manual_seed(p)) for p in self.places
-        ]
-        x, features = torch.stack(draws).to(device), self.text.encode(self.ids)
-        lengths = [len(ids) for ids in self.ids]
-        mu = flow_matching.mu_of(self.recipe.MU, tokens)
-        sigmas = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)]).to(device)
-        for now, following in pairwise(sigmas):  # with text and without in one call
-            both = velocity(
-                self.model, x.repeat(2, 1, 1), features, now.expand(2 * count), [*lengths, *[0] * count], grid, axes
-            ).float()
-            v, u = both.chunk(2)
-            mixed = u + sheet["guidance"] * (v - u)
-            v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-            x = x + (following - now) * v
-        pictures = dict(pair for own in self.group.gather(list(zip(self.places, self.decode(x, grid)))) for pair in own)
-        if self.group.main:
-            contact_sheet([pictures[p] for p in sorted(pictures)], list(self.recipe.PROMPTS), path, columns=4)
-
-
-def released_decoder(codec: encoders.ReleasedLatents) -> Callable[[Tensor, tuple[int, int]], np.ndarray]:
-    from lens.vae import to_uint8
-
-    return lambda tokens, grid: np.stack([to_uint8(codec.codec.decode(rows, grid)) for rows in tokens])
 
 
 # ------------------------------------------------------------------------------------------------ building
@@ -402,22 +278,6 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
         adapters.save(model, lora, options.export / "lora")
         adapters.merge(model)
     checkpoint.save_transformer(model, options.export / "transformer", torch.bfloat16)
-
-
-def unseen(
-    recipe: ModuleType, folder: Path, seen: ShardSet, tokenizer: encoders.Tokenizer | None, encode: Encode
-) -> tuple[Loader, Encode]:
-    """What `--validate` reads. Errors: ValueError where it is what the training sees, or needs networks that are not there."""
-    shards, known = ShardSet(folder), set(buckets_of(recipe))
-    if shards.fingerprint == seen.fingerprint:
-        raise ValueError(
-            f"--validate: {folder} holds the pictures of --data; expected others, as shards --split held_out"
-        )
-    if encode.text is None and {"latents", "text"} - set(shards.precomputed):
-        raise ValueError(f"--validate: {folder} holds no latents and text; expected --model, or --vae and --encoder")
-    sizes = {b: n for b, n in shards.sizes.items() if b in known}
-    sampler = BucketSampler(sizes, law_of(recipe), recipe.SEED, recipe.SLOTS)
-    return Loader(shards, sampler, tokenizer, 0.0), Encode(encode.codec, encode.text, encode.device, shards)
 
 
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:

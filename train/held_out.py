@@ -11,12 +11,16 @@ latter that the captions take away; `with_text_512` and so on: of a base.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
+from .data import encoders
+from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import Encode, Loader
+from .data.shards import ShardSet
 from .parallel import Ranks
 from .trainer import Losses
 
@@ -49,3 +53,21 @@ class HeldOut:
                 found[f"with_text{name}"], found[f"without_text{name}"] = text / count, none / count
                 found[f"text_explains{name}"] = 1 - text / none
         return found
+
+
+def unseen(
+    recipe: ModuleType, folder: Path, seen: ShardSet, tokenizer: encoders.Tokenizer | None, encode: Encode
+) -> tuple[Loader, Encode]:
+    """What `--validate` reads. Errors: ValueError where it is what the training sees, or needs networks that are not there."""
+    shards = ShardSet(folder)
+    if shards.fingerprint == seen.fingerprint:
+        raise ValueError(
+            f"--validate: {folder} holds the pictures of --data; expected others, as shards --split held_out"
+        )
+    if encode.text is None and {"latents", "text"} - set(shards.precomputed):
+        raise ValueError(f"--validate: {folder} holds no latents and text; expected --model, or --vae and --encoder")
+    known = {Bucket(base, aspect) for base in recipe.BASES for aspect in recipe.ASPECTS}
+    sizes = {b: n for b, n in shards.sizes.items() if b in known}
+    law = BucketLaw(recipe.BATCH, recipe.BASE_WEIGHTS, recipe.ASPECT_WEIGHTS)
+    sampler = BucketSampler(sizes, law, recipe.SEED, recipe.SLOTS)
+    return Loader(shards, sampler, tokenizer, 0.0), Encode(encode.codec, encode.text, encode.device, shards)

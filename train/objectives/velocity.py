@@ -1,0 +1,74 @@
+"""The flow-matching loss of a micro-batch of the global stream: every draw is keyed by (seed, purpose, step, picture)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from lens.config import LensConfig
+
+from ..data.loader import STRIDE, Batch
+from ..generator import packing_of, packing_on
+from ..loop import keyed
+from . import flow_matching
+
+
+def times(recipe: ModuleType, batch: Batch) -> Tensor:
+    """t = sigmoid(mu + sigma z) of every picture, float32 [B]; z from a key of its own (or its quantile, stratified)."""
+    mu, count = flow_matching.mu_of(recipe.MU, batch.bucket.tokens), len(batch.lengths)
+    samples = range(batch.slot * STRIDE, batch.slot * STRIDE + count)
+    u = torch.cat(
+        [torch.rand(1, generator=keyed(recipe.SEED, "time", batch.step, s), dtype=torch.float64) for s in samples]
+    )
+    if recipe.TIME_STRATIFIED:
+        u = (torch.randperm(count, generator=keyed(recipe.SEED, "quantile", batch.step, batch.slot)) + u) / count
+    return torch.sigmoid(mu + recipe.TIME_SIGMA * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))).float()
+
+
+def noise(recipe: ModuleType, batch: Batch) -> Tensor:
+    """Like the latents; every picture's from a key of its own, drawn where the latents are."""
+    like, first = batch.latents, batch.slot * STRIDE
+    return torch.stack(
+        [
+            torch.randn(
+                like.shape[1:],
+                generator=keyed(recipe.SEED, "noise", batch.step, first + i, like.device),
+                device=like.device,
+            )
+            for i in range(len(like))
+        ]
+    )
+
+
+class FlowMatching:
+    """The loss of every picture, mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels, and its time."""
+
+    def __init__(self, recipe: ModuleType, shape: LensConfig):
+        self.recipe, self.axes = recipe, shape.axes_dims_rope
+
+    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        clean = batch.latents
+        t = times(self.recipe, batch).to(clean.device)
+        x, target = flow_matching.noised(clean, noise(self.recipe, batch), t)
+        v = velocity(model, x, batch.features, t, batch.lengths, batch.bucket.grid, self.axes)
+        return flow_matching.loss(v, target), t
+
+
+def velocity(
+    model: nn.Module,
+    x: Tensor,
+    features: Tensor,
+    t: Tensor,
+    lengths: Sequence[int],
+    grid: tuple[int, int],
+    axes: tuple[int, ...],
+) -> Tensor:
+    """x [B, I, C], features [RT, F, E], t [B] -> [B, I, C]."""
+    if x.device.type == "cpu":
+        packing = packing_of(grid, tuple(lengths), axes)
+    else:
+        packing = packing_on(grid, list(lengths), axes, x.device)
+    return model(x.flatten(0, 1), features, t, packing).view_as(x)
