@@ -30,7 +30,7 @@ def test_the_compiled_kernel_runs_by_default():
 
 
 def test_every_public_op_is_reported():
-    named = {name for name in ops.__all__ if name not in ("backend", "reference")}
+    named = {name for name in ops.__all__ if name not in ("backend", "reference", "HeadNorms")}  # an argument's type
     assert named == set(backend.OPS)
 
 
