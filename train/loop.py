@@ -121,6 +121,8 @@ class Clock:
         self.start, self.limit, self.asked = time.monotonic(), limit, False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
+        # whoever started this process may have kept them from it
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM, signal.SIGINT))
 
     def _ask(self, *_: object) -> None:
         self.asked = True

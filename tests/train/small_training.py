@@ -189,9 +189,13 @@ def hang_in_the_second_save(group, out, mark):
     trainer.save(lambda step: {"step": step}, last=True)
 
 
-def train_until_told(group, out):
+def train_until_told(group, out, kept):
+    """``kept``: signals that the process was started without."""
+    import signal
+
     from train.loop import Clock
 
+    signal.pthread_sigmask(signal.SIG_BLOCK, kept)
     trainer = trainer_on(group, out, STEPS=100_000)
     trainer.run(batches(0, group.rank, group.world), lambda step: {"step": step}, Clock(None))
     return trainer.step

@@ -206,8 +206,9 @@ def wait_for(true, process, seconds=600):
         time.sleep(0.05)
 
 
-def test_sigterm_saves_and_ends_well(tmp_path):
-    (process,), results = processes.start(1, small_training.train_until_told, tmp_path)
+@pytest.mark.parametrize("kept", [(), (signal.SIGTERM,)], ids=["", "blocked by whoever started it"])
+def test_sigterm_saves_and_ends_well(tmp_path, kept):
+    (process,), results = processes.start(1, small_training.train_until_told, tmp_path, kept)
     wait_for(lambda: (tmp_path / "log.jsonl").is_file() and (tmp_path / "log.jsonl").read_bytes(), process)
     os.kill(process.pid, signal.SIGTERM)
     _, step = results.get(timeout=600)
