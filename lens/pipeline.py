@@ -472,7 +472,10 @@ class LensPipeline:
 
 def _pinned(noise: Tensor, device: torch.device) -> Tensor:
     """The device fetches pinned memory by itself; for any other the host waits until the text encoder is done."""
-    return noise.pin_memory() if device.type == "cuda" and noise.device.type == "cpu" else noise
+    if device.type != "cuda" or noise.device.type != "cpu":
+        return noise
+    with torch.cuda.device(device):  # a thread begins on the first GPU, and pinning opens a context there
+        return noise.pin_memory()
 
 
 def _repeat(items: Sequence[Any], times: int) -> list[Any]:
