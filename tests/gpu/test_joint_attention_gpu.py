@@ -30,18 +30,18 @@ SHAPES = {
 }
 
 
-def _why() -> str:
-    if not torch.cuda.is_available():
-        return "no CUDA device"
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True)
+def hopper():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the device is no sm_90")
     with attention_backends.use("lens-hopper"):
         try:
             attention_backends.choose(attention_backends.usual())
         except RuntimeError as error:
-            return str(error)
-    return ""
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(_why()), reason=_why() or "runs")]
+            pytest.fail(str(error))
 
 
 def draw(images: list[int], texts: list[int], heads: int) -> list[Tensor]:
