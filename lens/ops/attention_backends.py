@@ -9,14 +9,11 @@ Nothing here is imported before it is chosen. No candidate is ever given a mask.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
-import json
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +23,7 @@ from torch import Tensor
 
 from lens.ops import _attention_cuda as adapters
 from lens.ops import _attention_hopper, backend
+from lens.ops.choice import Forcing, capability, dotted, either, rates
 
 HALF = (torch.bfloat16, torch.float16)
 LONG = 1024  # rows of the longest sample from which a call counts as "long"
@@ -78,7 +76,7 @@ class Candidate:
         if need.device != self.device:
             return f"runs on {self.device}, not on {need.device}"
         if not low <= need.arch <= high:
-            return f"needs compute capability {_dotted(low)} to {_dotted(high)}, this is {_dotted(need.arch)}"
+            return f"needs compute capability {dotted(low)} to {dotted(high)}, this is {dotted(need.arch)}"
         if need.dtype not in self.dtypes:
             return f"does not compute in {str(need.dtype).removeprefix('torch.')}"
         if need.head_dim % multiple or need.head_dim > largest:
@@ -141,11 +139,8 @@ CANDIDATES = [
     ),
 ]
 failed: dict[str, str] = {}  # modules that are installed and cannot be imported, and why
-_forced: str | None = os.environ.get("LENS_ATTENTION") or None
-
-
-def _dotted(arch: tuple[int, int]) -> str:
-    return f"{arch[0]}.{arch[1]}"
+_forcing = Forcing("LENS_ATTENTION", "lens.ops.attention_backends", lambda: [c.name for c in CANDIDATES])
+forced, use = _forcing.forced, _forcing.use
 
 
 @functools.cache
@@ -169,16 +164,12 @@ def installed(module: str) -> bool:
 @functools.cache
 def table() -> dict[tuple[str, str, str], dict[str, Any]]:
     """(architecture, shape class, candidate) -> its entry: tflops, status, source."""
-    entries = json.loads(TABLE.read_text())["entries"]
-    for entry in entries:
-        if entry["status"] not in ("measured", "predicted") or not entry["source"] or not entry["tflops"] > 0:
-            raise ValueError(f"{TABLE.name}: a measured or predicted rate with its source expected, got {entry}")
-    return {(e["arch"], e["shape"], e["backend"]): e for e in entries}
+    return {(e["arch"], e["shape"], e["backend"]): e for e in rates(TABLE)}
 
 
 def entry(name: str, need: Need) -> dict[str, Any] | None:
     """The table's line for this architecture, else for the first of its family, else for 8.0."""
-    archs = (_dotted(need.arch), f"{need.arch[0]}.0", "8.0")
+    archs = (dotted(need.arch), f"{need.arch[0]}.0", "8.0")
     return next((found for a in archs if (found := table().get((a, need.shape, name)))), None)
 
 
@@ -214,7 +205,7 @@ def report(need: Need) -> list[tuple[str, bool, str]]:
             )
             if c.name != best and (doubt := unproven(c, need)):
                 why += f"; {doubt}"
-        if c.name == best and _forced is not None:
+        if c.name == best and forced() is not None:
             why = f"forced; {why}"
         rows.append((c.name, c.name == best, why))
     return rows
@@ -223,19 +214,22 @@ def report(need: Need) -> list[tuple[str, bool, str]]:
 @functools.lru_cache(maxsize=256)
 def choose(need: Need) -> Candidate:
     """The candidate that serves the call. RuntimeError where a forced one, or none, can."""
-    if _forced is not None:
-        named = next((c for c in CANDIDATES if c.name == _forced), None)
+    if (name := forced()) is not None:
+        named = next((c for c in CANDIDATES if c.name == name), None)
         if named is None:
-            known = ", ".join(c.name for c in CANDIDATES)
-            raise RuntimeError(f"lens.joint_attention: the attention backend must be one of {known}, got {_forced!r}")
+            known = either([c.name for c in CANDIDATES])
+            raise RuntimeError(f"lens.joint_attention: the attention backend must be {known}, got {name!r}")
         if why := named.missing(need):
-            raise RuntimeError(f"lens.joint_attention: {_forced} was asked for but cannot run: {why}")
+            raise RuntimeError(f"lens.joint_attention: {name} was asked for but cannot run: {why}")
         return named
     able = [c for c in CANDIDATES if not (c.missing(need) or unproven(c, need))]
     if not able:
         reasons = "; ".join(f"{c.name} {c.missing(need) or unproven(c, need)}" for c in CANDIDATES)
         raise RuntimeError(f"lens.joint_attention: no attention backend can serve {need}: {reasons}")
     return max(able, key=lambda c: _rate(c, need))  # the first of the list where rates tie
+
+
+_forcing.changed = choose.cache_clear
 
 
 def need_of(
@@ -247,7 +241,7 @@ def need_of(
     backward: bool = False,
 ) -> Need:
     """What a call on `device` asks for."""
-    arch = _capability(device.index) if device.type == "cuda" else (0, 0)
+    arch = capability(device.index) if device.type == "cuda" else (0, 0)
     # the class is all that counts of the length, and few different needs keep the choice remembered
     return Need(device.type, arch, dtype, head_dim, backward, device_lengths, LONG if longest >= LONG else 0)
 
@@ -285,34 +279,8 @@ def run(q: Tensor, k: Tensor, v: Tensor, samples: adapters.Samples) -> Tensor:
             broken = next(name for name in chosen.modules(need.backward) if installed(name))
             failed[broken] = f"{broken} cannot be imported: {error}"
             choose.cache_clear()
-            if _forced is None:
+            if forced() is None:
                 warnings.warn(f"lens.joint_attention: {failed[broken]}; trying the next backend", stacklevel=2)
             continue
         assert chosen.call is not None, "a candidate that writes both streams is called by joint_attention"
         return chosen.call(q, k, v, samples, module)
-
-
-@functools.cache
-def _capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def forced() -> str | None:
-    """The candidate that is forced, if any."""
-    return _forced
-
-
-@contextlib.contextmanager
-def use(name: str | None) -> Iterator[None]:
-    """Force a candidate inside the block (None: choose by the table). The choice holds for the whole process."""
-    global _forced
-    if name is not None and name not in {c.name for c in CANDIDATES}:
-        known = ", ".join(c.name for c in CANDIDATES)
-        raise ValueError(f"lens.ops.attention_backends: name must be one of {known}, got {name!r}")
-    before, _forced = _forced, name
-    choose.cache_clear()
-    try:
-        yield
-    finally:
-        _forced = before
-        choose.cache_clear()

@@ -8,11 +8,7 @@ choice for every product; where `fused` cannot run, that raises.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +17,7 @@ import torch
 
 from lens.config import LensConfig
 from lens.ops import backend
+from lens.ops.choice import Forcing, capability, dotted, either, rates
 
 BACKENDS = ("library", "fused")
 PRODUCTS = {
@@ -31,7 +28,8 @@ PRODUCTS = {
 }  # and the op that computes each
 TABLE = Path(__file__).with_name("linear_table.json")
 HEAD_DIM = 64  # of the one epilogue that knows heads
-_forced: str | None = os.environ.get("LENS_LINEAR") or None
+_forcing = Forcing("LENS_LINEAR", "lens.ops.linear_backends", lambda: BACKENDS)
+forced, use = _forcing.forced, _forcing.use
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,7 @@ def missing(need: Need) -> str:
     if why := backend.unavailable("cuda") or backend.without(op):
         return why
     if need.arch != (9, 0):
-        return f"needs compute capability 9.0, this is {need.arch[0]}.{need.arch[1]}"
+        return f"needs compute capability 9.0, this is {dotted(need.arch)}"
     if need.dtype != torch.bfloat16:
         return f"computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
     if need.backward:
@@ -77,12 +75,7 @@ def missing(need: Need) -> str:
 @functools.cache
 def table() -> list[dict[str, Any]]:
     """Entries of linear_table.json: arch, product, rows (at least), backend, tflops, status, source."""
-    entries: list[dict[str, Any]] = json.loads(TABLE.read_text())["entries"]
-    for e in entries:
-        known = e["status"] in ("measured", "predicted") and e["backend"] in BACKENDS and e["product"] in PRODUCTS
-        if not known or not e["source"] or not e["tflops"] > 0:
-            raise ValueError(f"{TABLE.name}: a measured or predicted rate with its source expected, got {e}")
-    return entries
+    return rates(TABLE, backend=BACKENDS, product=PRODUCTS)
 
 
 @functools.cache
@@ -93,26 +86,26 @@ def measured() -> bool:
 
 def idle() -> bool:
     """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured."""
-    return _forced != "fused" and (not measured() or backend.forced() == "reference")
+    return forced() != "fused" and (not measured() or backend.forced() == "reference")
 
 
 def entry(name: str, need: Need) -> dict[str, Any] | None:
     """The table's line of the most rows that the call reaches; None where it has none."""
-    arch = f"{need.arch[0]}.{need.arch[1]}"
-    of = (e for e in table() if (e["arch"], e["product"], e["backend"]) == (arch, need.product, name))
+    key = dotted(need.arch), need.product, name
+    of = (e for e in table() if (e["arch"], e["product"], e["backend"]) == key)
     return max((e for e in of if e["rows"] <= need.rows), key=lambda e: int(e["rows"]), default=None)
 
 
 def decide(need: Need) -> tuple[str, str]:
     """(backend, why). RuntimeError where a forced one cannot run."""
     why = missing(need)
-    if _forced is not None:
-        if _forced not in BACKENDS:
-            known = " or ".join(BACKENDS)
-            raise RuntimeError(f"lens.{PRODUCTS[need.product]}: LENS_LINEAR must be {known}, got {_forced!r}")
-        if _forced == "fused" and why:
-            raise RuntimeError(f"lens.{PRODUCTS[need.product]}: fused was asked for but cannot run: {why}")
-        return _forced, "forced"
+    if (name := forced()) is not None:
+        op = f"lens.{PRODUCTS[need.product]}"
+        if name not in BACKENDS:
+            raise RuntimeError(f"{op}: {_forcing.variable} must be {either(BACKENDS)}, got {name!r}")
+        if name == "fused" and why:
+            raise RuntimeError(f"{op}: fused was asked for but cannot run: {why}")
+        return name, "forced"
     if why:
         return "library", f"fused {why}"
     if need.alone:
@@ -130,6 +123,9 @@ def decide(need: Need) -> tuple[str, str]:
 def choose(need: Need) -> str:
     """The backend that serves the call: "library" or "fused"."""
     return decide(need)[0]
+
+
+_forcing.changed = choose.cache_clear
 
 
 def needs(config: LensConfig, device: torch.device, dtype: torch.dtype, rows: int, **more: bool) -> list[Need]:
@@ -151,28 +147,3 @@ def report() -> list[tuple[str, str, str]]:
             chosen, why = "none", str(error)
         rows.append((need.product, chosen, why))
     return rows
-
-
-@functools.cache
-def capability(index: int | None) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
-
-
-def forced() -> str | None:
-    """The backend that is forced, if any."""
-    return _forced
-
-
-@contextlib.contextmanager
-def use(name: str | None) -> Iterator[None]:
-    """Force a backend inside the block (None: choose by the table). The choice holds for the whole process."""
-    global _forced
-    if name is not None and name not in BACKENDS:
-        raise ValueError(f"lens.ops.linear_backends: name must be {' or '.join(BACKENDS)}, got {name!r}")
-    before, _forced = _forced, name
-    choose.cache_clear()
-    try:
-        yield
-    finally:
-        _forced = before
-        choose.cache_clear()

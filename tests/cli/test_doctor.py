@@ -170,7 +170,7 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
     (finding,) = doctor.attention(CPU)
     assert "only candidate here" in finding.detail
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
-    monkeypatch.setattr(attention_backends, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(attention_backends, "capability", lambda index: (9, 0))
     monkeypatch.setattr(attention_backends, "installed", lambda name: name == "torch.nn.attention.varlen")
     attention_backends.choose.cache_clear()
     try:

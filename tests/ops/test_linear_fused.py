@@ -263,7 +263,7 @@ def test_forced(able, monkeypatch):
     assert linear_backends.forced() is None
     with pytest.raises(ValueError, match="must be library or fused, got 'quick'"), linear_backends.use("quick"):
         pass
-    monkeypatch.setattr(linear_backends, "_forced", "quick")
+    monkeypatch.setattr(linear_backends._forcing, "name", "quick")
     with pytest.raises(RuntimeError, match="LENS_LINEAR must be library or fused, got 'quick'"):
         linear_backends.choose(at(rows=1))
 

@@ -77,7 +77,7 @@ def test_foreign_names_stop_at_the_checkpoint():
 
 
 # the files of lens/ops that are no op
-SHARED = {"__init__", "attention_backends", "backend", "checks", "linear_backends", "reference"}
+SHARED = {"__init__", "attention_backends", "backend", "checks", "choice", "linear_backends", "reference"}
 # rests on torch, hence without kernel files
 ON_TORCH = {"joint_attention"}
 # the fused form of an op shares the op's files
