@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lens import adapters, checkpoint
 
 from .loop import keyed
+from .parallel import place
 
 ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
 MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
@@ -60,18 +61,18 @@ def parse(text: str) -> Lora:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer, frozen by `attach`, and the adapters of the released modules its rows are made of."""
+    """A linear layer, frozen by `attach`, and the adapters, float32, of the released modules its rows are made of."""
 
-    def __init__(self, base: nn.Linear, modules: list[str], lora: Lora, seed: int):
+    def __init__(self, base: nn.Linear, modules: list[str], lora: Lora):
         super().__init__()
         self.base, self.modules_adapted, self.factor = base, modules, lora.alpha / lora.r
-        rows, trained = base.out_features // len(modules), base.weight.requires_grad
-        self.down, self.up = nn.ParameterList(), nn.ParameterList()
-        for name in modules:  # drawn one by one: the start does not depend on what else is adapted
-            drawn = torch.randn(lora.r, base.in_features, generator=keyed(seed, f"lora {name}")) / lora.r
-            down = drawn.to(base.weight.device)
-            self.down.append(nn.Parameter(down, requires_grad=trained))
-            self.up.append(nn.Parameter(down.new_zeros(rows, lora.r), requires_grad=trained))
+        trained, device = base.weight.requires_grad, base.weight.device
+
+        def matrix(rows: int, columns: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(rows, columns, device=device), requires_grad=trained)
+
+        self.down = nn.ParameterList(matrix(lora.r, base.in_features) for _ in modules)
+        self.up = nn.ParameterList(matrix(base.out_features // len(modules), lora.r) for _ in modules)
 
     def forward(self, x: Tensor) -> Tensor:
         parts = [F.linear(F.linear(x, down), up) for down, up in zip(self.down, self.up)]
@@ -88,15 +89,19 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
 
-def attach(model: nn.Module, lora: Lora, seed: int) -> None:
-    """Freeze the model and put adapters around the layers of `lora.targets`. They train where the layer did."""
+def attach(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> None:
+    """Freeze the model and put adapters, not yet drawn, around the layers of `lora.targets`. They train where the layer did.
+
+    frozen: what the frozen weights are kept in, which is what they are used in: nothing is added to them that rounding
+    could lose. None leaves them as they are. A model on the meta device stays there.
+    """
     found: dict[str, list[str]] = {}
     for module, (name, _, _) in adapters.modules_of(model).items():
         if module.partition("transformer_blocks.")[2].partition(".")[2] in TARGETS[lora.targets]:
             found.setdefault(name.removesuffix(".weight"), []).append(module)
     places = {name: model.get_submodule(name) for name in found}
-    wrapped = {name: AdaptedLinear(layer, found[name], lora, seed) for name, layer in places.items()}
-    model.requires_grad_(False)
+    wrapped = {name: AdaptedLinear(layer, found[name], lora) for name, layer in places.items()}
+    model.requires_grad_(False).to(frozen)
     for name, layer in wrapped.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
@@ -107,6 +112,16 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
             yield name, module
+
+
+@torch.no_grad()
+def start(model: nn.Module, seed: int) -> None:
+    """Draw what `attach` put there, sharded or not: down of deviation 1 / r, up zero, so that nothing changes at first."""
+    for _, layer in adapted(model):
+        for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
+            # each from a key of its own: the start does not depend on what else is adapted
+            place(down, torch.randn(down.shape, generator=keyed(seed, f"lora {module}")) / len(down))
+            place(up, torch.zeros(up.shape))
 
 
 @torch.no_grad()

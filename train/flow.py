@@ -93,35 +93,25 @@ def buckets_of(recipe: ModuleType) -> list[Bucket]:
 # ------------------------------------------------------------------------------------------------ building
 
 
-def build(
-    recipe: ModuleType,
-    group: Ranks,
-    init: Path | None = None,
-    trained: Callable[[Denoiser], None] | None = None,
-) -> nn.Module:
+def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Module:
     """The wrapped model, its weights drawn from the recipe's seed, or those of a checkpoint folder in the released layout.
 
-    trained: called on the model before it is wrapped; may put adapters around its layers and freeze the rest.
+    A recipe's LORA: frozen, as the compute dtype has them, with adapters beside them.
     """
+    lora = lora_of(recipe)
     with torch.device("meta"):
         model = Denoiser(model_of(recipe), DTYPES[recipe.COMPUTE], recipe.RECOMPUTE).train()
-
-    def fill() -> None:
-        if init is not None:
-            parallel.load_released(model, init, group.device)
-        else:
-            parallel.materialise(model, group.device, recipe.SEED)
-
-    if trained is not None:  # adapters are made on real weights
-        fill()
-        trained(model)
-        return parallel.wrap(model, group, recipe.RESHARD)
-    if group.shard > 1:  # sharded while they weigh nothing: no process ever holds the whole
-        wrapped = parallel.wrap(model, group, recipe.RESHARD)
-        fill()
-        return wrapped
-    fill()
-    return parallel.wrap(model, group, recipe.RESHARD)
+        if lora:
+            adapters.attach(model, lora, model.compute)
+    # sharded while they weigh nothing: no process ever holds the whole
+    wrapped = parallel.wrap(model, group, recipe.RESHARD) if group.shard > 1 else None
+    if init is not None:
+        parallel.load_released(model, init, group.device)
+    else:
+        parallel.materialise(model, group.device, recipe.SEED)
+    if lora:
+        adapters.start(model, recipe.SEED)
+    return wrapped if wrapped is not None else parallel.wrap(model, group, recipe.RESHARD)
 
 
 def networks(
@@ -269,7 +259,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
         model = Denoiser(model_of(recipe))
     model.to_empty(device="cpu")
     if lora := lora_of(recipe):
-        adapters.attach(model, lora, recipe.SEED)
+        adapters.attach(model, lora)
     states, folder = Checkpoints(options.out / "checkpoints", ALONE), state_of(options)
     if folder is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
@@ -290,9 +280,8 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)
-    released, lora = None if state_of(options) else released_config(options.init), lora_of(recipe)
-    attach = (lambda model: adapters.attach(model, lora, recipe.SEED)) if lora else None
-    model, shape = build(recipe, group, released.parent if released else None, attach), model_of(recipe)
+    released = None if state_of(options) else released_config(options.init)
+    model, shape = build(recipe, group, released.parent if released else None), model_of(recipe)
     sheet = None
     if decode is not None:
         sheet = Sheets(recipe, group, model, shape, text, [tokenizer(p) for p in recipe.PROMPTS], decode)

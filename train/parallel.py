@@ -191,9 +191,11 @@ def load_released(model: LensTransformer2DModel, folder: Path, device: torch.dev
     if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
         raise ValueError(f"--init {folder}: its MMDiT has {'; '.join(other)}")
     model.to_empty(device=device)
-    parameters = dict(model.named_parameters())
+    with torch.device("meta"):  # as it is without adapters around its layers
+        plain = LensTransformer2DModel(model.config)
+    parameters = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
     checkpoint.load_parameters(
-        model,
+        plain,
         folder,
         checkpoint.released_names,
         store=lambda _module, name, value, _parameter: place(parameters[name], value),

@@ -143,7 +143,8 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     if lora:
         model.requires_grad_(False)
         model.transformer.requires_grad_(True)  # where adapters train: around its layers
-        adapters.attach(model.transformer, lora, config.SEED)
+        adapters.attach(model.transformer, lora)
+        adapters.start(model.transformer, config.SEED)
     model.to(device)
     optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
     if not fresh:
@@ -263,7 +264,7 @@ def load_trained(
         adapters_of(state, None),
     )
     if lora:
-        adapters.attach(model.transformer, lora, 0)
+        adapters.attach(model.transformer, lora)
     model.load_state_dict(state["ema"]["average"], strict=True)
     if lora and lora_to:
         adapters.save(model.transformer, lora, lora_to)

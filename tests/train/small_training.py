@@ -6,6 +6,7 @@ from types import ModuleType
 import numpy as np
 import torch
 
+from lens import checkpoint
 from lens.config import LensConfig
 from train import configs, flow, parallel
 from train.checkpointing import read_state
@@ -84,11 +85,20 @@ def model_on(group, settings):
     return wrapped if wrapped is not None else parallel.wrap(model, group)
 
 
-def trainer_on(group, out, **changes):
+def trainer_on(group, out, init=None, **changes):
+    """init: the folder of a checkpoint to start from, by the stage's own way."""
     settings = recipe(**changes)
     losses = flow.FlowMatching(settings, LensConfig(**settings.MODEL))
     out.mkdir(parents=True, exist_ok=True)
-    return Trainer(settings, group, model_on(group, settings), losses, out, BUCKETS)
+    model = model_on(group, settings) if init is None else flow.build(settings, group, init)
+    return Trainer(settings, group, model, losses, out, BUCKETS)
+
+
+def checkpoint_in(folder):
+    """A model in the released layout, none of whose weights is zero."""
+    model = model_on(parallel.Ranks(torch.device("cpu")), recipe())
+    checkpoint.save_transformer(model, folder / "transformer", torch.float32)
+    return folder / "transformer"
 
 
 def whole(tensor):
@@ -132,17 +142,22 @@ def resume_both(group, back, first):
     return resume_and_go_on(group, back, 0)[0], resume_and_go_on(group, first, 2)[2]
 
 
-def steps_and_save(group, out, count):
+def steps_and_save(group, out, count, init=None, changes=None):
     """Some steps, saved; what the state holds, and the losses."""
-    trainer, data = trainer_on(group, out), batches(0, group.rank, group.world)
+    trainer, data = trainer_on(group, out, init, **(changes or {})), batches(0, group.rank, group.world)
     losses = [trainer.take(data)["loss"] for _ in range(count)]
     trainer.save(lambda step: {"step": step}, last=True)
     return weights(trainer), losses
 
 
-def resume_and_go_on(group, out, count, again=None):
+def adapters_both_ways(group, out, init, changes, state):
+    """Some steps of its own, saved; and a step after another's `state`."""
+    return steps_and_save(group, out, 4, init, changes), resume_and_go_on(group, state, 1, None, init, changes)
+
+
+def resume_and_go_on(group, out, count, again=None, init=None, changes=None):
     """A saved state, and after `count` more steps."""
-    trainer = trainer_on(group, out)
+    trainer = trainer_on(group, out, init, **(changes or {}))
     for p in parallel.bare(trainer.model).parameters():
         torch.nn.init.zeros_(p.data)
     state = trainer.resume(trainer.checkpoints.latest())

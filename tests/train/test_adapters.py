@@ -59,7 +59,8 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
     """Beside the weights in training, in peft's forward on an independent Lens, merged at inference: one picture."""
     peft = pytest.importorskip("peft")
     lora, model, reference = adapters.Lora(4, 6.0, targets), base().train(), ReferenceLens(CONFIG)
-    adapters.attach(model, lora, 1)
+    adapters.attach(model, lora)
+    adapters.start(model, 1)
     plain = forward(model)
     assert relative(plain, forward(base().train())) == 0  # up is zero at first
     away_from_zero(model)
@@ -84,20 +85,23 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
 
 def test_the_start_is_pefts_gaussian():
     model = base()
-    adapters.attach(model, adapters.Lora(64, 128.0), 1)
+    adapters.attach(model, adapters.Lora(64, 128.0))
+    adapters.start(model, 1)
     layers = dict(adapters.adapted(model))
     assert len(layers) == 4 * 6
     downs = torch.cat([p.flatten() for layer in layers.values() for p in layer.down])
     assert downs.std().item() == pytest.approx(1 / 64, rel=0.01)  # torch.nn.init.normal_(std=1 / r)
     assert not any(p.any() for layer in layers.values() for p in layer.up)
     first, again = layers["blocks.0.image.qkv"], base()
-    adapters.attach(again, adapters.Lora(64, 128.0, "all"), 1)  # whatever else is adapted
+    adapters.attach(again, adapters.Lora(64, 128.0, "all"))
+    adapters.start(again, 1)  # whatever else is adapted
     assert torch.equal(dict(adapters.adapted(again))["blocks.0.image.qkv"].down[0], first.down[0])
 
 
 def test_ops_that_read_the_weight_find_the_adapter_in_it():
     model = base()
-    adapters.attach(model, LORA, 1)
+    adapters.attach(model, LORA)
+    adapters.start(model, 1)
     away_from_zero(model)
     x = torch.randn(7, 128, generator=keyed(2, "x"))
     for name, layer in adapters.adapted(model):
@@ -107,16 +111,32 @@ def test_ops_that_read_the_weight_find_the_adapter_in_it():
             assert relative(layer.base(x), layer(x)) > 0.01, name
 
 
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_only_adapters_train_in_the_model_of_the_scaled_engine(compute):
+def backward(compute, frozen):
+    """The scaled engine's model with adapters, after a backward pass; the names that would train without them."""
     model = base(Denoiser, compute=compute, recompute="block").train()
     alive = {name for name, p in model.named_parameters() if p.requires_grad}
-    adapters.attach(model, LORA, 1)
+    adapters.attach(model, LORA, frozen)
+    adapters.start(model, 1)
     away_from_zero(model)
     image, text, _, t = batch()
     packing = plan([(3, 4)] * 2, [5, 3], model.config.axes_dims_rope)
     rows = torch.cat([torch.stack(text, 2)[0], torch.stack(text, 2)[1][:3]])
     model(image.flatten(0, 1), rows, t, packing).float().square().mean().backward()
+    return model, alive
+
+
+def test_frozen_weights_kept_rounded_are_those_rounded_where_they_are_used():
+    (kept, _), (cast, _) = backward(torch.bfloat16, torch.bfloat16), backward(torch.bfloat16, None)
+    for (name, p), q in zip(kept.named_parameters(), cast.parameters()):
+        adapter = ".down." in name or ".up." in name
+        assert p.dtype == (torch.float32 if adapter else torch.bfloat16)
+        assert q.dtype == torch.float32
+        assert (p.grad is None and q.grad is None) or torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_only_adapters_train_in_the_model_of_the_scaled_engine(compute):
+    model, alive = backward(compute, None)
     for name, p in model.named_parameters():
         trains = (".down." in name or ".up." in name) and f"{name.rsplit('.', 2)[0]}.weight" in alive
         assert p.requires_grad is trains, name

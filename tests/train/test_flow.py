@@ -149,11 +149,13 @@ def test_a_damaged_state_is_named(trained, shards, tmp_path):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("shard", ["1", "2"])
-def test_torchrun_goes_on_where_one_process_stopped(shards, tmp_path, shard):
+@pytest.mark.parametrize(
+    ("shard", "more"), [("1", []), ("2", []), ("2", ["--lora", "r=4"])], ids=["ddp", "fsdp", "lora"]
+)
+def test_torchrun_goes_on_where_one_process_stopped(shards, tmp_path, shard, more):
     """One step alone, two more on two processes, against three alone: the same samples and noise, equal up to sums (R2)."""
-    assert main(words(shards, tmp_path / "alone", 3)) == 0
-    assert main(words(shards, tmp_path / "both", 1)) == 0
+    assert main(words(shards, tmp_path / "alone", 3, *more)) == 0
+    assert main(words(shards, tmp_path / "both", 1, *more)) == 0
     torchrun = [
         sys.executable,
         "-m",

@@ -1,12 +1,15 @@
 """Several processes take the step that one takes, and their states are each other's."""
 
+import argparse
+
 import numpy as np
 import pytest
 import torch
 
+import lens.adapters
 from tests.train import processes, small_training
 from tests.train.small_training import distance, same
-from train import parallel
+from train import flow, parallel
 from train.objectives.flow_matching import REDUCTIONS
 from train.parallel import Ranks
 
@@ -78,6 +81,51 @@ def test_a_state_of_two_processes_is_loaded_by_four(sharded):
     for shard in (4, 2):
         for before, _, _ in processes.run(4, small_training.resume_and_go_on, out, 1, shard=shard):
             assert same(want, before) == []
+
+
+ADAPTERS = {"LORA": "r=3,alpha=6,targets=all"}  # a rank that does not divide among the shards
+UNREAD = ("transformer_blocks.1.attn.to_add_out", "transformer_blocks.1.txt_mlp")  # the end of the last block's text
+
+
+@pytest.fixture(scope="module")
+def adapters_alone(tmp_path_factory):
+    """A checkpoint to start from; the state of one process after four steps, what is in it, and after another step."""
+    init = small_training.checkpoint_in(tmp_path_factory.mktemp("checkpoint"))
+    out = tmp_path_factory.mktemp("adapters")
+    held = small_training.steps_and_save(ALONE, out, 4, init, ADAPTERS)
+    return init, out, held, small_training.resume_and_go_on(ALONE, out, 1, None, init, ADAPTERS)
+
+
+def exported(out, to):
+    """The pairs of the peft folder that one process writes of a state."""
+    flow.export(argparse.Namespace(out=out, resume=None, export=to), small_training.recipe(**ADAPTERS))
+    return lens.adapters.read(to / "lora").pairs
+
+
+@pytest.mark.parametrize(("world", "shard"), LAYOUTS)
+def test_adapters_train_alike_however_they_are_laid(world, shard, adapters_alone, tmp_path):
+    """Four steps of each; a state of one process goes on elsewhere, and theirs on one; peft's names from both."""
+    init, alone, (want, losses), further = adapters_alone
+    out = tmp_path / "out"
+    found = processes.run(world, small_training.adapters_both_ways, out, init, ADAPTERS, alone, shard=shard)
+    for (own, their_losses), (before, after, after_losses) in found:
+        assert their_losses == pytest.approx(losses, rel=1e-6)
+        assert own.keys() == want.keys()
+        for name in own:
+            near = 1e-6 * max(1, np.abs(want[name]).max()) if ".down." in name or ".up." in name else 0
+            assert np.abs(own[name] - want[name]).max() <= near, name  # what is frozen has not moved by a bit
+        assert same(before, want) == []
+        assert after_losses == pytest.approx(further[2], rel=1e-5)
+        moved = [name for name in after if name.startswith("model.") and not np.array_equal(after[name], want[name])]
+        assert len(moved) == len([name for name in want if name.startswith("ema.")])
+    before, _, _ = small_training.resume_and_go_on(ALONE, out, 1, None, init, ADAPTERS)
+    assert same(before, found[0][0][0]) == []
+    ours, theirs = exported(alone, tmp_path / "a"), exported(out, tmp_path / "b")
+    assert len(ours) == len(theirs) == 2 * 10
+    for module, pair in ours.items():
+        assert torch.allclose(pair.up, theirs[module].up, rtol=0, atol=1e-6)
+        assert torch.allclose(pair.down, theirs[module].down, rtol=0, atol=1e-6)
+        assert bool(pair.up.any()) is not module.startswith(UNREAD), module
 
 
 def test_shards_that_do_not_divide_the_processes_are_refused(monkeypatch):
