@@ -15,6 +15,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,11 @@ def parse(text: str) -> Lora:
     if r < 1 or not 0 < found.alpha < float("inf") or found.targets not in TARGETS:
         raise ValueError(how)
     return found
+
+
+def of(recipe: ModuleType) -> Lora | None:
+    """The LoRA that a recipe's LORA says, if any."""
+    return parse(recipe.LORA) if hasattr(recipe, "LORA") else None
 
 
 class AdaptedLinear(nn.Module):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
 import torch
 
-from bench.roofline import step_flops, table_flops, text_projection_flops
+from bench.roofline import product, step_flops, table_flops, text_projection_flops
 from lens.config import LensConfig
 
+from . import adapters
+from .adapters import Lora
 from .data.buckets import Bucket, BucketLaw
 from .denoiser import Denoiser
 
@@ -22,17 +25,47 @@ ENCODER_BYTES = {"bfloat16": 41.8e9, "mxfp4": 13.8e9}  # GPT-OSS 20B
 ENCODER_FLOPS = 2 * 3.6e9  # a token: two for each active parameter
 VAE_BYTES = 0.17e9  # the encoder's half is less
 # What a block keeps for its backward pass without recomputation, per row of width D: numbers of the compute dtype, in units of D.
-# Counted on a block by tests/train/test_cost.py.
+# Counted on a block by tests/train/test_denoiser.py. Of a LoRA, without the rows of its adapters' inside: a frozen product
+# keeps nothing.
 KEPT = 22.1
+KEPT_BESIDE = {"attention": 18.5, "all": 22.1}
 PASSED = 2.0  # between two blocks: the residual stream and what is still to be added to it
 PRODUCTS = 6.0  # what "selective" keeps besides: attention, qkv, out, w2
 
 
-def training_flops(config: LensConfig, image: int, texts: Sequence[int]) -> float:
-    """One micro-batch, forward and backward: three times the forward pass. What is computed again does not count."""
+def forward_flops(config: LensConfig, image: int, texts: Sequence[int]) -> float:
+    """One micro-batch, forward, without adapters."""
     forward = sum(step_flops(config, [image] * len(texts), texts).values())
-    forward += text_projection_flops(config, sum(texts)) + table_flops(config, len(texts))
-    return 3.0 * forward
+    return float(forward + text_projection_flops(config, sum(texts)) + table_flops(config, len(texts)))
+
+
+def training_flops(config: LensConfig, image: int, texts: Sequence[int], lora: Lora | None = None) -> float:
+    """One micro-batch, forward and backward: three times the forward pass. What is computed again does not count.
+
+    Of a LoRA the backward pass is the gradients of activations, from the first adapter on, attention's and the adapters'
+    own: no frozen weight has one, and neither the text's projection nor the modulation depends on an adapter.
+    """
+    forward = forward_flops(config, image, texts)
+    if lora is None:
+        return 3.0 * forward
+    width, rows = config.inner_dim, (image * len(texts), sum(texts))
+    step = step_flops(config, [image] * len(texts), texts)
+    ahead = product(rows[0], config.in_channels, width) + product(sum(rows), width, 3 * width)  # the first block's qkv
+    own = sum(6 * n * r for n, r in zip(adapter_parameters(config, lora), rows))
+    first = sum(2 * lora.r * width * r for r in rows)  # nor does what the first adapters read
+    return forward + step["gemm"] - ahead + 2.0 * step["attention"] + own - first
+
+
+@functools.lru_cache(maxsize=8)
+def adapter_parameters(config: LensConfig, lora: Lora) -> tuple[int, int]:
+    """The numbers that train, of the image stream and of the text stream."""
+    with torch.device("meta"):
+        model = Denoiser(config)
+        adapters.attach(model, lora)
+    found = {"image": 0, "text": 0}
+    for name, layer in adapters.adapted(model):
+        found[name.split(".")[2]] += sum(p.numel() for p in layer.parameters() if p.requires_grad)
+    return found["image"], found["text"]
 
 
 def peak_of(device: torch.device) -> float | None:
@@ -50,24 +83,40 @@ def parameters(config: LensConfig) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.layers()[0].parameters())
 
 
+def kept_of(lora: Lora | None, width: int) -> float:
+    """What a block keeps for its backward pass without recomputation, numbers per row in units of D."""
+    return (
+        KEPT if lora is None else KEPT_BESIDE[lora.targets] + len(adapters.TARGETS[lora.targets]) / 2 * lora.r / width
+    )
+
+
 def memory(recipe: ModuleType, config: LensConfig, shard: int, world: int, rows: int) -> dict[str, float]:
     """Bytes on one GPU by part. rows: image and text rows of the largest micro-batch."""
     total, block = parameters(config)
     item, width, layers = (2 if recipe.COMPUTE == "bfloat16" else 4), config.inner_dim, config.num_layers
-    unit = rows * width * item
+    unit, lora = rows * width * item, adapters.of(recipe)
     rest = total - layers * block
-    kept = {"none": layers * KEPT, "block": layers * PASSED + KEPT, "selective": layers * (PASSED + PRODUCTS) + KEPT}
-    found = {
-        "float32 weights": 4 * total / shard,
-        "gradients": 4 * total / shard,
-        "AdamW moments": 8 * total / shard,
-        "running average": 4 * total / shard,
+    trained, own = (total, block) if lora is None else (sum(adapter_parameters(config, lora)),) * 2
+    if lora:
+        own /= layers
+    inside = kept_of(lora, width)
+    kept = {
+        "none": layers * inside,
+        "block": layers * PASSED + inside,
+        "selective": layers * (PASSED + PRODUCTS) + inside,
+    }
+    found = {"frozen weights": item * total / shard} if lora else {}
+    found |= {
+        "float32 adapters" if lora else "float32 weights": 4 * trained / shard,
+        "gradients": 4 * trained / shard,
+        "AdamW moments": 8 * trained / shard,
+        "running average": 4 * trained / shard,
     }
     if shard > 1:
         held = total if not recipe.RESHARD else rest + 2 * block
         found["gathered weights"] = held * item
-        found["gradients before they are summed"] = 2 * block * item + 4 * block
-    elif item == 2:
+        found["gradients before they are summed"] = 2 * own * item + 4 * own
+    elif item == 2 and not lora:
         # rounded where they are used: kept until the backward pass unless that rounds them again
         found["rounded weights"] = item * (total if recipe.RECOMPUTE == "none" else rest + block)
         if world > 1:
@@ -108,30 +157,35 @@ def dry_run(
         f"{recipe.__name__.removeprefix('train.configs.')} on {world} x {gpu}, {world // shard} x {shard} (replicas x shards)"
     ]
     lines += ["", f"parameters           {total / 1e9:8.3f} e9"]
-    pictures = tokens = flops = encoder = 0.0
+    lora = adapters.of(recipe)
+    if lora:
+        trained = sum(adapter_parameters(config, lora))
+        lines.append(f"  of adapters        {trained / 1e9:8.3f} e9 more, which alone train: {lora}")
+    pictures = tokens = flops = forward = encoder = 0.0
     rows = 0
     for bucket, p in law.items():
         batch = recipe.BATCH[bucket.base]
         pictures += recipe.SLOTS * p * batch
         tokens += recipe.SLOTS * p * batch * (bucket.tokens + text)
-        flops += recipe.SLOTS * p * training_flops(config, bucket.tokens, [text] * batch)
+        flops += recipe.SLOTS * p * training_flops(config, bucket.tokens, [text] * batch, lora)
+        forward += recipe.SLOTS * p * forward_flops(config, bucket.tokens, [text] * batch)
         encoder += recipe.SLOTS * p * batch * text * ENCODER_FLOPS
         rows = max(rows, batch * (bucket.tokens + text))
     seconds = flops / (world * peak * mfu)
     lines += [
         f"pictures a step      {pictures:8.0f}",
         f"tokens a step        {tokens / 1e6:8.2f} e6 ({text} of text each)",
-        f"FLOPs a step         {flops / 1e15:8.1f} e15, {flops / pictures / 1e12:.1f} e12 a picture (three forward passes)",
+        f"FLOPs a step         {flops / 1e15:8.1f} e15, {flops / pictures / 1e12:.1f} e12 a picture ({flops / forward:.2f} forward passes)",
         f"at {mfu:4.0%} MFU          {seconds:8.2f} s a step, {pictures / seconds:,.0f} pictures/s, {tokens / seconds:,.0f} tokens/s",
         f"GPU hours            {seconds * recipe.STEPS * world / 3600:8,.0f} for {recipe.STEPS:,} steps",
     ]
     if recipe.RECOMPUTE != "none":
-        share = {"block": 1 / 3, "selective": 1 / 6}[recipe.RECOMPUTE]
+        share = forward / flops * {"block": 1, "selective": 1 / 2}[recipe.RECOMPUTE]
         lines.append(
             f"  recomputation      {share:8.0%} more work than the FLOPs above, at most: MFU does not count it"
         )
     lines.append(f"  text encoder       {encoder / flops:8.0%} more, where features are not in the shards")
-    if hasattr(recipe, "PAPER_A100_HOURS"):
+    if hasattr(recipe, "PAPER_A100_HOURS") and not lora:
         lines.append(f"  paper              {recipe.PAPER_A100_HOURS:8,} A100 hours, all stages of the model together")
     lines += ["", f"memory of a GPU, {capacity / 1e9:.0f} GB"]
     parts = memory(recipe, config, shard, world, rows)

@@ -98,7 +98,7 @@ def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Modu
 
     A recipe's LORA: frozen, as the compute dtype has them, with adapters beside them.
     """
-    lora = lora_of(recipe)
+    lora = adapters.of(recipe)
     with torch.device("meta"):
         model = Denoiser(model_of(recipe), DTYPES[recipe.COMPUTE], recipe.RECOMPUTE).train()
         if lora:
@@ -225,10 +225,6 @@ def released_config(init: Path | None) -> Path | None:
     return path if path is not None and path.is_file() else None
 
 
-def lora_of(recipe: ModuleType) -> adapters.Lora | None:
-    return adapters.parse(recipe.LORA) if hasattr(recipe, "LORA") else None
-
-
 def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
     """`python -m train pretrain|mixed_resolution` for such a recipe. Errors: ValueError, FileNotFoundError."""
     recipe = as_trained(options, recipe)
@@ -258,7 +254,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     with torch.device("meta"):
         model = Denoiser(model_of(recipe))
     model.to_empty(device="cpu")
-    if lora := lora_of(recipe):
+    if lora := adapters.of(recipe):
         adapters.attach(model, lora)
     states, folder = Checkpoints(options.out / "checkpoints", ALONE), state_of(options)
     if folder is None:
@@ -282,6 +278,7 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     encode = Encode(codec, text, group.device, shards)
     released = None if state_of(options) else released_config(options.init)
     model, shape = build(recipe, group, released.parent if released else None), model_of(recipe)
+    lora = adapters.of(recipe)
     sheet = None
     if decode is not None:
         sheet = Sheets(recipe, group, model, shape, text, [tokenizer(p) for p in recipe.PROMPTS], decode)
@@ -300,7 +297,7 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
         sampler.buckets,
         stage,
         sheet,
-        lambda batch: cost.training_flops(shape, batch.bucket.tokens, batch.lengths),
+        lambda batch: cost.training_flops(shape, batch.bucket.tokens, batch.lengths, lora),
         cost.peak_of(group.device),
         held_out,
     )

@@ -5,12 +5,15 @@ from collections import Counter
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from bench import roofline
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
 from lens.packing import plan
-from train import cost
+from train import adapters, cost
+from train.adapters import Lora
 from train.denoiser import RECOMPUTE, Denoiser
 
 CONFIG = LensConfig.tiny()
@@ -114,10 +117,13 @@ def test_an_unknown_way_of_recomputing_is_refused():
         Denoiser(CONFIG, recompute="all")
 
 
-def kept(layers):
+def kept(layers, lora=None):
     """Numbers kept for the backward pass, in units of rows x width, in bfloat16."""
     config = LensConfig(num_layers=layers, num_attention_heads=4, enc_hidden_dim=64, selected_layer_index=(0, 1))
-    model = filled(Denoiser(config, torch.bfloat16).bfloat16())
+    model = Denoiser(config, torch.bfloat16)
+    if lora is not None:
+        adapters.attach(model, lora)
+    model = filled(model.bfloat16())
     own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def pack(tensor):
@@ -133,6 +139,22 @@ def kept(layers):
     return sum(size for size, _ in seen.values()) / (2 * rows * config.inner_dim), held
 
 
-def test_the_memory_that_the_dry_run_counts_is_what_a_block_keeps():
-    per_block = (kept(5)[0] - kept(3)[0]) / 2
-    assert per_block == pytest.approx(cost.KEPT, rel=0.05)
+@pytest.mark.parametrize("lora", [None, Lora(8, 8.0), Lora(8, 8.0, "all")], ids=["whole", "attention", "all"])
+def test_the_memory_that_the_dry_run_counts_is_what_a_block_keeps(lora):
+    per_block = (kept(5, lora)[0] - kept(3, lora)[0]) / 2
+    assert per_block == pytest.approx(cost.kept_of(lora, 256), rel=0.01)
+
+
+@pytest.mark.parametrize("lora", [Lora(8, 8.0), Lora(8, 8.0, "all")], ids=["attention", "all"])
+def test_the_flops_of_adapters_are_those_a_step_does(lora):
+    """Every product of a forward and a backward pass, counted by torch; attention is an op of ours, which it does not count."""
+    texts, image, width = [5, 0, 7], 6, CONFIG.inner_dim
+    model = Denoiser(CONFIG)
+    adapters.attach(model, lora)
+    filled(model)
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs(texts)).pow(2).mean().backward()
+    own = cost.training_flops(CONFIG, image, texts, lora)
+    attention = 3 * roofline.step_flops(CONFIG, [image] * 3, texts)["attention"]
+    unread = 2 * roofline.product(sum(texts), width, width)  # text queries of the last block: computed, not needed
+    assert counter.get_total_flops() == own - attention + unread

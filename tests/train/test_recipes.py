@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lens.config import LensConfig
-from train import configs, cost, flow
+from train import adapters, configs, cost, flow
 from train.__main__ import main
 from train.objectives.flow_matching import mu_of
 
@@ -140,6 +140,28 @@ def test_the_dry_run_adds_up():
     alone = cost.memory(STAGE_A, config, 1, 1, 24 * rows)
     assert alone["AdamW moments"] == pytest.approx(8 * total)
     assert sum(cost.memory(configs.override(STAGE_A, ["RECOMPUTE=none"]), config, 8, 128, 24 * rows).values()) > 80e9
+
+
+def test_the_dry_run_of_adapters_adds_up():
+    """16 bytes for each number that trains, two for each that does not; near two thirds of the work."""
+    config, changed = LensConfig(), configs.override(STAGE_A, [])
+    total, _ = cost.parameters(config)
+    changed.LORA = "r=64,alpha=128,targets=attention"
+    d, r, last = config.inner_dim, 64, config.num_layers - 1
+    trained = (
+        config.num_layers * (2 * (r * d + 3 * d * r) + 2 * r * d) + last * 2 * r * d
+    )  # qkv of both, out, out of text
+    for shard, world in ((8, 128), (1, 1)):
+        parts = cost.memory(changed, config, shard, world, 24 * 1224)
+        assert parts["frozen weights"] == 2 * total / shard
+        assert parts["float32 adapters"] == 4 * trained / shard
+        assert sum(parts[name] for name in ("gradients", "AdamW moments", "running average")) == 16 * trained / shard
+    assert sum(parts.values()) < 24e9  # one card of the smaller kind
+    whole, own = (cost.training_flops(config, 1024, [200], lora) for lora in (None, adapters.of(changed)))
+    assert 0.66 < own / whole < 0.75
+    text = cost.dry_run(changed, 8, 8, "h200", 0.4)
+    assert "adapters" in text
+    assert "192,000" not in text
 
 
 def test_the_dry_run_is_quick_and_needs_no_gpu():
