@@ -5,40 +5,47 @@
 //
 //   LENS_DYNAMIC_SHARED(name)            the block's dynamic shared memory, 1024-byte aligned
 //   barrier_init(bar, arrivals)          one thread; then fence_barrier_init(), then
-//   __syncthreads() barrier_arrive(bar)                  one arrival of the current phase
+//                                        __syncthreads(), in a cluster its barrier
+//   barrier_arrive(bar)                  one arrival of the current phase
 //   barrier_arrive_expect_tx(bar, bytes) the same, and the phase waits for `bytes` of copies
 //   barrier_wait(bar, parity)            until the phase of that parity is over. A fresh barrier
 //                                        passes parity 1 and blocks parity 0
+//   cluster_rank()                       this block's place in its cluster
+//   cluster_arrive(), cluster_wait()     warp: the cluster's barrier, for all threads of all blocks
+//                                        that have not returned
+//   cluster_address(p, rank)             of what lies at p in this block, in block `rank`
+//   cluster_barrier_arrive(address)      barrier_arrive at a barrier of any block of the cluster,
+//                                        which must not have returned; only its own block waits
+//                                        there. Says that reads are over, publishes no writes
 //   tma_prefetch(map)                    the map itself into the cache, by one thread
-//   tma_load_{2,3,4}d(to, map, bar, x, y..)  one box into shared memory, by one thread; x
-//   innermost,
-//                                        in elements; what lies outside arrives as zero and counts
-//   tma_store_{2,3,4}d(map, from, x, y..)    one box out; outside nothing is written. Before it,
-//   all
+//   tma_load_{2,3,4,5}d(to, map, bar, x, y..)  one box into shared memory, by one thread; x
+//                                        innermost, in elements; what lies outside arrives as zero
+//                                        and counts
+//   tma_multicast_{2,4,5}d(to, map, bar, mask, x, y..)  the same box to the same place in each
+//                                        block whose rank is a bit of mask; its bytes count at the
+//                                        barrier in the place of bar in each
+//   tma_store_{2,3,4}d(map, from, x, y..)  one box out; outside nothing is written. Before it, all
 //                                        writers fence_async_shared(), then a barrier; after it, by
 //                                        the same thread: tma_store_commit(), tma_store_wait<n>()
 //                                        (all but n groups were read), tma_store_wait_all()
 //   fence_async_shared()                 own writes to shared memory become visible to TMA and
-//   wgmma wgmma<N, kB>(d, a, b, accumulate)    warpgroup: d [64, N] (+)= A [64, 16] B [16, N], bf16
-//   in
+//                                        wgmma
+//   wgmma<N, kB>(d, a, b, accumulate)    warpgroup: d [64, N] (+)= A [64, 16] B [16, N], bf16 in
 //                                        shared memory, float accumulators. d is undefined until a
 //                                        wait; its shared memory must stay until a wait
 //   wgmma_rs<N, kB>(d, a, b, accumulate) the same with A in registers, which stay untouched too
 //   wgmma_fence()                        warpgroup: before the first wgmma after registers of d or
-//   a
-//                                        were written or read by other code
+//                                        a were written or read by other code
 //   wgmma_commit()                       warpgroup: closes a group
 //   wgmma_wait<n>(d..)                   warpgroup: all but the n newest groups are over; names
-//   every
-//                                        accumulator that code below may touch
+//                                        every accumulator that code below may touch
 //   matrix_k(p), matrix_mn(p, block)     descriptors of 128-byte swizzled matrices, see below
 //   registers_down<n>(), registers_up<n>()   warpgroup: gives back, takes registers per thread
 //   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)   warp; id 1 .. 15
 //   elect_one()                          warp: true in exactly one lane
 //   exp2_approx(x)                       2^x, 2 ulp, denormals are zero
 //   stmatrix_x4(row, r0 .. r3), ldmatrix_x4(row, r0 .. r3)   warp: four 8x8 matrices of bf16; lane
-//   l
-//                                        names row l % 8 of matrix l / 8 (16 bytes) and holds
+//                                        l names row l % 8 of matrix l / 8 (16 bytes) and holds
 //                                        (l / 4, 2 (l % 4) + {0, 1}) of each
 //
 // Accumulators: d[4 j + 2 h + e] of thread t is row 16 (t / 32) + 8 h + (t % 32) / 4, column
@@ -97,6 +104,27 @@ LENS_PTX void barrier_wait(uint64_t* bar, uint32_t parity) {
       : "memory");
 }
 
+// ---- clusters
+LENS_PTX unsigned cluster_rank() {
+  unsigned rank;
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return rank;
+}
+LENS_PTX void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+LENS_PTX void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+LENS_PTX uint32_t cluster_address(const void* p, unsigned rank) {
+  uint32_t address;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
+  return address;
+}
+// Released to the own block alone: to the cluster would put a MEMBAR.GPU before every arrival, and
+// what an arrival tells here is that reads are over, not that writes are there.
+LENS_PTX void cluster_barrier_arrive(uint32_t address) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
 // ---- tile copies
 LENS_PTX void tma_prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -119,8 +147,38 @@ LENS_PTX void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x
                "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w)
                : "memory");
 }
+LENS_PTX void tma_load_5d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
+                          int w, int v) {
+  asm volatile(LENS_TMA_LOAD "5d" LENS_TMA_FROM
+                             "%3, %4, %5, %6, %7}], [%2];" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
+               : "memory");
+}
+#define LENS_TMA_TO_ALL \
+  ".shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {"
+LENS_PTX void tma_multicast_2d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask,
+                               int x, int y) {
+  asm volatile(LENS_TMA_LOAD "2d" LENS_TMA_TO_ALL "%4, %5}], [%2], %3;" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "h"(mask), "r"(x), "r"(y)
+               : "memory");
+}
+LENS_PTX void tma_multicast_4d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask,
+                               int x, int y, int z, int w) {
+  asm volatile(LENS_TMA_LOAD "4d" LENS_TMA_TO_ALL
+                             "%4, %5, %6, %7}], [%2], %3;" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w)
+               : "memory");
+}
+LENS_PTX void tma_multicast_5d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask,
+                               int x, int y, int z, int w, int v) {
+  asm volatile(LENS_TMA_LOAD "5d" LENS_TMA_TO_ALL
+                             "%4, %5, %6, %7, %8}], [%2], %3;" ::"r"(shared_address(to)),
+               "l"(map), "r"(shared_address(bar)), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w), "r"(v)
+               : "memory");
+}
 #undef LENS_TMA_LOAD
 #undef LENS_TMA_FROM
+#undef LENS_TMA_TO_ALL
 LENS_PTX void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
   asm volatile(
       "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),

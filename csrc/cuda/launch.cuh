@@ -17,12 +17,32 @@
 #else
 #define LENS_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
   (static_cast<void>(stream),                                              \
-   lens::emulation::launch(#kernel, kernel, grid, block, shared_bytes, __VA_ARGS__))
+   lens::emulation::launch(#kernel, kernel, {grid, block, shared_bytes}, __VA_ARGS__))
 #endif
 #define LENS_LAUNCH(kernel, grid, block, stream, ...) \
   LENS_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)
 
 namespace lens::gpu {
+
+// Launch attributes of `cluster` neighbouring blocks that share memory; used in place, never
+// copied.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  ClusterLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
+                void* stream) {
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {cluster, 1, 1};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;
+};
 
 // A row of this kernel is one warp, a block four rows.
 constexpr int kRowsPerBlock = 4;

@@ -53,6 +53,39 @@ template <class Kernel>
 inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
   return lens::emulation::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
 }
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+union cudaLaunchAttributeValue {
+  uint3 clusterDim;
+};
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  cudaLaunchAttributeValue val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
+  return config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+}
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  lens::emulation::launch(
+      "a kernel with launch attributes", kernel,
+      {config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster_of(*config)},
+      std::forward<Arguments>(arguments)...);
+  return cudaSuccess;  // what went wrong is the next cudaGetLastError()
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
+                                           const cudaLaunchConfig_t* config) {
+  *clusters = lens::emulation::multiprocessors() / int(cluster_of(*config));
+  return cudaSuccess;
+}
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };
 constexpr unsigned long long cudaEnableDefault = 0;
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** found, unsigned,

@@ -13,11 +13,16 @@
 // warpgroup disagree, a wgmma without fence, products nobody waited for, register counts beyond the
 // file, more shared memory than was asked for.
 //
+// The blocks of a cluster run at the same time, each with its own shared memory; a copy to several
+// reaches each of them when the seed has it. Errors: an arrival or a copy at a block that returned
+// or whose barriers no cluster barrier stands behind, copies under way to a block that returns,
+// masks and ranks beyond the cluster, static __shared__ arrays (one for all blocks) in a cluster.
+//
 // Not seen: a missing fence_async_shared(); memory order between threads; what the hardware makes
 // of other descriptor bits, swizzles and layouts than the PTX description (one reading serves
 // kernel and emulation alike, so the first tile on a device must be compared); A registers that
 // change before the wait; setmaxnreg that waits; rounding inside wgmma; bank conflicts, registers,
-// time.
+// time; which launch bounds and how many clusters a device takes.
 #pragma once
 
 #include <cstddef>
@@ -28,11 +33,11 @@
 namespace lens::emulation {
 
 // ---- called by the scheduler
-void begin_block(size_t shared_bytes);
-bool deliver();                          // one copy that is under way; false: none is
-void end_thread();                       // what the running thread leaves open is an error
-void end_block();                        // what the block leaves open is an error
-const char* waits_for(unsigned thread);  // for the deadlock report
+void begin_block(unsigned rank, size_t shared_bytes);  // every block of a cluster, 0 first
+bool deliver();                                        // one copy under way; false: none is
+void end_thread();              // what the running thread leaves open is an error
+void end_block(unsigned rank);  // what the block leaves open is an error
+const char* waits_for(unsigned rank, unsigned thread);  // for the deadlock report
 
 // ---- called by device code; `line` is the caller's
 unsigned char* dynamic_shared();
@@ -43,7 +48,14 @@ void fence_barrier_init();
 void barrier_arrive(uint64_t* bar, int bytes);  // bytes: expected by the same arrival, or 0
 void barrier_wait(uint64_t* bar, uint32_t parity, int line);
 
-void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, int rank, const int* at);
+void cluster_arrive(int line);
+void cluster_wait(int line);
+uint32_t cluster_address(const void* p, unsigned rank);
+void cluster_barrier_arrive(uint32_t address);
+
+// mask: a bit for each block of the cluster that it lands in, at the same place
+void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, uint32_t mask, int rank,
+              const int* at);
 void tma_store(const CUtensorMap* map, const void* from, int rank, const int* at);
 void tma_store_commit();
 void tma_store_wait(int pending);
@@ -62,6 +74,7 @@ void named_barrier(int id, int threads, bool wait, int line);
 int multiprocessors();
 int compute_capability();  // its major number
 void bind_context();       // to the calling thread, which has none when a launcher is called
+bool context_bound();
 int allow_shared(const void* kernel, int bytes);
 bool shared_allowed(const void* kernel, size_t bytes);
 

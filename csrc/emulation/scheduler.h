@@ -1,4 +1,5 @@
-// Runs the threads of a CUDA grid on one host thread: a fiber per CUDA thread, block after block.
+// Runs the threads of a CUDA grid on one host thread: a fiber per CUDA thread, block after block,
+// those of a cluster at the same time.
 //
 // A fiber runs until it meets a barrier or a warp operation, so what one thread does between two of
 // those is never seen half done by another. The seed decides who is next, and in which order the
@@ -45,33 +46,43 @@ uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t bits, int argument, i
 [[noreturn]] void fail(const char* format, ...);
 
 // Called from the other parts of the emulator.
-unsigned current_thread();
+constexpr unsigned kMaxThreads = 1024, kMostBlocks = 8;  // of a block, of a cluster
+unsigned current_thread();                               // within its block
+unsigned current_block();                                // within its cluster
 unsigned block_threads();
+unsigned cluster_blocks();
+bool block_returned(unsigned rank);
 uint64_t seed();
 uint64_t random_below(uint64_t n);
 void suspend(int line);  // the running thread, until it is woken
-void wake(unsigned thread);
+void wake(unsigned rank, unsigned thread);
+constexpr int kLaunchFailure = 719;  // the cudaError_t a device would return
 // An error of no thread: of a launch or of a copy.
 void report(int code, const char* format, ...);
 
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes = 0;
+  unsigned cluster = 1;  // neighbouring blocks along x
+};
 // Checks the launch as a device would, then runs every thread of the grid; the outcome is the next
 // last_error().
-void run_grid(const char* name, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes,
-              void (*thread)(void*), void* closure);
+void run_grid(const char* name, const void* kernel, const Launch& launch, void (*thread)(void*),
+              void* closure);
 
 // 0, or the cudaError_t of the first failed launch since the last call.
 int last_error();
 
 // The kernel's parameters are copied once at launch, as on the device.
 template <class... Parameters, class... Arguments>
-void launch(const char* name, void (*kernel)(Parameters...), dim3 grid, dim3 block,
-            size_t shared_bytes, Arguments&&... arguments) {
+void launch(const char* name, void (*kernel)(Parameters...), const Launch& launch,
+            Arguments&&... arguments) {
   struct Closure {
     void (*kernel)(Parameters...);
     std::tuple<Parameters...> parameters;
   } closure{kernel, std::tuple<Parameters...>(std::forward<Arguments>(arguments)...)};
   run_grid(
-      name, reinterpret_cast<const void*>(kernel), grid, block, shared_bytes,
+      name, reinterpret_cast<const void*>(kernel), launch,
       [](void* raw) {
         auto* c = static_cast<Closure*>(raw);
         std::apply(c->kernel, c->parameters);

@@ -63,20 +63,23 @@ def _digest(paths: list[pathlib.Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(tree: pathlib.Path, only: str = "") -> pathlib.Path:
-    """The library made of tree/cuda and tree/emulation; with `only`, of that launcher and the emulator alone."""
+def build(tree: pathlib.Path, only: str = "", probe: pathlib.Path | None = None) -> pathlib.Path:
+    """The library made of tree/cuda and tree/emulation; with `only`, of that launcher and the emulator alone; with
+    `probe`, of that source of a test and the emulator."""
     headers = [*tree.rglob("*.h"), *tree.rglob("*.cuh")]
-    sources = [*tree.glob("emulation/*.cpp"), *tree.glob(f"cuda/**/{only or '*'}.cu")]
+    kernels = [probe] if probe else [*tree.glob(f"cuda/**/{only or '*'}.cu")]
+    sources = [*tree.glob("emulation/*.cpp"), *kernels]
     # the emulator itself sees no kernel, so that a mutant's is compiled once
     own = [path for path in headers if path.relative_to(tree).parts[0] != "cuda"]
     common = {"cuda": _digest(headers), "emulation": _digest(own)}
 
     def key(source: pathlib.Path) -> str:
-        seen = common[source.relative_to(tree).parts[0]]
+        seen = common["emulation" if source.parent == tree / "emulation" else "cuda"]
         return hashlib.sha256(seen.encode() + source.read_bytes()).hexdigest()[:16]
 
     keys = {source: key(source) for source in sources}
-    library = BUILD / f"{only or 'all'}-{hashlib.sha256(''.join(sorted(keys.values())).encode()).hexdigest()[:16]}.so"
+    name = probe.stem if probe else only or "all"
+    library = BUILD / f"{name}-{hashlib.sha256(''.join(sorted(keys.values())).encode()).hexdigest()[:16]}.so"
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / f"{library.stem}.lock", "w") as lock:  # tests may run in several processes
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -25,19 +25,47 @@ inline void barrier_wait(uint64_t* bar, uint32_t parity, int line = __builtin_LI
   host::barrier_wait(bar, parity, line);
 }
 
+inline unsigned cluster_rank() { return host::current_block(); }
+inline void cluster_arrive(int line = __builtin_LINE()) { host::cluster_arrive(line); }
+inline void cluster_wait(int line = __builtin_LINE()) { host::cluster_wait(line); }
+inline uint32_t cluster_address(const void* p, unsigned rank) {
+  return host::cluster_address(p, rank);
+}
+inline void cluster_barrier_arrive(uint32_t address) { host::cluster_barrier_arrive(address); }
+
 inline void tma_prefetch(const CUtensorMap*) {}
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
   const int at[] = {x, y};
-  host::tma_load(to, map, bar, 2, at);
+  host::tma_load(to, map, bar, 1u << host::current_block(), 2, at);
 }
 inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
   const int at[] = {x, y, z};
-  host::tma_load(to, map, bar, 3, at);
+  host::tma_load(to, map, bar, 1u << host::current_block(), 3, at);
 }
 inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
                         int w) {
   const int at[] = {x, y, z, w};
-  host::tma_load(to, map, bar, 4, at);
+  host::tma_load(to, map, bar, 1u << host::current_block(), 4, at);
+}
+inline void tma_load_5d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, int w,
+                        int v) {
+  const int at[] = {x, y, z, w, v};
+  host::tma_load(to, map, bar, 1u << host::current_block(), 5, at);
+}
+inline void tma_multicast_2d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask, int x,
+                             int y) {
+  const int at[] = {x, y};
+  host::tma_load(to, map, bar, mask, 2, at);
+}
+inline void tma_multicast_4d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask, int x,
+                             int y, int z, int w) {
+  const int at[] = {x, y, z, w};
+  host::tma_load(to, map, bar, mask, 4, at);
+}
+inline void tma_multicast_5d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask, int x,
+                             int y, int z, int w, int v) {
+  const int at[] = {x, y, z, w, v};
+  host::tma_load(to, map, bar, mask, 5, at);
 }
 inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
   const int at[] = {x, y};
