@@ -17,9 +17,9 @@ def _side_by_side(rows: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]
     return {name: None if t is None else _placed(t.contiguous()) for name, t in both.items()}
 
 
-def _placed(t: Tensor, even: int = 0) -> Tensor:
-    """t where its copies in tiles may begin, 16 bytes, and with rows an even number of elements apart; else a copy."""
-    return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 or even % 2 else t
+def _placed(t: Tensor, stride: int = 0) -> Tensor:
+    """t where it can be read in chunks of 16 bytes, rows `stride` elements of bfloat16 apart as well; else a copy."""
+    return t.clone(memory_format=torch.contiguous_format) if t.data_ptr() % 16 or stride % 8 else t
 
 
 @backend.custom_op("lens::linear_qkv_norm_rope")
@@ -43,8 +43,8 @@ def qkv(
         **_side_by_side("bias", bias),
         **_side_by_side("q_weight", norms[::2]),
         **_side_by_side("k_weight", norms[1::2]),
-        cos=cos.contiguous(),
-        sin=sin.contiguous(),
+        cos=_placed(cos.contiguous()),
+        sin=_placed(sin.contiguous()),
         image_offsets=image_offsets.contiguous(),
         text_offsets=text_offsets.contiguous(),
         qkv=qkv,

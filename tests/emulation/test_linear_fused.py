@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from lens.ops import backend, linear_backends, linear_fused
 from tests.ops.test_linear_fused import IMAGES, against_spec, by_op, inputs, layers, typed
@@ -35,6 +36,29 @@ def test_one_stream_has_the_bits_it_has_beside_another(fused):
     alone = linear_fused.linear_gated_residual(image["x"], image["hidden"], out, *rest)
     assert len(alone) == 1
     assert torch.equal(alone[0], both["residual"][0])
+
+
+@torch.no_grad()
+def test_what_lies_off_16_bytes_is_copied(fused):
+    """The epilogues read 8 neighbours at once: of the biases, the norms' weights, the gate's rows and the angles."""
+    made = typed(inputs(*IMAGES["two samples"]), torch.bfloat16)
+    expected = by_op(made)
+
+    def off(x: Tensor, stride: int = 0) -> Tensor:
+        """x one element, with rows `stride` elements, further."""
+        shifted = x.new_empty(1 + (x.shape[0] * stride if stride else x.numel()))[1:]
+        shifted = shifted.view(x.shape[0], stride)[:, : x.shape[1]] if stride else shifted.view(x.shape)
+        return shifted.copy_(x)
+
+    for name, value in made.items():
+        if name == "gate":
+            made[name] = [off(table, table.shape[1] + 4) for table in value]
+        elif name != "offsets":
+            made[name] = [off(x) for x in value] if isinstance(value, list) else off(value)
+    got = by_op(made)
+    for name, value in expected.items():
+        for one, other in zip(*((x if isinstance(x, list) else [x]) for x in (got[name], value)), strict=True):
+            assert torch.equal(one, other), name
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -315,12 +315,14 @@ def _other_head(machine: emulator.Emulator) -> None:
 
 
 def _odd_gate(machine: emulator.Emulator) -> None:
-    run(machine, "linear_gated_residual", {**gated([5], [0], 64, 64), "image_gate_stride": 193})
+    run(machine, "linear_gated_residual", {**gated([5], [0], 64, 64), "image_gate_stride": 196})
 
 
-def _misaligned(machine: emulator.Emulator) -> None:
-    made = linear(5, 64, 64)
-    machine.launch("linear", made["x"], **{**made, "y": torch.empty(5 * 64 + 1, dtype=torch.bfloat16)[1:]})
+def _misaligned(kernel: str, name: str, made: Inputs) -> Callable[[emulator.Emulator], None]:
+    """The launch with one argument 8 bytes off."""
+    x = made[name]
+    shifted = x.new_zeros(x.numel() + 8 // x.element_size())[8 // x.element_size() :]
+    return lambda machine: machine.launch(kernel, x.new_empty(0, dtype=torch.bfloat16), **{**made, name: shifted})
 
 
 @pytest.mark.parametrize(
@@ -330,12 +332,17 @@ def _misaligned(machine: emulator.Emulator) -> None:
         _other_device,
         _other_head,
         _odd_gate,
-        _misaligned,
+        _misaligned("linear", "y", linear(5, 64, 64)),
+        _misaligned("linear", "bias", linear(5, 64, 64)),
+        _misaligned("linear_qkv_norm_rope", "cos", qkv([5], [0], 64, 1)),
+        _misaligned("linear_qkv_norm_rope", "text_k_weight", qkv([5], [2], 64, 1)),
+        _misaligned("linear_gated_residual", "text_bias", gated([5], [2], 64, 64)),
+        _misaligned("linear_gated_residual", "image_gate", gated([5], [0], 64, 64)),
         lambda machine: run(machine, "linear", linear(5, 96, 64)),
         lambda machine: run(machine, "linear", linear(5, 64, 96)),
         lambda machine: run(machine, "linear_swiglu", swiglu(5, 0, 64, 48)),
     ],
-    ids=["dtype", "device", "head", "gate stride", "alignment", "K", "D", "F"],
+    ids=["dtype", "device", "head", "gate stride", "y", "bias", "cos", "norm", "residual bias", "gate", "K", "D", "F"],
 )
 def test_refusals(emulated, monkeypatch, call):
     """What the kernels do not serve is an error of its own, not a wrong answer."""

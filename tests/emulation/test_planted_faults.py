@@ -105,7 +105,7 @@ INPUTS = {
 
 _RING, _EPILOGUE = "gemm/gemm.cuh", "gemm/epilogue.cuh"
 _QKV, _GATED = "gemm/linear_qkv_norm_rope.cuh", "gemm/linear_gated_residual.cuh"
-_SWIGLU = "gemm/linear_swiglu.cuh"
+_SWIGLU, _LINEAR = "gemm/linear_swiglu.cuh", "gemm/linear.cuh"
 PRODUCT_FAULTS = {
     "the copies wait for the wrong parity": Fault(
         "linear", _RING, "empty + at.stage, at.round ^ 1", "empty + at.stage, at.round", "deadlock"
@@ -171,33 +171,49 @@ PRODUCT_FAULTS = {
     "a map with a row too many": Fault(
         "linear", _RING, "{p.K, stream.rows}, {p.K}", "{p.K, stream.rows + 1}, {p.K}", "past the end of 'x'"
     ),
-    "words that stay in half their quad": Fault("linear", _EPILOGUE, "bit < 4", "bit < 2", NUMBERS),
-    "rows below the last": Fault("linear", _EPILOGUE, "if (!inside) return;", "if (row < 0 && !inside) return;", "past the end of 'y'"),
+    "rows below the last": Fault("linear", _LINEAR, "if (row < p.R) store", "store", "past the end of 'y'"),
+    "columns behind the last": Fault(
+        "linear", _LINEAR, "      if (at.column + 32 * g >= p.D) break;  // the whole warp\n", "", "past the end of"
+    ),
+    "weight rows that stay two by two": Fault(
+        "linear", _RING, "{p.K, 8 * p.K, 2 * p.K, 32 * p.K}", "{p.K, 2 * p.K, 8 * p.K, 32 * p.K}", NUMBERS
+    ),
+    "two weight rows exchanged": Fault("linear", _EPILOGUE, "2 * h + i % 2]", "2 * h + (i + 1) % 2]", NUMBERS),
+    "row halves exchanged": Fault("linear", _EPILOGUE, "2 * h + i % 2]", "2 * (1 - h) + i % 2]", NUMBERS),
+    "a map with 32 weight rows too many": Fault(
+        "linear", _RING, "4, 4, wide / 32}", "4, 4, wide / 32 + 1}", "past the end of 'weight'"
+    ),
     "text tiles of the image's stream": Fault(
         "linear_gated_residual", _RING, "{text ? kText : kImage", "{kImage", "numbers|past the end"
     ),
     "x behind the last column": Fault(
-        "linear_gated_residual", _GATED, "inside && column < p.D", "inside", "past the end of"
+        "linear_gated_residual", _GATED, "if (32 * g < left) ahead", "ahead", "past the end of"
     ),
     "the gate of the first sample": Fault(
-        "linear_gated_residual", _GATED, "p.B, inside ? row : rows - 1", "p.B, 0", NUMBERS
+        "linear_gated_residual", _GATED, "p.B, row)", "p.B, 0)", NUMBERS
     ),
     "the wrong sign of rotation": Fault(
-        "linear_qkv_norm_rope", _QKV, "-(odd * sine[j])", "odd * sine[j]", NUMBERS
+        "linear_qkv_norm_rope", _QKV, "-(odd * sine.e[j])", "odd * sine.e[j]", NUMBERS
     ),
     "half a head in the sum": Fault("linear_qkv_norm_rope", _QKV, "sum_lanes(square, 4)", "sum_lanes(square, 2)", NUMBERS),
     "text heads at the images' place": Fault(
         "linear_qkv_norm_rope", _QKV, "joint_row_of_text(p.image_offsets", "joint_row_of_text(p.text_offsets",
         "numbers|past the end",
     ),
+    "x of the other row half": Fault(
+        "linear_gated_residual", _GATED, "load_chunk(x + first[h]", "load_chunk(x + first[1 - h]", NUMBERS
+    ),
+    "angles of the other half of a head": Fault(
+        "linear_qkv_norm_rope", _QKV, "load_angles(p.sin, angle, 16 * g)", "load_angles(p.sin, angle, 16 - 16 * g)",
+        NUMBERS,
+    ),
+    "the next part's first head in this one": Fault(
+        "linear_qkv_norm_rope", _QKV, "column = 0, ++part;", "column = 0;", NUMBERS
+    ),
     "the halves of SwiGLU exchanged": Fault(
-        "linear_swiglu", _SWIGLU, "= d + 8 * (4 * g + i) + 2 * h;\n          const float* u = a + 4;",
-        "= d + 8 * (4 * g + i) + 2 * h + 4;\n          const float* u = a - 4;", NUMBERS,
+        "linear_swiglu", _SWIGLU, "a.e[i] * sigmoid(a.e[i]) * u.e[i]", "u.e[i] * sigmoid(u.e[i]) * a.e[i]", NUMBERS
     ),
-    "w1 and w3 interleaved by sixteens": Fault(
-        "linear_swiglu", _RING, "{p.K, 8, 2, wide / 16},\n                              {p.K, columns / 2 * p.K, 8 * p.K}",
-        "{p.K, 2, 8, wide / 16},\n                              {columns / 2 * p.K, p.K, 8 * p.K}", NUMBERS,
-    ),
+    "w1 where w3 belongs": Fault("linear_swiglu", _RING, "part * part_columns", "0 * part_columns", NUMBERS),
 }  # fmt: skip
 PRODUCT_INPUTS = {
     "linear": lambda: test_linear_fused_kernels.linear(70, 64 * 10, 192),

@@ -1,15 +1,15 @@
 // d = x weight^T over the rows of two streams, image and text, each with its own weights, in one
 // persistent launch; what becomes of d is an epilogue's business, in registers.
 //
-// x [rows, K], weight [columns, K], bfloat16; d float. A tile is 128 rows by N columns; blocks take
+// x [rows, K], weight [columns, K], bfloat16; d float. A tile is M rows by N columns; blocks take
 // tiles blockIdx, blockIdx + gridDim, .. One warp of the first warpgroup copies tiles of K = 64
-// into a ring of shared memory, two more warpgroups multiply 64 rows each and hold N / 2
-// accumulators per thread. They meet nowhere but at the ring, so one may store while the other
-// still multiplies, and the copies of the next tile run under both. A row's bits depend on that row
-// and the weights alone: one tile shape, K in order, no split.
+// into a ring of shared memory, M / 64 more warpgroups multiply 64 rows each and hold N / 2
+// accumulators per thread. They meet nowhere but at the ring, so one may store while another still
+// multiplies, and the copies of the next tile run under both. A row's bits depend on that row and
+// the weights alone: K in order, no split.
 //
-// Bound by the tensor cores: 128 x N x 64 products take 4 N cycles, its copies (128 + N) x 128
-// bytes; see docs/gemm.md.
+// Bound by the tensor cores or L2: M x N x 64 products take M N / 32 cycles, their copies are
+// (M + N) x 128 bytes; see docs/gemm.md.
 #pragma once
 
 #include <algorithm>
@@ -77,20 +77,24 @@ struct GemmMaps {
   CUtensorMap x[2], weight[2];
 };
 
-// Where a consumer thread's accumulators lie: d[4 j + 2 h + e] is row `row + 8 h`, column
-// `column + 8 j + 2 quad + e` of its stream.
+// Where a consumer thread's accumulators lie: d[16 g + 4 j + 2 h + e] is row `row + 8 h`, column
+// `column + 32 g + 8 quad + 2 j + e` of its stream, 8 neighbours of each 32. A product leaves 2
+// neighbours of each 8 in a thread, so the copies bring row 8 q + 2 j + e of each 32 of the weight
+// to row 8 j + 2 q + e in shared memory.
 struct Fragment {
-  int stream, row, column, quad;
+  int stream, row, column, quad;  // stream and column are the tile's: the same in all lanes
 };
 
-// Epilogue: struct with Params; static rows(p, stream); kInterleaved: weight is [2, F, K] and
-// columns alternate 8 of the first half, 8 of the second; store(p, d, fragment), by all threads.
+// Epilogue: struct with Params; kParts: weight is [kParts, F, K], and a tile takes the same N /
+// kParts columns of every part, one part after the other in d; store<M, N>(p, d, fragment), by all
+// threads.
 // registers <= 168: gemm_kernel
 // registers <= 128: gemm_kernel<192
 template <int M, int N, class Epilogue>
 __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
     gemm_kernel(const __grid_constant__ GemmMaps maps, const TileOrder order, const int depth,
-                const typename Epilogue::Params p) {
+                const int part_columns, const typename Epilogue::Params p) {
+  constexpr int kPartN = N / Epilogue::kParts;
   using Ring = GemmTile<M, N>;
   LENS_DYNAMIC_SHARED(shared);
   auto* full = reinterpret_cast<uint64_t*>(shared + Ring::kBarriers);
@@ -122,12 +126,11 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
         barrier_wait(empty + at.stage, at.round ^ 1);
         barrier_arrive_expect_tx(full + at.stage, Ring::kStageBytes);
         tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, tile.row * M);
-        if constexpr (Epilogue::kInterleaved) {
-          tma_load_4d(to + Ring::kXBytes, &maps.weight[tile.stream], full + at.stage, k, 0, 0,
-                      tile.column * (N / 16));
-        } else {
-          tma_load_2d(to + Ring::kXBytes, &maps.weight[tile.stream], full + at.stage, k,
-                      tile.column * N);
+#pragma unroll
+        for (int part = 0; part < Epilogue::kParts; ++part) {
+          const int column = part * part_columns + tile.column * kPartN;
+          tma_load_5d(to + Ring::kXBytes + part * kPartN * kTileK * 2, &maps.weight[tile.stream],
+                      full + at.stage, k, 0, 0, 0, column / 32);
         }
         at.next<Ring::kStages>();
       }
@@ -161,10 +164,10 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
     }
     wgmma_wait<0>(d);
     if (lane == 0) barrier_arrive(empty + held);
-    Epilogue::template store<N>(
+    Epilogue::template store<M, N>(
         p, d,
-        Fragment{tile.stream, tile.row * M + part * 64 + warp % 4 * 16 + lane / 4, tile.column * N,
-                 lane % 4});
+        Fragment{tile.stream, tile.row * M + part * 64 + warp % 4 * 16 + lane / 4,
+                 tile.column * kPartN, lane % 4});
   }
 }
 
@@ -193,12 +196,12 @@ int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
             make_tensor_map(&maps.x[s], stream.x, {p.K, stream.rows}, {p.K}, {kTileK, M})) {
       return error;
     }
-    const int error =
-        Epilogue::kInterleaved
-            ? make_tensor_map(&maps.weight[s], stream.weight, {p.K, 8, 2, wide / 16},
-                              {p.K, columns / 2 * p.K, 8 * p.K}, {kTileK, 8, 2, N / 16})
-            : make_tensor_map(&maps.weight[s], stream.weight, {p.K, wide}, {p.K}, {kTileK, N});
-    if (error) return error;
+    // of Fragment e, q, j, then the 32s
+    if (const int error = make_tensor_map(&maps.weight[s], stream.weight, {p.K, 2, 4, 4, wide / 32},
+                                          {p.K, 8 * p.K, 2 * p.K, 32 * p.K},
+                                          {kTileK, 2, 4, 4, N / Epilogue::kParts / 32})) {
+      return error;
+    }
   }
   if (const int error = allow_shared<&gemm_kernel<M, N, Epilogue>>(Ring::kSharedBytes)) {
     return error;
@@ -206,7 +209,8 @@ int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
   const TileOrder order = tile_order(image.rows, text.rows, columns, M, N);
   const int blocks = order.count() < multiprocessors ? order.count() : multiprocessors;
   LENS_LAUNCH_SHARED((gemm_kernel<M, N, Epilogue>), dim3(unsigned(blocks)), dim3(Ring::kThreads),
-                     Ring::kSharedBytes, p.stream, maps, order, int(p.K), p);
+                     Ring::kSharedBytes, p.stream, maps, order, int(p.K),
+                     int(columns / Epilogue::kParts), p);
   return int(cudaGetLastError());
 }
 
@@ -223,9 +227,8 @@ inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, in
 }
 
 // Takes the quickest of the shapes, which changes no bits: an accumulator sees the same products in
-// the same order. columns: of weight, with an interleaved epilogue 2 F. cudaErrorNotSupported: no
-// sm_90, other types than bfloat16, or sizes beyond the tiles, which are 64 of K and of columns (32
-// of F).
+// the same order. columns: rows of weight, of all parts. cudaErrorNotSupported: no sm_90, other
+// types than bfloat16, or sizes beyond the tiles, which are 64 of K and of columns (32 of F).
 template <class Epilogue, int... kM, int... kN>
 int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
                 int64_t columns, Shape<kM, kN>...) {

@@ -3,9 +3,7 @@
 namespace lens {
 
 int linear_cuda(const LinearParams& p) {
-  if (!gpu::whole_chunks(p.D, {p.y}) || !gpu::whole_pairs(p.bias, 0)) {
-    return int(cudaErrorNotSupported);
-  }
+  if (!gpu::whole_chunks(p.D, {p.y, p.bias})) return int(cudaErrorNotSupported);
   return gpu::launch_gemm<gpu::LinearEpilogue>(p, {p.x, p.weight, p.R}, {}, p.D,
                                                gpu::Shape<128, 128>{});
 }

@@ -7,27 +7,25 @@ namespace lens::gpu {
 
 struct LinearEpilogue {
   using Params = LinearParams;
-  static constexpr bool kInterleaved = false;
+  static constexpr int kParts = 1;
 
-  template <int N>
-  static __device__ __forceinline__ void store(const Params& p, float (&d)[N / 2],
+  template <int M, int N>
+  static __device__ __forceinline__ void store(const Params& p, const float (&d)[N / 2],
                                                const Fragment& at) {
+    const auto* bias = static_cast<const Bf16*>(p.bias);
+    auto* y = static_cast<Bf16*>(p.y);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = at.row + 8 * h;
+    for (int g = 0; g < N / 32; ++g) {
+      if (at.column + 32 * g >= p.D) break;  // the whole warp
+      const int column = at.column + 32 * g + 8 * at.quad;
+      const Chunk add = bias ? load_constants(bias + column) : Chunk{};
 #pragma unroll
-      for (int g = 0; g < N / 32; ++g) {
-        const int column = at.column + 32 * g;
-        if (column >= p.D) break;  // the whole warp
-        uint32_t w[4];
+      for (int h = 0; h < 2; ++h) {
+        const int64_t row = at.row + 8 * h;
+        Chunk c = accumulated(d, g, h);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = d + 4 * (4 * g + i) + 2 * h;
-          const Pair bias = load_pair(p.bias, column + 8 * i + 2 * at.quad);
-          w[i] = bf16_pair(pair[0] + bias.e[0], pair[1] + bias.e[1]);
-        }
-        transpose_quad(w, at.quad);
-        store_words(w, p.y, row, p.D, column, at.quad, row < p.R);
+        for (int i = 0; i < 8; ++i) c.e[i] += add.e[i];
+        if (row < p.R) store_chunk(c, y + row * p.D + column);
       }
     }
   }

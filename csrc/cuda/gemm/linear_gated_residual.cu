@@ -3,11 +3,11 @@
 namespace lens {
 
 int linear_gated_residual_cuda(const LinearGatedResidualParams& p) {
-  using gpu::whole_pairs;
-  if (!gpu::whole_chunks(p.D, {p.image_x, p.text_x, p.image_out, p.text_out}) ||
-      !whole_pairs(p.image_gate, p.image_gate_stride) ||
-      !whole_pairs(p.text_gate, p.text_gate_stride) || !whole_pairs(p.image_bias, 0) ||
-      !whole_pairs(p.text_bias, 0)) {
+  using gpu::whole_chunks;
+  if (!whole_chunks(p.D,
+                    {p.image_x, p.text_x, p.image_out, p.text_out, p.image_bias, p.text_bias}) ||
+      !whole_chunks(p.image_gate_stride, {p.image_gate}) ||
+      !whole_chunks(p.text_gate_stride, {p.text_gate})) {
     return int(cudaErrorNotSupported);
   }
   return gpu::launch_gemm<gpu::LinearGatedResidualEpilogue>(

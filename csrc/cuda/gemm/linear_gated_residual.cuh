@@ -1,5 +1,5 @@
 // out = x + gate_b * (y weight^T + bias), out may be x: a thread writes what it read, and nothing
-// else reads it.
+// else needs it.
 #pragma once
 
 #include "cuda/gemm/epilogue.cuh"
@@ -9,48 +9,52 @@ namespace lens::gpu {
 
 struct LinearGatedResidualEpilogue {
   using Params = LinearGatedResidualParams;
-  static constexpr bool kInterleaved = false;
+  static constexpr int kParts = 1;
 
-  template <int N>
-  static __device__ __forceinline__ void store(const Params& p, float (&d)[N / 2],
+  template <int M, int N>
+  static __device__ __forceinline__ void store(const Params& p, const float (&d)[N / 2],
                                                const Fragment& at) {
     const bool image = at.stream == kImage;
-    const int64_t rows = image ? p.RI : p.RT;
+    const int rows = int(image ? p.RI : p.RT);
     const int32_t* offsets = image ? p.image_offsets : p.text_offsets;
-    const void* x = image ? p.image_x : p.text_x;
-    void* out = image ? p.image_out : p.text_out;
-    const void* bias = image ? p.image_bias : p.text_bias;
+    const auto* x = static_cast<const Bf16*>(image ? p.image_x : p.text_x);
+    auto* out = static_cast<Bf16*>(image ? p.image_out : p.text_out);
+    const auto* bias = static_cast<const Bf16*>(image ? p.image_bias : p.text_bias);
+    const auto* gates = static_cast<const Bf16*>(image ? p.image_gate : p.text_gate);
+    const int64_t stride = image ? p.image_gate_stride : p.text_gate_stride;
+    const int left = int(p.D) - at.column, own = at.column + 8 * at.quad;
+    const Bf16* gate[2];
+    int64_t first[2];
+    bool inside[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = at.row + 8 * h;
-      const bool inside = row < rows;
-      const int64_t b = sample_of_row(offsets, p.B, inside ? row : rows - 1);
-      const Bf16* gate = image ? static_cast<const Bf16*>(p.image_gate) + b * p.image_gate_stride
-                               : static_cast<const Bf16*>(p.text_gate) + b * p.text_gate_stride;
-      uint32_t words[N / 32][4];  // all of x first: no load may rise above a store to out
+      inside[h] = at.row + 8 * h < rows;
+      const int row = inside[h] ? at.row + 8 * h : rows - 1;
+      gate[h] = gates + sample_of_row(offsets, p.B, row) * stride + own;
+      first[h] = row * p.D + own;
+    }
+    // No load may rise above a store to out, so chunks of x are read as far ahead as registers
+    // last: all of them, or 6 where a thread has 160 registers.
+    constexpr int kAhead = M == 192 ? 6 : N / 16;
+    uint4 ahead[kAhead] = {};
+    const auto fetch = [&](int i) {
+      const int g = i / 2, h = i % 2;
+      if (32 * g < left) ahead[i % kAhead] = load_chunk(x + first[h] + 32 * g);
+    };
 #pragma unroll
-      for (int g = 0; g < N / 32; ++g) {
-        const int column = at.column + 32 * g;
-        load_words(words[g], x, row, p.D, column, at.quad, inside && column < p.D);
-      }
+    for (int i = 0; i < kAhead; ++i) fetch(i);
 #pragma unroll
-      for (int g = 0; g < N / 32; ++g) {
-        const int column = at.column + 32 * g;
-        if (column >= p.D) break;  // the whole warp
-        uint32_t(&w)[4] = words[g];
-        transpose_quad(w, at.quad);
+    for (int i = 0; i < N / 16; ++i) {
+      const int g = i / 2, h = i % 2;
+      if (32 * g >= left) break;  // the whole warp
+      const Chunk base = widened<Bf16>(ahead[i % kAhead]);
+      if (i + kAhead < N / 16) fetch(i + kAhead);
+      const Chunk add = bias ? load_constants(bias + own + 32 * g) : Chunk{};
+      const Chunk factor = load_constants(gate[h] + 32 * g);
+      Chunk c = accumulated(d, g, h);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float* pair = d + 4 * (4 * g + i) + 2 * h;
-          const int c = column + 8 * i + 2 * at.quad;
-          const Pair add = load_pair(bias, c), factor = load_pair(gate, c);
-          const Pair base = unpack_pair(w[i]);
-          w[i] = bf16_pair(mul_add(factor.e[0], pair[0] + add.e[0], base.e[0]),
-                           mul_add(factor.e[1], pair[1] + add.e[1], base.e[1]));
-        }
-        transpose_quad(w, at.quad);
-        store_words(w, out, row, p.D, column, at.quad, inside);
-      }
+      for (int j = 0; j < 8; ++j) c.e[j] = mul_add(factor.e[j], c.e[j] + add.e[j], base.e[j]);
+      if (inside[h]) store_chunk(c, out + first[h] + 32 * g);
     }
   }
 };

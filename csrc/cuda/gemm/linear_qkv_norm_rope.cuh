@@ -12,67 +12,95 @@ constexpr int kGemmHead = 64;
 
 struct LinearQkvNormRopeEpilogue {
   using Params = LinearQkvNormRopeParams;
-  static constexpr bool kInterleaved = false;
+  static constexpr int kParts = 1;
 
-  template <int N>
-  static __device__ __forceinline__ void store(const Params& p, float (&d)[N / 2],
+  template <int M, int N>
+  static __device__ __forceinline__ void store(const Params& p, const float (&d)[N / 2],
                                                const Fragment& at) {
     const bool image = at.stream == kImage;
-    const int64_t rows = image ? p.RI : p.RT, joint_rows = p.RI + p.RT;
-    const int heads = int(p.N), first_head = at.column / kGemmHead;
-    const void* bias = image ? p.image_bias : p.text_bias;
+    const int rows = int(image ? p.RI : p.RT), joint_rows = int(p.RI + p.RT);
+    const int width = int(p.N) * kGemmHead, channel = 8 * at.quad;
+    const auto* bias = static_cast<const Bf16*>(image ? p.image_bias : p.text_bias) + at.column;
+    int joint[2];
+    bool inside[2];
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const bool inside = at.row + 8 * h < rows;
-      const int64_t row = inside ? at.row + 8 * h : rows - 1;  // every lane takes part in shuffles
+      inside[h] = at.row + 8 * h < rows;
+      const int row = inside[h] ? at.row + 8 * h : rows - 1;  // every lane takes part in shuffles
       const int64_t b = sample_of_row(image ? p.image_offsets : p.text_offsets, p.B, row);
-      const int64_t joint = image ? joint_row_of_image(p.text_offsets, b, row)
-                                  : joint_row_of_text(p.image_offsets, b, row);
-      const float* cos = static_cast<const float*>(p.cos) + joint * (kGemmHead / 2) + at.quad;
-      const float* sin = static_cast<const float*>(p.sin) + joint * (kGemmHead / 2) + at.quad;
-      float cosine[8], sine[8];
+      joint[h] = int(image ? joint_row_of_image(p.text_offsets, b, row)
+                           : joint_row_of_text(p.image_offsets, b, row));
+    }
+    int part = at.column / width, column = at.column % width;
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        cosine[j] = __ldg(cos + 4 * j);
-        sine[j] = __ldg(sin + 4 * j);
-      }
+    for (int i = 0; i < N / kGemmHead; ++i) {
+      // Row halves at a time: both, which share what they read, or one where a thread has 160
+      // registers. The bias is then no constant to the compiler, which would keep it for the other.
+      constexpr int kHalves = M == 192 ? 1 : 2;
 #pragma unroll
-      for (int i = 0; i < N / kGemmHead; ++i) {
-        const int part = (first_head + i) / heads, head = (first_head + i) % heads;
-        float x[8][2];
-        float square = 0.0f;
+      for (int first = 0; first < 2; first += kHalves) {
+        Chunk x[kHalves][2];  // channels 0 .. 31, 32 .. 63
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          const Pair add = load_pair(bias, (first_head + i) * kGemmHead + 8 * j + 2 * at.quad);
+        for (int g = 0; g < 2; ++g) {
+          const Chunk add = widened<Bf16>(load_chunk(bias + kGemmHead * i + 32 * g + channel));
 #pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            x[j][e] = d[4 * (8 * i + j) + 2 * h + e] + add.e[e];
-            square = mul_add(x[j][e], x[j][e], square);
+          for (int h = 0; h < kHalves; ++h) {
+            x[h][g] = accumulated(d, 2 * i + g, first + h);
+#pragma unroll
+            for (int c = 0; c < 8; ++c) x[h][g].e[c] += add.e[c];
           }
         }
         if (part < 2) {
-          const float rstd = inverse_sqrt(sum_lanes(square, 4) / float(kGemmHead) + float(p.eps));
-          const void* weight = image ? (part == 0 ? p.image_q_weight : p.image_k_weight)
-                                     : (part == 0 ? p.text_q_weight : p.text_k_weight);
+          const void* norm = image ? (part == 0 ? p.image_q_weight : p.image_k_weight)
+                                   : (part == 0 ? p.text_q_weight : p.text_k_weight);
+          float rstd[kHalves];
 #pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            const Pair w = load_pair(weight, 8 * j + 2 * at.quad);
-            const float even = x[j][0] * rstd * w.e[0], odd = x[j][1] * rstd * w.e[1];
-            x[j][0] = mul_add(even, cosine[j], -(odd * sine[j]));
-            x[j][1] = mul_add(even, sine[j], odd * cosine[j]);
+          for (int h = 0; h < kHalves; ++h) {
+            float square = 0.0f;
+#pragma unroll
+            for (int c = 0; c < 16; ++c) {
+              const float value = x[h][c / 8].e[c % 8];
+              square = mul_add(value, value, square);
+            }
+            rstd[h] = inverse_sqrt(sum_lanes(square, 4) / float(kGemmHead) + float(p.eps));
+          }
+#pragma unroll
+          for (int g = 0; g < 2; ++g) {
+            const Chunk weight = load_constants(static_cast<const Bf16*>(norm) + 32 * g + channel);
+#pragma unroll
+            for (int h = 0; h < kHalves; ++h) {
+              const int angle = joint[first + h] * (kGemmHead / 2) + channel / 2;
+              const Values<float> cosine = load_angles(p.cos, angle, 16 * g);
+              const Values<float> sine = load_angles(p.sin, angle, 16 * g);
+              float(&v)[8] = x[h][g].e;
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                const float even = v[2 * j] * rstd[h] * weight.e[2 * j];
+                const float odd = v[2 * j + 1] * rstd[h] * weight.e[2 * j + 1];
+                v[2 * j] = mul_add(even, cosine.e[j], -(odd * sine.e[j]));
+                v[2 * j + 1] = mul_add(even, sine.e[j], odd * cosine.e[j]);
+              }
+            }
           }
         }
-        const int64_t to = (part * joint_rows + joint) * heads + head;
 #pragma unroll
-        for (int g = 0; g < 2; ++g) {
-          uint32_t w[4];
+        for (int h = 0; h < kHalves; ++h) {
+          if (!inside[first + h]) continue;
+          const int64_t row = part * joint_rows + joint[first + h];
+          Bf16* to = static_cast<Bf16*>(p.qkv) + row * width + column + channel;
 #pragma unroll
-          for (int j = 0; j < 4; ++j) w[j] = bf16_pair(x[4 * g + j][0], x[4 * g + j][1]);
-          transpose_quad(w, at.quad);
-          store_words(w, p.qkv, to, kGemmHead, 32 * g, at.quad, inside);
+          for (int g = 0; g < 2; ++g) store_chunk(x[h][g], to + 32 * g);
         }
       }
+      column += kGemmHead;
+      if (column == width) column = 0, ++part;
     }
+  }
+
+ private:
+  static __device__ __forceinline__ Values<float> load_angles(const void* array, int at, int next) {
+    const float* from = static_cast<const float*>(array) + at;
+    return widened<float>(__ldg(reinterpret_cast<const uint4*>(from + next)));
   }
 };
 
