@@ -239,7 +239,8 @@ struct Wgmma;
 #define LENS_F32 LENS_F16(0), LENS_F16(16)
 #define LENS_F64 LENS_F32, LENS_F16(32), LENS_F16(48)
 #define LENS_F96 LENS_F64, LENS_F16(64), LENS_F16(80)
-#define LENS_F128 LENS_F96, LENS_F16(96), LENS_F16(112)
+#define LENS_F112 LENS_F96, LENS_F16(96)
+#define LENS_F128 LENS_F112, LENS_F16(112)
 
 // The operands behind the N / 2 accumulators are numbered from N / 2: o0 is the first of them.
 #define LENS_WGMMA(N, list, outputs, o0, o1, o2, o3, o4, o5, o6)                                 \
@@ -267,16 +268,12 @@ struct Wgmma;
 #define LENS_L32 LENS_D0 ", " LENS_D1
 #define LENS_L64 LENS_L32 ", " LENS_D2 ", " LENS_D3
 #define LENS_L96 LENS_L64 ", " LENS_D4 ", " LENS_D5
-#define LENS_L128 LENS_L96 ", " LENS_D6 ", " LENS_D7
-#define LENS_L48 LENS_L32 ", " LENS_D2
-#define LENS_L80 LENS_L64 ", " LENS_D4
-#define LENS_F48 LENS_F32, LENS_F16(32)
-#define LENS_F80 LENS_F64, LENS_F16(64)
+#define LENS_L112 LENS_L96 ", " LENS_D6
+#define LENS_L128 LENS_L112 ", " LENS_D7
 LENS_WGMMA(64, LENS_L32, LENS_F32, 32, 33, 34, 35, 36, 37, 38)
-LENS_WGMMA(96, LENS_L48, LENS_F48, 48, 49, 50, 51, 52, 53, 54)
 LENS_WGMMA(128, LENS_L64, LENS_F64, 64, 65, 66, 67, 68, 69, 70)
-LENS_WGMMA(160, LENS_L80, LENS_F80, 80, 81, 82, 83, 84, 85, 86)
 LENS_WGMMA(192, LENS_L96, LENS_F96, 96, 97, 98, 99, 100, 101, 102)
+LENS_WGMMA(224, LENS_L112, LENS_F112, 112, 113, 114, 115, 116, 117, 118)
 LENS_WGMMA(256, LENS_L128, LENS_F128, 128, 129, 130, 131, 132, 133, 134)
 #undef LENS_WGMMA
 

@@ -231,8 +231,9 @@ def test_tiles_of_a_persistent_block(emulated, monkeypatch, multiprocessors):
 
 @pytest.mark.parametrize(
     ("image", "text", "columns", "blocks"),
-    [(70, 20, 256, (3, 4)), (180, 0, 192, (1, 2))],  # 128 x 256 or 128 x 192; 192 x 192 or 128 x 192
-    ids=["width", "height"],
+    # 128 x 256 or 128 x 192; 192 x 192 or 128 x 192; 128 x 224, whose last columns are not there, or 128 x 192
+    [(70, 20, 256, (3, 4)), (180, 0, 192, (1, 2)), (70, 0, 640, (3, 4))],
+    ids=["width", "height", "ragged"],
 )
 def test_shape_of_the_tiles_changes_no_bits(emulated, monkeypatch, image, text, columns, blocks):
     """The number of multiprocessors decides which shape is quickest."""

@@ -222,7 +222,7 @@ struct Shape {};
 inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, int M, int N) {
   constexpr int64_t kL2Bytes = 40;  // a cycle and multiprocessor, predicted
   const int64_t products = M * N / 32, copies = (M + N) * kTileK * 2 / kL2Bytes;
-  const int64_t step = products > copies ? products : copies, epilogue = M * N / 8;
+  const int64_t step = products > copies ? products : copies, epilogue = M * N / 10;
   return ceil_div(tiles, multiprocessors) * (depth / kTileK * step + epilogue);
 }
 

@@ -12,7 +12,8 @@ int linear_gated_residual_cuda(const LinearGatedResidualParams& p) {
   }
   return gpu::launch_gemm<gpu::LinearGatedResidualEpilogue>(
       p, {p.image_y, p.image_weight, p.RI}, {p.text_y, p.text_weight, p.RT}, p.D,
-      gpu::Shape<128, 192>{}, gpu::Shape<128, 256>{}, gpu::Shape<192, 192>{});
+      gpu::Shape<128, 192>{}, gpu::Shape<128, 224>{}, gpu::Shape<128, 256>{},
+      gpu::Shape<192, 192>{});
 }
 
 }  // namespace lens
