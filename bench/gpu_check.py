@@ -96,7 +96,7 @@ PARTS = (  # in order of value
         ),
         200,
     ),
-    Part("step", 75, 70, 0.4, ("step/1024/cfg/text415/*", "step/1024/single/text200/*"), 150),
+    Part("step", 85, 70, 0.4, ("step/1024/cfg/text415/*", "step/1024/single/text200/*", "step/1024/b[48]/*"), 150),
     Part("attention", 50, 40, 0.15, ("*",), 60),
     Part("gemm", 45, 0, 0.15, ("gemm/*_*/*", "gemm/*/8192+text415/*", "gemm/table/table20/*"), 60),
     Part("ops", 50, 0, 0.1, ("ops/*/bf16/*",), 60),

@@ -12,7 +12,7 @@ from torch import Tensor
 from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .model import LensTransformer2DModel
-from .ops import attention_backends, backend, linear_backends
+from .ops import _invariance, attention_backends, backend, linear_backends
 from .ops.denoise_step import OWN_ATTENTION
 from .packing import TEXT_BIN, Binned, Grid, bin_texts
 from .step import Job, State, advance, capacity, euler, fixed_state, free_state, load, with_text
@@ -94,11 +94,14 @@ class Engine:
             return "sizes are mixed"
         if model.training:
             return "the model is in training"
-        if model.batch_invariant and model.device.type == "cuda":
-            return "batch_invariant multiplies sample by sample, by lengths the host must know"
         if backend.forced() == "reference":
             return "the reference ops read lengths on the host"
         try:
+            if model.batch_invariant and self.text_bin != 1 and (why := _invariance.of_model(model)):
+                return (
+                    f"batch_invariant has the library multiply text sample by sample ({why}), by lengths the host must "
+                    "know: text_bin = 1 captures each combination of them"
+                )
             attention_backends.choose(self._need(model, grids[0], self.text_bin != 1))
         except RuntimeError as error:
             return str(error)
@@ -106,7 +109,9 @@ class Engine:
 
     def _need(self, model: LensTransformer2DModel, grid: Grid, device_lengths: bool) -> attention_backends.Need:
         head_dim = model.config.attention_head_dim
-        return attention_backends.need_of(model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths)
+        return attention_backends.need_of(
+            model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths, invariant=model.invariant
+        )
 
     def bin_of(self, model: LensTransformer2DModel, job: Job) -> int:
         """The multiple that this job's text rows are rounded up to; 1: exact lengths."""
@@ -148,7 +153,7 @@ class Engine:
         norms = (
             tuple(w._version for block in model.layers() for w in block.norms()) if attention == OWN_ATTENTION else ()
         )
-        choices = backend.forced(), linear_backends.forced(), attention, norms
+        choices = backend.forced(), linear_backends.forced(), attention, norms, model.invariant
         texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
         if binned.exact:
             texts = tuple(binned.text_lengths)

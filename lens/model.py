@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from . import ops
 from .config import LensConfig
 from .modulation import Modulation, TimeEmbedding, concatenate, modulate
-from .ops import linear_fused
-from .ops.linear_fused import linear
+from .ops import _invariance, linear_fused
+from .ops.linear_fused import ON_DEVICE, linear
 from .packing import Packing, expect_tensors, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
@@ -71,8 +71,9 @@ def init_parameter(name: str, parameter: Tensor, generator: torch.Generator, std
 class LensTransformer2DModel(nn.Module):
     """Velocity of image tokens under a prompt.
 
-    ``batch_invariant``: a sample's bits do not depend on its neighbours. None (default) means on a CPU outside
-    training; the row kernels always are, the matrix products then run sample by sample.
+    ``batch_invariant``: a sample's bits do not depend on its neighbours. None (default) leaves it to
+    ``ops/_invariance.py``: on a CPU outside training. Row kernels never look at neighbours, nor do matrix products of
+    our own; the library's then run sample by sample.
     """
 
     def __init__(self, config: LensConfig):
@@ -100,11 +101,17 @@ class LensTransformer2DModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.image_in.weight.dtype
 
-    def _groups(self, lengths: list[int]) -> list[int] | None:
-        invariant = self.batch_invariant
-        if invariant is None:
-            invariant = self.device.type == "cpu" and not self.training
-        return lengths if invariant else None
+    @property
+    def invariant(self) -> bool:
+        """``batch_invariant``, or the default in its place."""
+        return _invariance.default(self) if self.batch_invariant is None else self.batch_invariant
+
+    def _groups(self, packing: Packing) -> linear_fused.Lengths:
+        """Of each stream: the rows of the samples that must have the bits they have alone, or None."""
+        if not self.invariant:
+            return None, None
+        # a captured step serves texts of other lengths, on pictures of one size
+        return packing.image_lengths, packing.text_lengths if packing.places is None else ON_DEVICE
 
     def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
         """Fresh weights for training, one parameter after another; see ``init_parameter``."""
@@ -118,7 +125,7 @@ class LensTransformer2DModel(nn.Module):
             layers = zip(rows.chunk(len(self.text_norms), dim=-1), self.text_norms, strict=True)
             return self.text_in(torch.cat([F.rms_norm(x, (x.shape[-1],), w, TEXT_EPS) for x, w in layers], dim=-1))
 
-        return linear(project, torch.cat(list(features), dim=-1), self._groups(lengths))
+        return linear(project, torch.cat(list(features), dim=-1), lengths if self.invariant else None)
 
     def denoise(
         self,
@@ -135,8 +142,7 @@ class LensTransformer2DModel(nn.Module):
         """
         offsets = (packing.image_offsets, packing.text_offsets)
         lengths = (packing.image_lengths, packing.text_lengths)
-        # a captured step has no lengths to go by: its products run over all rows
-        groups = (None, None) if packing.places else (self._groups(lengths[IMAGE]), self._groups(lengths[TEXT]))
+        invariant, groups = self.invariant, self._groups(packing)
         x = [linear(self.image_in, image_rows, groups[IMAGE]), text_rows]
         layers = self.layers()
         normed = [
@@ -160,7 +166,15 @@ class LensTransformer2DModel(nn.Module):
                 groups,
             ).unbind(0)
             attention = ops.joint_attention(
-                q, k, v, *lengths, *offsets, text_queries=TEXT in live, places=packing.places, norms=block.norms()
+                q,
+                k,
+                v,
+                *lengths,
+                *offsets,
+                text_queries=TEXT in live,
+                places=packing.places,
+                norms=block.norms(),
+                invariant=invariant,
             )
             del q, k, v  # three rows of the width for every token, while the MLP needs the most
             _, _, gate1, shift2, scale2, gate2 = zip(*(modulation.of(index, s) for s in live))
@@ -244,8 +258,8 @@ class LensTransformer2DModel(nn.Module):
         image_rows = ops.pack_tokens(hidden_states.to(self.dtype), image_index)
         features = [ops.pack_tokens(f.to(self.dtype), text_index) for f in encoder_hidden_states]
         text_rows = self.project_text(features, packing.text_lengths)
-        grouped = self._groups(packing.image_lengths) is not None
-        modulation = concatenate([modulate(self, t[None]) for t in timestep]) if grouped else modulate(self, timestep)
+        alone = self.invariant
+        modulation = concatenate([modulate(self, t[None]) for t in timestep]) if alone else modulate(self, timestep)
         velocity = self.denoise(image_rows, text_rows, modulation, packing, blocks_out)
         return ops.unpack_tokens(velocity, image_index, batch, length)
 

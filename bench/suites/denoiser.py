@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -15,6 +16,7 @@ from lens import ops, sampler
 from lens.engine import Engine, Job, Run, State
 from lens.model import LensTransformer2DModel
 from lens.modulation import Modulation, TableCache
+from lens.ops import _invariance, attention_backends, linear_backends
 from lens.packing import Packing, plan
 
 from .. import weights
@@ -45,6 +47,7 @@ class Denoiser:
     text: int
     guided: bool
     steps: int = 20
+    batch: int = 1  # pictures of one prompt
     _rotation: Any = None
 
     @cached_property
@@ -57,11 +60,11 @@ class Denoiser:
 
     @property
     def images(self) -> list[int]:
-        return [self.image] * (2 if self.guided else 1)
+        return [self.image] * len(self.texts)
 
     @property
     def texts(self) -> list[int]:
-        return [self.text, 0] if self.guided else [self.text]
+        return [self.text] * self.batch + [0] * self.batch * self.guided
 
     @property
     def guidance(self) -> float:
@@ -82,11 +85,12 @@ class Denoiser:
         return TableCache().get(self.model, self.time)
 
     def inputs(self, sets: int) -> list[tuple[Tensor, list[Tensor], Tensor]]:
-        """(latents float32 [I, C], F features [T, E], their projection [T, D]), drawn for every set."""
+        """(latents float32 [B I, C], F features [T, E], their projection [T, D]), drawn for every set."""
         made = []
         for k in range(sets):
             g = generator(self.device, "latents", k)
-            x = torch.randn((self.image, self.scale.config.in_channels), generator=g, device=self.device)
+            shape = self.batch * self.image, self.scale.config.in_channels
+            x = torch.randn(shape, generator=g, device=self.device)
             features = features_of(self.scale, self.text, self.device, k)
             with torch.no_grad():
                 made.append((x, features, self.model.project_text(features, [self.text])))
@@ -94,25 +98,26 @@ class Denoiser:
 
     # each subject: (latents, features, projected text) -> latents after one step of length DELTA
 
-    def engine(self, index: int) -> Callable[..., Tensor]:
+    def engine(self, index: int, invariant: bool = False) -> Callable[..., Tensor]:
         """As `LensPipeline` takes it: the captured step on fixed buffers, where there are graphs; op by op elsewhere.
 
-        Latents, text and the step's number are put into the buffers by every call (5 MB, against 60 ms).
+        Latents, text and the step's number are put into the buffers by every call (5 MB a picture, against 30 ms).
+        invariant: under batch_invariant.
         """
 
         @cache
         def begun() -> tuple[Run, State]:
             x, _, text = self.inputs(1)[0]
-            nothing = (text[:0], torch.arange(0))
+            nothing = [text[:0]] * self.batch, [torch.arange(0)] * self.batch
             job = Job(
-                grids=[self.grid],
-                text=[text],
-                text_index=[torch.arange(self.text)],
-                negative=[nothing[0]] if self.guided else None,
-                negative_index=[nothing[1]] if self.guided else None,
+                grids=[self.grid] * self.batch,
+                text=[text] * self.batch,
+                text_index=[torch.arange(self.text)] * self.batch,
+                negative=nothing[0] if self.guided else None,
+                negative_index=nothing[1] if self.guided else None,
                 guidance=self.guidance,
-                sigma=-DELTA * torch.arange(self.steps, -1, -1, dtype=torch.float32)[None],
-                first=torch.zeros(1, dtype=torch.int64),
+                sigma=-DELTA * torch.arange(self.steps, -1, -1, dtype=torch.float32).repeat(self.batch, 1),
+                first=torch.zeros(self.batch, dtype=torch.int64),
                 table=self.table,
                 x=x,
             )
@@ -121,25 +126,44 @@ class Denoiser:
             return run, run._state  # the engine has no need of a step out of its order; the bench has
 
         def step(x: Tensor, features: list[Tensor], text: Tensor) -> Tensor:
-            run, state = begun()  # by the first call: a capture that fails is this subject's failure alone
-            state.index.fill_(index)
-            run.x.copy_(x)
-            state.text[: len(text)].copy_(text)
-            run.step()
+            before, self.model.batch_invariant = self.model.batch_invariant, invariant
+            try:
+                run, state = begun()  # by the first call: a capture that fails is this subject's failure alone
+                state.index.fill_(index)
+                run.x.copy_(x)
+                state.text[: self.batch * len(text)].unflatten(0, (self.batch, -1)).copy_(text)
+                run.step()
+            finally:
+                self.model.batch_invariant = before
             return run.x.clone()
 
         return step
 
+    def who(self, invariant: bool) -> Callable[[], dict[str, Any]]:
+        """What a row says of its step: who multiplies where no sample may depend on its batch; what was forced, if
+        anything."""
+
+        def told() -> dict[str, Any]:
+            forced = {"linear": linear_backends.forced(), "attention": attention_backends.forced()}
+            forced["graphs"] = os.environ.get("LENS_GRAPHS")
+            why = _invariance.of_model(self.model) if invariant else ""
+            said = {"products": f"library, sample by sample: {why}" if why else "ours"} if invariant else {}
+            return {"forced": {k: v for k, v in forced.items() if v}, **said}
+
+        return told
+
     def ours(self, index: int) -> Callable[..., Tensor]:
         """Op by op, the host launching each."""
-        twice = len(self.texts)
-        rows = torch.full((twice,), index, device=self.device)
-        offsets = self.packing.image_offsets[:2].contiguous()
-        delta = torch.tensor([DELTA], device=self.device)
+        rows = torch.full((len(self.texts),), index, device=self.device)
+        offsets = self.packing.image_offsets[: self.batch + 1].contiguous()
+        delta = torch.tensor([DELTA] * self.batch, device=self.device)
 
         def step(x: Tensor, features: list[Tensor], text: Tensor) -> Tensor:
             velocity = self.model.denoise(
-                x.to(self.model.dtype).repeat(twice, 1), text, self.table.rows(rows), self.packing
+                x.to(self.model.dtype).repeat(1 + self.guided, 1),
+                text.repeat(self.batch, 1),
+                self.table.rows(rows),
+                self.packing,
             )
             c, u = velocity[: len(x)], velocity[len(x) :] if self.guided else None
             return ops.guidance_step(x, c, u, delta, self.guidance, offsets)
@@ -154,13 +178,13 @@ class Denoiser:
         reference = Reference(model, compile)
         time = self.time[index].to(self.device)
         mask = torch.ones(len(self.texts), self.text, dtype=torch.bool, device=self.device)
-        mask[1:] = False
+        mask[self.batch :] = False
         delta = torch.tensor(DELTA, device=self.device)
 
         def step(x: Tensor, features: list[Tensor], text: Tensor) -> Tensor:
-            padded = [torch.stack([f, torch.zeros_like(f)][: len(self.texts)]) for f in features]
-            x = x.to(torch.promote_types(x.dtype, model.dtype))[None]
-            return reference_step(reference, x, padded, mask, time, delta, self.guidance, self.grid)[0]
+            padded = [torch.stack([f if n else torch.zeros_like(f) for n in self.texts]) for f in features]
+            x = x.to(torch.promote_types(x.dtype, model.dtype)).unflatten(0, (self.batch, -1))
+            return reference_step(reference, x, padded, mask, time, delta, self.guidance, self.grid).flatten(0, 1)
 
         return step
 
@@ -170,7 +194,13 @@ class Denoiser:
         lengths = (tuple(self.images), tuple(self.texts))
         if self._rotation is None:
             self._rotation = exact.tables([self.grid] * len(self.texts), self.texts, self.scale.dtype)
-        return (text, table.blocks[index][..., None, :], table.final[index][:, None], self._rotation, lengths)
+        return (
+            text.repeat(self.batch, 1),
+            table.blocks[index][..., None, :],
+            table.final[index][:, None],
+            self._rotation,
+            lengths,
+        )
 
     def exact(self, index: int, compile: bool = True) -> Callable[..., Tensor]:
         """Comparator (c)."""

@@ -1,7 +1,10 @@
-"""One denoise step: latents in, latents out, guidance and Euler included; a guided pair or a single call.
+"""One denoise step: latents in, latents out, guidance and Euler included; a guided pair, a single call, or one of Turbo's
+batches.
 
-step/<side>/<cfg | single>/text<tokens>/<dtype>. Text projection and the modulation table are made before, where a
-subject can (ours, exact); the reference computes both at every step, as it does.
+step/<side>/<cfg | single | b4 | b8>/text<tokens>/<dtype>. Text projection and the modulation table are made before, where
+a subject can (ours, exact); the reference computes both at every step, as it does. `ours_batch_invariant` is ours under
+batch_invariant: the ratio of both is its price, which `python -m bench tables` takes from the cases that
+`lens.ops._invariance` names.
 """
 
 from __future__ import annotations
@@ -13,21 +16,24 @@ from ..roofline import step_bytes, step_flops
 from .denoiser import STEP_BOUND, Denoiser, checked
 from .scale import Scale
 
-SUBJECTS = (OURS, "ours_op_by_op", "exact_compiled", "reference_eager", "reference_compiled")
+INVARIANT = "ours_batch_invariant"
+SUBJECTS = (OURS, INVARIANT, "ours_op_by_op", "exact_compiled", "reference_eager", "reference_compiled")
+PRICED = SUBJECTS[:2]  # of a batch
 SETS = 2
 INDEX = 1  # which step of the schedule; they all cost the same
 
 
-def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.device) -> Work:
+def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.device, batch: int = 1) -> Work:
     """The subjects of one size and text length on one model."""
-    d = Denoiser(scale, device, scale.sizes[size], text, guided)
+    d = Denoiser(scale, device, scale.sizes[size], text, guided, batch=batch)
     index = min(INDEX, d.steps - 1)
     inputs = d.inputs(SETS)
     flops = step_flops(scale.config, d.images, d.texts)
     return Work(
         inputs=inputs,
         subjects={
-            OURS: Subject(d.engine(index), mode="stream"),  # it replays its own graph
+            OURS: Subject(d.engine(index), mode="stream", told=d.who(False)),  # it replays its own graph
+            INVARIANT: Subject(d.engine(index, invariant=True), mode="stream", told=d.who(True)),
             "ours_op_by_op": Subject(d.ours(index), mode="stream"),
             "exact_compiled": Subject(d.exact(index)),
             "reference_eager": Subject(d.reference(index), mode="stream"),
@@ -43,7 +49,7 @@ def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.devi
 
 
 def cases(scale: Scale, gpu: bool) -> list[Case]:
-    """The headline first: the main size with guidance and the longest text."""
+    """The headline first: the main size with guidance and the longest text; batches last."""
     if not gpu and not scale.tiny:
         return []  # 34 TFLOP a call: not for a CPU
     sizes = sorted(scale.sizes, key=lambda size: (size != scale.main, size))
@@ -56,4 +62,11 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
                     return prepare(scale, size, kind == "cfg", text, device)
 
                 found.append(Case(f"{scale.prefix}step/{size}/{kind}/text{text}/{scale.dtype_name}", SUBJECTS, make))
+    text = scale.texts[-2]
+    for batch in (4, 8):
+
+        def many(device: torch.device, batch: int = batch) -> Work:
+            return prepare(scale, scale.main, False, text, device, batch)
+
+        found.append(Case(f"{scale.prefix}step/{scale.main}/b{batch}/text{text}/{scale.dtype_name}", PRICED, many))
     return found

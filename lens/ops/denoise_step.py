@@ -82,7 +82,8 @@ denoise_step.register_fake(lambda *_: None)
 
 def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     """Why steps of this plan run op by op; "" where they are one call."""
-    if linear_backends.idle():
+    invariant = model.invariant
+    if linear_backends.idle(alone=invariant and model.device.type == "cuda"):
         return "the library multiplies"  # nearly always, and said without a look at anything else
     if model.training:
         return "the model is in training"
@@ -97,15 +98,15 @@ def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
         config,
         model.device,
         model.dtype,
-        sum(i + t for i, t in lengths),
+        0 if invariant else sum(i + t for i, t in lengths),
         plain=all(map(plain, layers)),
-        alone=bool(model.batch_invariant),
+        alone=invariant,
     )
     by_library = [need.product for need in needs if linear_backends.choose(need) != "fused"]
     if by_library:
         return f"the library multiplies {', '.join(by_library)}"
     longest = max((i + t for i, t in lengths), default=0) if packing.places is None else packing.places.longest
     captured, head_dim = packing.places is not None, config.attention_head_dim
-    need = attention_backends.need_of(model.device, model.dtype, head_dim, longest, device_lengths=captured)
+    need = attention_backends.need_of(model.device, model.dtype, head_dim, longest, captured, invariant=invariant)
     chosen = attention_backends.choose(need).name
     return "" if chosen == OWN_ATTENTION else f"attention is {chosen}'s"

@@ -4,6 +4,9 @@ The library is the default. A shape uses ours only where linear_table.json holds
 architecture, product and rows, and ours is the higher: predictions are shown and decide nothing. A rate counts the
 product's FLOPs over the time of product and row op together. LENS_LINEAR=fused | library, or `use(name)`, forces a
 choice for every product; where `fused` cannot run, that raises.
+
+Under batch_invariant rows and rates do not count, for they are the whole batch's: ours wherever it can run, because a
+row's bits depend on that row alone; elsewhere the library, sample by sample. `_invariance.py` has the price.
 """
 
 from __future__ import annotations
@@ -40,13 +43,13 @@ class Need:
     device: str
     arch: tuple[int, int]  # compute capability
     dtype: torch.dtype
-    rows: int  # of all streams
+    rows: int  # of all streams; 0 where nothing may depend on them
     depth: int  # columns that are summed over
     columns: int
     head_dim: int = HEAD_DIM
     plain: bool = True  # the layers are torch.nn.Linear, with nothing around or hooked to them
     backward: bool = False  # a gradient is recorded
-    alone: bool = False  # sample by sample, so that no sample sees its batch
+    alone: bool = False  # a sample's bits must not depend on its batch
 
 
 def missing(need: Need) -> str:
@@ -84,9 +87,10 @@ def measured() -> bool:
     return any(e["status"] == "measured" and e["backend"] == "fused" for e in table())
 
 
-def idle() -> bool:
-    """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured."""
-    return forced() != "fused" and (not measured() or backend.forced() == "reference")
+def idle(alone: bool = False) -> bool:
+    """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured.
+    alone: of those whose samples must not depend on their batch."""
+    return forced() != "fused" and (not (measured() or alone) or backend.forced() == "reference")
 
 
 def entry(name: str, need: Need) -> dict[str, Any] | None:
@@ -109,7 +113,7 @@ def decide(need: Need) -> tuple[str, str]:
     if why:
         return "library", f"fused {why}"
     if need.alone:
-        return "library", "every sample is multiplied alone; the table goes by all rows"
+        return "fused", "batch-invariant: a row's bits depend on that row alone"
     ours, library = entry("fused", need), entry("library", need)
     if ours is None or library is None:
         return "library", f"no rates for {need.product} with {need.rows} rows in {TABLE.name}"
@@ -129,7 +133,7 @@ _forcing.changed = choose.cache_clear
 
 
 def needs(config: LensConfig, device: torch.device, dtype: torch.dtype, rows: int, **more: bool) -> list[Need]:
-    """What the blocks of a model ask for with ``rows`` rows, product by product."""
+    """What the blocks of a model ask for with ``rows`` rows (0 with ``alone``), product by product."""
     arch = capability(device.index) if device.type == "cuda" else (0, 0)
     width, hidden, head_dim = config.inner_dim, config.mlp_hidden_dim, config.attention_head_dim
     sizes = {"qkv": (width, 3 * width), "w13": (width, 2 * hidden), "out": (width, width), "w2": (hidden, width)}

@@ -22,22 +22,26 @@ from lens.ops.rms_norm_modulate import rms_norm_modulate
 from lens.ops.swiglu import swiglu
 
 Layer = Callable[[Tensor], Tensor]
-Lengths = Sequence[Sequence[int] | None]  # of each stream: rows of every sample, to be multiplied alone
+Lengths = Sequence[Sequence[int] | None]  # of each stream: rows of every sample, each to have the bits it has alone
+ON_DEVICE = (-1,)  # of a captured stream: lengths that only the device knows
+LINE = {"cpu": 64, "cuda": 256}  # bytes; the library's choice looks at no more of an address
 
 
 def linear(layer: Layer, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """``layer`` over packed rows [R, K] -> [R, M]; sample by sample where ``lengths`` are given.
 
     Library matrix products change a row's bits with the number of rows and with the alignment of the first one, so a
-    sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line.
+    sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line. RuntimeError ON_DEVICE.
     """
     if lengths is None:
         return layer(x)
+    if tuple(lengths) == ON_DEVICE:
+        raise RuntimeError("lens.linear: the library multiplies samples alone by lengths that the host must know")
     parts, start = [], 0
     for length in lengths:
         if length:
             rows = x[start : start + length]
-            parts.append(layer(rows.clone() if rows.data_ptr() % 64 else rows))
+            parts.append(layer(rows.clone() if rows.data_ptr() % LINE.get(x.device.type, 1) else rows))
         start += length
     return layer(x[:0]) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -60,7 +64,7 @@ def linear_qkv_norm_rope(
     layers: D -> 3 D columns with bias
     q_weight, k_weight: [H] of each stream
     cos, sin, image_offsets, text_offsets, eps: as in qk_norm_rope
-    lengths: with them every sample is multiplied alone
+    lengths: with them every sample has the bits it has alone
     Raises ValueError for shapes, dtypes, devices or (CPU) offsets that do not fit. Differentiable.
     """
     op, head_dim = "linear_qkv_norm_rope", q_weight[0].shape[-1]
@@ -82,7 +86,7 @@ def linear_swiglu(x: Sequence[Tensor], layers: Sequence[Layer], lengths: Lengths
 
     x: [R_s, D] float32, bfloat16 (float32 arithmetic) or float64
     layers: D -> 2 F columns without bias, w1's rows above w3's
-    lengths: with them every sample is multiplied alone
+    lengths: with them every sample has the bits it has alone
     Raises ValueError for shapes, dtypes or devices that do not fit. Differentiable.
     """
     op = "linear_swiglu"
@@ -106,7 +110,7 @@ def linear_gated_residual(
     x: [R_s, D] float32, bfloat16 (float32 arithmetic) or float64; y: [R_s, K], dtype of x
     layers: K -> D columns, with or without bias
     gate, offsets: of each stream, as in gated_residual; offsets of a stream that is left out are not read
-    lengths: with them every sample is multiplied alone; product: "out" or "w2", the line of the table
+    lengths: with them every sample has the bits it has alone; product: "out" or "w2", the line of the table
     Raises ValueError for shapes, dtypes, devices or (CPU) offsets that do not fit. Differentiable.
     """
     op = "linear_gated_residual"
@@ -170,7 +174,8 @@ def _ours(
     """Whether our kernel serves the call; the streams agree in number, and a forced kernel that cannot run raises."""
     if len(layers) != len(x) or len(lengths) < len(x):
         checks.refuse(op, f"layers and lengths must be one per stream, got {len(layers)} for {len(x)} streams")
-    if linear_backends.idle():
+    alone = any(of is not None for of in lengths[: len(x)])
+    if linear_backends.idle(alone and x[0].is_cuda):
         return False
     linears = [layer for layer in layers if plain(layer) and isinstance(layer, nn.Linear)]
     sizes = (linears[0].in_features, linears[0].out_features) if linears else (0, 0)
@@ -182,12 +187,12 @@ def _ours(
         x[0].device.type,
         linear_backends.capability(x[0].device.index) if x[0].is_cuda else (0, 0),
         x[0].dtype,
-        sum(a.shape[0] for a in x),
+        0 if alone else sum(a.shape[0] for a in x),
         *sizes,
         head_dim,
         plain=len(linears) == len(layers),
         backward=recorded,
-        alone=any(of is not None for of in lengths[: len(x)]),
+        alone=alone,
     )
     return linear_backends.choose(need) == "fused"
 

@@ -1,15 +1,19 @@
 """The comparators and ours on one model: the same numbers, the same structure as promised, in every suite."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from bench import comparators
 from bench.case import ConstantData, distance
 from bench.measure import measure
-from bench.suites import SUITES, cases
+from bench.suites import SUITES, attention, cases
 from bench.suites.denoiser import STEP_BOUND, Denoiser
 from bench.suites.e2e import BOUND, Drawing, _denoise
 from bench.suites.scale import TINY
+from lens import ops
+from lens.ops import attention_backends
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "matmul": 1e11}
@@ -23,15 +27,17 @@ def traced_not_compiled(monkeypatch):
     )
 
 
-@pytest.mark.parametrize("guided", [True, False])
-def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided):
-    d = Denoiser(TINY, CPU, (4, 5), 7, guided)
+@pytest.mark.parametrize(("guided", "batch"), [(True, 1), (False, 1), (True, 2), (False, 3)])
+def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided, batch):
+    d = Denoiser(TINY, CPU, (4, 5), 7, guided, batch=batch)
     (inputs,) = d.inputs(1)
     with torch.no_grad():
         oracle = d.reference(1, wide=True)(*inputs)
         assert oracle.dtype == torch.float64
-        for step in (d.engine(1), d.ours(1), d.exact(1, compile=False), d.reference(1)):
+        steps = (d.engine(1), d.engine(1, invariant=True), d.ours(1), d.exact(1, compile=False), d.reference(1))
+        for step in steps:
             assert distance(step(*inputs), oracle) < 2e-6
+        assert d.model.batch_invariant is False
         assert distance(d.engine(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
 
 
@@ -96,6 +102,7 @@ def test_a_whole_schedule_agrees_in_one_batch_and_in_mixed_sizes():
     "pattern",
     [
         "step/64/cfg/text5/fp32",
+        "step/64/b4/text5/fp32",
         "ops/qk_norm_rope/small/fp32/backward",
         "ops/rms_norm_modulate/small/bf16/forward",
         "gemm/table/table2/fp32",
@@ -132,6 +139,37 @@ def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
     assert (rows["ours"].get("pictures", 0) > 1) is (kind == "stream")
 
 
+def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):
+    (case,) = cases(("attention",), ["attention/28,16/fp32/forward"], tiny=True)
+    assert set(attention.MODES) <= set(case.subjects)
+    assert set(attention.MODES).isdisjoint(
+        cases(("attention",), ["attention/3x17/fp32/forward"], tiny=True)[0].subjects
+    )
+    told = []
+
+    def forward(q, k, v, image_offsets, text_offsets, images, text_queries, scale, bound, polynomial, logarithms):
+        told.append((bound, polynomial))
+        places = image_offsets.diff().tolist(), text_offsets.diff().tolist(), image_offsets, text_offsets
+        return *ops.reference.joint_attention(q, k, v, *places, text_queries, scale), None
+
+    monkeypatch.setattr(attention._attention_hopper, "forward", forward)
+    own = next(c for c in attention_backends.CANDIDATES if c.name == attention.OWN)
+    left_out = case.prepare(CPU).left_out
+    assert {left_out[name] for name in attention.MODES} == {left_out[attention.OWN]}
+    able = dataclasses.replace(own, device="cpu", arch=((0, 0), (0, 0)), dtypes=(torch.float32,), kernel="")
+    monkeypatch.setattr(attention_backends, "CANDIDATES", [able])
+    work = case.prepare(CPU)
+    with torch.no_grad():
+        for name in attention.MODES:
+            assert distance(work.subjects[name].call(*work.inputs[0]), work.oracle(*work.inputs[0])) < 1e-6
+    bounds = {name: bound for name, (bound, _) in zip(attention.MODES, told, strict=True)}
+    assert all((bound == float("inf")) == ("running" in name) for name, bound in bounds.items())
+    q, k, _ = work.inputs[0]
+    scores = torch.einsum("qnh,knh->nqk", q, k).abs().max() * 64**-0.5
+    assert scores < bounds["lens-hopper-fixed"] < 60, "a fixed shift is taken up to 60"
+    assert [polynomial for _, polynomial in told] == [0, 1, 0, 1]
+
+
 def test_constant_latents_are_refused():
     work = cases(("step",), ["step/64/single/text5/*"], tiny=True)[0].prepare(CPU)
     work.inputs[0][0].zero_()
@@ -157,6 +195,8 @@ def test_ids_are_unique_and_of_one_form():
     [
         "step/1024/cfg/text415/bf16",
         "step/1440/single/text64/bf16",
+        "step/1024/b4/text200/bf16",
+        "step/1024/b8/text200/bf16",
         "e2e/lens/1024/b1/bf16/total",
         "e2e/turbo/1440/b1/bf16/denoise",
         "e2e/turbo/1024/b1/bf16/host",

@@ -19,6 +19,7 @@ from lens.ops._attention_bound import score_bound
 from lens.ops._denoise_memory import DenoiseStep, bounds
 from lens.packing import Grid, Packing, plan
 from lens.step import State, free_state
+from tests.ops.harness import same_bits
 from tests.pipeline.test_engine import job
 from tests.recorded_graph import Recorder, RecordingDriver, launches
 
@@ -234,6 +235,86 @@ def test_a_captured_step_takes_other_texts_and_changed_weights(emulated, ours):
         assert len(runs.cache) == 2
         assert key in runs.cache._entries
     assert set(emulated.calls) == {"denoise_step", "guidance_step"}
+
+
+# ---- in company
+
+
+def rows_of(given: Inputs, k: int) -> slice:
+    """Image rows of one sample."""
+    start = sum(given.packing.image_lengths[:k])
+    return slice(start, start + given.packing.image_lengths[k])
+
+
+def sample(given: Inputs, k: int) -> Inputs:
+    """One sample of the batch by itself."""
+    p = given.packing
+    texts = sum(p.text_lengths[:k])
+    text = given.text[texts : texts + p.text_lengths[k]].clone()
+    table = Modulation(given.modulation.blocks[k : k + 1].clone(), given.modulation.final[k : k + 1].clone())
+    packing = plan([p.grids[k]], [p.text_lengths[k]], CONFIG.axes_dims_rope, given.image.device)
+    return Inputs(packing, given.image[rows_of(given, k)].clone(), text, table)
+
+
+@pytest.mark.parametrize("way", ["one call", "op by op"])
+@pytest.mark.parametrize("case", ["unequal text", "no text"])
+def test_a_sample_has_the_same_bits_alone_and_in_company(emulated, forced, case, way):
+    """Under batch_invariant, by our products; other sizes beside it, before it and behind it."""
+    together, ours = inputs(case), model()
+    ours.batch_invariant = True
+
+    def drawn_by(given: Inputs) -> Tensor:
+        emulated.calls.clear()
+        if way == "one call":
+            assert denoise_step.why_not(ours, given.packing) == ""
+            return whole(ours, given)
+        return ours.denoise(given.image, given.text, given.modulation, given.packing)
+
+    with torch.no_grad(), on_device(ours, emulated.library) if way == "one call" else contextlib.nullcontext():
+        expected = drawn_by(together)
+        for k in range(2):
+            emulated.seed = 2 * k + 1  # the order of threads is another's
+            assert same_bits(drawn_by(sample(together, k)), expected[rows_of(together, k)])
+            assert ("denoise_step" in emulated.calls) == (way == "one call")
+
+
+def accompanied(alone: engine.Job) -> engine.Job:
+    """The job with a second picture, whose text is eight times as long."""
+    longer = alone.text[0].repeat(8, 1) * 0.5
+    return dataclasses.replace(
+        alone,
+        grids=alone.grids * 2,
+        text=[*alone.text, longer],
+        text_index=[*alone.text_index, torch.arange(len(longer))],
+        negative=(alone.negative or []) * 2,
+        negative_index=(alone.negative_index or []) * 2,
+        sigma=alone.sigma.repeat(2, 1),
+        first=alone.first.repeat(2),
+        x=torch.cat([alone.x, -alone.x]),
+    )
+
+
+def velocities(runs: engine.Engine, model: LensTransformer2DModel, given: engine.Job, rows: int) -> list[Tensor]:
+    """Of the first picture in a captured step, with its text and without."""
+    run = runs.start(model, given)
+    try:
+        assert run.captured
+        run.step()
+        return [v[:rows].clone() for v in run.velocities if v is not None]
+    finally:
+        run.close()
+
+
+def test_a_captured_step_draws_a_picture_alone_as_beside_another(emulated, ours):
+    """Guided, in bins of other fills."""
+    ours.batch_invariant = True
+    runs, alone = engine.Engine(GraphCache(RecordingDriver(), 1 << 40)), drawing((0, 9))
+    with torch.no_grad():
+        found = [velocities(runs, ours, given, len(alone.x)) for given in (alone, accompanied(alone))]
+    assert set(emulated.calls) == {"denoise_step", "guidance_step"}
+    for one, other in zip(*found, strict=True):
+        assert same_bits(one, other)
+    assert not same_bits(*found[0])
 
 
 def test_when_a_step_is_one_call(forced, monkeypatch):

@@ -268,9 +268,50 @@ def test_forced(able, monkeypatch):
         linear_backends.choose(at(rows=1))
 
 
-def test_batch_invariance_is_the_librarys_unless_forced(able):
-    able.setattr(linear_backends, "table", lambda: entries("measured", 900))
-    assert linear_backends.choose(at(alone=True)) == "library"
+@pytest.mark.parametrize("table", [entries("measured", 1), entries("measured", 900), entries("predicted", 1), []])
+def test_under_batch_invariance_ours_serves_wherever_it_can_whatever_rows_and_rates(able, table):
+    able.setattr(linear_backends, "table", lambda: table)
+    for rows in (0, 1, 8192, 9000):
+        chosen, why = linear_backends.decide(at(rows, alone=True))
+        assert (chosen, why) == ("fused", "batch-invariant: a row's bits depend on that row alone")
+    chosen, why = linear_backends.decide(at(alone=True, arch=(8, 0)))
+    assert (chosen, why) == ("library", "fused needs compute capability 9.0, this is 8.0")
+    with linear_backends.use("library"):
+        assert linear_backends.choose(at(alone=True)) == "library"
+
+
+def test_batch_invariance_wakes_the_choice(able):
+    """Nothing measured, nothing forced: the library serves unseen, but not those who must not depend on their batch."""
+    able.setattr(linear_backends, "measured", lambda: False)
+    assert linear_backends.idle()
+    assert not linear_backends.idle(alone=True)
+    with backend.use("reference"):
+        assert linear_backends.idle(alone=True)
+
+
+def test_a_need_that_must_not_depend_on_its_batch_has_no_rows(monkeypatch):
+    """The products of both streams and of one ask for the same, however many rows and samples there are."""
+    asked = []
+    monkeypatch.setattr(linear_backends, "idle", lambda alone=False: False)
+    monkeypatch.setattr(linear_backends, "choose", lambda need: asked.append(need) or "library")
+    for lengths in ([2], [2, 3]):
+        x = torch.randn(sum(lengths), 8)
+        linear_fused.linear_swiglu([x, x[:2]], [torch.nn.Linear(8, 4, bias=False)] * 2, (lengths, [2]))
+        linear_fused.linear_swiglu([x], [torch.nn.Linear(8, 4, bias=False)], (lengths,))
+        linear_fused.linear_swiglu([x], [torch.nn.Linear(8, 4, bias=False)])
+    assert len(set(asked)) == 3
+    assert {need.rows for need in asked if need.alone} == {0}
+    assert {need.rows for need in asked if not need.alone} == {2, 5}
+
+
+def test_lengths_that_only_the_device_knows_are_refused_by_the_library():
+    x, lengths = torch.randn(3, 8), linear_fused.ON_DEVICE
+    with pytest.raises(
+        RuntimeError, match=r"lens.linear: the library multiplies samples alone by lengths that the host"
+    ):
+        linear_fused.linear(torch.nn.Linear(8, 8), x, lengths)
+    with pytest.raises(RuntimeError, match=r"lens.linear: the library multiplies samples alone"):
+        linear_fused.linear_swiglu([x, x], [torch.nn.Linear(8, 4, bias=False)] * 2, ([3], lengths))
 
 
 def test_a_build_without_the_kernels_says_so(monkeypatch):

@@ -12,7 +12,7 @@ from lens import LensConfig, LensTransformer2DModel, engine, packing, rope, step
 from lens.engine import Engine, Job
 from lens.graphs import GraphCache
 from lens.modulation import Modulation
-from lens.ops import attention_backends, backend
+from lens.ops import _invariance, attention_backends, backend, linear_fused
 from lens.sampler import Scheduler
 from tests.recorded_graph import OFFSETS_ALONE, Recorder, RecordingDriver, launches, offsets_alone
 from tests.reference_model import relative
@@ -36,6 +36,8 @@ def pipe(monkeypatch):
     pipe = own()
     pipe.driver = RecordingDriver()
     monkeypatch.setattr(pipe, "scheduler", pipe.scheduler)
+    # as on a GPU: the default of a CPU has the library multiply sample by sample, which no captured step of a bin can
+    monkeypatch.setattr(pipe.transformer, "batch_invariant", False)
     monkeypatch.setattr(pipe, "engine", Engine(GraphCache(pipe.driver, 1 << 40)))
     yield pipe
     attention_backends.choose.cache_clear()
@@ -99,6 +101,7 @@ def test_exact_lengths(pipe):
 
 def test_mixed_sizes_run_without_a_graph(pipe):
     sizes = dict(sizes=[(32, 48), (32, 32)], height=None, width=None)
+    pipe.transformer.batch_invariant = None  # the fixture puts it back
     captured, plain = both(pipe, PROMPTS, **sizes)
     assert same_bits(captured, plain)
     assert pipe.driver.graphs == []
@@ -372,6 +375,42 @@ def test_why_steps_are_not_captured(pipe, monkeypatch):
     monkeypatch.setattr(attention_backends, "CANDIDATES", [])
     attention_backends.choose.cache_clear()
     assert "no attention backend can serve" in why(model, [(2, 3)])
+
+
+def test_batch_invariance_by_the_library_is_captured_for_exact_lengths_alone(pipe):
+    """It multiplies text sample by sample, by lengths that a bin does not tell. A picture keeps its bits in any batch."""
+    why, model = pipe.engine.why_not_captured, pipe.transformer
+    model.batch_invariant = True  # the fixture puts it back
+    said = why(model, [(2, 3)])
+    assert "sample by sample (qkv: fused runs on cuda, not on cpu), by lengths the host must know" in said
+    pipe(PROMPTS[0], seed=3, **SMALL)
+    assert pipe.driver.graphs == []
+    pipe.engine.text_bin = 1
+    assert why(model, [(2, 3)]) == ""
+    attention_backends.CANDIDATES[:] = [dataclasses.replace(OFFSETS_ALONE, device_lengths=False)]
+    attention_backends.choose.cache_clear()
+    together = pipe(PROMPTS, seed=[3, 4], **SMALL).images
+    assert same_bits(together[:1], pipe(PROMPTS[0], seed=3, **SMALL).images)
+    assert same_bits(together[1:], pipe(PROMPTS[1], seed=4, **SMALL).images)
+    assert len(pipe.driver.graphs) >= 2
+    before = len(pipe.driver.graphs)
+    model.batch_invariant = False
+    pipe(PROMPTS[0], seed=3, **SMALL)
+    assert len(pipe.driver.graphs) == before + 1, "other kernels are another graph"
+
+
+def test_batch_invariance_by_ours_is_captured_in_bins(pipe, monkeypatch):
+    """Its choices are asked for without the batch's rows; both ends stay the library's, of pictures whose rows are known."""
+    model = pipe.transformer
+    model.batch_invariant = True
+    monkeypatch.setattr(_invariance, "of_model", lambda model: "")
+    assert pipe.engine.why_not_captured(model, [(2, 3)]) == ""
+    asked: list = []
+    monkeypatch.setattr(linear_fused, "_ours", lambda product, op, x, layers, lengths, *_: asked.append(lengths))
+    with pytest.raises(RuntimeError, match="the library multiplies samples alone by lengths that the host must know"):
+        pipe(PROMPTS, seed=3, **SMALL)
+    rows = 6
+    assert asked == [([rows] * 4 + [0], linear_fused.ON_DEVICE)]
 
 
 # ------------------------------------------------------------------------------------------------ the host's share

@@ -1,0 +1,143 @@
+"""When a sample's bits do not depend on its batch where nobody asked, who multiplies then, and what the doctor says."""
+
+from __future__ import annotations
+
+import json
+import types
+
+import pytest
+import torch
+
+from lens import LensConfig, LensTransformer2DModel
+from lens.ops import _invariance, backend, linear_backends
+from lens.ops._invariance import CASES, LIMIT
+
+HOPPER, AMPERE = (9, 0), (8, 0)
+SMALL = LensConfig(num_layers=1, num_attention_heads=3, enc_hidden_dim=64, selected_layer_index=(0,))
+BFLOAT16 = torch.bfloat16
+
+
+def entries(*prices: float, arch: str = "9.0", status: str = "measured") -> list[dict]:
+    return [{"arch": arch, "case": c, "price": p, "status": status, "source": "x"} for c, p in zip(CASES, prices)]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU of ``gpu.arch`` and a build with every kernel; ``gpu.prices`` is the table."""
+    said = types.SimpleNamespace(arch=HOPPER, prices=entries(0.01, 0.005, 0.019))
+    monkeypatch.setattr(_invariance, "table", lambda: said.prices)
+    for module in (_invariance, linear_backends):
+        monkeypatch.setattr(module, "capability", lambda index: said.arch)
+    monkeypatch.setattr(backend, "unavailable", lambda device: "")
+    monkeypatch.setattr(backend, "without", lambda kernel: "")
+    monkeypatch.setattr(LensTransformer2DModel, "device", torch.device("cuda", 0))
+    linear_backends.choose.cache_clear()
+    yield said
+    linear_backends.choose.cache_clear()
+
+
+@pytest.fixture
+def model():
+    return LensTransformer2DModel(SMALL).eval().bfloat16()
+
+
+def test_on_a_cpu_outside_training():
+    model = LensTransformer2DModel(SMALL).eval()
+    assert model.invariant
+    model.train()
+    assert not model.invariant
+    model.batch_invariant = True
+    assert model.invariant
+    model.eval()
+    model.batch_invariant = False
+    assert not model.invariant
+
+
+def test_what_was_measured_decides_the_default_of_a_gpu(gpu, model):
+    assert _invariance.price(HOPPER) == 0.019
+    assert model.invariant
+    model.batch_invariant = False
+    assert not model.invariant
+    model.batch_invariant = None
+    model.train()
+    assert not model.invariant
+
+
+@pytest.mark.parametrize(
+    "prices",
+    [
+        [],
+        entries(0.01, 0.005, LIMIT),
+        entries(0.01, 0.005),  # one case was not measured
+        entries(0.01, 0.005, 0.01, status="predicted"),
+        [*entries(0.01, 0.005), *entries(0.0, 0.0, 0.0, status="predicted")],
+        entries(0.01, 0.005, 0.01, arch="10.0"),
+    ],
+    ids=["nothing", "at the limit", "incomplete", "predicted", "completed by predictions", "another architecture"],
+)
+def test_until_every_case_was_measured_below_the_limit_it_is_off(gpu, model, prices):
+    gpu.prices = prices
+    assert not model.invariant
+
+
+def test_where_ours_cannot_multiply_it_is_off_whatever_it_costs(gpu, model):
+    linear = model.layers()[0].text.w2
+    hook = linear.register_forward_hook(lambda *_: None)
+    assert not model.invariant
+    assert _invariance.of_model(model) == "qkv: fused a layer is no plain torch.nn.Linear"
+    hook.remove()
+    assert model.invariant
+    with linear_backends.use("library"):
+        assert not model.invariant
+    with backend.use("reference"):
+        assert not model.invariant
+    gpu.arch, gpu.prices = AMPERE, entries(0.0, 0.0, 0.0, arch="8.0")
+    assert _invariance.price(AMPERE) == 0.0
+    assert not model.invariant
+    assert not LensTransformer2DModel(SMALL).eval().invariant  # float32
+
+
+def test_who_multiplies_is_said(gpu):
+    cuda = torch.device("cuda", 0)
+    assert _invariance.by_library(LensConfig(), cuda, BFLOAT16) == ""
+    assert (
+        _invariance.by_library(LensConfig(), cuda, torch.float32) == "qkv: fused computes in bfloat16, not in float32"
+    )
+    assert _invariance.by_library(LensConfig.tiny(), cuda, BFLOAT16).startswith("w13: fused needs output columns")
+    with backend.use("reference"):
+        assert _invariance.by_library(LensConfig(), cuda, BFLOAT16) == "the reference ops were asked for"
+    gpu.arch = AMPERE
+    with linear_backends.use("fused"), pytest.raises(RuntimeError, match="fused was asked for but cannot run"):
+        _invariance.by_library(LensConfig(), cuda, BFLOAT16)
+
+
+def test_the_doctors_words(gpu):
+    cuda = torch.device("cuda", 0)
+    assert _invariance.report(cuda) == (True, "yes, bit for bit, by our products: 1.9 % of a step, measured")
+    gpu.prices = entries(0.01, 0.04, 0.01)
+    yes, words = _invariance.report(cuda)
+    assert (yes, words.endswith("captured (4.0 % of a step, measured)")) == (False, True)
+    gpu.prices = entries(0.01, 0.01, 0.013, status="predicted")
+    assert _invariance.report(cuda)[1].endswith("captured (1.3 % of a step, predicted)")
+    gpu.prices = []
+    assert _invariance.report(cuda)[1].endswith("captured (not measured)")
+    gpu.arch = AMPERE
+    yes, words = _invariance.report(cuda)
+    assert not yes
+    assert "sample by sample, not captured (qkv: fused needs compute capability 9.0, this is 8.0)" in words
+    with linear_backends.use("fused"):
+        assert "fused was asked for but cannot run" in _invariance.report(cuda)[1]
+
+
+def test_the_table_is_whole_and_a_bad_one_is_refused(tmp_path, monkeypatch):
+    assert {e["case"] for e in _invariance.table() if e["arch"] == "9.0"} == set(CASES)
+    for change in ({"source": ""}, {"status": "hoped"}, {"case": "step/x"}, {"price": float("nan")}):
+        bad = tmp_path / "invariance_table.json"
+        bad.write_text(json.dumps({"entries": [{**entries(0.01)[0], **change}]}))
+        monkeypatch.setattr(_invariance, "TABLE", bad)
+        _invariance.table.cache_clear()
+        try:
+            with pytest.raises(ValueError, match="price with its source expected"):
+                _invariance.table()
+        finally:
+            _invariance.table.cache_clear()
