@@ -24,7 +24,10 @@ from .result import NoResult, Result, Row, load
 SHAPES = {
     "attention/4511,4096/bf16/forward": "long",
     "attention/8x968/bf16/forward": "short",
-    "attention/4511,4096/bf16/backward": "backward",
+    "attention/4511,4096/bf16/training": "long training",
+    "attention/8x968/bf16/training": "short training",
+    "attention/4511,4096/bf16/gradients": "long backward",
+    "attention/8x968/bf16/gradients": "short backward",
 }
 ATTENTION = ("arch", "shape", "backend")
 LINEAR = ("arch", "product", "rows", "backend")
@@ -41,7 +44,7 @@ def _told(result: Result, row: Row, folder: Path) -> Entry:
 
 def attention_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
     """Every candidate that ran, at the case of each shape class."""
-    names, found = {c.name for c in attention_backends.CANDIDATES}, []
+    names, found = {c.name for c in (*attention_backends.CANDIDATES, *attention_backends.BACKWARDS)}, []
     for (case, subject), row in result.rows.items():
         if case in SHAPES and subject in names:
             key = {"arch": result.identity["capability"], "shape": SHAPES[case], "backend": subject}

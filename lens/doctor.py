@@ -162,7 +162,8 @@ def op_backends(device: torch.device) -> list[Finding]:
 
 
 def attention(device: torch.device) -> list[Finding]:
-    """Which library computes attention on a GPU: every candidate, for plain steps, captured ones and training."""
+    """Which library computes attention on a GPU: every candidate, for plain steps, captured ones, training and its
+    gradients."""
     if device.type != "cuda":
         detail = "torch's flash attention for CPUs, the only candidate here; the others need a CUDA device"
         return [Finding("Attention", "cpu", OK, detail)]
@@ -173,10 +174,12 @@ def attention(device: torch.device) -> list[Finding]:
             "captured steps": attention_backends.usual(device_lengths=True),
             "training": attention_backends.usual(backward=True),
         }
-    for use, need in needs.items():
-        for name, chosen, why in attention_backends.report(need):
-            status = OK if chosen or not attention_backends.forced() else NOTE
-            found.append(Finding(f"Attention for {use}", name, status, f"{'CHOSEN' if chosen else 'not'}: {why}"))
+    forced = {False: attention_backends.forced(), True: attention_backends.forced_backward()}
+    parts = [(f"Attention for {use}", need, False) for use, need in needs.items()]
+    for section, need, backward in [*parts, ("Gradients of attention", needs["training"], True)]:
+        for name, chosen, why in attention_backends.report(need, backward):
+            status = OK if chosen or not forced[backward] else NOTE
+            found.append(Finding(section, name, status, f"{'CHOSEN' if chosen else 'not'}: {why}"))
     return [*found, *text_lengths(needs["captured steps"], needs["plain steps"])]
 
 

@@ -1,13 +1,17 @@
-"""Joint attention by every library that is installed: attention/<lengths>/<dtype>/<forward | backward>.
+"""Joint attention by every library that is installed: attention/<lengths>/<dtype>/<way>.
 
-Lengths are those of the joint sequences, "8x512" or "4511,4096". Ours is what `lens.ops.attention_backends` chooses; its
-candidates, those without a rate too, are forced one by one, each on the same call. None gets a mask but the
-reference's way of doing it, which pads to the longest and adds one. What cannot serve a call here is left out with its
-own reason.
+Lengths are those of the joint sequences, "8x512" or "4511,4096". Ways: forward; training, the forward pass that writes
+logarithms; backward, both passes, by one library where it can; gradients, the backward pass alone from a result and
+logarithms that are given. Ours is what `lens.ops.attention_backends` chooses; its candidates, those without a rate too,
+are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads to the
+longest and adds one. What cannot serve a call here is left out with its own reason. The first case has lens-hopper in all
+its modes beside each other, told by the launcher's arguments.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,8 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lens import ops
-from lens.ops import attention_backends
-from lens.ops._attention_bound import HeadNorms
+from lens.ops import _attention_hopper, attention_backends
+from lens.ops._attention_bound import HeadNorms, score_bound
+from lens.ops._samples import Samples
 
 from ..case import OURS, Case, Subject, Work, generator, wider
 from ..roofline import attention, moved
@@ -25,6 +30,13 @@ from .scale import Scale
 
 MASKED = "sdpa_masked"
 SUBJECTS = (OURS, *(c.name for c in attention_backends.CANDIDATES), MASKED)
+OWN = "lens-hopper"
+MODES = {  # of it: whether the scores' bound is known, which saves the running maximum; polynomials of four exponentials
+    f"{OWN}-{shift}{'-polynomial' * polynomial}": (shift == "fixed", polynomial)
+    for shift in ("fixed", "running")
+    for polynomial in (0, 1)
+}
+GRADIENTS = (OURS, *(c.name for c in attention_backends.BACKWARDS))
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 Triple = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,10 +71,12 @@ def masked(lengths: Sequence[int]) -> Attend:
     return attend
 
 
-def graphless(call: Attend, backward: bool) -> Callable[..., Any]:
-    """The forward call, or the gradients of q, k and v for the output as its own gradient."""
-    if not backward:
+def graphless(call: Attend, way: str) -> Callable[..., Any]:
+    """The forward call, recorded or not, or the gradients of q, k and v for the output as its own gradient."""
+    if way == "forward":
         return lambda q, k, v: call(q, k, v)
+    if way == "training":
+        return lambda q, k, v: call(*(t.detach().requires_grad_() for t in (q, k, v))).detach()
 
     def both(q: Tensor, k: Tensor, v: Tensor) -> Any:
         leaves = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -72,8 +86,9 @@ def graphless(call: Attend, backward: bool) -> Callable[..., Any]:
     return both
 
 
-def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, device: torch.device) -> Work:
+def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: torch.device) -> Work:
     """lengths: (image, text) tokens of every sample."""
+    backward, recorded = way == "backward", way != "forward"
     c, dtype = scale.config, scale.dtype
     joint = [i + t for i, t in lengths]
     g = generator(device, "attention", *joint)
@@ -89,10 +104,22 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, de
     images, texts = [i for i, _ in lengths], [t for _, t in lengths]
     image_offsets, text_offsets = (torch.tensor([0, *n]).cumsum(0).to(device, torch.int32) for n in (images, texts))
 
-    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        image, text = ops.joint_attention(q, k, v, images, texts, image_offsets, text_offsets, norms=norms)
+    def joined(image: Tensor, text: Tensor) -> Tensor:
         parts = zip(image.split(images), text.split(texts))
         return torch.cat([p for pair in parts for p in pair]).unflatten(-1, heads)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return joined(*ops.joint_attention(q, k, v, images, texts, image_offsets, text_offsets, norms=norms))
+
+    def in_mode(fixed: bool, polynomial: int) -> Attend:
+        bound = score_bound([norms.image_q], [norms.image_k]) if fixed else float("inf")
+        places = image_offsets, text_offsets, sum(images)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            made = _attention_hopper.forward(q, k, v, *places, True, heads[1] ** -0.5, bound, polynomial, False)
+            return joined(*made[:2])
+
+        return call
 
     def forced(name: str) -> Attend:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -101,19 +128,26 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, de
 
         return call
 
-    subjects = {OURS: Subject(graphless(ours, backward), grad=backward)}
-    subjects[MASKED] = Subject(graphless(masked(joint), backward), grad=backward)
-    need, left_out = attention_backends.need_of(device, dtype, heads[1], max(joint), backward=backward), {}
+    need, left_out = attention_backends.need_of(device, dtype, heads[1], max(joint), backward=recorded), {}
+    if way == "gradients":
+        return of_gradients(scale, joint, inputs, need)
+    subjects = {OURS: Subject(graphless(ours, way), grad=recorded)}
+    subjects[MASKED] = Subject(graphless(masked(joint), way), grad=recorded)
     for candidate in attention_backends.CANDIDATES:
         if why := candidate.missing(need):
             left_out[candidate.name] = why
         else:
-            subjects[candidate.name] = Subject(graphless(forced(candidate.name), backward), grad=backward)
+            subjects[candidate.name] = Subject(graphless(forced(candidate.name), way), grad=recorded)
+    for name, mode in MODES.items() if way == "forward" else ():
+        if OWN in left_out:
+            left_out[name] = left_out[OWN]
+        else:
+            subjects[name] = Subject(in_mode(*mode))
     exact = per_sample(joint)
 
     def oracle(q: Tensor, k: Tensor, v: Tensor) -> Any:
         with torch.enable_grad():
-            return graphless(exact, backward)(*(t.to(wider(dtype)) for t in (q, k, v)))
+            return graphless(exact, way)(*(t.to(wider(dtype)) for t in (q, k, v)))
 
     flops = sum(attention(n, n, c.inner_dim) for n in joint)
     rows = moved(inputs[0]) // 3
@@ -129,8 +163,56 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], backward: bool, de
     )
 
 
+def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need: attention_backends.Need) -> Work:
+    """Every library's backward pass from the same result, which is its own gradient, and the same logarithms."""
+    channels, dtype, device = scale.config.attention_head_dim, inputs[0][0].dtype, inputs[0][0].device
+    offsets = torch.tensor([0, *joint]).cumsum(0).to(device, torch.int32)
+    samples = Samples(offsets, offsets, max(joint), max(joint), channels**-0.5, joint, joint)
+
+    def logarithms(q: Tensor, k: Tensor) -> Tensor:
+        parts = zip(q.split(list(joint)), k.split(list(joint)), strict=True)
+        return torch.cat([head_logarithms(a, b, samples.scale) for a, b in parts], 1)
+
+    given = [(*x, per_sample(joint)(*x), logarithms(*x[:2])) for x in inputs]
+
+    def by(name: str, *given: Tensor) -> Any:
+        q, k, v, out, lse = given
+        library = next(b for b in attention_backends.BACKWARDS if b.name == name)
+        return library.call(library.load(True), out, q, k, v, out, lse, samples)
+
+    subjects = {OURS: Subject(lambda *given: by(attention_backends.choose(need).gradients, *given))}
+    left_out = {}
+    for library in attention_backends.BACKWARDS:
+        if why := library.missing(dataclasses.replace(need, backward=False)):
+            left_out[library.name] = why
+        else:
+            subjects[library.name] = Subject(functools.partial(by, library.name))
+
+    def oracle(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> Any:
+        with torch.enable_grad():
+            leaves = [t.to(wider(dtype)).requires_grad_() for t in (q, k, v)]
+            return torch.autograd.grad(per_sample(joint)(*leaves), leaves, out.to(wider(dtype)))
+
+    return Work(
+        inputs=given,
+        subjects=subjects,
+        oracle=oracle,
+        bound=2 * BOUND[dtype],
+        flops=2.5 * sum(attention(n, n, scale.config.inner_dim) for n in joint),
+        bytes=8 * moved(inputs[0]) // 3,
+        left_out=left_out,
+        note="the backward pass alone, as 2.5 forwards",
+    )
+
+
+def head_logarithms(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """float32 [N, rows], head by head: a product of all of them would not fit."""
+    heads = zip(q.unbind(1), k.unbind(1), strict=True)
+    return torch.stack([((a.double() @ b.double().T) * scale).logsumexp(-1).float() for a, b in heads])
+
+
 def cases(scale: Scale, gpu: bool) -> list[Case]:
-    """A guided pair at the main size with every text, both with text, mixed sizes, the large size; then backward."""
+    """A guided pair at the main size with every text, both with text, mixed sizes, the large size; then training."""
     if not gpu and not scale.tiny:
         return []
     main, large, least = scale.tokens(scale.main), scale.tokens(scale.large), min(scale.tokens(s) for s in scale.sizes)
@@ -138,17 +220,22 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
     wanted: list[list[tuple[int, int]]] = [[(main, t), (main, 0)] for t in reversed(scale.texts)]
     wanted += [[(main, 0)] * 2, [(main, longest)] * 2, [(main, longest)]]
     wanted += [[(least, scale.texts[0]), (main, longest), (large, scale.texts[-2]), (least, longest)]]
-    wanted += [[(3 * least // 4, scale.texts[-2])] * (8 if not scale.tiny else 3)]  # the table's "short"
+    short = [(3 * least // 4, scale.texts[-2])] * (8 if not scale.tiny else 3)  # the table's
+    wanted += [short]
     wanted += [[(large, longest), (large, 0)], [(least, scale.texts[-2])] * (24 if not scale.tiny else 3)]
-    kinds = [(lengths, False) for lengths in wanted] + [(wanted[0], True), (wanted[-1], True)]
+    kinds = [(lengths, "forward") for lengths in wanted] + [(wanted[0], "backward"), (wanted[-1], "backward")]
+    ways = ("training", "gradients") if gpu else ("training",)  # a CPU's gradients have no choice
+    kinds += [(lengths, way) for way in ways for lengths in (wanted[0], short)]
     found = []
-    for lengths, backward in kinds:
+    for lengths, way in kinds:
 
-        def make(device: torch.device, lengths: Any = lengths, backward: bool = backward) -> Work:
-            return prepare(scale, lengths, backward, device)
+        def make(device: torch.device, lengths: Any = lengths, way: str = way) -> Work:
+            return prepare(scale, lengths, way, device)
 
         joint = [i + t for i, t in lengths]
         label = f"{len(joint)}x{joint[0]}" if len(set(joint)) == 1 else ",".join(map(str, joint))
-        way = "backward" if backward else "forward"
-        found.append(Case(f"{scale.prefix}attention/{label}/{scale.dtype_name}/{way}", SUBJECTS, make))
+        subjects = GRADIENTS if way == "gradients" else SUBJECTS
+        if way == "forward" and lengths is wanted[0]:
+            subjects += tuple(MODES)
+        found.append(Case(f"{scale.prefix}attention/{label}/{scale.dtype_name}/{way}", subjects, make))
     return found

@@ -1,45 +1,57 @@
 """Attention on CUDA: one adapter per library, all with the same signature; attention_backends.py chooses among them.
 
-An adapter takes q [RQ, N, H], k, v [R, N, H], the samples' places and the library's module -> out [RQ, N, H]. Samples
-are told by offsets, or one call each; there is no mask. Backward passes are asked to be repeatable bit for bit.
+An adapter takes q [RQ, N, H], k, v [R, N, H], the samples' places and the library's module -> out [RQ, N, H]; where it
+takes `logarithms`, too, then (out, lse) as _attention_gradients.py describes it. Samples are told by offsets, or one call
+each; there is no mask. Backward passes are asked to be repeatable bit for bit, which cuDNN's cannot be.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import attention
+
+from lens.ops import _samples
+from lens.ops._attention_repeatable import repeatable
+from lens.ops._samples import Samples
+
+torch_flash_forward = torch.ops.aten._flash_attention_forward
+torch_cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Where the samples of packed rows lie. Lengths on the host are None where only the device knows them."""
-
-    query_offsets: Tensor  # int32 [B + 1]
-    joint_offsets: Tensor  # int32 [B + 1]
-    longest_query: int  # at least the rows of every sample; the kernels size their grids by it
-    longest: int
-    scale: float
-    query_lengths: Sequence[int] | None = None
-    joint_lengths: Sequence[int] | None = None
-
-
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
+    if logarithms:  # what varlen_attn calls; its own logarithms change shape between releases
+        places = samples.query_offsets, samples.joint_offsets, samples.longest_query, samples.longest
+        return torch_flash_forward(q, k, v, *places, 0.0, False, False, scale=samples.scale)[:2]
     # the default scale is left to the kernel: not every torch this package runs on takes the argument
-    options = {} if samples.scale == q.shape[-1] ** -0.5 else {"scale": samples.scale}
+    options: dict[str, Any] = {} if samples.scale == q.shape[-1] ** -0.5 else {"scale": samples.scale}
+    if samples.invariant and attention.current_flash_attention_impl():
+        options["num_splits"] = 1  # one that this process put in its place may split keys by the longest sample
     lengths = samples.longest_query, samples.longest
     return repeatable(module.varlen_attn(q, k, v, samples.query_offsets, samples.joint_offsets, *lengths, **options))
 
 
-def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
+    if logarithms:
+        out, lse = (
+            torch.empty_like(q, memory_format=torch.contiguous_format),
+            q.new_empty(*q.shape[:2], 1, dtype=torch.float32),
+        )
+        for queries, rows, query_starts, starts in _samples.groups(*samples.lengths(), shared=True):
+            query, *keys = (
+                _samples.gather(q, query_starts, queries),
+                *(_samples.gather(x, starts, rows) for x in (k, v)),
+            )
+            # no bias; with logarithms; no dropout, not causal, no debug mask
+            made = torch_cudnn_forward(query, *keys, None, True, 0.0, False, False, scale=samples.scale)
+            _samples.scatter(out, query_starts, made[0])
+            _samples.scatter(lse, query_starts, made[1].reshape(*query.shape[:3], 1))
+        return out, lse.squeeze(-1).T.contiguous()
+    with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
         return torch_sdpa(q, k, v, samples, module)
 
 
@@ -47,9 +59,8 @@ def torch_cudnn_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module
     offsets, lengths = (samples.query_offsets, samples.joint_offsets), (samples.longest_query, samples.longest)
     # no bias; with the logarithms of the denominators, which it always makes; no dropout, not causal, no debug mask
     options: tuple[Any, ...] = (True, 0.0, False, False)
-    made = torch.ops.aten._cudnn_attention_forward(q, k, v, None, *offsets, *lengths, *options, scale=samples.scale)
-    out: Tensor = made[0]
-    return out
+    attend: Callable[..., Sequence[Tensor]] = torch.ops.aten._cudnn_attention_forward
+    return attend(q, k, v, None, *offsets, *lengths, *options, scale=samples.scale)[0]
 
 
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
@@ -65,20 +76,27 @@ def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -
     return torch.cat(done) if len(done) > 1 else done[0]
 
 
-def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
-    return _flash(module, q, k, v, samples, dropout_p=0.0)
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
+    more = {"return_attn_probs": True} if logarithms else {}  # no probabilities come without dropout
+    return _flash(module, q, k, v, samples, logarithms, dropout_p=0.0, **more)
 
 
-def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
-    return _flash(module, q, k, v, samples, num_splits=1)  # keys in one piece: the sum's order is the sample's own
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
+    more = {"return_attn_probs": True} if logarithms else {}
+    return _flash(
+        module, q, k, v, samples, logarithms, num_splits=1, **more
+    )  # keys in one piece: a sum's order is its own
 
 
-def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
-    return _flash(module, q, k, v, samples, num_splits=1)
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
+    more = {"return_lse": True} if logarithms else {}
+    return _flash(module, q, k, v, samples, logarithms, num_splits=1, **more)
 
 
-def _flash(module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, **options: Any) -> Tensor:
-    """The three generations share these names; some return (out, logarithm of the denominators)."""
+def _flash(
+    module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, logarithms: bool, **options: Any
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The three generations share these names; some return (out, logarithms) whether asked or not, 2 a third thing."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     out = module.flash_attn_varlen_func(
         q,
@@ -93,27 +111,6 @@ def _flash(module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, **opt
         deterministic=True,
         **options,
     )
+    if logarithms:
+        return out[0], out[1]
     return out[0] if isinstance(out, tuple) else out
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """torch's own kernels free of float atomics: they obey the global switch alone."""
-    enabled = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-
-
-def repeatable(out: Tensor) -> Tensor:
-    """Make the backward pass of torch's own kernels `deterministic`."""
-    node = out.grad_fn
-    if node is None or torch.compiler.is_compiling():
-        return out
-    switches = contextlib.ExitStack()  # closed by the hook after the node, as often as it runs
-    node.register_prehook(lambda _: switches.enter_context(deterministic()))
-    node.register_hook(lambda *_: switches.close())
-    return out

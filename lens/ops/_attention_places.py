@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lens.ops import attention_backends
 from lens.ops._attention_bound import HeadNorms
-from lens.ops._attention_cuda import Samples
+from lens.ops._samples import Samples
 
 
 class DevicePlaces(NamedTuple):
@@ -32,9 +32,10 @@ def in_place(
     scale: float,
     places: DevicePlaces,
     norms: HeadNorms | None,
+    invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """The same without one look at a length: what a captured step replays for other texts of the same total."""
-    need = attention_backends.need_of_call(q, k, v, places.longest, device_lengths=True)
+    need = attention_backends.need_of_call(q, k, v, places.longest, True, invariant)
     if (streams := attention_backends.streams(need)) is not None:
         offsets = image_offsets, text_offsets
         return streams(q, k, v, *offsets, images, places.longest, text_queries, scale, norms)
@@ -42,7 +43,7 @@ def in_place(
     query_offsets = places.joint_offsets if text_queries else image_offsets
     if not text_queries:
         q = q[:images] if places.image_rows is None else q.index_select(0, places.image_rows)
-    samples = Samples(query_offsets, places.joint_offsets, longest, places.longest, scale)
+    samples = Samples(query_offsets, places.joint_offsets, longest, places.longest, scale, invariant=invariant)
     out = attention_backends.run(q, k, v, samples).flatten(1)
     if not text_queries:
         return out, out[:0]

@@ -1,11 +1,32 @@
-"""Samples of packed rows as batches: which share a call, and their rows there and back."""
+"""Where the samples of packed rows lie; samples as batches: which share a call, and their rows there and back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Where the samples of packed rows lie. Lengths on the host are None where only the device knows them."""
+
+    query_offsets: Tensor  # int32 [B + 1]
+    joint_offsets: Tensor  # int32 [B + 1]
+    longest_query: int  # at least the rows of every sample; the kernels size their grids by it
+    longest: int
+    scale: float
+    query_lengths: Sequence[int] | None = None
+    joint_lengths: Sequence[int] | None = None
+    invariant: bool = False  # a sample's bits must not depend on the others of the call
+
+    def lengths(self) -> tuple[Sequence[int], Sequence[int]]:
+        """Rows that ask and rows of every sample, on the host; waits for the device where only it knows them."""
+        if self.query_lengths is not None and self.joint_lengths is not None:
+            return self.query_lengths, self.joint_lengths
+        return self.query_offsets.diff().tolist(), self.joint_offsets.diff().tolist()
 
 
 def groups(queries: Sequence[int], rows: Sequence[int], shared: bool) -> list[tuple[int, int, list[int], list[int]]]:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lens.ops import _attention_cpu, attention_backends, backend, checks, reference
 from lens.ops._attention_bound import HeadNorms
-from lens.ops._attention_cuda import Samples
 from lens.ops._attention_places import DevicePlaces, in_place
+from lens.ops._samples import Samples
 
 MANY = 16  # samples from which on a GPU gathers rows instead of cutting and joining pieces
 
@@ -27,6 +27,7 @@ def joint_attention(
     scale: float | None = None,
     places: DevicePlaces | None = None,
     norms: HeadNorms | None = None,
+    invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v within each sample, not causal: image_out [RI, N * H], text_out [RT, N * H].
 
@@ -37,6 +38,7 @@ def joint_attention(
     scale: H^-0.5 by default
     places: with it the offsets alone say where samples lie, and of the lengths only the totals count
     norms: the weights of the norms that q and k come from; they bound the scores, which saves a kernel the maxima
+    invariant: a sample's bits must not depend on the others of the call; on a CPU they never do
     Raises ValueError for shapes, dtypes, devices, lengths or (CPU, eager) offsets that do not fit. Differentiable.
     """
     op = "joint_attention"
@@ -54,22 +56,19 @@ def joint_attention(
         checks.refuse(op, f"image_lengths and text_lengths must add up to RI + RT = {q.shape[0]}, got {total}")
     _expect_offsets("image_offsets", image_offsets, image_lengths, q, places is None)
     _expect_offsets("text_offsets", text_offsets, text_lengths, q, places is None)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    offsets, scale = (image_offsets, text_offsets), q.shape[-1] ** -0.5 if scale is None else float(scale)
     if places is not None:
-        return in_place(q, k, v, sum(image_lengths), image_offsets, text_offsets, text_queries, scale, places, norms)
+        return in_place(q, k, v, sum(image_lengths), *offsets, text_queries, scale, places, norms, invariant)
     chosen = backend.choose(op, q)
     if chosen == "reference":
-        return reference.joint_attention(
-            q, k, v, image_lengths, text_lengths, image_offsets, text_offsets, text_queries, scale
-        )
+        return reference.joint_attention(q, k, v, image_lengths, text_lengths, *offsets, text_queries, scale)
 
     joint_lengths = [i + t for i, t in zip(image_lengths, text_lengths, strict=True)]
     query_lengths = joint_lengths if text_queries else list(image_lengths)
     if sum(query_lengths) == 0:
         return q[:0].flatten(1), q[:0].flatten(1)
-    offsets = image_offsets, text_offsets
     if chosen == "cuda":
-        need = attention_backends.need_of_call(q, k, v, max(joint_lengths), device_lengths=False)
+        need = attention_backends.need_of_call(q, k, v, max(joint_lengths), False, invariant)
         if (streams := attention_backends.streams(need)) is not None:
             return streams(q, k, v, *offsets, sum(image_lengths), max(joint_lengths), text_queries, scale, norms)
     if not text_queries:
@@ -81,7 +80,7 @@ def joint_attention(
         joint_offsets = image_offsets + text_offsets
         query_offsets = joint_offsets if text_queries else image_offsets
         longest = max(query_lengths), max(joint_lengths)
-        samples = Samples(query_offsets, joint_offsets, *longest, scale, query_lengths, joint_lengths)
+        samples = Samples(query_offsets, joint_offsets, *longest, scale, query_lengths, joint_lengths, invariant)
         out = attention_backends.run(q, k, v, samples)
     out = out.flatten(1)
     return _split_streams(out, image_lengths, text_lengths, *offsets) if text_queries else (out, out[:0])

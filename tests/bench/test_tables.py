@@ -65,6 +65,16 @@ def test_a_rate_is_flops_over_the_best_time_and_names_case_file_and_commit(tmp_p
     assert entries(places["attention"], status="predicted") == untouched, "in their order, too"
 
 
+def test_gradients_have_lines_of_their_own(tmp_path, places):
+    rows = attention(("flash-attn-2", 199.96), ("torch-flash", 190), case="attention/8x968/bf16/gradients")
+    tables.tables([as_file(tmp_path / "attention.json", result(*rows, capability="9.0"))], **places)
+    found = entries(places["attention"], status="measured")
+    assert [(e["shape"], e["backend"], e["tflops"]) for e in found] == [
+        ("short backward", "flash-attn-2", 200.0),
+        ("short backward", "torch-flash", 190.0),
+    ]
+
+
 def test_products_are_measured_as_a_block_calls_them(tmp_path, places):
     alone = timed("gemm/w2_residual/8192/bf16", 1e-3, "fused", 1e11, product="w2", rows=8192, block=False)
     plain = timed("gemm/w13/8192/bf16", 1e-3, "matmul", 1e11)
@@ -142,4 +152,5 @@ def test_the_tables_are_what_the_committed_results_say(capsys):
 def test_the_cases_of_the_tables_exist():
     assert [c.id for c in cases(("attention",)) if c.id in tables.SHAPES]
     assert len([c for c in cases(("attention",)) if c.id in tables.SHAPES]) == len(tables.SHAPES)
-    assert set(tables.SHAPES.values()) == {"long", "short", "backward"}
+    classes = {f"{length}{which}" for length in ("long", "short") for which in ("", " training", " backward")}
+    assert set(tables.SHAPES.values()) == classes

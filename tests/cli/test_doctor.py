@@ -176,7 +176,7 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
     try:
         findings = doctor.attention(torch.device("cuda"))
         names = sorted(c.name for c in attention_backends.CANDIDATES)
-        for use, chosen in (("plain", "torch-cudnn"), ("captured", "torch-varlen"), ("training", "torch-cudnn")):
+        for use, chosen in (("plain", "torch-cudnn"), ("captured", "torch-varlen"), ("training", "torch-varlen")):
             rows = [
                 f
                 for f in findings
@@ -194,7 +194,15 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
             "20 steps save 27.5 ms a step, a capture costs 386 ms (predicted)",
         }
         (absent,) = [f for f in findings if f.section == "Attention for training" and f.name == "flash-attn-2"]
-        assert absent.detail == "not: flash_attn is not installed (backward)"
+        assert absent.detail == "not: flash_attn is not installed"
+        gradients = {f.name: f.detail for f in findings if f.section == "Gradients of attention"}
+        assert sorted(gradients) == sorted(b.name for b in attention_backends.BACKWARDS)
+        assert [n for n, detail in gradients.items() if detail.startswith("CHOSEN: predicted ")] == ["torch-flash"]
+        assert "LENS_ATTENTION_BACKWARD=torch-cudnn forces it" in gradients["torch-cudnn"]
+        with attention_backends.use_backward("torch-cudnn"):
+            told = [f for f in doctor.attention(torch.device("cuda")) if f.section == "Gradients of attention"]
+        assert (told[0].name, told[0].status, told[0].detail[:16]) == ("torch-cudnn", OK, "CHOSEN: forced; ")
+        assert {f.status for f in told[1:]} == {NOTE}
         with attention_backends.use("torch-sdpa"):
             forced = doctor.attention(torch.device("cuda"))
         assert next(f for f in forced if f.name == "torch-sdpa").detail.startswith("CHOSEN: forced; ")

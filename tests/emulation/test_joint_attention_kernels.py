@@ -56,7 +56,7 @@ def attend(qkv, images, texts, bound=INFINITE, polynomial=0, text_queries=True, 
     """(image_out, text_out, lse) of the kernel."""
     places = offsets_of(images), offsets_of(texts), sum(images)
     with torch.no_grad():
-        return _attention_hopper.forward(*qkv, *places, 0, text_queries, scale, bound, polynomial, True)
+        return _attention_hopper.forward(*qkv, *places, text_queries, scale, bound, polynomial, True)
 
 
 def expected(qkv, images, texts, scale=0.125, rounded=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import json
 import subprocess
@@ -13,18 +14,21 @@ import torch
 from torch import Tensor
 
 from lens import ops
-from lens.ops import _attention_cuda, _attention_hopper, attention_backends, backend
+from lens.ops import _attention_cuda, _attention_gradients, _attention_hopper, attention_backends, backend
 from lens.ops._attention_bound import HeadNorms, known_bound, score_bound
-from lens.ops._attention_cuda import Samples
 from lens.ops._attention_places import DevicePlaces
-from lens.ops.attention_backends import CANDIDATES, Candidate, Need, choose, report, use
+from lens.ops._attention_repeatable import repeatable
+from lens.ops._samples import Samples
+from lens.ops.attention_backends import BACKWARDS, CANDIDATES, Candidate, Choice, Need, choose, need_of, report, use
 
 BY_NAME = {c.name: c for c in CANDIDATES}
 ALL_MODULES = {
     "flash_attn_interface",
     "fa3_fwd_interface",
     "flash_attn",
+    "flash_attn.flash_attn_interface",
     "flash_attn.cute",
+    "flash_attn.cute.interface",
     "torch.nn.attention.varlen",
 }
 
@@ -96,6 +100,49 @@ def test_what_a_candidate_lacks_is_said(machine, changes, name, why):
         choose(need(**changes))
 
 
+def test_batch_invariance_refuses_what_looks_at_other_samples(machine, monkeypatch):
+    """And chooses the same for captured and plain steps, whatever the longest sample of the call is."""
+    table = attention_backends.table()
+    fastest = {(a, s, n): {**e, "tflops": 999} for (a, s, _), e in table.items() for n in ("torch-cudnn-varlen",)}
+    monkeypatch.setattr(attention_backends, "table", lambda: {**table, **fastest})
+    for name, why in (
+        ("torch-cudnn-varlen", "is not batch-invariant: cuDNN plans all samples of a call as one problem"),
+        ("flash-attn-4", "is not batch-invariant: on Blackwell its tiles follow the longest sample of the call"),
+    ):
+        assert not next(c for c in attention_backends.CANDIDATES if c.name == name).missing(need())
+        rows = {row[0]: row for row in report(need(invariant=True))}
+        assert rows[name] == (name, False, why)
+        with use(name), pytest.raises(RuntimeError, match=f"{name} was asked for but cannot run: {why}"):
+            choose(need(invariant=True))
+    libraries = {"flash_attn": "flash-attn-2", "": "torch-varlen", "flash_attn_interface": "flash-attn-3"}
+    for installed, expected in libraries.items():
+        machine("torch.nn.attention.varlen", installed)
+        for device_lengths in (True, False):
+            for longest in (1, 600, 4511):
+                asked = need_of(torch.device("meta"), torch.bfloat16, 64, longest, device_lengths, invariant=True)
+                asked = dataclasses.replace(asked, device="cuda", arch=(9, 0))
+                assert choose(asked).name == expected, (installed, device_lengths, longest)
+    assert "plain steps run what captured ones do" in {r[0]: r for r in report(need(invariant=True))}["torch-cudnn"][2]
+    assert choose(need(invariant=True, dtype=torch.float32)).name == "torch-sdpa", "one call per sample"
+    with pytest.raises(RuntimeError, match="no attention backend can serve"):
+        choose(need(invariant=True, dtype=torch.float32, device_lengths=True))
+
+
+@pytest.mark.parametrize("places", [False, True])
+def test_batch_invariance_is_asked_of_the_choice(monkeypatch, places):
+    asked = []
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    candidate = Candidate("zero", lambda q, k, v, samples, module: torch.zeros_like(q))
+    monkeypatch.setattr(attention_backends, "choose", lambda need: asked.append(need) or Choice(candidate))
+    q, offsets = torch.randn(5, 1, 8), torch.tensor([0, 5], dtype=torch.int32)
+    none = torch.zeros(2, dtype=torch.int32)
+    where = DevicePlaces(None, None, 5, 5, offsets) if places else None
+    with torch.no_grad():
+        for invariant in (False, True):
+            ops.joint_attention(q, q, q, [5], [0], offsets, none, places=where, invariant=invariant)
+    assert [need.invariant for need in asked] == [False, False, True, True]
+
+
 def test_our_kernel_is_not_chosen_on_a_prediction(machine, monkeypatch):
     for changes in ({}, {"longest": 600}, {"device_lengths": True}, {"backward": True}):
         rows = {row[0]: row for row in report(need(**changes))}
@@ -133,8 +180,10 @@ def test_what_our_kernel_lacks_is_said(machine, monkeypatch, changes, why):
 def test_the_forward_only_package_serves_no_training(machine):
     machine("fa3_fwd_interface")
     assert choose(need()).name == "flash-attn-3"
-    assert choose(need(backward=True)).name == "torch-cudnn"
-    assert "flash_attn_interface is not installed (backward)" in BY_NAME["flash-attn-3"].missing(need(backward=True))
+    assert BY_NAME["flash-attn-3"].missing(need(backward=True)) == "flash_attn_interface is not installed (backward)"
+    assert choose(need(backward=True)).name == "torch-sdpa", "mixed with nothing before that was measured"
+    with use("flash-attn-3"):
+        assert choose(need(backward=True)).gradients == "torch-flash", "its logarithms serve another's gradients"
 
 
 def test_a_library_without_its_compiler_is_not_there(machine):
@@ -182,13 +231,14 @@ def test_nothing_is_imported_before_it_is_chosen(tmp_path, monkeypatch):
     for name in ("flash_attn_interface", "fa3_fwd_interface"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
-    (tmp_path / "flash_attn" / "cute" / "__init__.py").write_text("raise SystemExit('imported')")
+    for name in ("__init__", "interface"):
+        (tmp_path / "flash_attn" / "cute" / f"{name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     attention_backends.installed.cache_clear()
     try:
         found = {name for name in ALL_MODULES if attention_backends.installed(name)}
         # flash-attn-4 alone makes a folder flash_attn without code of its own: that is not flash-attn 2
-        assert found == ALL_MODULES - {"flash_attn"}
+        assert found == ALL_MODULES - {"flash_attn", "flash_attn.flash_attn_interface"}
         (tmp_path / "flash_attn" / "__init__.py").write_text("raise SystemExit('imported')")
         attention_backends.installed.cache_clear()
         sys.path_importer_cache.clear()
@@ -202,14 +252,123 @@ def test_nothing_is_imported_before_it_is_chosen(tmp_path, monkeypatch):
 def test_the_table_names_candidates_and_sources():
     entries = json.loads(attention_backends.TABLE.read_text())["entries"]
     assert len({(e["arch"], e["shape"], e["backend"]) for e in entries}) == len(entries)
+    gradients = {b.name: b for b in BACKWARDS}
     for e in entries:
-        assert e["backend"] in BY_NAME
-        assert e["shape"] in ("long", "short", "backward")
+        length, _, which = e["shape"].partition(" ")
+        assert length in ("long", "short")
+        assert which in ("", "training", "backward")
         assert e["status"] in ("measured", "predicted")
         assert len(e["source"]) > 10
-        low, high = BY_NAME[e["backend"]].arch
+        low, high = (gradients if which == "backward" else BY_NAME)[e["backend"]].arch
         assert low <= tuple(map(int, e["arch"].split("."))) <= high
     assert "torch-cudnn-varlen" not in {e["backend"] for e in entries}  # never chosen before it was measured
+
+
+# ------------------------------------------------------------------------------------------------ who computes gradients
+
+
+def rates(monkeypatch, *lines, arch="9.0") -> None:
+    """The table: (shape, candidate, TFLOP/s, status)."""
+    table = {(arch, s, n): dict(arch=arch, shape=s, tflops=t, status=status, source="x") for s, n, t, status in lines}
+    monkeypatch.setattr(attention_backends, "table", lambda: table)
+    choose.cache_clear()
+
+
+def names(choice: Choice) -> tuple[str, str, bool]:
+    return choice.name, choice.gradients, choice.backward is not None
+
+
+def test_a_library_computes_its_own_gradients_unless_two_were_measured_to_be_faster(machine, monkeypatch):
+    machine("flash_attn", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen")
+    lines = [("long", "torch-varlen", 500), ("long", "flash-attn-2", 400)]
+    lines += [("long backward", "torch-flash", 200), ("long backward", "flash-attn-2", 300)]
+    rates(monkeypatch, *((*line, "predicted") for line in lines))
+    assert names(choose(need(backward=True))) == ("flash-attn-2", "flash-attn-2", False), "1/400 + 2.5/300"
+    rates(monkeypatch, *((*line, "measured") for line in lines))
+    assert names(choose(need(backward=True))) == ("torch-varlen", "flash-attn-2", True), "the best of both"
+    lines[3] = ("long backward", "flash-attn-2", 199)
+    rates(monkeypatch, *((*line, "measured") for line in lines))
+    assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False)
+    for row in report(need(backward=True)), report(need(backward=True), backward=True):
+        assert row[0][1:] == (True, row[0][2])
+        assert [chosen for _, chosen, _ in row].count(True) == 1
+
+
+def test_a_forward_pass_in_training_is_chosen_by_its_rate_there(machine, monkeypatch):
+    """Ours takes the running maximum where a gradient is recorded: what it reaches with a bound must not choose it."""
+    machine("torch.nn.attention.varlen")
+    lines = [("long", "lens-hopper", 540), ("long training", "lens-hopper", 300), ("long", "torch-varlen", 320)]
+    lines += [("long backward", "torch-flash", 200)]
+    rates(monkeypatch, *((*line, "measured") for line in lines))
+    assert names(choose(need())) == ("lens-hopper", "lens-hopper", False)
+    assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False)
+    lines[1] = ("long training", "lens-hopper", 330)
+    rates(monkeypatch, *((*line, "measured") for line in lines))
+    assert names(choose(need(backward=True))) == ("lens-hopper", "torch-flash", True)
+
+
+def test_short_samples_have_rates_of_their_own_in_training(machine, monkeypatch):
+    machine("flash_attn", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen")
+    lines = [(f"{length}{which}", name, rate) for which in ("", " backward") for length, name, rate in (
+        ("long", "flash-attn-2", 200), ("long", "torch-varlen", 300), ("long", "torch-flash", 300),
+        ("short", "flash-attn-2", 200), ("short", "torch-varlen", 100), ("short", "torch-flash", 100),
+    )]  # fmt: skip
+    rates(monkeypatch, *((*line, "measured") for line in lines))
+    assert choose(need(backward=True)).gradients == "torch-flash"
+    assert choose(need(backward=True, longest=600)).gradients == "flash-attn-2"
+
+
+def test_a_rate_of_another_architecture_decides_nothing_beside_one_of_this(machine, monkeypatch):
+    machine("flash_attn", "torch.nn.attention.varlen")
+    rates(monkeypatch, ("long", "flash-attn-2", 900, "predicted"), arch="8.0")
+    assert choose(need(arch=(8, 6))).name == "flash-attn-2"
+    table = dict(attention_backends.table())
+    rates(monkeypatch, ("long", "torch-varlen", 100, "measured"), arch="8.6")
+    own = attention_backends.table()
+    monkeypatch.setattr(attention_backends, "table", lambda: {**table, **own})
+    choose.cache_clear()
+    assert choose(need(arch=(8, 6))).name == "torch-varlen"
+
+
+def test_gradients_that_change_from_run_to_run_are_taken_only_where_they_are_forced(machine, monkeypatch):
+    machine("torch.nn.attention.varlen")
+    lines = [("long", "torch-cudnn", 400), ("long backward", "torch-cudnn", 400)]
+    lines += [("long", "torch-varlen", 300), ("long backward", "torch-flash", 200)]
+    rates(monkeypatch, *((*line, "measured") for line in lines))
+    asked = need(backward=True)
+    assert names(choose(asked)) == ("torch-cudnn", "torch-flash", True)
+    why = {row[0]: row[2] for row in report(asked, backward=True)}["torch-cudnn"]
+    assert "other bits every time, which torch cannot switch off; LENS_ATTENTION_BACKWARD=torch-cudnn forces it" in why
+    with attention_backends.use_backward("torch-cudnn"):
+        assert names(choose(asked)) == ("torch-cudnn", "torch-cudnn", False)
+        assert report(asked, backward=True)[0][2].startswith("forced; measured 400")
+        with use("torch-varlen"):
+            assert names(choose(asked)) == ("torch-varlen", "torch-cudnn", True)
+    with use("torch-cudnn"):
+        assert names(choose(asked)) == ("torch-cudnn", "torch-cudnn", False), "forced for both passes"
+    with use("lens-hopper"):
+        assert names(choose(asked)) == ("lens-hopper", "torch-flash", True), "forced for the forward pass alone"
+
+
+def test_forced_gradients_that_cannot_run_raise(machine):
+    machine("torch.nn.attention.varlen")
+    asked = need(backward=True)
+    for name, why in (("flash-attn-3", "flash_attn_interface is not installed"), ("flash-attn-2", "flash_attn")):
+        with (
+            attention_backends.use_backward(name),
+            pytest.raises(RuntimeError, match=f"{name} was asked for but cannot run: .*{why}"),
+        ):
+            choose(asked)
+    with (
+        attention_backends.use_backward("torch-cudnn"),
+        use("torch-sdpa"),
+        pytest.raises(RuntimeError, match=r"torch-sdpa with the gradients of torch-cudnn .* it gives no logarithms"),
+    ):
+        choose(asked)
+    with attention_backends.use_backward("torch-cudnn"):
+        assert choose(need()).backward is None, "inference does not ask for gradients"
+    with pytest.raises(ValueError, match="must be one of flash-attn-3"), attention_backends.use_backward("torch-sdpa"):
+        pass
 
 
 # ------------------------------------------------------------------------------------------------ the adapters
@@ -224,6 +383,39 @@ def true_attention(q, k, v, query_offsets: Tensor, offsets: Tensor, scale: float
         logits = torch.einsum("qnh,knh->nqk", q[a:b].float(), k[c:d].float()) * scale
         parts.append(torch.einsum("nqk,knh->qnh", logits.softmax(-1), v[c:d].float()))
     return torch.cat(parts).to(q.dtype)
+
+
+def true_logarithms(q, k, query_offsets: Tensor, offsets: Tensor, scale: float) -> Tensor:
+    """[N, RQ]"""
+    ends = query_offsets.tolist(), offsets.tolist()
+    parts = [
+        (torch.einsum("qnh,knh->nqk", q[a:b].double(), k[c:d].double()) * scale).logsumexp(-1)
+        for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:])
+    ]
+    return torch.cat(parts, 1)
+
+
+def true_gradients(dout, q, k, v, out, lse, query_offsets: Tensor, offsets: Tensor, scale: float) -> list[Tensor]:
+    """From the logarithms that are given, as every library does, in float64."""
+    assert lse.shape == (q.shape[1], q.shape[0])
+    assert lse.is_contiguous()
+    assert dout.shape == out.shape == q.shape
+    made = [torch.zeros(x.shape, dtype=torch.float64) for x in (q, k, v)]
+    ends = query_offsets.tolist(), offsets.tolist()
+    for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:]):
+        go, qs, ks, vs, o = (x.double() for x in (dout[a:b], q[a:b], k[c:d], v[c:d], out[a:b]))
+        p = torch.exp(torch.einsum("qnh,knh->nqk", qs, ks) * scale - lse[:, a:b, None].double())
+        ds = p * (torch.einsum("qnh,knh->nqk", go, vs) - (go * o).sum(-1).T[..., None]) * scale
+        made[0][a:b] = torch.einsum("nqk,knh->qnh", ds, ks)
+        made[1][c:d] = torch.einsum("nqk,qnh->knh", ds, qs)
+        made[2][c:d] = torch.einsum("nqk,qnh->knh", p, go)
+    return [x.to(q.dtype) for x in made]
+
+
+def filled(given: list[Tensor], made: list[Tensor]) -> None:
+    for x, y in zip(given, made, strict=True):
+        assert x.is_contiguous()
+        x.copy_(y)
 
 
 def checked(query_offsets, offsets, longest_query, longest) -> None:
@@ -246,7 +438,20 @@ class Fake2(types.SimpleNamespace):
         assert deterministic
         checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        out = true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
+        return (out, true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, scale), None) if return_attn_probs else out
+
+    @staticmethod
+    def _flash_attn_varlen_backward(
+        dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+        softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes, deterministic,
+        rng_state=None, zero_tensors=False,
+    ):  # fmt: skip
+        assert (dropout_p, causal, window_size_left, window_size_right, softcap) == (0.0, False, -1, -1, 0.0)
+        assert (alibi_slopes, deterministic, rng_state, zero_tensors) == (None, True, None, False)
+        checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        places = cu_seqlens_q, cu_seqlens_k, softmax_scale
+        filled([dq, dk, dv], true_gradients(dout, q, k, v, out, softmax_lse, *places))
 
 
 class Fake3(types.SimpleNamespace):
@@ -262,7 +467,20 @@ class Fake3(types.SimpleNamespace):
         assert (seqused_q, seqused_k, causal, qv, num_splits, deterministic) == (None, None, False, None, 1, True)
         checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale), None
+        lse = true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, scale)
+        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale), lse
+
+    @staticmethod
+    def _flash_attn_backward(
+        dout, q, k, v, out, softmax_lse, cu_seqlens_q=None, cu_seqlens_k=None, sequed_q=None, sequed_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, dq=None, dk=None, dv=None, softmax_scale=None, is_causal=False,
+        window_size_left=-1, window_size_right=-1, softcap=0.0, deterministic=False, sm_margin=0,
+    ):  # fmt: skip
+        assert (sequed_q, sequed_k, is_causal, window_size_left, window_size_right) == (None, None, False, -1, -1)
+        assert (softcap, deterministic, sm_margin) == (0.0, True, 0)
+        checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        places = cu_seqlens_q, cu_seqlens_k, softmax_scale
+        filled([dq, dk, dv], true_gradients(dout, q, k, v, out, softmax_lse, *places))
 
 
 class Fake4(types.SimpleNamespace):
@@ -277,7 +495,21 @@ class Fake4(types.SimpleNamespace):
         assert (seqused_q, seqused_k, page_table, causal, learnable_sink) == (None, None, None, False, None)
         assert (num_splits, deterministic) == (1, True)
         checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), None
+        lse = true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale) if return_lse else None
+        return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), lse
+
+    @staticmethod
+    def _flash_attn_bwd(
+        q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
+        window_size_right=None, m_block_size=64, n_block_size=128, num_threads=256, pack_gqa=False, num_stages_Q=2,
+        num_stages_dO=2, SdP_swapAB=False, dKV_swapAB=False, dQ_swapAB=False, AtomLayoutMSdP=2, AtomLayoutNdKV=2,
+        AtomLayoutMdQ=2, V_in_regs=False, cu_seqlens_q=None, cu_seqlens_k=None, seqused_q=None, seqused_k=None,
+        max_seqlen_q=None, max_seqlen_k=None, deterministic=False, dq=None, dk=None, dv=None,
+    ):  # fmt: skip
+        assert (causal, softcap, window_size_left, window_size_right) == (False, 0.0, None, None)
+        assert (m_block_size, pack_gqa, seqused_q, seqused_k, deterministic, dq) == (64, False, None, None, True, None)
+        checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return *true_gradients(dout, q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, softmax_scale), None
 
 
 class FakeVarlen(types.SimpleNamespace):
@@ -338,38 +570,91 @@ def launch(kernel, like, dtype=None, *, q, k, v, image_out, text_out, lse, scale
             start += rows
 
 
-def flash_backward(
+def torch_flash_forward(
+    query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, return_debug_mask, *, scale=None
+):
+    assert (dropout_p, is_causal, return_debug_mask) == (0.0, False, False)
+    checked(cum_seq_q, cum_seq_k, max_q, max_k)
+    lse = true_logarithms(query, key, cum_seq_q, cum_seq_k, scale)
+    return true_attention(query, key, value, cum_seq_q, cum_seq_k, scale), lse, None, None, None
+
+
+def torch_flash_backward(
     grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal, rng_state,
     unused, *, scale=None,
 ):  # fmt: skip
-    """torch's private backward pass of flash attention: the true gradients, from the logarithms it is given."""
     assert (dropout_p, is_causal, rng_state.dtype) == (0.0, False, torch.uint64)
     assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled(), "a warning leaves the atomics in"
+    assert not torch.utils.deterministic.fill_uninitialized_memory
     checked(cum_seq_q, cum_seq_k, max_q, max_k)
-    dq, dk, dv = (torch.zeros_like(x) for x in (query, key, value))
-    ends = cum_seq_q.tolist(), cum_seq_k.tolist()
-    for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:]):
-        p = torch.exp(torch.einsum("qnh,knh->nqk", query[a:b], key[c:d]) * scale - logsumexp[:, a:b, None])
-        dp = torch.einsum("qnh,knh->nqk", grad_out[a:b], value[c:d])
-        ds = p * (dp - (grad_out[a:b] * out[a:b]).sum(-1).T[..., None]) * scale
-        dq[a:b] = torch.einsum("nqk,knh->qnh", ds, key[c:d])
-        dk[c:d] = torch.einsum("nqk,qnh->knh", ds, query[a:b])
-        dv[c:d] = torch.einsum("nqk,qnh->knh", p, grad_out[a:b])
-    return dq, dk, dv
+    return true_gradients(grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, scale)
+
+
+def packed(batch: Tensor) -> Tensor:
+    """[B, N, S, H] -> [B * S, N, H]"""
+    return batch.transpose(1, 2).flatten(0, 1)
+
+
+def unpacked(rows: Tensor, like: Tensor) -> Tensor:
+    return rows.unflatten(0, (like.shape[0], like.shape[2])).transpose(1, 2)
+
+
+def of_equal_lengths(query: Tensor, key: Tensor) -> list[Tensor]:
+    return [offsets_of([x.shape[2]] * x.shape[0]) for x in (query, key)]
+
+
+def torch_cudnn_forward(
+    query, key, value, attn_bias, compute_log_sumexp, dropout_p=0.0, is_causal=False, return_debug_mask=False, *,
+    scale=None,
+):  # fmt: skip
+    assert (attn_bias, compute_log_sumexp, dropout_p, is_causal) == (None, True, 0.0, False)
+    places, rows = of_equal_lengths(query, key), [packed(x) for x in (query, key, value)]
+    lse = unpacked(true_logarithms(*rows[:2], *places, scale).T[..., None], query)
+    return unpacked(true_attention(*rows, *places, scale), query), lse, *[None] * 7
+
+
+def torch_cudnn_backward(
+    grad_out, query, key, value, out, logsumexp, philox_seed, philox_offset, attn_bias, cum_seq_q, cum_seq_k, max_q,
+    max_k, dropout_p, is_causal, *, scale=None,
+):  # fmt: skip
+    assert (attn_bias, cum_seq_q, cum_seq_k, dropout_p, is_causal) == (None, None, None, 0.0, False)
+    assert philox_seed.dtype == philox_offset.dtype == torch.int64
+    assert logsumexp.shape == (*query.shape[:3], 1)
+    assert logsumexp.is_contiguous()
+    assert (max_q, max_k) == (query.shape[2], key.shape[2])
+    places, rows = of_equal_lengths(query, key), [packed(x) for x in (grad_out, query, key, value, out)]
+    made = true_gradients(*rows, packed(logsumexp).squeeze(-1).T.contiguous(), *places, scale)
+    return [unpacked(x, like) for x, like in zip(made, (query, key, value), strict=True)]
+
+
+TORCH = {
+    (_attention_cuda, "torch_flash_forward"): torch_flash_forward,
+    (_attention_cuda, "torch_cudnn_forward"): torch_cudnn_forward,
+    (_attention_gradients, "torch_flash_backward"): torch_flash_backward,
+    (_attention_gradients, "torch_cudnn_backward"): torch_cudnn_backward,
+}
+
+
+def runs_here(real: Candidate) -> Candidate:
+    changes = {f: getattr(real, f) for f in inspect.signature(Candidate).parameters}
+    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None, rests_on=())
+    changes |= dict(dtypes=(torch.float32, torch.float64), function="")
+    if real.kernel:
+        changes |= dict(kernel="", head_dim=(1, 64))
+    return Candidate(**changes)
 
 
 def on_cpu(monkeypatch, name: str) -> None:
     """Candidate `name`, with its stand-in for a module, serves calls on the CPU and nothing else does."""
-    real = BY_NAME[name]
-    monkeypatch.setattr(Candidate, "load", lambda self, need: FAKES.get(self.name))
-    changes = {f: getattr(real, f) for f in inspect.signature(Candidate).parameters}
-    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None, rests_on=())
-    changes |= dict(dtypes=(torch.float32, torch.float64))
-    if real.kernel:
-        changes |= dict(kernel="", head_dim=(1, 64))
-        monkeypatch.setattr(backend, "launch", launch)
-        monkeypatch.setattr(_attention_hopper, "flash_backward", flash_backward)
-    monkeypatch.setattr(attention_backends, "CANDIDATES", [Candidate(**changes)])
+    monkeypatch.setattr(Candidate, "load", lambda self, backward: FAKES.get(self.name))
+    monkeypatch.setattr(backend, "launch", launch)
+    for (module, op), stand_in in TORCH.items():
+        monkeypatch.setattr(module, op, stand_in)
+    gradients = {op: stand_in for (module, op), stand_in in TORCH.items() if module is _attention_gradients}
+    assert set(gradients) <= set(vars(_attention_gradients)), "the adapters call what is replaced"
+    monkeypatch.setattr(attention_backends, "CANDIDATES", [runs_here(BY_NAME[name])])
+    monkeypatch.setattr(attention_backends, "BACKWARDS", [runs_here(b) for b in BACKWARDS])
     choose.cache_clear()
 
 
@@ -413,24 +698,60 @@ def test_device_lengths(monkeypatch, cudnn_op, name):
     choose.cache_clear()
 
 
+PAIRS = [(c.name, "") for c in CANDIDATES if c.backward and c.call is not None and c.name != "torch-cudnn"]
+PAIRS += [(c.name, b.name) for c in CANDIDATES for b in BACKWARDS if c.logarithms and b.name != Choice(c).gradients]
+
+
 @pytest.mark.parametrize("text_queries", [True, False])
-@pytest.mark.parametrize(
-    "name", ["lens-hopper", "flash-attn-2", "flash-attn-3", "flash-attn-4", "torch-varlen", "torch-sdpa"]
-)
-def test_gradients_pass_through_every_adapter(monkeypatch, name, text_queries):
+@pytest.mark.parametrize(("name", "gradients_of"), PAIRS)
+def test_gradients_of_every_library_for_every_forward_pass(monkeypatch, name, gradients_of, text_queries):
     on_cpu(monkeypatch, name)
     monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
     tensors = inputs(torch.float64, grad=True)
-    arguments = (*tensors, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS), text_queries)
+    arguments = (*tensors, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS), text_queries, 0.2)
     weight = torch.linspace(-1, 1, 14 * 16, dtype=torch.float64).view(14, 16)
 
     def gradients(op):
         image, text = op(*arguments)
         return torch.autograd.grad((image[:14] * weight).sum() + text.square().sum(), tensors)
 
-    for got, expected in zip(gradients(ops.joint_attention), gradients(ops.reference.joint_attention), strict=True):
+    with use(name), attention_backends.use_backward(gradients_of or None):
+        chosen = choose(attention_backends.need_of_call(*tensors, 10, False))
+        assert names(chosen) == (name, gradients_of or chosen.gradients, bool(gradients_of))
+        found = gradients(ops.joint_attention)
+    for got, expected in zip(found, gradients(ops.reference.joint_attention), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
     choose.cache_clear()
+
+
+@pytest.mark.parametrize("stand_in", TORCH.values(), ids=[op for _, op in TORCH])
+def test_the_stand_ins_take_what_torch_takes(stand_in):
+    (module,) = (module for module, op in TORCH if op == stand_in.__name__)
+    real = [a.name for a in getattr(module, stand_in.__name__).default._schema.arguments]
+    taken = list(inspect.signature(stand_in).parameters)
+    assert taken[:-1] == real[: len(taken) - 1]
+    assert taken[-1] == "scale"
+    assert "scale" in real
+
+
+def test_equal_samples_share_a_call_of_cudnn_and_lengths_come_from_the_device_where_need_be(monkeypatch):
+    lengths, calls = [4, 2, 4, 4], []
+    monkeypatch.setattr(
+        _attention_gradients,
+        "torch_cudnn_backward",
+        lambda *given, **more: calls.append(given[0].shape[0]) or torch_cudnn_backward(*given, **more),
+    )
+    q, k, v, dout = (torch.randn(14, 2, 8, dtype=torch.float64) for _ in range(4))
+    offsets = offsets_of(lengths)
+    lse, out = true_logarithms(q, k, offsets, offsets, 0.3), true_attention(q, k, v, offsets, offsets, 0.3)
+    expected = true_gradients(dout, q, k, v, out, lse, offsets, offsets, 0.3)
+    for known in (lengths, None):
+        got = _attention_gradients.torch_cudnn(
+            None, dout, q, k, v, out, lse, Samples(offsets, offsets, 4, 4, 0.3, known, known)
+        )
+        for a, b in zip(got, expected, strict=True):
+            torch.testing.assert_close(a, b)
+    assert calls == [3, 1, 3, 1]
 
 
 # ------------------------------------------------------------------------------------------------ our kernel's bound
@@ -482,38 +803,29 @@ def test_the_bound_reaches_the_kernel(monkeypatch):
     with torch.no_grad():
         ops.joint_attention(*arguments, norms=norms)
         ops.joint_attention(*arguments)
-    ops.joint_attention(*inputs(grad=True), *arguments[3:], norms=norms)
+    with use("lens-hopper"):
+        ops.joint_attention(*inputs(grad=True), *arguments[3:], norms=norms)
     assert bounds == [pytest.approx(1.01 * 8**0.5 * 2.25), float("inf"), float("inf")]
     choose.cache_clear()
 
 
-def test_the_stand_in_takes_what_torch_takes():
-    real = [a.name for a in _attention_hopper.flash_backward.default._schema.arguments]
-    taken = list(inspect.signature(flash_backward).parameters)
-    assert taken == real[: len(taken)]
-
-
 @pytest.mark.parametrize("text_queries", [True, False])
-def test_contracts_of_our_ops(monkeypatch, text_queries):
+def test_contracts_of_our_op(monkeypatch, text_queries):
     monkeypatch.setattr(backend, "launch", launch)
-    monkeypatch.setattr(_attention_hopper, "flash_backward", flash_backward)
-    q, k, v = inputs(grad=True)
+    q, k, v = inputs()
     places = offsets_of(IMAGES), offsets_of(TEXTS)
-    arguments = (q, k, v, *places, sum(IMAGES), 10, text_queries, 0.3, float("inf"), 0, True)
+    arguments = (q, k, v, *places, sum(IMAGES), text_queries, 0.3, float("inf"), 0, True)
     torch.library.opcheck(torch.ops.lens.joint_attention_hopper.default, arguments)
-    made = [x.detach() for x in torch.ops.lens.joint_attention_hopper(*arguments)]
-    lse = made[2].nan_to_num()
-    backward = (*made[:2], q.detach(), k.detach(), v.detach(), *made[:2], lse, *places, 10, 0.3)
-    torch.library.opcheck(torch.ops.lens.joint_attention_hopper_backward.default, backward)
     with pytest.raises(ValueError, match=r"scale must be positive for lens-hopper, got -0.1"):
-        _attention_hopper.forward(q, k, v, *places, sum(IMAGES), 10, text_queries, -0.1, float("inf"), 0, True)
+        _attention_hopper.forward(q, k, v, *places, sum(IMAGES), text_queries, -0.1, float("inf"), 0, True)
 
 
 def test_torch_kernels_are_told_to_be_repeatable():
-    """Their backward passes add with atomics unless the global switch is on: it is on there, and nowhere else."""
+    """Their backward passes add with atomics unless the global switch is on, for more than a warning: it is on there, and
+    nowhere else."""
     seen = []
 
-    class Watch(torch.autograd.Function):
+    class WatchedAttention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x):
             return x * 2
@@ -521,13 +833,24 @@ def test_torch_kernels_are_told_to_be_repeatable():
         @staticmethod
         def backward(ctx, dout):
             seen.append(torch.are_deterministic_algorithms_enabled())
+            seen.append(torch.is_deterministic_algorithms_warn_only_enabled())
             return dout * 2
 
-    x = torch.ones(3, requires_grad=True)
-    _attention_cuda.repeatable(Watch.apply(x)).sum().backward()
-    Watch.apply(x).sum().backward()
-    assert seen == [True, False]
+    class Product(WatchedAttention):
+        pass
+
+    x, fill = torch.ones(3, requires_grad=True), torch.utils.deterministic.fill_uninitialized_memory
+    repeatable(WatchedAttention.apply(x)).sum().backward()
+    WatchedAttention.apply(x).sum().backward()
+    repeatable(Product.apply(x)).sum().backward()
+    assert seen == [True, False, False, False, False, False], "a product wants a setting of cuBLAS there"
     assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory == fill
+    for name in (
+        "ScaledDotProductFlashAttentionForCpuBackward0",
+        "GeneratedBackwardFor_torch_attn__varlen_attn_default",
+    ):
+        assert any(word in name for word in ("Attention", "attn"))
 
 
 def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine):
@@ -550,7 +873,7 @@ def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine)
         return Fake2
 
     monkeypatch.setattr(attention_backends.importlib, "import_module", load)
-    monkeypatch.setattr(attention_backends, "_rate", lambda *_: 1.0)  # the first of the list
+    monkeypatch.setattr(Choice, "rank", lambda *_: (0, 1.0))  # the first of the list
     q, k, v = inputs(torch.bfloat16)
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
     samples = Samples(joint, joint, 10, 10, 0.3)
