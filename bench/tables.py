@@ -1,8 +1,9 @@
-"""Measured rates into the tables that choose kernels: committed results -> lens/ops/{attention,linear}_table.json.
+"""Measured rates into the tables that choose kernels: committed results -> lens/ops/{attention,linear,invariance}_table.json.
 
 A rate is the case's FLOPs over the best time, in TFLOP/s; its source names the case, the file and the commit that was
 measured. It takes the place of the line with the same key, predicted or measured; where several results hold one, the
-last one given counts. Lines that no result speaks of stay as they are.
+last one given counts. Lines that no result speaks of stay as they are. A price of batch invariance is the best time
+under it over the best time without, less 1, of a case in which nothing was forced and measured rates chose.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from lens.checkpoint import write_atomic
-from lens.ops import attention_backends, linear_backends
+from lens.ops import _invariance, attention_backends, linear_backends
 
 from .machine import ROOT
 from .report import RESULTS, put
 from .result import NoResult, Result, Row, load
+from .suites.step import INVARIANT, OURS
 
 # of the shape classes of attention_backends.Need, the case that stands for each
 SHAPES = {
@@ -31,15 +33,20 @@ SHAPES = {
 }
 ATTENTION = ("arch", "shape", "backend")
 LINEAR = ("arch", "product", "rows", "backend")
+INVARIANCE = ("arch", "case")
 Entry = dict[str, Any]
 
 
 def _told(result: Result, row: Row, folder: Path) -> Entry:
     """What every measured line ends with."""
+    return {"tflops": round(row.more["flops"] / row.best / 1e12, 1), **_source(result, row, folder)}
+
+
+def _source(result: Result, row: Row, folder: Path) -> Entry:
     path = result.path.resolve()
     file = path.relative_to(folder) if path.is_relative_to(folder) else path.name
     source = f"{row.case}, {result.identity['device']}, {file}, commit {result.build['commit']}"
-    return {"tflops": round(row.more["flops"] / row.best / 1e12, 1), "status": "measured", "source": source}
+    return {"status": "measured", "source": source}
 
 
 def attention_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
@@ -59,6 +66,21 @@ def linear_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
         if case.startswith("gemm/") and subject in linear_backends.BACKENDS and row.more.get("block"):
             key = {"arch": result.identity["capability"], "product": row.more["product"], "rows": row.more["rows"]}
             found.append({**key, "backend": subject, **_told(result, row, folder)})
+    return found
+
+
+def invariance_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
+    """The price at every case that decides the default, where both subjects ran, ours multiplied, nothing was forced, and
+    the step without chose its products by measured rates: beside the library alone invariance could look cheap."""
+    found = []
+    for case in _invariance.CASES:
+        plain, invariant = result.rows.get((case, OURS)), result.rows.get((case, INVARIANT))
+        if plain is None or invariant is None or invariant.more["products"] != "ours":
+            continue
+        if plain.more["by_measured_rates"] and not plain.more["forced"] and not invariant.more["forced"]:
+            key = {"arch": result.identity["capability"], "case": case}
+            price = round(invariant.best / plain.best - 1, 4)
+            found.append({**key, "price": price, **_source(result, invariant, folder)})
     return found
 
 
@@ -93,16 +115,21 @@ def tables(
     check: bool = False,
     attention: Path = attention_backends.TABLE,
     linear: Path = linear_backends.TABLE,
+    invariance: Path = _invariance.TABLE,
     folder: Path = ROOT,
 ) -> list[Path]:
-    """Write both tables; the changed files. check: change nothing, ValueError where one is stale. NoResult for a file
+    """Write the tables; the changed files. check: change nothing, ValueError where one is stale. NoResult for a file
     that is none, or was not measured on a CUDA device."""
     loaded = [load(path) for path in results]
     for result in loaded:
         if "capability" not in result.identity:
             raise NoResult(f"{result.path}: measured on {result.identity.get('device')}, and the tables are of GPUs")
     changed = []
-    for path, entries, keys in ((attention, attention_entries, ATTENTION), (linear, linear_entries, LINEAR)):
+    for path, entries, keys in (
+        (attention, attention_entries, ATTENTION),
+        (linear, linear_entries, LINEAR),
+        (invariance, invariance_entries, INVARIANCE),
+    ):
         before = path.read_text(encoding="utf-8")
         value = json.loads(before)
         measured = [entry for result in loaded for entry in entries(result, folder)]

@@ -16,7 +16,7 @@ from . import __version__, residency, selftest
 from .config import LensConfig
 from .findings import BROKEN, NOTE, OK, Finding
 from .forecast import forecast
-from .ops import attention_backends, backend, linear_backends
+from .ops import _invariance, attention_backends, backend, linear_backends
 
 _DISTRIBUTION = "lens-t2i"
 _OPTIONAL_ON_CUDA = {"kernels": "keeps the MXFP4 text encoder packed on the GPU instead of expanding it to bfloat16"}
@@ -153,17 +153,14 @@ def op_backends(device: torch.device) -> list[Finding]:
         detail = "yes, bit for bit: every matrix product, attention and decode runs sample by sample"
         found.append(Finding(section, "batch invariant", OK, detail))
     else:
-        detail = (
-            "no, at rounding level: the libraries choose their matrix product by its size, so a picture's last bits "
-            "depend on what is drawn beside it"
-        )
-        found.append(Finding(section, "batch invariant", NOTE, detail))
+        yes, detail = _invariance.report(device)
+        found.append(Finding(section, "batch invariant", OK if yes else NOTE, detail))
     return found
 
 
 def attention(device: torch.device) -> list[Finding]:
-    """Which library computes attention on a GPU: every candidate, for plain steps, captured ones, training and its
-    gradients."""
+    """Which library computes attention on a GPU: every candidate, for plain steps, captured and batch-invariant ones, for
+    training and its gradients."""
     if device.type != "cuda":
         detail = "torch's flash attention for CPUs, the only candidate here; the others need a CUDA device"
         return [Finding("Attention", "cpu", OK, detail)]
@@ -172,6 +169,7 @@ def attention(device: torch.device) -> list[Finding]:
         needs = {
             "plain steps": attention_backends.usual(),
             "captured steps": attention_backends.usual(device_lengths=True),
+            "batch-invariant steps": attention_backends.usual(device_lengths=True, invariant=True),
             "training": attention_backends.usual(backward=True),
         }
     forced = {False: attention_backends.forced(), True: attention_backends.forced_backward()}

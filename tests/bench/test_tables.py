@@ -7,7 +7,7 @@ import pytest
 from bench import __main__ as bench
 from bench import tables
 from bench.suites import cases
-from lens.ops import attention_backends, linear_backends
+from lens.ops import _invariance, attention_backends, linear_backends
 from tests.bench.results import result, row
 from tests.bench.test_compare import as_file
 
@@ -16,9 +16,10 @@ ATTENTION, LINEAR = attention_backends.TABLE, linear_backends.TABLE
 
 @pytest.fixture
 def places(tmp_path):
-    """Copies of both tables, and what points to them."""
-    copies = {"attention": tmp_path / "attention_table.json", "linear": tmp_path / "linear_table.json"}
-    for name, original in (("attention", ATTENTION), ("linear", LINEAR)):
+    """Copies of the tables, and what points to them."""
+    originals = {"attention": ATTENTION, "linear": LINEAR, "invariance": _invariance.TABLE}
+    copies = {name: tmp_path / original.name for name, original in originals.items()}
+    for name, original in originals.items():
         copies[name].write_text(original.read_text())
     return {**copies, "folder": tmp_path}
 
@@ -110,6 +111,50 @@ def test_both_tables_are_read_by_what_chooses_by_them(tmp_path, places, monkeypa
             cache.cache_clear()
 
 
+def priced(case, plain, invariant, products="ours", rates=True, **forced):
+    """A step and the same under batch_invariant, in milliseconds."""
+    rows = [row(case, 1e-3 * ms, subject=name) for name, ms in (("ours", plain), ("ours_batch_invariant", invariant))]
+    for made in rows:
+        made.more.update({"forced": forced, "products": products, "by_measured_rates": rates})
+    return rows
+
+
+def test_the_price_of_batch_invariance_decides_its_default_once_every_case_is_measured(tmp_path, places, monkeypatch):
+    monkeypatch.setattr(_invariance, "TABLE", places["invariance"])
+    prices = {"step/1024/cfg/text415/bf16": (60, 60.6), "step/1024/b4/text200/bf16": (120, 121.8)}
+    prices["step/1024/b8/text200/bf16"] = (240, 241.2)
+    try:
+        for k, (case, (plain, invariant)) in enumerate(prices.items()):
+            made = result(*priced(case, plain, invariant), capability="9.0")
+            assert tables.tables([as_file(tmp_path / f"{k}.json", made)], **places) == [places["invariance"]]
+            _invariance.table.cache_clear()
+            assert (_invariance.price((9, 0)) is None) == (k < 2)
+        assert _invariance.price((9, 0)) == 0.015
+        first = entries(places["invariance"], arch="9.0")[0]
+        assert first["source"] == "step/1024/cfg/text415/bf16, NVIDIA H200, 0.json, commit c"
+        assert [e["case"] for e in entries(places["invariance"])] == list(_invariance.CASES)
+        assert [e["price"] for e in entries(places["invariance"])] == [0.01, 0.015, 0.005]
+    finally:
+        _invariance.table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        priced("step/1024/cfg/text415/bf16", 60, 60, linear="fused"),
+        priced("step/1024/cfg/text415/bf16", 60, 60, products="library, sample by sample: w13"),
+        priced("step/1024/cfg/text415/bf16", 60, 60, rates=False),
+        priced("step/1024/cfg/text200/bf16", 60, 60),
+        priced("step/1024/cfg/text415/bf16", 60, 60)[:1],
+        priced("step/1024/cfg/text415/bf16", 60, 60)[1:],
+    ],
+    ids=["forced", "by the library", "beside the library", "another case", "without it alone", "with it alone"],
+)
+def test_no_other_measurement_is_a_price(tmp_path, places, rows):
+    made = result(*rows, capability="9.0")
+    assert tables.tables([as_file(tmp_path / "step.json", made)], **places) == []
+
+
 def test_a_later_result_replaces_an_earlier_one_and_the_second_time_changes_nothing(tmp_path, places):
     paths = [
         as_file(tmp_path / f"{k}.json", result(*attention(("torch-varlen", rate)), capability="9.0"))
@@ -153,4 +198,5 @@ def test_the_cases_of_the_tables_exist():
     assert [c.id for c in cases(("attention",)) if c.id in tables.SHAPES]
     assert len([c for c in cases(("attention",)) if c.id in tables.SHAPES]) == len(tables.SHAPES)
     classes = {f"{length}{which}" for length in ("long", "short") for which in ("", " training", " backward")}
+    assert set(_invariance.CASES) <= {c.id for c in cases(("step",)) if "ours_batch_invariant" in c.subjects}
     assert set(tables.SHAPES.values()) == classes
