@@ -205,6 +205,8 @@ def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
             raise ValueError(f"--lora {asked}: this training has {held.get('LORA', 'none')}")
         asked = adapters.parse(held["LORA"]) if "LORA" in held else None
         recipe.MODEL = {name: tuple(v) if isinstance(v, list) else v for name, v in held["MODEL"].items()}
+    elif options.init is not None and not options.init.is_dir():
+        raise ValueError(f"--init {options.init}: no such folder; expected a checkpoint folder, or a state step_...")
     elif (path := released_config(options.init)) is not None:
         recipe.MODEL = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
     elif asked and not options.dry_run:
@@ -264,15 +266,24 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
         adapters.save(model, lora, options.export / "lora")
         adapters.merge(model)
     checkpoint.save_transformer(model, options.export / "transformer", torch.bfloat16)
+    made = f" and {options.export / 'lora'}" if lora else ""
+    print(f"{folder.name} is exported: {options.export / 'transformer'}{made}")
+
+
+def drawn(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
+    """Samples of every bucket that a recipe draws and the shards hold. Errors: ValueError where there is none."""
+    asked = buckets_of(recipe)
+    found = {bucket: n for bucket, n in shards.sizes.items() if bucket in asked}
+    if not found:
+        held, wanted = (", ".join(b.name for b in buckets[:4]) for buckets in (list(shards.sizes), asked))
+        raise ValueError(f"{shards.folder} holds no bucket of BASES and ASPECTS: {held}, ...; expected {wanted}, ...")
+    return found
 
 
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
     clock, out = Clock(options.stop_after), options.out
     shards = ShardSet(options.data)
-    known = set(buckets_of(recipe))
-    sampler = BucketSampler(
-        {b: n for b, n in shards.sizes.items() if b in known}, law_of(recipe), recipe.SEED, recipe.SLOTS
-    )
+    sampler = BucketSampler(drawn(recipe, shards), law_of(recipe), recipe.SEED, recipe.SLOTS)
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)
@@ -310,10 +321,20 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
                 print(line, flush=True)
     elif options.init is not None and released_config(options.init) is None:
         trainer.start_from(options.init)
+    if group.main:
+        whence = f"step {trainer.step} of {state_of(options)}" if trainer.step else options.init or "fresh weights"
+        count = sum(p.numel() for p in trainer.parameters.values())
+        print(
+            f"{stage}: {count:,} parameters from {whence}; {sum(sampler.sizes):,} samples in {len(sampler.buckets)} "
+            f"buckets; {group.world} processes on {group.device.type}; into {out}",
+            flush=True,
+        )
     context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_backends.use(recipe.ATTENTION)
     with context:
         batches = encode.ahead(loader.batches(start, group.rank, group.world))
         trainer.run(batches, loader.state, clock, options.steps)
+    if group.main:
+        print(f"step {trainer.step} is saved: {trainer.checkpoints.latest()}", flush=True)
     return 0
 
 

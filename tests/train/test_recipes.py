@@ -92,8 +92,12 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_a_recipe_there_is_not():
-    with pytest.raises(ValueError, match="no recipe 'released/other' for stage 'pretrain'"):
-        configs.load("released/other", "pretrain")
+    here = "there are released/mixed_resolution, released/pretrain_512$"
+    for name in ("released", "released/other"):
+        with pytest.raises(ValueError, match=f"no recipe '{name}' for stage 'pretrain' in train/configs; {here}"):
+            configs.load(name, "pretrain")
+    with pytest.raises(ValueError, match=r"; there are mini, mini_gpu, released/pretrain_512$"):
+        configs.load("relesed/pretrain_512", "pretrain")
 
 
 def test_print_config_names_fields_and_reasons(capsys):

@@ -12,6 +12,7 @@ import importlib
 import types
 import typing
 from collections.abc import Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +27,20 @@ def load(name: str, stage: str) -> ModuleType:
         return importlib.import_module(f"train.configs.{folder}.{file or stage}")
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("train.configs"):
-            raise ValueError(f"no recipe {name!r} for stage {stage!r} in train/configs") from None
+            raise ValueError(
+                f"no recipe {name!r} for stage {stage!r} in train/configs; there are {', '.join(_near(folder, stage))}"
+            ) from None
         raise
+
+
+def _near(folder: str, stage: str) -> list[str]:
+    """The recipes of a folder; of all folders for a stage where there is no such folder."""
+    here = Path(__file__).parent
+    if own := [f"{folder}/{path.stem}" for path in sorted(here.glob(f"{folder}/[a-z]*.py"))] if folder else []:
+        return own
+    return [path.parent.name for path in sorted(here.glob(f"*/{stage}.py"))] + [
+        f"{path.parent.name}/{path.stem}" for path in sorted(here.glob(f"*/{stage}_*.py"))
+    ]
 
 
 def world(name: str, split: str = "train") -> World:

@@ -44,13 +44,25 @@ def noise(recipe: ModuleType, batch: Batch) -> Tensor:
 
 
 class FlowMatching:
-    """The loss of every picture, mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels, and its time."""
+    """The loss of every picture, mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels, and its time.
+
+    Errors: ValueError where latents or text features are not what the MMDiT takes.
+    """
 
     def __init__(self, recipe: ModuleType, shape: LensConfig):
         self.recipe, self.axes = recipe, shape.axes_dims_rope
+        self.takes = shape.in_channels, (len(shape.selected_layer_index), shape.enc_hidden_dim)
 
     def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         clean = batch.latents
+        if (given := (clean.shape[-1], tuple(batch.features.shape[1:]))) != self.takes:
+            words = [
+                f"latents of {channels} channels and {f} x {e} text features"
+                for channels, (f, e) in (given, self.takes)
+            ]
+            raise ValueError(
+                f"the data has {words[0]}, the MMDiT takes {words[1]}: other networks than it was made for"
+            )
         t = times(self.recipe, batch).to(clean.device)
         x, target = flow_matching.noised(clean, noise(self.recipe, batch), t)
         v = velocity(model, x, batch.features, t, batch.lengths, batch.bucket.grid, self.axes)
