@@ -51,7 +51,7 @@ def draw(images: list[int], texts: list[int], heads: int) -> list[Tensor]:
 
 
 def attend(qkv, images, texts, bound=INFINITE, polynomial=0, text_queries=True):
-    places = offsets_of(images).cuda(), offsets_of(texts).cuda(), sum(images), 0
+    places = offsets_of(images).cuda(), offsets_of(texts).cuda(), sum(images)
     with torch.no_grad():
         return _attention_hopper.forward(*qkv, *places, text_queries, 0.125, bound, polynomial, True)
 
@@ -126,7 +126,7 @@ def test_one_graph_serves_other_lengths():
     """Captured once, replayed for offsets of the same total that the host never saw."""
     qkv = draw([512], [200], 4)
     images, texts = offsets_of([300, 212]).cuda(), offsets_of([200, 0]).cuda()
-    arguments = (512, 0, True, 0.125, INFINITE, 1, False)
+    arguments = (512, True, 0.125, INFINITE, 1, False)
     with torch.no_grad():
         _attention_hopper.forward(*qkv, images, texts, *arguments)
         graph = torch.cuda.CUDAGraph()
@@ -142,14 +142,41 @@ def test_one_graph_serves_other_lengths():
 
 
 @pytest.mark.parametrize("text_queries", [True, False])
-def test_ragged_gradients_against_float64(text_queries):
+@pytest.mark.parametrize("gradients", [b.name for b in attention_backends.BACKWARDS])
+def test_ragged_gradients_against_float64(gradients, text_queries):
     images, texts, heads = SHAPES["ragged"]
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
-    with attention_backends.use("lens-hopper"):
+    with attention_backends.use_backward(served(gradients)):
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets, text_queries))
         got = torch.autograd.grad(out, leaves, torch.ones_like(out))
     wide = [x.detach().double().requires_grad_() for x in leaves]
     exact = torch.cat(reference.joint_attention(*wide, images, texts, *offsets, text_queries))
     for a, b in zip(got, torch.autograd.grad(exact, wide, torch.ones_like(exact)), strict=True):
         assert error(a, b) <= 0.02 * b.abs().max() + 1e-3
+
+
+def served(gradients: str) -> str:
+    """The name where it can run; otherwise the test is left out with the reason."""
+    with attention_backends.use_backward(gradients):
+        try:
+            attention_backends.choose(attention_backends.usual(backward=True))
+        except RuntimeError as error:
+            if gradients == "torch-flash":
+                raise
+            pytest.skip(str(error))
+    return gradients
+
+
+@pytest.mark.parametrize("gradients", [b.name for b in attention_backends.BACKWARDS if b.repeatable])
+def test_gradients_are_the_same_bits_every_time(gradients):
+    images, texts, heads = [2048, 2048], [100, 0], 8
+    leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
+    offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
+    with attention_backends.use_backward(served(gradients)):
+        out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets))
+        weight = torch.randn_like(out)
+        first = torch.autograd.grad(out, leaves, weight, retain_graph=True)
+        for _ in range(20):
+            for a, b in zip(torch.autograd.grad(out, leaves, weight, retain_graph=True), first, strict=True):
+                assert same_bits(a, b)
