@@ -140,15 +140,16 @@ class Denoiser:
         return step
 
     def who(self, invariant: bool) -> Callable[[], dict[str, Any]]:
-        """What a row says of its step: who multiplies where no sample may depend on its batch; what was forced, if
-        anything."""
+        """What a row says of its step: what was forced, if anything; whether measured rates chose the products; who
+        multiplies where no sample may depend on its batch."""
 
         def told() -> dict[str, Any]:
             forced = {"linear": linear_backends.forced(), "attention": attention_backends.forced()}
             forced["graphs"] = os.environ.get("LENS_GRAPHS")
             why = _invariance.of_model(self.model) if invariant else ""
             said = {"products": f"library, sample by sample: {why}" if why else "ours"} if invariant else {}
-            return {"forced": {k: v for k, v in forced.items() if v}, **said}
+            forced = {k: v for k, v in forced.items() if v}
+            return {"forced": forced, "by_measured_rates": linear_backends.measured(), **said}
 
         return told
 
