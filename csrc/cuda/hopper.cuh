@@ -18,16 +18,12 @@
 //                                        which must not have returned; only its own block waits
 //                                        there. Says that reads are over, publishes no writes
 //   tma_prefetch(map)                    the map itself into the cache, by one thread
-//   tma_load_{2,3,4,5}d(to, map, bar, x, y..)  one box into shared memory, by one thread; x
+//   tma_load_{2,5}d(to, map, bar, x, y..)  one box into shared memory, by one thread; x
 //                                        innermost, in elements; what lies outside arrives as zero
 //                                        and counts
-//   tma_multicast_{2,4,5}d(to, map, bar, mask, x, y..)  the same box to the same place in each
+//   tma_multicast_{2,5}d(to, map, bar, mask, x, y..)  the same box to the same place in each
 //                                        block whose rank is a bit of mask; its bytes count at the
 //                                        barrier in the place of bar in each
-//   tma_store_{2,3,4}d(map, from, x, y..)  one box out; outside nothing is written. Before it, all
-//                                        writers fence_async_shared(), then a barrier; after it, by
-//                                        the same thread: tma_store_commit(), tma_store_wait<n>()
-//                                        (all but n groups were read), tma_store_wait_all()
 //   fence_async_shared()                 own writes to shared memory become visible to TMA and
 //                                        wgmma
 //   wgmma<N, kB>(d, a, b, accumulate)    warpgroup: d [64, N] (+)= A [64, 16] B [16, N], bf16 in
@@ -44,9 +40,6 @@
 //   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)   warp; id 1 .. 15
 //   elect_one()                          warp: true in exactly one lane
 //   exp2_approx(x)                       2^x, 2 ulp, denormals are zero
-//   stmatrix_x4(row, r0 .. r3), ldmatrix_x4(row, r0 .. r3)   warp: four 8x8 matrices of bf16; lane
-//                                        l names row l % 8 of matrix l / 8 (16 bytes) and holds
-//                                        (l / 4, 2 (l % 4) + {0, 1}) of each
 //
 // Accumulators: d[4 j + 2 h + e] of thread t is row 16 (t / 32) + 8 h + (t % 32) / 4, column
 // 8 j + 2 (t % 4) + e. A in registers: a[2 c + h] holds columns 8 c + 2 (t % 4) + {0, 1} of row
@@ -136,17 +129,6 @@ LENS_PTX void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x
                "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y)
                : "memory");
 }
-LENS_PTX void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
-  asm volatile(LENS_TMA_LOAD "3d" LENS_TMA_FROM "%3, %4, %5}], [%2];" ::"r"(shared_address(to)),
-               "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z)
-               : "memory");
-}
-LENS_PTX void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
-                          int w) {
-  asm volatile(LENS_TMA_LOAD "4d" LENS_TMA_FROM "%3, %4, %5, %6}], [%2];" ::"r"(shared_address(to)),
-               "l"(map), "r"(shared_address(bar)), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
-}
 LENS_PTX void tma_load_5d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
                           int w, int v) {
   asm volatile(LENS_TMA_LOAD "5d" LENS_TMA_FROM
@@ -162,13 +144,6 @@ LENS_PTX void tma_multicast_2d(void* to, const CUtensorMap* map, uint64_t* bar, 
                "l"(map), "r"(shared_address(bar)), "h"(mask), "r"(x), "r"(y)
                : "memory");
 }
-LENS_PTX void tma_multicast_4d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask,
-                               int x, int y, int z, int w) {
-  asm volatile(LENS_TMA_LOAD "4d" LENS_TMA_TO_ALL
-                             "%4, %5, %6, %7}], [%2], %3;" ::"r"(shared_address(to)),
-               "l"(map), "r"(shared_address(bar)), "h"(mask), "r"(x), "r"(y), "r"(z), "r"(w)
-               : "memory");
-}
 LENS_PTX void tma_multicast_5d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask,
                                int x, int y, int z, int w, int v) {
   asm volatile(LENS_TMA_LOAD "5d" LENS_TMA_TO_ALL
@@ -179,31 +154,6 @@ LENS_PTX void tma_multicast_5d(void* to, const CUtensorMap* map, uint64_t* bar, 
 #undef LENS_TMA_LOAD
 #undef LENS_TMA_FROM
 #undef LENS_TMA_TO_ALL
-LENS_PTX void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-      "r"(shared_address(from)), "r"(x), "r"(y)
-      : "memory");
-}
-LENS_PTX void tma_store_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.global.shared::cta.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-      "r"(shared_address(from)), "r"(x), "r"(y), "r"(z)
-      : "memory");
-}
-LENS_PTX void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
-          map),
-      "r"(shared_address(from)), "r"(x), "r"(y), "r"(z), "r"(w)
-      : "memory");
-}
-LENS_PTX void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-template <int kPending>
-LENS_PTX void tma_store_wait() {
-  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
-}
-LENS_PTX void tma_store_wait_all() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 LENS_PTX void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- products of a warpgroup
@@ -312,19 +262,6 @@ LENS_PTX float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-LENS_PTX void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile(
-      "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(row)),
-      "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-      : "memory");
-}
-LENS_PTX void ldmatrix_x4(const void* row, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r0), "=r"(r1), "=r"(r2), "=r"(r3)
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 #undef LENS_PTX
 
 }  // namespace lens::gpu

@@ -59,8 +59,6 @@ struct Thread {
   uint64_t issued = 0;           // products so far
   std::vector<Accumulator> flying;
   bool fenced = false;
-  std::vector<int> stores;  // stores of each committed group not yet read, oldest first
-  int open_stores = 0;
   uint64_t cluster_arrived = 0, cluster_waited = 0;  // at the cluster's barrier so far
 
   uint64_t first() const { return issued - products.size(); }

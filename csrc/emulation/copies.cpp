@@ -1,6 +1,5 @@
 // Tensor maps and the copies they describe, under way until they are delivered.
 #include <cstring>
-#include <utility>
 
 #include "emulation/block_state.h"
 #include "emulation/guarded_memory.h"
@@ -38,26 +37,11 @@ size_t box_bytes(const Map& map) {
 struct Copy {
   Map map;
   char* shared;
-  uint64_t* bar;  // null: a store
+  uint64_t* bar;
   int at[5];
-  unsigned block;   // whose shared memory it is
-  unsigned thread;  // of a store
+  unsigned block;  // whose shared memory it is
 };
 std::vector<Copy> g_copies;
-
-Copy make_copy(const CUtensorMap* raw, const void* shared, int rank, const int* at) {
-  Copy copy{read_map(raw, rank),
-            static_cast<char*>(const_cast<void*>(shared)),
-            nullptr,
-            {},
-            current_block(),
-            current_thread()};
-  need_shared(shared, box_bytes(copy.map), "a copy");
-  const unsigned align = copy.map.swizzled ? 1024 : 128;
-  if (shared_address(shared) % align) fail("a copy whose shared memory is off its %u bytes", align);
-  std::memcpy(copy.at, at, sizeof(int) * size_t(rank));
-  return copy;
-}
 
 void move(const Copy& copy) {
   const Map& map = copy.map;
@@ -65,7 +49,7 @@ void move(const Copy& copy) {
   for (size_t i = 0; i < count; ++i) {
     size_t rest = i;
     bool inside = true;
-    char* global = map.base;
+    const char* global = map.base;
     for (int r = 0; r < map.rank; ++r) {
       const int64_t x = copy.at[r] + int64_t(rest % map.box[r]);
       rest /= map.box[r];
@@ -74,14 +58,10 @@ void move(const Copy& copy) {
     }
     auto* shared = reinterpret_cast<unsigned char*>(copy.shared) + 2 * i;
     if (map.swizzled) shared = swizzled(shared);
-    if (copy.bar) {
-      if (inside) {
-        std::memcpy(shared, global, 2);
-      } else {
-        std::memset(shared, 0, 2);
-      }
-    } else if (inside) {
-      std::memcpy(global, shared, 2);
+    if (inside) {
+      std::memcpy(shared, global, 2);
+    } else {
+      std::memset(shared, 0, 2);
     }
   }
 }
@@ -90,18 +70,7 @@ void deliver(size_t index) {
   const Copy copy = g_copies[index];
   g_copies.erase(g_copies.begin() + long(index));
   move(copy);
-  BlockState& block = g_blocks[copy.block];
-  if (copy.bar == nullptr) {
-    Thread& t = block.threads[copy.thread];
-    for (int& stores : t.stores) {
-      if (stores == 0) continue;
-      --stores;
-      return;
-    }
-    --t.open_stores;
-    return;
-  }
-  Barrier& b = block.barriers[copy.bar];
+  Barrier& b = g_blocks[copy.block].barriers[copy.bar];
   b.bytes -= int64_t(box_bytes(copy.map));
   if (b.bytes <= -(1 << 20)) report(kLaunchFailure, "2^20 bytes or more that no barrier expects");
   complete(copy.block, b);
@@ -126,7 +95,11 @@ bool deliver() {
 
 void tma_load(void* to, const CUtensorMap* raw, uint64_t* bar, uint32_t mask, int rank,
               const int* at) {
-  const Copy copy = make_copy(raw, to, rank, at);
+  Copy copy{read_map(raw, rank), static_cast<char*>(to), bar, {}, current_block()};
+  need_shared(to, box_bytes(copy.map), "a copy");
+  const unsigned align = copy.map.swizzled ? 1024 : 128;
+  if (shared_address(to) % align) fail("a copy whose shared memory is off its %u bytes", align);
+  std::memcpy(copy.at, at, sizeof(int) * size_t(rank));
   if (mask == 0 || mask >> cluster_blocks()) {
     fail("a copy to the blocks %#x of a cluster of %u", mask, cluster_blocks());
   }
@@ -139,34 +112,6 @@ void tma_load(void* to, const CUtensorMap* raw, uint64_t* bar, uint32_t mask, in
     part.bar = static_cast<uint64_t*>(in_block(block, bar));
     find_barrier(block, part.bar, "copies for");
   }
-}
-
-void tma_store(const CUtensorMap* raw, const void* from, int rank, const int* at) {
-  g_copies.push_back(make_copy(raw, from, rank, at));
-  ++here().threads[current_thread()].open_stores;
-}
-
-void tma_store_commit() {
-  Thread& t = here().threads[current_thread()];
-  t.stores.push_back(std::exchange(t.open_stores, 0));
-}
-
-void tma_store_wait(int pending) {
-  Thread& t = here().threads[current_thread()];
-  const auto unread = [&] {
-    int sum = 0;
-    for (size_t i = 0; i + size_t(pending) < t.stores.size(); ++i) sum += t.stores[i];
-    return sum;
-  };
-  while (unread()) {
-    for (size_t i = 0; i < g_copies.size(); ++i) {  // in order: groups end in order
-      const Copy& copy = g_copies[i];
-      if (copy.bar || copy.block != current_block() || copy.thread != current_thread()) continue;
-      deliver(i);
-      break;
-    }
-  }
-  while (t.stores.size() > size_t(pending)) t.stores.erase(t.stores.begin());
 }
 
 }  // namespace lens::emulation

@@ -56,9 +56,6 @@ void cluster_barrier_arrive(uint32_t address);
 // mask: a bit for each block of the cluster that it lands in, at the same place
 void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, uint32_t mask, int rank,
               const int* at);
-void tma_store(const CUtensorMap* map, const void* from, int rank, const int* at);
-void tma_store_commit();
-void tma_store_wait(int pending);
 
 // a: four registers, or null and then a descriptor
 void wgmma(float* d, int n, const uint32_t* a, uint64_t a_bits, uint64_t b_bits, bool b_transposed,

@@ -38,15 +38,6 @@ inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, 
   const int at[] = {x, y};
   host::tma_load(to, map, bar, 1u << host::current_block(), 2, at);
 }
-inline void tma_load_3d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z) {
-  const int at[] = {x, y, z};
-  host::tma_load(to, map, bar, 1u << host::current_block(), 3, at);
-}
-inline void tma_load_4d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z,
-                        int w) {
-  const int at[] = {x, y, z, w};
-  host::tma_load(to, map, bar, 1u << host::current_block(), 4, at);
-}
 inline void tma_load_5d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y, int z, int w,
                         int v) {
   const int at[] = {x, y, z, w, v};
@@ -57,34 +48,11 @@ inline void tma_multicast_2d(void* to, const CUtensorMap* map, uint64_t* bar, ui
   const int at[] = {x, y};
   host::tma_load(to, map, bar, mask, 2, at);
 }
-inline void tma_multicast_4d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask, int x,
-                             int y, int z, int w) {
-  const int at[] = {x, y, z, w};
-  host::tma_load(to, map, bar, mask, 4, at);
-}
 inline void tma_multicast_5d(void* to, const CUtensorMap* map, uint64_t* bar, uint16_t mask, int x,
                              int y, int z, int w, int v) {
   const int at[] = {x, y, z, w, v};
   host::tma_load(to, map, bar, mask, 5, at);
 }
-inline void tma_store_2d(const CUtensorMap* map, const void* from, int x, int y) {
-  const int at[] = {x, y};
-  host::tma_store(map, from, 2, at);
-}
-inline void tma_store_3d(const CUtensorMap* map, const void* from, int x, int y, int z) {
-  const int at[] = {x, y, z};
-  host::tma_store(map, from, 3, at);
-}
-inline void tma_store_4d(const CUtensorMap* map, const void* from, int x, int y, int z, int w) {
-  const int at[] = {x, y, z, w};
-  host::tma_store(map, from, 4, at);
-}
-inline void tma_store_commit() { host::tma_store_commit(); }
-template <int kPending>
-inline void tma_store_wait() {
-  host::tma_store_wait(kPending);
-}
-inline void tma_store_wait_all() { host::tma_store_wait(0); }
 inline void fence_async_shared() {}
 
 inline void wgmma_fence(int line = __builtin_LINE()) { host::wgmma_fence(line); }
@@ -126,26 +94,6 @@ inline bool elect_one(int line = __builtin_LINE()) {
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
-}
-
-// The address of the row that holds this lane's pair of matrix i.
-inline unsigned char* matrix_row(const void* row, int i) {
-  uint64_t address;
-  std::memcpy(&address, &row, 8);
-  const int lane = int(threadIdx.x) % 32;
-  address = __shfl_sync(0xffffffffu, address, 8 * i + lane / 4);
-  std::memcpy(&row, &address, 8);
-  return static_cast<unsigned char*>(const_cast<void*>(row)) + lane % 4 * 4;
-}
-inline void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  const uint32_t values[] = {r0, r1, r2, r3};
-  for (int i = 0; i < 4; ++i) std::memcpy(matrix_row(row, i), &values[i], 4);
-  __syncwarp();
-}
-inline void ldmatrix_x4(const void* row, uint32_t& r0, uint32_t& r1, uint32_t& r2, uint32_t& r3) {
-  uint32_t* const values[] = {&r0, &r1, &r2, &r3};
-  for (int i = 0; i < 4; ++i) std::memcpy(values[i], matrix_row(row, i), 4);
-  __syncwarp();
 }
 
 }  // namespace lens::gpu
