@@ -6,6 +6,7 @@ import argparse
 import importlib
 import linecache
 import sys
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 STAGES = {  # module, what it does
@@ -47,7 +48,7 @@ def mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename:
         paths = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
         return f"{error.filename}: {error.strerror}" if isinstance(error, paths) else None
-    if not isinstance(error, ValueError | FileNotFoundError | FloatingPointError):
+    if not isinstance(error, ValueError | FileNotFoundError):
         return None
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
@@ -59,18 +60,30 @@ def mistake(error: Exception) -> str | None:
     return str(error) if ours and linecache.getline(file, trace.tb_lineno).strip().startswith("raise ") else None
 
 
+def misfortune(error: Exception) -> str | None:
+    """What to tell where the machine or the numbers failed a command that was right; None for any other error."""
+    from .loop import FULL, Halted  # only now: torch takes its time
+
+    if isinstance(error, BrokenProcessPool):
+        return "a worker process died (killed, or out of memory?); what was saved before is kept"
+    if isinstance(error, OSError) and error.errno in FULL:
+        return f"{error.filename or 'disk'}: {error.strerror}; what was saved before is kept"
+    return str(error) if isinstance(error, Halted | FloatingPointError) else None
+
+
 def command() -> int:
-    """`main`, whose user's mistakes are one line and exit code 2; a training that diverged, one line and 1."""
+    """`main`, whose user's mistakes are one line and exit code 2; a lost shard, a full disk or a divergence one line and 1."""
     try:
         return main()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
     except Exception as error:
-        if (text := mistake(error)) is None:
+        code, text = (2, mistake(error)) if (ill := misfortune(error)) is None else (1, ill)
+        if text is None:
             raise
         print(f"error: {' '.join(text.split())}", file=sys.stderr)
-        return 1 if isinstance(error, FloatingPointError) else 2
+        return code
 
 
 if __name__ == "__main__":

@@ -20,17 +20,20 @@ import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lens import checkpoint
 
+from .loop import Halted
 from .parallel import Ranks
 
 FORMAT = 1
@@ -111,22 +114,37 @@ class _Writer(dcp.FileSystemWriter):
         super().__init__(owner.folder / f".{name}.part")
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        written = super().write_data(plan, planner)
-        for name in {result.storage_data.relative_path for result in written.wait()}:
-            (Path(self.path) / f"{name}.sha256").write_text(_sha256(Path(self.path) / name))
+        with self._said():
+            written = super().write_data(plan, planner)
+            for name in {result.storage_data.relative_path for result in written.wait()}:
+                (Path(self.path) / f"{name}.sha256").write_text(_sha256(Path(self.path) / name))
         return written
 
     def finish(self, metadata: Any, results: Any) -> None:
-        super().finish(metadata, results)
-        folder = Path(self.path)
-        checkpoint.write_json(folder / "state.json", self.state)
-        sums = {}
-        for part in sorted(folder.glob("*.sha256")):
-            sums[part.stem] = part.read_text()
-            part.unlink()
-        sums |= {name: _sha256(folder / name) for name in (".metadata", "state.json")}
-        checkpoint.write_json(folder / "checksums.json", sums)
-        self.owner.publish(folder, self.name)
+        with self._said():
+            super().finish(metadata, results)
+            folder = Path(self.path)
+            checkpoint.write_json(folder / "state.json", self.state)
+            sums = {}
+            for part in sorted(folder.glob("*.sha256")):
+                sums[part.stem] = part.read_text()
+                part.unlink()
+            sums |= {name: _sha256(folder / name) for name in (".metadata", "state.json")}
+            checkpoint.write_json(folder / "checksums.json", sums)
+            self.owner.publish(folder, self.name)
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        """What the system refused, in words that reach every process: torch's writer makes another error of a full disk."""
+        try:
+            yield
+        except Exception as error:
+            found: BaseException | None = error
+            while found is not None and not isinstance(found, OSError):
+                found = found.__cause__ or found.__context__
+            if found is None:
+                raise
+            raise Halted(f"{self.owner.folder / self.name}: not saved, {found.strerror}") from error
 
 
 class Checkpoints:
@@ -144,13 +162,17 @@ class Checkpoints:
 
     def take_over(self) -> None:
         """Clear away what a killed save left. For the training that writes here alone: others would remove its save under way."""
+        self.clear()
+        self.group.barrier()
+
+    def clear(self) -> None:
+        """Remove what is no whole state."""
         if self.group.main and self.folder.is_dir():
             for part in self.folder.glob(".step_*.part"):
                 shutil.rmtree(part)
-        self.group.barrier()
 
     def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-        """Begin to write a state; waits for the one before. Errors: those of the save before, on all processes."""
+        """Begin to write a state; waits for the one before. Errors: those of the save before, on all processes, see `wait`."""
         self.wait()
         name = f"step_{step:07d}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -168,10 +190,18 @@ class Checkpoints:
         return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the save under way is published, and readable on every process."""
+        """Until the save under way is published, and readable on every process. Errors: Halted where the system refused it."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
-            pending.result()
+            try:
+                pending.result()
+            except CheckpointException as error:  # torch's, no Exception
+                said = [own for own, _ in error.failures.values() if isinstance(own, Halted | OSError)]
+                if not said:
+                    raise
+                self.clear()
+                latest = self.latest()
+                raise Halted(f"{said[0]}; the latest state is {latest.name if latest else 'none'}") from error
             self.group.barrier()
 
     def publish(self, part: Path, name: str) -> None:

@@ -54,8 +54,11 @@ class JsonLog:
     def record(self, values: Mapping[str, float | int | str], shown: Sequence[str] | None = None) -> None:
         """The same for names that are no words of Python. shown: what the terminal's line has of them; default: all."""
         rounded = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in values.items()}
-        self.file.write(json.dumps({"time": round(time.time(), 1), **rounded}) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps({"time": round(time.time(), 1), **rounded}) + "\n")
+            self.file.flush()
+        except OSError as error:  # a full disk, without the name of what is on it
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         line = rounded if shown is None else {k: rounded[k] for k in shown if k in rounded}
         print("  ".join(f"{k} {v}" for k, v in line.items()), file=sys.stderr, flush=True)
         step = rounded.get("step", 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 import signal
@@ -9,6 +10,12 @@ import time
 
 import torch
 from torch.distributed.tensor import DTensor
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Halted(RuntimeError):
+    """What ends a training and is neither a mistake nor a bug: lost shards, a full disk, a killed process. One line says it."""
 
 
 def keyed(

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import errno
 import functools
 import hashlib
 import json
@@ -33,6 +32,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -47,9 +47,8 @@ from .data.pictures import fitted
 from .data.shards import FEATURES, IDS, LATENTS, Sample, ShardSet, read_index, write_manifest, write_shard
 from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
 from .data.stream import start_worker, undisturbed
-from .loop import device_of, positive
+from .loop import FULL, Halted, device_of, positive
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -174,7 +173,13 @@ def completed(plans: Sequence[Plan], workers: int) -> Iterator[tuple[Plan, int]]
         with undisturbed():
             waiting: list[tuple[Plan, Callable[[], int]]] = [(p, pool.submit(p.build).result) for p in plans]
         try:
-            yield from ((plan, wait()) for plan, wait in waiting)
+            for plan, wait in waiting:
+                yield plan, wait()
+        except BrokenProcessPool as error:
+            pool.shutdown(cancel_futures=True)
+            raise Halted(
+                f"{plan.path}: a worker died; what is finished is kept, the same command goes on from there"
+            ) from error
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -7,7 +7,8 @@ one take the same step up to the order of sums.
 The loss of a step is sum_s w_s mean_b l_b / sum_s w_s over its slots s and their pictures b, w_s = 1, B or B n as
 `flow_matching.micro_batch_weight` says. The sums go backward; their denominator, known when all slots are through, is applied
 to the gradient together with the clip. A step whose loss or gradient is not finite changes nothing but the place in the data: it is counted, the keys of its
-samples go to OUT/skipped.jsonl, and SKIP_LIMIT of them in a row end the training.
+samples go to OUT/skipped.jsonl, and SKIP_LIMIT of them in a row end the training. Where the data of any process ends (a shard is
+gone, a worker was killed), all save what the whole steps made and end.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from . import configs, parallel
 from .checkpointing import Checkpoints, read_state
 from .data.buckets import Bucket
 from .logging import JsonLog, Progress
-from .loop import Clock, Ema, local, rate
+from .loop import Clock, Ema, Halted, local, rate
 from .objectives import flow_matching
 from .parallel import Ranks
 from .window import BINS, HEAD, Window
@@ -85,11 +86,17 @@ class Trainer:
         self.checkpoints.take_over()
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.saved: int | None = None
+        self.batch: Batch | None = None  # the last one
+        self.lost: Halted | None = None  # what ended the data of this process
 
     # -------------------------------------------------------------------------------------------- one step
 
     def take(self, batches: Iterator[Batch], stop: bool = False) -> dict[str, float]:
-        """One optimiser step from this rank's next SLOTS / W batches; returns what happened on all ranks."""
+        """One optimiser step from this rank's next SLOTS / W batches; returns what happened on all ranks.
+
+        A rank whose data ends inside it takes its last batch again, since the others are at work; "lost" then tells all, and
+        nothing is changed. Errors: Halted where there is no last one.
+        """
         recipe, group = self.recipe, self.group
         own = recipe.SLOTS // group.world
         sums = torch.zeros(len(HEAD) + 2 * BINS + 2 * len(self.buckets), dtype=torch.float64, device=group.device)
@@ -97,11 +104,8 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for index in range(own):
             asked = time.perf_counter()
-            batch = next(batches)
+            batch = self._next(batches, index * group.world + group.rank)
             waited += time.perf_counter() - asked
-            expected = self.step, index * group.world + group.rank
-            if (batch.step, batch.slot) != expected:
-                raise RuntimeError(f"the data is at step, slot {batch.step, batch.slot}, the training at {expected}")
             count, tokens = len(batch.lengths), batch.bucket.tokens
             weight = flow_matching.micro_batch_weight(recipe.LOSS_REDUCTION, count, tokens)
             with parallel.accumulating(self.model, index + 1 == own):
@@ -124,11 +128,14 @@ class Trainer:
         sums[HEAD.index("broken")] += ~torch.isfinite(norm + sums[1])
         sums[HEAD.index("stop")] += float(stop)
         sums[HEAD.index("failed")] += float(self.checkpoints.failed)
+        sums[HEAD.index("lost")] += float(self.lost is not None)
         sums = group.sum(sums)
         found = dict(zip(HEAD, sums[: len(HEAD)].tolist()))
         if found["failed"]:
             self.checkpoints.wait()
-            raise RuntimeError("a state could not be saved on another process")
+            raise Halted("a state could not be saved on another process")
+        if found["lost"]:
+            return found
         found["loss"] = found["weighted"] / found["weight"]
         found["grad_norm"] = norm.item() / found["weight"]
         if found["broken"]:
@@ -137,6 +144,22 @@ class Trainer:
             self._apply(gradients, found)
         self.step += 1
         return {**found, "seconds": time.perf_counter() - began, "waited": waited, "sums": sums}
+
+    def _next(self, batches: Iterator[Batch], slot: int) -> Batch:
+        """This rank's next batch; the last one again where there are no more."""
+        if self.lost is None:
+            try:
+                batch = next(batches)
+            except Halted as error:
+                if self.batch is None:
+                    raise
+                self.lost = error
+                return self.batch
+            place = batch.step, batch.slot
+            if place != (self.step, slot):
+                raise RuntimeError(f"the data is at step, slot {place}, the training at {self.step, slot}")
+            self.batch = batch
+        return self.batch
 
     def _sort(self, sums: Tensor, losses: Tensor, times: Tensor, bucket: Bucket) -> None:
         """Add losses to their tenth of t and to their bucket; a broken one counts nowhere."""
@@ -242,6 +265,10 @@ class Trainer:
         with Progress(self.stage, self.step, last, enabled=self.group.main) as progress:
             while self.step < last and not stopped:
                 found = self.take(batches, clock.over)
+                if found["lost"]:
+                    self.save(data, last=True)
+                    why = self.lost or "the data of another process ended"
+                    raise Halted(f"{why}; step {self.step} is saved, the same command goes on from there")
                 stopped = bool(found["stop"])
                 window.add(found)
                 if self.step % recipe.LOG_EVERY == 0 or stopped or self.step == last:

@@ -24,6 +24,7 @@ HEAD = (
     "broken",
     "stop",
     "failed",
+    "lost",
 )
 
 

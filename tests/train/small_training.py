@@ -12,7 +12,7 @@ from train import configs, flow, parallel
 from train.checkpointing import read_state
 from train.data.buckets import Bucket
 from train.denoiser import Denoiser
-from train.loop import keyed
+from train.loop import Clock, Halted, keyed
 from train.trainer import Trainer
 
 SHAPE = {
@@ -184,6 +184,22 @@ def clip_norms(group, out):
     return mine, full
 
 
+def ending(batch, step, slot):
+    """What a batch is spoiled with whose shard is gone."""
+    if (batch.step, batch.slot) == (step, slot):
+        raise Halted("a.tar: No such file or directory, asked for member b")
+
+
+def data_ends_for_one(group, out):
+    """The second rank's in the middle of the third step -> what each says, and the weights that all have."""
+    trainer = trainer_on(group, out)
+    data = batches(0, group.rank, group.world, spoil=lambda batch: ending(batch, 2, 5))
+    try:
+        trainer.run(data, lambda step: {"step": step}, Clock(None))
+    except Halted as error:
+        return str(error), weights(trainer)
+
+
 def hang_in_the_second_save(group, out, mark):
     """Killed by the test while a state is half written."""
     import os
@@ -207,8 +223,6 @@ def hang_in_the_second_save(group, out, mark):
 def train_until_told(group, out, kept):
     """``kept``: signals that the process was started without."""
     import signal
-
-    from train.loop import Clock
 
     signal.pthread_sigmask(signal.SIG_BLOCK, kept)
     trainer = trainer_on(group, out, STEPS=100_000)

@@ -1,7 +1,9 @@
 """`python -m train`: every stage's help names every option with a default or a reason; a sheet of the world is drawn."""
 
 import argparse
+import errno
 import importlib
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from PIL import Image
 from train import __main__ as commands
 from train.__main__ import STAGES, main
 from train.data.sheet import contact_sheet
+from train.loop import Halted
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -95,6 +98,21 @@ def test_bugs_keep_their_traceback(monkeypatch, capsys):
     monkeypatch.setattr(commands, "main", fails(KeyboardInterrupt()))
     assert commands.command() == 130
     assert capsys.readouterr().err == "error: the loss is nan\ninterrupted\n"
+
+
+def test_what_the_machine_refuses_is_one_line_and_exit_code_one(monkeypatch, capsys):
+    disk = OSError(errno.ENOSPC, "No space left on device", "runs/a/pretrain.pt")
+    for error, said in (
+        (disk, "runs/a/pretrain.pt: No space left on device; what was saved before is kept"),
+        (OSError(errno.EDQUOT, "Quota exceeded"), "disk: Quota exceeded; what was saved before is kept"),
+        (BrokenProcessPool("terminated"), "a worker process died (killed, or out of memory?); what was saved before"),
+        (Halted("a.tar: gone,\nasked for member b"), "a.tar: gone, asked for member b\n"),
+    ):
+        monkeypatch.setattr(commands, "main", lambda error=error: (_ for _ in ()).throw(error))
+        assert commands.command() == 1
+        told = capsys.readouterr().err
+        assert told.startswith(f"error: {said}")
+        assert told.count("\n") == 1
 
 
 def test_world_sheet(tmp_path, capsys):

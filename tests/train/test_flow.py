@@ -1,6 +1,9 @@
 """Stages A and B by their commands, on shards of the small world: resumed bit for bit, drawn, exported, under torchrun."""
 
 import json
+import resource
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +16,7 @@ from PIL import Image
 from lens import LensTransformer2DModel, adapters, checkpoint
 from lens.adapters import Adapters
 from lens.config import LensConfig
+from train import __main__ as commands
 from train.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -137,8 +141,6 @@ def test_an_export_disturbs_no_training(shards, tmp_path):
 
 
 def test_a_damaged_state_is_named(trained, shards, tmp_path):
-    import shutil
-
     shutil.copytree(trained, tmp_path / "copy")
     broken = tmp_path / "copy" / "checkpoints" / "step_0000003" / "__0_0.distcp"
     whole = bytearray(broken.read_bytes())
@@ -146,6 +148,35 @@ def test_a_damaged_state_is_named(trained, shards, tmp_path):
     broken.write_bytes(whole)
     with pytest.raises(ValueError, match=r"__0_0\.distcp: not the file that was saved"):
         main(words(shards, tmp_path / "copy", 4))
+
+
+def test_a_full_disk_is_one_line_and_the_last_state_stays(shards, tmp_path):
+    """A real limit of the system: no file may grow beyond 100 KB."""
+    assert main(words(shards, tmp_path, 1)) == 0
+    before = {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()}
+
+    def limited():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    command = [sys.executable, "-m", "train", *words(shards, tmp_path, 2)]
+    done = subprocess.run(command, cwd=ROOT, preexec_fn=limited, capture_output=True, text=True)
+    assert done.returncode == 1
+    said = f"error: {tmp_path}/checkpoints/step_0000002: not saved, File too large; the latest state is step_0000001\n"
+    assert done.stderr.endswith(said)
+    assert "Traceback" not in done.stderr
+    assert {p: p.read_bytes() for p in (tmp_path / "checkpoints").rglob("*") if p.is_file()} == before
+
+
+def test_a_lost_shard_is_one_line_and_exit_code_one(shards, tmp_path, monkeypatch, capsys):
+    shutil.copytree(shards, tmp_path / "gone")
+    lost = tmp_path / "gone" / "64_1x2" / "000000.tar"
+    lost.unlink()
+    monkeypatch.setattr("sys.argv", ["train", *words(tmp_path / "gone", tmp_path / "out", 9)])
+    assert commands.command() == 1
+    error = capsys.readouterr().err
+    assert f"error: {lost}: No such file or directory, asked for member " in error
+    assert "Traceback" not in error
 
 
 @pytest.mark.nightly

@@ -3,7 +3,12 @@ computed beforehand are those computed online."""
 
 import dataclasses
 import io
+import os
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +25,7 @@ from train.data import encoders
 from train.data.buckets import Bucket, BucketLaw, BucketSampler
 from train.data.loader import TRIES, Batch, Encode, Loader
 from train.data.shards import IDS, LATENTS, Sample, ShardSet, array_of, write_manifest, write_shard
+from train.loop import Halted
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "lens/mini/base"
@@ -176,6 +182,25 @@ def test_damage_is_skipped_named_and_replaced_by_key(folder, damaged):
     assert len({skip for batch in take(loader(damaged, seed=6).batches(), 60) for skip in batch.keys} & BROKEN) == 0
 
 
+def crash(folder):
+    """A bug of the training's with workers at work, whose traceback keeps them."""
+    batches = loader(folder, workers=2).batches()
+    next(batches)
+    os.killpg(0, signal.SIGTERM)  # as a scheduler does
+    next(batches)
+    sys.last_value = batches
+    raise KeyError("a bug")
+
+
+def test_a_training_that_crashes_ends_its_workers(folder):
+    """They do not hear a SIGTERM to all, and do hear the one that Python sends at its end: nothing is left to wait for."""
+    start = "import os, signal; os.setpgid(0, 0); signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    code = f"{start}\nfrom pathlib import Path; from tests.train.test_loader import crash; crash(Path({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "KeyError: 'a bug'" in done.stderr
+
+
 def test_exactly_once_through_files(folder):
     shown = {bucket: [] for bucket in COUNTS}
     for batch in take(loader(folder).batches(), 40):
@@ -191,8 +216,43 @@ def test_a_bucket_without_a_usable_member_ends_the_training(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "gone")
     for tar in (tmp_path / "gone" / "64_2x1").glob("*.tar"):
         tar.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{TRIES} members of bucket 64_2x1 in a row cannot be used"):
+    with pytest.raises(Halted, match=rf"64_2x1/.*tar: {TRIES} members of bucket 64_2x1 in a row cannot be used"):
         take(loader(tmp_path / "gone").batches(), 40)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_gone_is_one_line_with_its_member(folder, tmp_path, workers):
+    shutil.copytree(folder, tmp_path / "gone")
+    tar = tmp_path / "gone" / "64_2x1" / "000005.tar"
+    tar.unlink()
+    with pytest.raises(Halted) as told:
+        take(loader(tmp_path / "gone", workers=workers).batches(), 40)
+    assert re.fullmatch(rf"{tar}: No such file or directory, asked for member 64_2x1-[5678]", str(told.value))
+
+
+@pytest.mark.parametrize("left", [None, "{", "[]", '{"format": 1, "keys": [], "parts": {}}'])
+def test_an_index_that_is_gone_or_another_is_one_line_with_its_member(folder, tmp_path, left):
+    shutil.copytree(folder, tmp_path / "torn")
+    index = tmp_path / "torn" / "64_2x1" / "000005.json"
+    index.unlink() if left is None else index.write_text(left)
+    why = "No such file or directory" if left is None else "not the index that was written"
+    with pytest.raises(Halted) as told:
+        take(loader(tmp_path / "torn").batches(), 40)
+    assert re.fullmatch(rf"{index}: {why}, asked for member [0123] of 000005.tar", str(told.value))
+
+
+def test_a_killed_worker_is_one_line_with_what_was_awaited(folder):
+    expected, found = take(loader(folder).batches(1, 1, 2), 60), []
+    batches = loader(folder, workers=2).batches(1, 1, 2)
+    found.append(next(batches))
+    os.kill(batches.gi_frame.f_locals["found"]._workers[1].pid, signal.SIGKILL)
+    with pytest.raises(Halted) as told:
+        found.extend(batches)
+    assert all(same(a, b) for a, b in zip(found, expected))
+    key, rest = expected[len(found)].keys[0], len(expected[len(found)].keys) - 1
+    shard = f"{folder / key.partition('-')[0]}/{int(key.partition('-')[2]) // 5 * 5:06d}.tar: "
+    assert str(told.value).startswith(shard + "DataLoader worker (pid(s) ")
+    assert str(told.value).endswith(f"(killed, or out of memory?) before the batch of {key} and {rest} more was read")
 
 
 def test_captions_are_dropped_at_their_rate_by_place_alone(folder):

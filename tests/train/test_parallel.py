@@ -75,6 +75,18 @@ def test_states_pass_between_two_processes_one_and_two_again(sharded, tmp_path):
     assert sharded_losses == pytest.approx(losses, rel=1e-5)
 
 
+def test_where_the_data_of_one_process_ends_all_save_the_whole_steps(sharded, tmp_path):
+    (first, found), (second, other) = processes.run(2, small_training.data_ends_for_one, tmp_path, shard=2)
+    end = "; step 2 is saved, the same command goes on from there"
+    assert second == f"a.tar: No such file or directory, asked for member b{end}"
+    assert first == f"the data of another process ended{end}"
+    assert same(found, other) == []
+    before, after, _ = small_training.resume_and_go_on(ALONE, tmp_path, 2)
+    assert same(found, before) == []
+    for name, value in sharded[1][0][0].items():  # of four steps that nothing ended
+        assert np.abs(after[name] - value).max() <= 1e-6 * max(1, np.abs(value).max()), name
+
+
 @pytest.mark.nightly
 def test_a_state_of_two_processes_is_loaded_by_four(sharded):
     out, ((want, _), _) = sharded

@@ -1,8 +1,10 @@
 """Shards: what goes where, the tars and their index, resuming, full disks, what is left out and said to be."""
 
+import dataclasses
 import hashlib
 import io
 import json
+import os
 import resource
 import shutil
 import signal
@@ -22,6 +24,8 @@ from train.data import pictures
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
 from train.data.sources import Picture, assign, fraction, key_of
+from train.loop import Halted
+from train.shards import completed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -218,6 +222,21 @@ def test_a_full_disk_is_said_and_the_same_command_goes_on(photos, tmp_path):
     for name in ("out", "other"):
         build("--images", photos, "--out", tmp_path / name, "--bases", 64)
     assert everything(tmp_path / "out") == everything(tmp_path / "other")
+
+
+@dataclasses.dataclass(frozen=True)
+class Deadly:
+    """A shard whose building kills its process."""
+
+    path: Path
+
+    def build(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_said_with_its_shard():
+    with pytest.raises(Halted, match=r"^64_1x1/000000.tar: a worker died; what is finished is kept, the same command"):
+        list(completed([Deadly(Path("64_1x1/000000.tar"))], 1))
 
 
 def test_nothing_usable_is_an_error(tmp_path):

@@ -18,7 +18,7 @@ from lens.packing import plan
 from tests.train import processes, small_training
 from tests.train.small_training import batches, distance, micro, same, state_of, trainer_on, weights
 from train.logging import JsonLog
-from train.loop import Clock
+from train.loop import Clock, Halted
 from train.objectives.flow_matching import REDUCTIONS
 from train.objectives.velocity import noise, times
 from train.parallel import Ranks, bare
@@ -130,6 +130,21 @@ def test_too_many_of_them_end_the_training(tmp_path):
         trainer.take(data)
     with pytest.raises(FloatingPointError, match="at step 2, not finite for 3 steps in a row"):
         trainer.take(data)
+
+
+def test_where_the_data_ends_whole_steps_are_saved_and_nothing_else(tmp_path):
+    told, _ = small_training.data_ends_for_one(ALONE, tmp_path / "ends")
+    said = "a.tar: No such file or directory, asked for member b"
+    assert told == f"{said}; step 2 is saved, the same command goes on from there"
+    assert state_of(tmp_path / "ends")["step"] == 2
+    whole, _ = small_training.steps_and_save(ALONE, tmp_path / "whole", 4)
+    _, after, _ = small_training.resume_and_go_on(ALONE, tmp_path / "ends", 2)
+    assert same(whole, after) == []
+    fresh = trainer_on(ALONE, tmp_path / "fresh")
+    data = batches(0, 0, 1, spoil=lambda batch: small_training.ending(batch, 0, 0))
+    with pytest.raises(Halted, match=f"^{said}$"):  # nothing to save yet
+        fresh.run(data, lambda step: {"step": step}, Clock(None))
+    assert fresh.checkpoints.latest() is None
 
 
 def test_data_of_another_place_is_refused(tmp_path):

@@ -11,12 +11,17 @@
 A worker reads, checks, decodes, applies the EXIF orientation, crops to the bucket's aspect and resizes (bicubic, antialiased, never
 up). It keeps nothing between batches. A member that cannot be read is skipped, and the sample drawn in its place depends on
 (seed, bucket, ordinal) alone; `Batch.skipped` names it. Dropped captions have no text at all, drawn by (seed, place in the stream).
+A shard that is gone, a bucket without a usable member and a worker that was killed end the stream with one line (`Halted`).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..loop import Halted
 from .buckets import Bucket, BucketSampler, MicroBatch, outputs, philox, uniforms
 from .encoders import LatentCodec, TextEncoder, Tokenizer
 from .pictures import Unusable, fitted
@@ -86,7 +92,13 @@ class Reader(torch.utils.data.Dataset):
     def __init__(self, shards: ShardSet, tokenizer: Tokenizer | None, text_dropout: float, seed: int):
         self.shards, self.tokenizer, self.text_dropout, self.seed = shards, tokenizer, text_dropout, seed
 
-    def __getitem__(self, micro: MicroBatch) -> Batch:
+    def __getitem__(self, micro: MicroBatch) -> Batch | Halted:
+        try:
+            return self._batch(micro)
+        except Halted as error:  # raised by the training: DataLoader would carry a traceback over as its message
+            return error
+
+    def _batch(self, micro: MicroBatch) -> Batch:
         count, skipped, rows = len(micro.members), [], []
         for place, member in enumerate(micro.members.tolist()):
             rows.append(self._usable(micro.bucket, micro.ordinal + place, member, skipped))
@@ -122,8 +134,8 @@ class Reader(torch.utils.data.Dataset):
             if others is None:
                 others = outputs(philox(self.seed, "replacement", bucket.name, ordinal), 0, TRIES)
             position = int(others[attempt]) % self.shards.sizes[bucket]
-        raise ValueError(
-            f"{self.shards.folder}: {TRIES} members of bucket {bucket.name} in a row cannot be used; the last: "
+        raise Halted(
+            f"{member.shard}: {TRIES} members of bucket {bucket.name} in a row cannot be used; the last: "
             f"{skipped[-1].key}: {skipped[-1].reason}"
         )
 
@@ -143,6 +155,18 @@ class Reader(torch.utils.data.Dataset):
         elif self.tokenizer is not None:
             row["ids"] = torch.tensor(self.tokenizer(row["caption"]), dtype=torch.int64)
         return row
+
+
+def follow(_worker: int) -> None:
+    """SIGTERM ends a worker where the training sends it, at its own end; one to the whole group is the training's alone."""
+    training = multiprocessing.parent_process().pid
+
+    def wait() -> None:
+        while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != training:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def as_it_is(batch: Batch) -> Batch:
@@ -180,7 +204,8 @@ class Loader:
     def batches(self, start: int | Mapping[str, Any] = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
         """A rank's micro-batches from the first slot of a step (or of a saved state) on, without end.
 
-        Errors: ValueError where a state belongs to another stream or to other shards, or `world` does not divide the slots.
+        Errors: ValueError where a state belongs to another stream or to other shards, or `world` does not divide the slots;
+        from the iterator: Halted.
         """
         if isinstance(start, Mapping) and start["data"] != self.shards.fingerprint:
             raise ValueError(
@@ -190,7 +215,7 @@ class Loader:
         if self.workers:  # forks of one fresh process, not of the training, whose threads and device they would copy
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            options = {"multiprocessing_context": context, "prefetch_factor": 2}
+            options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": follow}
         loading = torch.utils.data.DataLoader(
             self.reader,
             batch_size=None,
@@ -203,7 +228,27 @@ class Loader:
         )
         with undisturbed():  # to stop is the training's alone
             iterator = iter(loading)
-        return iterator
+        return self._told(iterator, start if isinstance(start, int) else start["step"], rank, world)
+
+    def _told(self, found: Iterator[Batch | Halted], step: int, rank: int, world: int) -> Iterator[Batch]:
+        """The batches found from a step on; what ended them is raised here, with its shard and member."""
+        for count in itertools.count():
+            try:
+                batch = next(found)
+            except RuntimeError as error:
+                if "exited unexpectedly" not in str(error):
+                    raise
+                rounds, ahead = divmod(count, self.sampler.slots // world)
+                micro = next(itertools.islice(self.sampler.stream(step + rounds, rank, world), ahead, None))
+                first = self.shards.member(micro.bucket, int(micro.members[0]))
+                batch = Halted(
+                    f"{first.shard}: {error} (killed, or out of memory?) before the batch of {first.key} "
+                    f"and {len(micro.members) - 1} more was read"
+                )
+            if isinstance(batch, Halted):
+                del found  # which ends the other workers
+                raise batch
+            yield batch
 
     def state(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps after `step` consumed optimiser steps; the same on every rank, valid on any world size."""

@@ -30,6 +30,7 @@ from torch import Tensor
 from lens import checkpoint
 
 from ..checkpointing import write_text
+from ..loop import Halted
 from .buckets import Bucket
 from .pictures import Unusable
 
@@ -154,11 +155,14 @@ class Member:
     pread: Callable[[Path, int, int], bytes]
 
     def read(self, part: str) -> bytes:
-        """Errors: Unusable where the bytes are not those that were written."""
+        """Errors: Unusable where the bytes are not those that were written; Halted where the shard cannot be read at all."""
         if part not in self.parts:
             raise Unusable(f"no .{part} beside it")
         offset, size, crc = self.parts[part]
-        data = self.pread(self.shard, offset, size)
+        try:
+            data = self.pread(self.shard, offset, size)
+        except OSError as error:
+            raise Halted(f"{self.shard}: {error.strerror}, asked for member {self.key}") from error
         if len(data) < size:
             raise Unusable(f"{self.shard.name} ends before it")
         if zlib.crc32(data) != crc:
@@ -206,14 +210,18 @@ class ShardSet:
         return ShardSet, (self.folder,)
 
     def member(self, bucket: Bucket, position: int) -> Member:
-        """Member `position` of a bucket in stored order."""
+        """Member `position` of a bucket in stored order. Errors: Halted where its shard's index is missing or damaged."""
         ends, paths = self._shards[bucket]
         shard = int(np.searchsorted(ends, position, side="right"))
         path = paths[shard]
-        keys, parts = self._index(path)
         place = position - (int(ends[shard - 1]) if shard else 0)
-        own = {name: tuple(table[place].tolist()) for name, table in parts.items() if table[place, 0] >= 0}
-        return Member(keys[place], own, path, self._pread)
+        try:
+            keys, parts = self._index(path)
+            own = {name: tuple(table[place].tolist()) for name, table in parts.items() if table[place, 0] >= 0}
+            return Member(keys[place], own, path, self._pread)
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "not the index that was written"
+            raise Halted(f"{path.with_suffix('.json')}: {why}, asked for member {place} of {path.name}") from error
 
     def _index(self, path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
         if path not in self._indexes:
