@@ -9,9 +9,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lens import cli, doctor, ops, residency, selftest
+from lens import LensTransformer2DModel, cli, doctor, ops, residency, selftest
 from lens.findings import BROKEN, NOTE, OK
-from lens.ops import attention_backends, backend, linear_backends
+from lens.ops import _invariance, attention_backends, attention_candidates, backend, linear_backends
 from lens.vae import PixelCodec
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
@@ -155,6 +155,26 @@ def test_a_picture_that_changes_is_found(monkeypatch, wrong_call, name):
     assert len([f for f in findings.values() if f.status == BROKEN]) == 1
 
 
+@pytest.mark.parametrize(("promised", "status"), [(None, BROKEN), (False, NOTE)])
+def test_a_neighbour_that_changes_bits_is_a_fault_where_none_may(monkeypatch, promised, status):
+    denoise = LensTransformer2DModel.denoise
+
+    def drifting(self, image_rows, text_rows, modulation, packing, *rest):
+        self.batch_invariant = promised
+        return denoise(self, image_rows, text_rows, modulation, packing, *rest) + 1e-4 * (packing.batch_size > 2)
+
+    monkeypatch.setattr(LensTransformer2DModel, "denoise", drifting)
+    assert by_name(selftest.draw_picture(str(DEV), CPU))[("Self-test on cpu", "same bits in a batch")].status == status
+
+
+@pytest.mark.parametrize("yes", [True, False])
+def test_batch_invariance_of_a_gpu_is_told_with_its_way(monkeypatch, yes):
+    monkeypatch.setattr(_invariance, "report", lambda device: (yes, "by ours"))
+    monkeypatch.setattr(backend, "report", lambda device: [])
+    (finding,) = doctor.op_backends(torch.device("cuda"))
+    assert (finding.name, finding.status, finding.detail) == ("batch invariant", OK if yes else NOTE, "by ours")
+
+
 def test_driver_without_usable_cuda(monkeypatch):
     monkeypatch.setattr(doctor, "driver_version", lambda: "570.10")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -171,7 +191,7 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
     assert "only candidate here" in finding.detail
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.no_grad())
     monkeypatch.setattr(attention_backends, "capability", lambda index: (9, 0))
-    monkeypatch.setattr(attention_backends, "installed", lambda name: name == "torch.nn.attention.varlen")
+    monkeypatch.setattr(attention_candidates, "installed", lambda name: name == "torch.nn.attention.varlen")
     attention_backends.choose.cache_clear()
     try:
         findings = doctor.attention(torch.device("cuda"))

@@ -14,7 +14,14 @@ import torch
 from torch import Tensor
 
 from lens import ops
-from lens.ops import _attention_cuda, _attention_gradients, _attention_hopper, attention_backends, backend
+from lens.ops import (
+    _attention_cuda,
+    _attention_gradients,
+    _attention_hopper,
+    attention_backends,
+    attention_candidates,
+    backend,
+)
 from lens.ops._attention_bound import HeadNorms, known_bound, score_bound
 from lens.ops._attention_places import DevicePlaces
 from lens.ops._attention_repeatable import repeatable
@@ -51,10 +58,10 @@ def machine(monkeypatch):
     """Says which modules are installed; what is there may then be chosen."""
 
     def have(*modules: str) -> None:
-        monkeypatch.setattr(attention_backends, "installed", lambda name: name in modules)
+        monkeypatch.setattr(attention_candidates, "installed", lambda name: name in modules)
         choose.cache_clear()
 
-    monkeypatch.setattr(attention_backends, "failed", {})
+    monkeypatch.setattr(attention_candidates, "failed", {})
     monkeypatch.setattr(backend, "unavailable", lambda device: "")
     monkeypatch.setattr(backend, "without", lambda kernel: "")
     have(*ALL_MODULES, "cutlass")
@@ -234,18 +241,18 @@ def test_nothing_is_imported_before_it_is_chosen(tmp_path, monkeypatch):
     for name in ("__init__", "interface"):
         (tmp_path / "flash_attn" / "cute" / f"{name}.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
-    attention_backends.installed.cache_clear()
+    attention_candidates.installed.cache_clear()
     try:
-        found = {name for name in ALL_MODULES if attention_backends.installed(name)}
+        found = {name for name in ALL_MODULES if attention_candidates.installed(name)}
         # flash-attn-4 alone makes a folder flash_attn without code of its own: that is not flash-attn 2
         assert found == ALL_MODULES - {"flash_attn", "flash_attn.flash_attn_interface"}
         (tmp_path / "flash_attn" / "__init__.py").write_text("raise SystemExit('imported')")
-        attention_backends.installed.cache_clear()
+        attention_candidates.installed.cache_clear()
         sys.path_importer_cache.clear()
-        assert attention_backends.installed("flash_attn")
-        assert attention_backends.installed("flash_attn.cute")
+        assert attention_candidates.installed("flash_attn")
+        assert attention_candidates.installed("flash_attn.cute")
     finally:
-        attention_backends.installed.cache_clear()
+        attention_candidates.installed.cache_clear()
     assert not {"flash_attn", "flash_attn_interface", "fa3_fwd_interface"} & set(sys.modules)
 
 
@@ -872,7 +879,7 @@ def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine)
             raise ImportError("undefined symbol: at::f")
         return Fake2
 
-    monkeypatch.setattr(attention_backends.importlib, "import_module", load)
+    monkeypatch.setattr(attention_candidates.importlib, "import_module", load)
     monkeypatch.setattr(Choice, "rank", lambda *_: (0, 1.0))  # the first of the list
     q, k, v = inputs(torch.bfloat16)
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
