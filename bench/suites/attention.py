@@ -178,6 +178,7 @@ def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need:
     def by(name: str, *given: Tensor) -> Any:
         q, k, v, out, lse = given
         library = next(b for b in attention_backends.BACKWARDS if b.name == name)
+        assert library.call is not None
         return library.call(library.load(True), out, q, k, v, out, lse, samples)
 
     subjects = {OURS: Subject(lambda *given: by(attention_backends.choose(need).gradients, *given))}

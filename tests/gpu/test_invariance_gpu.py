@@ -66,7 +66,7 @@ def in_company(given: Job, model: LensTransformer2DModel, runs: Engine) -> None:
 @ours_alone
 @pytest.mark.parametrize("case", SAMPLES)
 @pytest.mark.parametrize("name", INVARIANT)
-def test_narrow_samples_of_other_sizes(name, case):
+def test_samples_of_other_sizes(name, case):
     """Not captured: two sizes beside each other; nothing but the attention is forced."""
     runnable(name)
     given, model = steps.drawn(*SAMPLES[case], CONFIG, "cuda"), invariant_model()
