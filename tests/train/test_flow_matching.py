@@ -7,6 +7,8 @@ import pytest
 import torch
 from scipy import stats
 
+from lens import sampler as lens_sampler
+from lens.sampler import Multistep
 from train.objectives import flow_matching as fm
 
 
@@ -137,6 +139,84 @@ def test_euler_with_the_exact_velocity_recovers_the_gaussian():
     wrong, spread = euler_of_a_gaussian(0.7, 0.4, -1)
     assert abs(wrong - 0.7) > 0.1
     assert abs(spread - 0.4) > 0.1
+
+
+def gaussian_velocity(x, t, mean=0.7, deviation=0.4):
+    """E[eps - x0 | x_t] of x0 ~ N(mean, deviation^2)."""
+    residual = (x - (1 - t) * mean) / ((1 - t) ** 2 * deviation**2 + t**2)
+    return t * residual - (mean + (1 - t) * deviation**2 * residual)
+
+
+def walked(x, times, second):
+    """From x at the first of these times to the last."""
+    solver = Multistep(times)
+    for i, (now, following) in enumerate(itertools.pairwise(times)):
+        v = gaussian_velocity(x, now)
+        x = solver.step(i, x, v) if second else x + (following - now) * v
+    return x
+
+
+def errors_at_halved_steps(second):
+    """Uniform in lambda from t = 0.98 to t = 0.05, against the flow of the Gaussian itself, which keeps quantiles."""
+
+    def deviation(t):
+        return ((1 - t) ** 2 * 0.4**2 + t**2).sqrt()
+
+    start = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    ends = torch.tensor([0.98, 0.05], dtype=torch.float64)
+    quantile = (start - (1 - ends[0]) * 0.7) / deviation(ends[0])
+    exact, found = (1 - ends[1]) * 0.7 + deviation(ends[1]) * quantile, []
+    for steps in (40, 80, 160, 320):
+        times = torch.sigmoid(torch.linspace(*torch.logit(ends).tolist(), steps + 1, dtype=torch.float64))
+        found.append((walked(start, times, second) - exact).abs().max().item())
+    return found
+
+
+@pytest.mark.parametrize(("second", "ratio"), [(False, 2.0), (True, 4.0)], ids=["Euler", "DPM-Solver++(2M)"])
+def test_order_of_the_samplers(second, ratio):
+    errors = errors_at_halved_steps(second)
+    assert [a / b for a, b in itertools.pairwise(errors)] == pytest.approx([ratio] * 3, rel=0.12)
+    assert errors[0] < 0.05
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
+def test_the_released_schedule_from_one_to_zero_is_finite_and_begins_and_ends_with_euler(steps):
+    times = lens_sampler.sigmas(4096, steps)
+    weights = Multistep(times).weights
+    assert times[0] == 1
+    assert times[-1] == 0
+    assert weights.isfinite().all()
+    corrected = [i for i in range(steps) if weights[i] != 0]
+    assert corrected == list(range(2, steps - 1))  # the second has an infinite step before it
+    start = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    found = walked(start, times.double(), True)
+    assert found.isfinite().all()
+    assert torch.equal(found, walked(start, times.double(), False)) is (corrected == [])
+
+
+def test_the_solver_is_diffusers():
+    """Its multistep scheduler on the same times; a table of several schedules is as many schedules."""
+    diffusers = pytest.importorskip("diffusers")
+    both = torch.stack([lens_sampler.sigmas(tokens, 20) for tokens in (1024, 4096)], 1).double()
+    start, found = torch.linspace(-2, 2, 9, dtype=torch.float64), []
+    for times in both.unbind(1):
+        scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+        scheduler.set_timesteps(20)
+        scheduler.sigmas, x = times, start
+        for i, name in enumerate(scheduler.timesteps):
+            x = scheduler.step(gaussian_velocity(x, times[i]), name, x).prev_sample
+        found.append(x)
+        torch.testing.assert_close(walked(start, times, True), x, rtol=0, atol=1e-6)
+    table, x = Multistep(both[:, :, None]), start.expand(2, 9)
+    for i in range(20):
+        x = table.step(i, x, gaussian_velocity(x, both[i][:, None]))
+    torch.testing.assert_close(x, torch.stack(found), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("times", [[1.0], [0.5, 0.5], [0.2, 0.7], [1.2, 0.0], [0.5, -0.1], [1.0, float("nan")]])
+def test_times_that_do_not_fall_are_refused(times):
+    with pytest.raises(ValueError, match="Multistep: sigmas must fall from at most 1 to at least 0, got"):
+        Multistep(torch.tensor(times))
 
 
 def learned_mixture(steps):
