@@ -235,8 +235,16 @@ void stream_sizes(Params& p, V& v) {
   v.offsets("text_offsets", p.text_offsets, p.B, "RT", p.RT);
 }
 
+// Blocks that share a tile of the weight; 0: whatever is predicted quicker
+template <class V>
+void cluster_size(int64_t& cluster, V& v) {
+  v.size("cluster", cluster, 0);
+  v.expect(cluster <= 2, "cluster must be 0, 1 or 2", cluster);
+}
+
 template <class V>
 void fields(LinearParams& p, V& v) {
+  cluster_size(p.cluster, v);
   v.size("R", p.R, 0);
   product_sizes(p.K, "D", p.D, 64, v);
   v.array("x", p.x, p.R * p.K);
@@ -247,6 +255,7 @@ void fields(LinearParams& p, V& v) {
 
 template <class V>
 void fields(LinearQkvNormRopeParams& p, V& v) {
+  cluster_size(p.cluster, v);
   stream_sizes(p, v);
   v.size("K", p.K, 1);
   v.expect(p.K % 64 == 0, "K must be a multiple of 64", p.K);
@@ -272,6 +281,7 @@ void fields(LinearQkvNormRopeParams& p, V& v) {
 
 template <class V>
 void fields(LinearSwigluParams& p, V& v) {
+  cluster_size(p.cluster, v);
   v.size("RI", p.RI, 0);
   v.size("RT", p.RT, 0);
   product_sizes(p.K, "F", p.F, 32, v);
@@ -285,6 +295,7 @@ void fields(LinearSwigluParams& p, V& v) {
 
 template <class V>
 void fields(LinearGatedResidualParams& p, V& v) {
+  cluster_size(p.cluster, v);
   stream_sizes(p, v);
   product_sizes(p.K, "D", p.D, 64, v);
   const int64_t image = p.RI > 0, text = p.RT > 0;

@@ -284,7 +284,8 @@ int cutlass_linear_gated_residual_cuda(const CutlassLinearGatedResidualParams& p
 
 // ---- matrix products whose epilogue is one of the ops above; bfloat16, float accumulators, one
 // rounding at the end. Rows of weight are output columns. Both streams run in one launch; a stream
-// without rows may hold null pointers. A row's bits depend on that row alone.
+// without rows may hold null pointers. A row's bits depend on that row alone. cluster: neighbouring
+// blocks that share a tile of the weight, 1 or 2; 0 for what is predicted quicker.
 
 // y = x weight^T + bias
 struct LinearParams {
@@ -293,6 +294,7 @@ struct LinearParams {
   const void* bias;    // [D], may be null
   void* y;             // [R, D]
   int64_t R, K, D;
+  int64_t cluster;
   DType dtype;  // bfloat16
   void* stream;
 };
@@ -316,6 +318,7 @@ struct LinearQkvNormRopeParams {
   void* qkv;                     // [3, RS, N, H], joint layout
   int64_t RI, RT, B, K, N, H;
   double eps;
+  int64_t cluster;
   DType dtype;  // bfloat16
   void* stream;
 };
@@ -329,6 +332,7 @@ struct LinearSwigluParams {
   void* image_y;             // [RI, F]
   void* text_y;              // [RT, F]
   int64_t RI, RT, K, F;
+  int64_t cluster;
   DType dtype;  // bfloat16
   void* stream;
 };
@@ -351,6 +355,7 @@ struct LinearGatedResidualParams {
   void* text_out;                // [RT, D]
   int64_t RI, RT, B, K, D;
   int64_t image_gate_stride, text_gate_stride;
+  int64_t cluster;
   DType dtype;  // bfloat16
   void* stream;
 };

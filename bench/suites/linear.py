@@ -2,7 +2,8 @@
 
 what: qkv_norm_rope, w13_swiglu, out_residual_norm and w2_residual_norm, which make up a block, and the last two without
 their norm. Ours is what `lens.ops.linear_backends` chooses; `library` (cuBLASLt, then the row kernel) and `fused` (our
-product with the row op in its epilogue) are forced. Text rows share the launch of ours. `cutlass`, in builds with
+product with the row op in its epilogue) are forced; `fused_alone` and `fused_clusters` force what `fused` chooses itself,
+blocks that copy alone or in twos for both. Text rows share the launch of ours. `cutlass`, in builds with
 LENS_CUTLASS, knows one stream with samples of one length. A rate counts the product's FLOPs over the time of all.
 """
 
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens.ops import _linear_kernels as kernels
 from lens.ops import backend, linear_backends, linear_fused, reference
 
 from ..case import OURS, Case, Subject, Work, generator, wider
@@ -22,6 +24,7 @@ from ..roofline import product
 from .scale import Scale
 
 CUTLASS = "cutlass"
+CLUSTERS = {"fused_alone": 1, "fused_clusters": 2}  # subject -> blocks that share a tile of the weight
 KINDS = {  # what -> the table's product, and whether a norm follows
     "w13_swiglu": ("w13", False),
     "qkv_norm_rope": ("qkv", False),
@@ -35,7 +38,7 @@ BOUND = {torch.bfloat16: 1.5e-2, torch.float32: 2e-5}
 
 def subjects_of(what: str) -> tuple[str, ...]:
     """The ways of one product."""
-    return (OURS, *linear_backends.BACKENDS, *[CUTLASS] * (what in ("w2_residual", "out_residual")))
+    return (OURS, *linear_backends.BACKENDS, *CLUSTERS, *[CUTLASS] * (what in ("w2_residual", "out_residual")))
 
 
 def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device: torch.device) -> Work:
@@ -78,9 +81,9 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
         modulation = norms, scales, shift
         return linear_fused.linear_gated_residual_norm_modulate(y, x, layers, gate, *modulation, offsets, product=name)
 
-    def forced(way: str) -> Callable[..., Any]:
+    def forced(way: str, cluster: int = 0) -> Callable[..., Any]:
         def run(x: list[Tensor], y: list[Tensor]) -> Any:
-            with linear_backends.use(way):
+            with linear_backends.use(way), kernels.in_clusters(cluster):
                 return call(x, y)
 
         return run
@@ -111,14 +114,15 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
         of = zip(added, wide(norms), wide(scales), wide(shift), offsets)
         return added, [reference.rms_norm_modulate(*one) for one in of]
 
-    subjects, left_out = {OURS: Subject(call)}, {}
+    subjects = {OURS: Subject(call)}
+    left_out: dict[str, str] = {}
     arch = linear_backends.capability(device.index) if device.type == "cuda" else (0, 0)
     need = linear_backends.Need(name, device.type, arch, dtype, sum(rows), depth, columns, head)
     subjects["library"] = Subject(forced("library"))
     if why := linear_backends.missing(need):
-        left_out["fused"] = why
+        left_out |= dict.fromkeys(("fused", *CLUSTERS), why)
     else:
-        subjects["fused"] = Subject(forced("fused"))
+        subjects |= {way: Subject(forced("fused", n)) for way, n in {"fused": 0, **CLUSTERS}.items()}
     if CUTLASS in subjects_of(what):
         if why := backend.without("cutlass_linear_gated_residual"):
             left_out[CUTLASS] = f"{why}: build with LENS_CUTLASS"

@@ -30,12 +30,11 @@ struct ClusterLaunch {
   cudaLaunchAttribute attribute{};
   cudaLaunchConfig_t config{};
 
-  ClusterLaunch(unsigned blocks, unsigned cluster, unsigned threads, size_t shared_bytes,
-                void* stream) {
+  ClusterLaunch(int blocks, int cluster, int threads, size_t shared_bytes, void* stream) {
     attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {cluster, 1, 1};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(threads);
+    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+    config.gridDim = dim3(unsigned(blocks));
+    config.blockDim = dim3(unsigned(threads));
     config.dynamicSmemBytes = shared_bytes;
     config.stream = static_cast<cudaStream_t>(stream);
     config.attrs = &attribute;

@@ -74,4 +74,21 @@ int allow_shared(int bytes) {
   return int(error);
 }
 
+// Clusters of `kernel` that run at a time, asked once per kernel, device and its multiprocessors,
+// of which a process may be given some; 0 where none can.
+template <auto kernel>
+int active_clusters(const cudaLaunchConfig_t& config, int multiprocessors) {
+  static std::atomic<uint64_t> known[64];  // multiprocessors above the answer
+  int device = 0, clusters = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return 0;
+  const uint64_t kept = known[device & 63].load(), key = uint64_t(multiprocessors) << 32;
+  if (device < 64 && kept >> 32 << 32 == key) return int(uint32_t(kept));
+  if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) != cudaSuccess) {
+    static_cast<void>(cudaGetLastError());
+    clusters = 0;
+  }
+  if (device < 64) known[device].store(key | uint32_t(clusters));
+  return clusters;
+}
+
 }  // namespace lens::gpu

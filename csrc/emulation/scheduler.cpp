@@ -245,6 +245,10 @@ extern "C" {
 __attribute__((visibility("default"))) void lens_emulation_seed(uint64_t seed) {
   lens::emulation::g_seed = seed;
 }
+// Blocks of a cluster in the last launch.
+__attribute__((visibility("default"))) int lens_emulation_cluster() {
+  return int(lens::emulation::g_cluster.size);
+}
 // What went wrong in the last launch that failed.
 __attribute__((visibility("default"))) const char* lens_emulation_message() {
   return lens::emulation::g_message;

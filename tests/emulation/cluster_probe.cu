@@ -78,7 +78,7 @@ extern "C" __attribute__((visibility("default"))) int lens_emulation_cluster_pro
   if (const int error = make(&maps.a, a)) return error;
   if (const int error = make(&maps.x, x)) return error;
   if (const int error = allow_shared<&cluster_probe_kernel>(kBytes)) return error;
-  const ClusterLaunch launch(unsigned(blocks), unsigned(cluster), 64, kBytes, nullptr);
+  const ClusterLaunch launch(int(blocks), int(cluster), 64, kBytes, nullptr);
   cudaLaunchKernelEx(&launch.config, cluster_probe_kernel, maps, int(steps),
                      static_cast<uint4*>(y));
   return int(cudaGetLastError());

@@ -42,7 +42,7 @@ def linear(rows: int, depth: int, columns: int, bias: bool = True, draw: Draw | 
     draw = draw or Draw()
     made = {"x": draw.rows([rows], depth), "weight": draw.weight(columns, depth)}
     made |= {"bias": draw(columns) if bias else None, "y": torch.empty(rows, columns, dtype=torch.bfloat16)}
-    return {**made, "R": rows, "K": depth, "D": columns}
+    return {**made, "R": rows, "K": depth, "D": columns, "cluster": 0}
 
 
 def linear_spec(a: Inputs) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def linear_spec(a: Inputs) -> dict[str, Tensor]:
 
 def streams(image: Sequence[int], text: Sequence[int], depth: int, columns: int, bias: bool, draw: Draw) -> Inputs:
     """Weights and biases of both streams; a stream without rows holds nothing at all."""
-    made: Inputs = {"RI": sum(image), "RT": sum(text), "K": depth}
+    made: Inputs = {"RI": sum(image), "RT": sum(text), "K": depth, "cluster": 0}
     for name, lengths in (("image", image), ("text", text)):
         there = sum(lengths) > 0
         made[f"{name}_weight"] = draw.weight(columns, depth) if there else None
@@ -237,7 +237,7 @@ def test_tiles_of_a_persistent_block(emulated, monkeypatch, multiprocessors):
 )
 def test_shape_of_the_tiles_changes_no_bits(emulated, monkeypatch, image, text, columns, blocks):
     """The number of multiprocessors decides which shape is quickest."""
-    made = gated([image], [text], 128, columns)
+    made = {**gated([image], [text], 128, columns), "cluster": 1}
     results = []
     for count in blocks:
         monkeypatch.setattr(emulated, "multiprocessors", count)

@@ -108,7 +108,8 @@ _QKV, _GATED = "gemm/linear_qkv_norm_rope.cuh", "gemm/linear_gated_residual.cuh"
 _SWIGLU, _LINEAR = "gemm/linear_swiglu.cuh", "gemm/linear.cuh"
 PRODUCT_FAULTS = {
     "the copies wait for the wrong parity": Fault(
-        "linear", _RING, "empty + at.stage, at.round ^ 1", "empty + at.stage, at.round", "deadlock"
+        "linear", _RING, "        barrier_wait(empty + at.stage, at.round ^ 1)", "        barrier_wait(empty + at.stage, at.round)",
+        "deadlock",
     ),
     "the copies do not wait": Fault(
         "linear", _RING, "        barrier_wait(empty + at.stage, at.round ^ 1);\n", "", "numbers|has all its 1 arrivals"
@@ -127,7 +128,7 @@ PRODUCT_FAULTS = {
         "linear", _RING, "      wgmma_wait<1>();\n", "", NUMBERS
     ),
     "the stage in use given back": Fault(
-        "linear", _RING, "if (held >= 0 && lane == 0) barrier_arrive(empty + held);\n      held = at.stage;",
+        "linear", _RING, "if (held >= 0 && releases) cluster_barrier_arrive(release + uint32_t(held) * 8);\n      held = at.stage;",
         "held = at.stage;\n      if (k && lane == 0) barrier_arrive(empty + held);", "numbers|deadlock|has all its",
     ),
     "accumulators read before the last wait": Fault(
@@ -142,7 +143,7 @@ PRODUCT_FAULTS = {
         "linear", _RING, "  __syncthreads();\n", "", "never initialised|without fence_barrier_init"
     ),
     "a stage freed by too few warps": Fault(
-        "linear", _RING, "barrier_init(empty + s, 4 * Ring::kConsumers)", "barrier_init(empty + s, 2)", "numbers|has all its 2"
+        "linear", _RING, "barrier_init(empty + s, 4 * Ring::kConsumers * cluster)", "barrier_init(empty + s, 2)", "numbers|has all its 2"
     ),
     "more registers than there are": Fault(
         "linear", _RING, "kConsumers == 2 ? 232", "kConsumers == 2 ? 240", "registers"

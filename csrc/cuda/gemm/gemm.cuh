@@ -8,6 +8,11 @@
 // multiplies, and the copies of the next tile run under both. A row's bits depend on that row and
 // the weights alone: K in order, no split.
 //
+// In a cluster two blocks take the tiles of two neighbouring row tiles at the same time. Each
+// copies its own rows, and half of the columns to both: a stage is full with both halves and empty
+// when the consumers of both are done. The second block of a cluster whose rows end before it
+// multiplies the zeros it is sent.
+//
 // Bound by the tensor cores or L2: M x N x 64 products take M N / 32 cycles, their copies are
 // (M + N) x 128 bytes; see docs/gemm.md.
 #pragma once
@@ -93,8 +98,8 @@ struct Fragment {
 template <int M, int N, class Epilogue>
 __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
     gemm_kernel(const __grid_constant__ GemmMaps maps, const TileOrder order, const int depth,
-                const int part_columns, const typename Epilogue::Params p) {
-  constexpr int kPartN = N / Epilogue::kParts;
+                const int part_columns, const int cluster, const typename Epilogue::Params p) {
+  constexpr int kPartN = N / Epilogue::kParts, kHalfBytes = N / 2 * kTileK * 2;
   using Ring = GemmTile<M, N>;
   LENS_DYNAMIC_SHARED(shared);
   auto* full = reinterpret_cast<uint64_t*>(shared + Ring::kBarriers);
@@ -102,38 +107,55 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
   // taken from lane 0, so that descriptors are known to be the same in all lanes
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   const int lane = int(threadIdx.x) % 32;
-  const int tiles = order.count();
+  const int tiles = order.count(), rank = cluster > 1 ? int(cluster_rank()) : 0;
+  const int first = int(blockIdx.x) / cluster, stride = int(gridDim.x) / cluster;
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < Ring::kStages; ++s) {
       barrier_init(full + s, 1);
-      barrier_init(empty + s, 4 * Ring::kConsumers);
+      barrier_init(empty + s, 4 * Ring::kConsumers * cluster);
     }
     fence_barrier_init();
   }
   __syncthreads();
+  if (cluster > 1) {
+    cluster_arrive();
+    cluster_wait();
+  }
 
   if (warp < 4) {  // copy
     registers_down<Ring::kCopierRegisters>();
     if (warp != 0 || !elect_one()) return;
     for (const CUtensorMap& map : maps.x) tma_prefetch(&map);
     for (const CUtensorMap& map : maps.weight) tma_prefetch(&map);
+    const int half_columns = Epilogue::kParts > 1 ? part_columns : N / 2;
     RingPlace at;
-    for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
+    for (int t = first; t < tiles; t += stride) {
       const TileAt tile = order[t];
       for (int k = 0; k < depth; k += kTileK) {
         unsigned char* to = shared + at.stage * Ring::kStageBytes;
         barrier_wait(empty + at.stage, at.round ^ 1);
         barrier_arrive_expect_tx(full + at.stage, Ring::kStageBytes);
-        tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, tile.row * M);
+        tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, (tile.row * cluster + rank) * M);
+        const CUtensorMap* weight = &maps.weight[tile.stream];
+        unsigned char* piece = to + Ring::kXBytes + rank * kHalfBytes;
+        if (cluster > 1) {
+          const int column = tile.column * kPartN + rank * half_columns;
+          tma_multicast_5d(piece, weight, full + at.stage, 3, k, 0, 0, 0, column / 32);
+        } else {
 #pragma unroll
-        for (int part = 0; part < Epilogue::kParts; ++part) {
-          const int column = part * part_columns + tile.column * kPartN;
-          tma_load_5d(to + Ring::kXBytes + part * kPartN * kTileK * 2, &maps.weight[tile.stream],
-                      full + at.stage, k, 0, 0, 0, column / 32);
+          for (int part = 0; part < Epilogue::kParts; ++part) {
+            const int column = part * part_columns + tile.column * kPartN;
+            tma_load_5d(piece + part * kHalfBytes, weight, full + at.stage, k, 0, 0, 0,
+                        column / 32);
+          }
         }
         at.next<Ring::kStages>();
       }
+    }
+    for (int s = 0; cluster > 1 && s < Ring::kStages; ++s) {  // the other block's last arrivals
+      barrier_wait(empty + at.stage, at.round ^ 1);
+      at.next<Ring::kStages>();
     }
     return;
   }
@@ -141,8 +163,10 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
   // multiply
   registers_up<Ring::kConsumerRegisters>();
   const int part = warp / 4 - 1;  // of the tile's rows, 64 each
+  const bool releases = lane < cluster;
+  const uint32_t release = cluster_address(empty, unsigned(releases ? rank ^ lane : rank));
   RingPlace at;
-  for (int t = int(blockIdx.x); t < tiles; t += int(gridDim.x)) {
+  for (int t = first; t < tiles; t += stride) {
     const TileAt tile = order[t];
     float d[N / 2];
     int held = -1;  // the stage that products under way read
@@ -158,15 +182,16 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
       }
       wgmma_commit();
       wgmma_wait<1>();
-      if (held >= 0 && lane == 0) barrier_arrive(empty + held);
+      if (held >= 0 && releases) cluster_barrier_arrive(release + uint32_t(held) * 8);
       held = at.stage;
       at.next<Ring::kStages>();
     }
     wgmma_wait<0>(d);
-    if (lane == 0) barrier_arrive(empty + held);
+    if (releases) cluster_barrier_arrive(release + uint32_t(held) * 8);
     Epilogue::template store<M, N>(
         p, d,
-        Fragment{tile.stream, tile.row * M + part * 64 + warp % 4 * 16 + lane / 4,
+        Fragment{tile.stream,
+                 (tile.row * cluster + rank) * M + part * 64 + warp % 4 * 16 + lane / 4,
                  tile.column * kPartN, lane % 4});
   }
 }
@@ -183,12 +208,25 @@ inline TileOrder tile_order(int64_t image_rows, int64_t text_rows, int64_t colum
   return {int(ceil_div(image_rows, M)), int(ceil_div(text_rows, M)), int(ceil_div(columns, N))};
 }
 
+// Multiprocessors that work at a time: all, or those in clusters, of which a GPC holds whole ones.
+template <int M, int N, class Epilogue>
+int busy_multiprocessors(int cluster, int multiprocessors) {
+  using Ring = GemmTile<M, N>;
+  if (cluster == 1) return multiprocessors;
+  if (N % 64) return 0;  // no halves of whole 32s
+  constexpr auto kernel = &gemm_kernel<M, N, Epilogue>;
+  if (allow_shared<kernel>(Ring::kSharedBytes)) return 0;
+  const ClusterLaunch launch(cluster, cluster, Ring::kThreads, Ring::kSharedBytes, nullptr);
+  return cluster * active_clusters<kernel>(launch.config, multiprocessors);
+}
+
 template <int M, int N, class Epilogue>
 int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
-                 const GemmStream& text, int64_t columns, int multiprocessors) {
+                 const GemmStream& text, int64_t columns, int cluster, int multiprocessors) {
   using Ring = GemmTile<M, N>;
   GemmMaps maps;
   const GemmStream streams[] = {image, text};
+  const uint32_t columns_a_copy = N / std::max(Epilogue::kParts, cluster);
   for (int s = 0; s < 2; ++s) {
     const GemmStream& stream = streams[s];
     const int64_t wide = stream.rows ? columns : 0;
@@ -199,36 +237,41 @@ int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
     // of Fragment e, q, j, then the 32s
     if (const int error = make_tensor_map(&maps.weight[s], stream.weight, {p.K, 2, 4, 4, wide / 32},
                                           {p.K, 8 * p.K, 2 * p.K, 32 * p.K},
-                                          {kTileK, 2, 4, 4, N / Epilogue::kParts / 32})) {
+                                          {kTileK, 2, 4, 4, columns_a_copy / 32})) {
       return error;
     }
   }
   if (const int error = allow_shared<&gemm_kernel<M, N, Epilogue>>(Ring::kSharedBytes)) {
     return error;
   }
-  const TileOrder order = tile_order(image.rows, text.rows, columns, M, N);
-  const int blocks = order.count() < multiprocessors ? order.count() : multiprocessors;
-  LENS_LAUNCH_SHARED((gemm_kernel<M, N, Epilogue>), dim3(unsigned(blocks)), dim3(Ring::kThreads),
-                     Ring::kSharedBytes, p.stream, maps, order, int(p.K),
-                     int(columns / Epilogue::kParts), p);
+  const TileOrder order = tile_order(image.rows, text.rows, columns, M * cluster, N);
+  const int clusters = std::min(order.count(), multiprocessors / cluster);
+  const ClusterLaunch launch(clusters * cluster, cluster, Ring::kThreads, Ring::kSharedBytes,
+                             p.stream);
+  cudaLaunchKernelEx(&launch.config, gemm_kernel<M, N, Epilogue>, maps, order, int(p.K),
+                     int(columns / Epilogue::kParts), cluster, p);
   return int(cudaGetLastError());
 }
 
 template <int M, int N>
-struct Shape {};
+struct Shape {
+  static constexpr int kM = M, kN = N;
+};
 
 // Cycles the slowest multiprocessor takes: whole waves of tiles, each bound by its products or by
 // its copies out of L2, and its epilogue, by the instructions counted in the machine code.
-inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, int M, int N) {
+inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, int M, int N,
+                           int cluster) {
   constexpr int64_t kL2Bytes = 40;  // a cycle and multiprocessor, predicted
-  const int64_t products = M * N / 32, copies = (M + N) * kTileK * 2 / kL2Bytes;
+  const int64_t products = M * N / 32, copies = (M + N / cluster) * kTileK * 2 / kL2Bytes;
   const int64_t step = products > copies ? products : copies, epilogue = M * N / 10;
   return ceil_div(tiles, multiprocessors) * (depth / kTileK * step + epilogue);
 }
 
-// Takes the quickest of the shapes, which changes no bits: an accumulator sees the same products in
-// the same order. columns: rows of weight, of all parts. cudaErrorNotSupported: no sm_90, other
-// types than bfloat16, or sizes beyond the tiles, which are 64 of K and of columns (32 of F).
+// Takes the quickest of the shapes, in clusters or not (p.cluster, unless 0), which changes no
+// bits: an accumulator sees the same products in the same order. columns: rows of weight, of all
+// parts. cudaErrorNotSupported: no sm_90, other types than bfloat16, or sizes beyond the tiles,
+// which are 64 of K and of columns (32 of F).
 template <class Epilogue, int... kM, int... kN>
 int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
                 int64_t columns, Shape<kM, kN>...) {
@@ -240,16 +283,30 @@ int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, con
   }
   const int multiprocessors = hopper_multiprocessors();
   if (multiprocessors == 0) return int(cudaErrorNotSupported);
-  const auto cycles = [&](int M, int N) {
-    const int tiles = tile_order(image.rows, text.rows, columns, M, N).count();
-    return gemm_cycles(tiles, multiprocessors, p.K, M, N);
+  constexpr int64_t kNever = int64_t(1) << 62;
+  const auto busy = [&](auto shape, int cluster) {
+    return busy_multiprocessors<shape.kM, shape.kN, Epilogue>(cluster, multiprocessors);
   };
-  const int64_t least = std::min({cycles(kM, kN)...});
-  int error = int(cudaSuccess);
-  static_cast<void>(
-      ((cycles(kM, kN) == least &&
-        (error = launch_tiles<kM, kN, Epilogue>(p, image, text, columns, multiprocessors), true)) ||
-       ...));
+  const auto cycles = [&](auto shape, int cluster) {
+    if (p.cluster && p.cluster != cluster) return kNever;
+    const int clusters = busy(shape, cluster) / cluster;
+    if (clusters == 0) return kNever;
+    const int tiles =
+        tile_order(image.rows, text.rows, columns, shape.kM * cluster, shape.kN).count();
+    return gemm_cycles(tiles, clusters, p.K, shape.kM, shape.kN, cluster);
+  };
+  int64_t least = kNever;
+  for (int cluster : {1, 2}) least = std::min({least, cycles(Shape<kM, kN>{}, cluster)...});
+  int error = int(cudaErrorNotSupported);
+  for (int cluster : {1, 2}) {
+    const auto launch = [&](auto shape) {
+      if (least == kNever || cycles(shape, cluster) != least) return false;
+      error = launch_tiles<shape.kM, shape.kN, Epilogue>(p, image, text, columns, cluster,
+                                                         busy(shape, cluster));
+      return true;
+    };
+    if ((launch(Shape<kM, kN>{}) || ...)) break;
+  }
   return error;
 }
 
