@@ -12,6 +12,7 @@ import types
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from lens import ops
 from lens.ops import (
@@ -27,6 +28,7 @@ from lens.ops._attention_places import DevicePlaces
 from lens.ops._attention_repeatable import repeatable
 from lens.ops._samples import Samples
 from lens.ops.attention_backends import BACKWARDS, CANDIDATES, Candidate, Choice, Need, choose, need_of, report, use
+from train.denoiser import _keep
 
 BY_NAME = {c.name: c for c in CANDIDATES}
 ALL_MODULES = {
@@ -728,6 +730,27 @@ def test_gradients_of_every_library_for_every_forward_pass(monkeypatch, name, gr
         found = gradients(ops.joint_attention)
     for got, expected in zip(found, gradients(ops.reference.joint_attention), strict=True):
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+    choose.cache_clear()
+
+
+def test_selective_recomputation_keeps_what_our_forward_pass_made(monkeypatch):
+    """It knows attention by the name of its op, also within a function of two libraries."""
+    on_cpu(monkeypatch, "lens-hopper")
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    calls = []
+    monkeypatch.setattr(backend, "launch", lambda *a, **k: calls.append(a[0]) or launch(*a, **k))
+    tensors = inputs(grad=True)
+    places = IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS)
+
+    def block(q, k, v):
+        return torch.cat(ops.joint_attention(q * 2, k, v, *places)).square().sum()
+
+    with use("lens-hopper"):
+        out = checkpoint(block, *tensors, use_reentrant=False, context_fn=_keep(64))
+        got = torch.autograd.grad(out, tensors)
+        assert calls == ["joint_attention"]
+        for a, b in zip(got, torch.autograd.grad(block(*tensors), tensors), strict=True):
+            torch.testing.assert_close(a, b)
     choose.cache_clear()
 
 
