@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lens import LensConfig, LensTransformer2DModel
-from lens.ops import _invariance, backend, linear_backends
+from lens.ops import _invariance, attention_backends, backend, linear_backends
 from lens.ops._invariance import CASES, LIMIT
 
 HOPPER, AMPERE = (9, 0), (8, 0)
@@ -95,6 +95,15 @@ def test_where_ours_cannot_multiply_it_is_off_whatever_it_costs(gpu, model):
     assert _invariance.price(AMPERE) == 0.0
     assert not model.invariant
     assert not LensTransformer2DModel(SMALL).eval().invariant  # float32
+
+
+def test_attention_is_asked_the_same_whatever_the_longest_sample():
+    """A rate of the table is of long or of short calls, and a neighbour may make a call long."""
+    asked = {
+        attention_backends.need_of(torch.device("cpu"), BFLOAT16, 64, longest, invariant=True)
+        for longest in (1, attention_backends.LONG - 1, attention_backends.LONG, 4511)
+    }
+    assert [need.shape for need in asked] == ["long"]
 
 
 def test_who_multiplies_is_said(gpu):
