@@ -69,12 +69,19 @@ def against_spec(kernel: str, made: Inputs) -> None:
 # ---- one tile, then what is ragged: emulated shapes, now by the hardware
 
 
-def test_one_tile():
-    """Row r of x is one of the unit vectors: what comes out names the place it was read from."""
-    made = kernels.linear(128, 64, 128, bias=False)
-    made["x"] = torch.eye(64).repeat(2, 1).bfloat16()
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_one_tile(cluster):
+    """Row r of x is one of the unit vectors: what comes out names the place it was read from. Of a block, of a cluster."""
+    made = {**kernels.linear(128 * cluster, 64, 128, bias=False), "cluster": cluster}
+    made["x"] = torch.eye(64).repeat(2 * cluster, 1).bfloat16()
     got = launch("linear", on_device(made))["y"]
-    assert same_bits(got.cpu(), made["weight"].T.repeat(2, 1))
+    assert same_bits(got.cpu(), made["weight"].T.repeat(2 * cluster, 1))
+
+
+@pytest.mark.parametrize("rows", [1, 129, 300])
+def test_ragged_rows_of_a_cluster(rows):
+    """One row, an odd number of row tiles."""
+    against_spec("linear", {**kernels.linear(rows, 192, 192), "cluster": 2})
 
 
 def test_one_tile_of_random_numbers():
@@ -167,10 +174,22 @@ def test_rows_do_not_depend_on_other_rows(product):
     assert same_bits(part[:700], whole[:700])
 
 
+@pytest.mark.parametrize("lengths", ["pair", "one"])
+@pytest.mark.parametrize("product", SHAPES)
+def test_clusters_change_no_bits(product, lengths):
+    """Blocks that copy alone, and twos that copy halves for both, a hundred times."""
+    kernel, make = SHAPES[product]
+    made = on_device(make(*LENGTHS[lengths]))
+    alone = {name: x.clone() for name, x in launch(kernel, {**made, "cluster": 1}).items()}
+    for _ in range(100):
+        for name, x in launch(kernel, {**made, "cluster": 2}).items():
+            assert same_bits(x, alone[name]), name
+
+
 def test_shape_of_the_tiles_changes_no_bits():
-    """On 132 multiprocessors 4,296 rows take tiles of 128 x 256, 8,607 of 192 x 192: the same rows, the same bits."""
-    both = on_device(kernels.gated([4096, 4096], [200, 215], WIDTH, WIDTH))
-    alone = on_device(kernels.gated([4096], [200], WIDTH, WIDTH))
+    """On 132 multiprocessors 4,296 rows take tiles of 128 x 224, 8,607 of 192 x 192: the same rows, the same bits."""
+    both = {**on_device(kernels.gated([4096, 4096], [200, 215], WIDTH, WIDTH)), "cluster": 1}
+    alone = {**on_device(kernels.gated([4096], [200], WIDTH, WIDTH)), "cluster": 1}
     for name, x in alone.items():
         if isinstance(x, Tensor) and not name.endswith("offsets") and not name.endswith("_out"):
             alone[name] = both[name][: x.shape[0]]
