@@ -173,6 +173,7 @@ def generate(
             raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
         if sheet is not None and sheet.suffix.lower() != ".png":
             raise UsageError(f"--sheet must name a .png file, got {str(sheet)!r}")
+        cli_request.make_folders([*paths, *([sheet] if sheet else [])])
 
         began = time.perf_counter()
         pipe = _load(model, variant, device, dtype, recipe, quiet, residency)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import math
+import os
 import secrets
 import sys
 import warnings
@@ -157,6 +159,14 @@ def chat_date(text: str | None, recipe: pictures.Recipe | None) -> str:
         return parse_date(text).isoformat()
     except ValueError:
         raise UsageError(f'--chat-date must be YYYY-MM-DD or "today", got {text!r}') from None
+
+
+def make_folders(files: Sequence[Path]) -> None:
+    """Make the folders of files to come, before minutes of drawing are spent on them. Errors: OSError naming the folder."""
+    for folder in dict.fromkeys(file.parent for file in files):
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
 def paths(output: Path | None, name: str | None, request: Sequence[Item]) -> list[Path]:

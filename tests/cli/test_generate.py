@@ -609,3 +609,17 @@ def test_a_recipe_opens_no_path_and_fetches_nothing(apple, tmp_path, monkeypatch
 
 def test_chat_dates_have_one_spelling():
     assert generate("an apple", "--chat-date", "20260523").exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["-o", "--sheet"])
+def test_a_folder_that_cannot_be_written_is_named_before_anything_is_loaded(option, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(cli, "_load", lambda *_: pytest.fail("loaded"))
+    away = [] if option == "-o" else ["-o", tmp_path / "a.png"]
+    result = run("generate", "a", *away, option, tmp_path / "file" / "x.png")
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] in {
+        f"error: {tmp_path / 'file'}: {why}" for why in ("File exists", "Not a directory")
+    }
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may write anywhere
+    assert "Permission denied" in run("generate", "a", *away, option, tmp_path / "x.png").stderr
