@@ -376,6 +376,9 @@ def check(source: pathlib.Path, nvcc: str, nvdisasm: str | None) -> Findings:
             for file in files
             for target in (TARGETS if file not in hopper else ("90a",))
         ]
+        for count, job in enumerate(concurrent.futures.as_completed(jobs), 1):
+            if not job.exception():
+                print(f"cuda-check: {count} of {len(jobs)} compiled", file=sys.stderr, flush=True)
         done = [job.result() for job in jobs]
     # one kernel may be instantiated by several files; equal reports are one line
     reports = sorted({report for text, _ in done for report in parse(text)}, key=dataclasses.astuple)
