@@ -76,7 +76,7 @@ def batches(start, rank, world, slots=8, spoil=lambda batch: None):
 def model_on(group, settings):
     """Wrapped; no weight is zero, so that every part of it has a gradient."""
     with torch.device("meta"):
-        model = Denoiser(LensConfig(**settings.MODEL), torch.float32, settings.RECOMPUTE).train()
+        model = Denoiser(LensConfig(**settings.MODEL), flow.DTYPES[settings.COMPUTE], settings.RECOMPUTE).train()
     wrapped = parallel.wrap(model, group, settings.RESHARD) if group.shard > 1 else None
     parallel.materialise(model, group.device, settings.SEED)
     for name, parameter in model.named_parameters():
@@ -135,6 +135,12 @@ def three_gradients(group, out, reductions):
 
 def gradients_and_norms(group, out, reductions):
     return three_gradients(group, out, reductions), clip_norms(group, out / "norms")
+
+
+def gradient_and_steps(group, out, changes):
+    """The gradient of a step; what four steps make of a state, and their losses."""
+    gradient, _, _ = gradients_of_a_step(trainer_on(group, out / f"one-{group.rank}", **changes), group)
+    return gradient, *steps_and_save(group, out, 4, None, changes)
 
 
 def resume_both(group, back, first):
