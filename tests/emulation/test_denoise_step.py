@@ -279,8 +279,8 @@ def test_a_sample_has_the_same_bits_alone_and_in_company(emulated, forced, case,
 
 
 def accompanied(alone: engine.Job) -> engine.Job:
-    """The job with a second picture, whose text is eight times as long."""
-    longer = alone.text[0].repeat(8, 1) * 0.5
+    """The job with a second picture, whose text is three times as long."""
+    longer = alone.text[0].repeat(3, 1) * 0.5
     return dataclasses.replace(
         alone,
         grids=alone.grids * 2,
