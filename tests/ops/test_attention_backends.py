@@ -289,12 +289,14 @@ def names(choice: Choice) -> tuple[str, str, bool]:
 
 def test_a_library_computes_its_own_gradients_unless_two_were_measured_to_be_faster(machine, monkeypatch):
     machine("flash_attn", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen")
-    lines = [("long", "torch-varlen", 500), ("long", "flash-attn-2", 400)]
-    lines += [("long backward", "torch-flash", 200), ("long backward", "flash-attn-2", 300)]
+    lines = [("long", "torch-varlen", 900), ("long", "flash-attn-2", 300)]
+    lines += [("long backward", "torch-flash", 200), ("long backward", "flash-attn-2", 250)]
     rates(monkeypatch, *((*line, "predicted") for line in lines))
-    assert names(choose(need(backward=True))) == ("flash-attn-2", "flash-attn-2", False), "1/400 + 2.5/300"
+    assert names(choose(need(backward=True))) == ("flash-attn-2", "flash-attn-2", False), "1/300 + 2.5/250"
     rates(monkeypatch, *((*line, "measured") for line in lines))
     assert names(choose(need(backward=True))) == ("torch-varlen", "flash-attn-2", True), "the best of both"
+    with use("torch-varlen"):
+        assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False), "forced for both passes"
     lines[3] = ("long backward", "flash-attn-2", 199)
     rates(monkeypatch, *((*line, "measured") for line in lines))
     assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False)
