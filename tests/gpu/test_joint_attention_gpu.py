@@ -143,7 +143,7 @@ def test_one_graph_serves_other_lengths():
 
 @pytest.mark.parametrize("text_queries", [True, False])
 @pytest.mark.parametrize("gradients", [b.name for b in attention_backends.BACKWARDS])
-def test_ragged_gradients_against_float64(gradients, text_queries):
+def test_gradients_by_attention_library_against_float64(gradients, text_queries):
     images, texts, heads = SHAPES["ragged"]
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
@@ -169,7 +169,7 @@ def served(gradients: str) -> str:
 
 
 @pytest.mark.parametrize("gradients", [b.name for b in attention_backends.BACKWARDS if b.repeatable])
-def test_gradients_are_the_same_bits_every_time(gradients):
+def test_gradients_by_attention_library_are_the_same_bits_every_time(gradients):
     images, texts, heads = [2048, 2048], [100, 0], 8
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
