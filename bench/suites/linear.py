@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens.ops import _linear_kernels as kernels
 from lens.ops import backend, linear_backends, linear_fused, reference
 
 from ..case import OURS, Case, Subject, Work, generator, wider
@@ -83,7 +82,7 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
 
     def forced(way: str, cluster: int = 0) -> Callable[..., Any]:
         def run(x: list[Tensor], y: list[Tensor]) -> Any:
-            with linear_backends.use(way), kernels.in_clusters(cluster):
+            with linear_backends.use(way), linear_backends.in_clusters(cluster):
                 return call(x, y)
 
         return run

@@ -2,30 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lens.ops import backend, checks
-
-_cluster = 0
-
-
-@contextlib.contextmanager
-def in_clusters(blocks: int) -> Iterator[None]:
-    """Launches inside run in clusters of 1 or 2 blocks that share a tile of the weight; 0: whatever is predicted quicker.
-
-    The bits are the same. RuntimeError where no cluster fits the device.
-    """
-    global _cluster
-    before, _cluster = _cluster, blocks
-    try:
-        yield
-    finally:
-        _cluster = before
+from lens.ops import backend, checks, linear_backends
 
 
 def _side_by_side(rows: str, tensors: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -72,7 +55,7 @@ def qkv(
         H=qkv.shape[3],
         K=x[0].shape[1],
         eps=eps,
-        cluster=_cluster,
+        cluster=linear_backends.cluster(),
     )
     return qkv
 
@@ -90,7 +73,7 @@ def swiglu(x: Sequence[Tensor], weight: Sequence[Tensor]) -> list[Tensor]:
         RT=x[1].shape[0] if len(x) > 1 else 0,
         K=x[0].shape[1],
         F=y[0].shape[1],
-        cluster=_cluster,
+        cluster=linear_backends.cluster(),
     )
     return y
 
@@ -123,7 +106,7 @@ def residual(
         B=gate[0].shape[0],
         D=x[0].shape[1],
         K=y[0].shape[1],
-        cluster=_cluster,
+        cluster=linear_backends.cluster(),
         **tables,
     )
     return out

@@ -11,7 +11,9 @@ row's bits depend on that row alone; elsewhere the library, sample by sample. `_
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,23 @@ TABLE = Path(__file__).with_name("linear_table.json")
 HEAD_DIM = 64  # of the one epilogue that knows heads
 _forcing = Forcing("LENS_LINEAR", "lens.ops.linear_backends", lambda: BACKENDS)
 forced, use = _forcing.forced, _forcing.use
+_cluster = 0
+
+
+def cluster() -> int:
+    """Blocks of ours that share a tile of the weight: 1, 2, or 0 for whatever the launcher predicts is quicker."""
+    return _cluster
+
+
+@contextlib.contextmanager
+def in_clusters(blocks: int) -> Iterator[None]:
+    """Launch ours in clusters of 1 or 2 blocks inside; the bits are the same. RuntimeError where none fits the device."""
+    global _cluster
+    before, _cluster = _cluster, blocks
+    try:
+        yield
+    finally:
+        _cluster = before
 
 
 @dataclass(frozen=True)
