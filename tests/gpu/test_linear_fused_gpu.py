@@ -187,7 +187,7 @@ def test_clusters_change_no_bits(product, lengths):
 
 
 def test_shape_of_the_tiles_changes_no_bits():
-    """Blocks alone, 132 of them: 4,296 rows take tiles of 128 x 224, 8,607 of 192 x 192; the same rows, the same bits."""
+    """Blocks alone on 132 multiprocessors: 4,296 rows take tiles of 128 x 224, 8,607 of 192 x 192; the same bits."""
     both = {**on_device(kernels.gated([4096, 4096], [200, 215], WIDTH, WIDTH)), "cluster": 1}
     alone = {**on_device(kernels.gated([4096], [200], WIDTH, WIDTH)), "cluster": 1}
     for name, x in alone.items():
