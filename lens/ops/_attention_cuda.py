@@ -1,12 +1,14 @@
 """Attention on CUDA: one adapter per library, all with the same signature; attention_backends.py chooses among them.
 
 An adapter takes q [RQ, N, H], k, v [R, N, H], the samples' places and the library's module -> out [RQ, N, H]; where it
-takes `logarithms`, too, then (out, lse) as _attention_gradients.py describes it. Samples are told by offsets, or one call
-each; there is no mask. Backward passes are asked to be repeatable bit for bit, which cuDNN's cannot be.
+takes `logarithms`, too, then (out, lse) as _attention_gradients.py describes it. Channels lie side by side; samples are
+told by offsets, or one call each; there is no mask. Backward passes are asked to be repeatable bit for bit, which
+cuDNN's cannot be.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,8 @@ from lens.ops._samples import Samples
 
 torch_flash_forward = torch.ops.aten._flash_attention_forward
 torch_cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
+SDPA = attention.SDPBackend
+REPEATABLE = [SDPA.FLASH_ATTENTION, SDPA.EFFICIENT_ATTENTION, SDPA.MATH]
 
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
@@ -36,23 +40,18 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any,
 
 
 def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
-    if logarithms:
-        out, lse = (
-            torch.empty_like(q, memory_format=torch.contiguous_format),
-            q.new_empty(*q.shape[:2], 1, dtype=torch.float32),
-        )
-        for queries, rows, query_starts, starts in _samples.groups(*samples.lengths(), shared=True):
-            query, *keys = (
-                _samples.gather(q, query_starts, queries),
-                *(_samples.gather(x, starts, rows) for x in (k, v)),
-            )
-            # no bias; with logarithms; no dropout, not causal, no debug mask
-            made = torch_cudnn_forward(query, *keys, None, True, 0.0, False, False, scale=samples.scale)
-            _samples.scatter(out, query_starts, made[0])
-            _samples.scatter(lse, query_starts, made[1].reshape(*query.shape[:3], 1))
-        return out, lse.squeeze(-1).T.contiguous()
-    with attention.sdpa_kernel(attention.SDPBackend.CUDNN_ATTENTION):
-        return torch_sdpa(q, k, v, samples, module)
+    if not logarithms:
+        with attention.sdpa_kernel(SDPA.CUDNN_ATTENTION):
+            return _sample_by_sample(q, k, v, samples)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
+    for queries, rows, query_starts, starts in _samples.groups(*samples.lengths(), shared=True):
+        query, keys = _samples.gather(q, query_starts, queries), [_samples.gather(x, starts, rows) for x in (k, v)]
+        # no bias; with logarithms; no dropout, not causal, no debug mask
+        made = torch_cudnn_forward(query, *keys, None, True, 0.0, False, False, scale=samples.scale)
+        _samples.scatter(out, query_starts, made[0])
+        _samples.scatter(lse, query_starts, made[1].reshape(*query.shape[:3], 1))
+    return out, lse.squeeze(-1).T.contiguous()
 
 
 def torch_cudnn_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
@@ -64,6 +63,14 @@ def torch_cudnn_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module
 
 
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
+    if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+        return _sample_by_sample(q, k, v, samples)
+    # torch prefers cuDNN's on some devices, and no switch makes those gradients repeatable
+    with attention.sdpa_kernel(REPEATABLE):
+        return _sample_by_sample(q, k, v, samples)
+
+
+def _sample_by_sample(q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> Tensor:
     if samples.query_lengths is None or samples.joint_lengths is None:
         raise RuntimeError("lens.joint_attention: one call per sample needs the lengths on the host")
     queries, rows = list(samples.query_lengths), list(samples.joint_lengths)
@@ -82,10 +89,11 @@ def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any,
 
 
 def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
-    more = {"return_attn_probs": True} if logarithms else {}
-    return _flash(
-        module, q, k, v, samples, logarithms, num_splits=1, **more
-    )  # keys in one piece: a sum's order is its own
+    # releases before it was an argument return them always, or never
+    known = logarithms and "return_attn_probs" in inspect.signature(module.flash_attn_varlen_func).parameters
+    more = {"return_attn_probs": True} if known else {}
+    # keys in one piece: a sum's order is its own
+    return _flash(module, q, k, v, samples, logarithms, num_splits=1, **more)
 
 
 def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
@@ -97,20 +105,11 @@ def _flash(
     module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, logarithms: bool, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The three generations share these names; some return (out, logarithms) whether asked or not, 2 a third thing."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    out = module.flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q=samples.query_offsets,
-        cu_seqlens_k=samples.joint_offsets,
-        max_seqlen_q=samples.longest_query,
-        max_seqlen_k=samples.longest,
-        softmax_scale=samples.scale,
-        causal=False,
-        deterministic=True,
-        **options,
-    )
-    if logarithms:
-        return out[0], out[1]
-    return out[0] if isinstance(out, tuple) else out
+    options |= dict(cu_seqlens_q=samples.query_offsets, cu_seqlens_k=samples.joint_offsets)
+    options |= dict(max_seqlen_q=samples.longest_query, max_seqlen_k=samples.longest, softmax_scale=samples.scale)
+    made = module.flash_attn_varlen_func(q, k, v, causal=False, deterministic=True, **options)
+    if not logarithms:
+        return made[0] if isinstance(made, tuple) else made
+    if not isinstance(made, tuple):
+        raise RuntimeError(f"lens.joint_attention: this release of {module.__name__} gives no logarithms for gradients")
+    return made[0], made[1]

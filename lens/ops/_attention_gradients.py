@@ -1,7 +1,7 @@
 """Gradients of attention by a library that is given a forward pass's result and logarithms, whoever computed them.
 
-An adapter takes the library's module, dout, q, k, v, out, lse and the samples' places -> dq, dk, dv. dout, q and out are
-[RQ, N, H], k and v [R, N, H]; lse, float32 [N, RQ] without padding, holds the natural logarithm of every softmax
+An adapter takes the library's module, dout, q, k, v, out, lse and the samples' places -> dq, dk, dv. dout, q and out
+are [RQ, N, H], k and v [R, N, H]; lse, float32 [N, RQ] without padding, holds the natural logarithm of every softmax
 denominator of scaled scores. flash-attn from 2.6 on, 3, 4 and torch's copy of 2 take it as it is, cuDNN by groups of
 equal samples as [B, N, queries, 1] (torch's form with offsets differs from release to release: its logarithms are
 [RQ, N, 1] or [N, RQ], and some take the channels for the longest sample). Sums are in a fixed order but for cuDNN's,
@@ -15,18 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lens.ops import _samples
 from lens.ops._attention_repeatable import deterministic
-from lens.ops._samples import Samples
+from lens.ops._samples import Samples, dense
 
 Triple = tuple[Tensor, Tensor, Tensor]
 torch_flash_backward = torch.ops.aten._flash_attention_backward  # torch's copy of flash-attn-2
 torch_cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
-
-
-def _dense(*tensors: Tensor) -> list[Tensor]:
-    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
 
 
 def _places(samples: Samples) -> tuple[Tensor, Tensor, int, int]:
@@ -43,7 +40,7 @@ def flash_attn_2(
     dq, dk, dv = _empty(q, k, v)
     # no dropout; by name what releases before 2.7 spell otherwise, so that they raise
     options: dict[str, Any] = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None)
-    given = *_dense(dout, q, k, v, out), lse, dq, dk, dv, *_places(samples), 0.0, samples.scale, False
+    given = *dense(dout, q, k, v, out), lse, dq, dk, dv, *_places(samples), 0.0, samples.scale, False
     module._flash_attn_varlen_backward(*given, **options, deterministic=True)
     return dq, dk, dv
 
@@ -53,7 +50,7 @@ def flash_attn_3(
 ) -> Triple:
     dq, dk, dv = _empty(q, k, v)
     offsets, longest = _places(samples)[:2], _places(samples)[2:]
-    given = *_dense(dout, q, k, v, out), lse, *offsets, None, None, *longest, dq, dk, dv, samples.scale, False
+    given = *dense(dout, q, k, v, out), lse, *offsets, None, None, *longest, dq, dk, dv, samples.scale, False
     module._flash_attn_backward(*given, deterministic=True)  # the None: rows used of each sample
     return dq, dk, dv
 
@@ -61,7 +58,7 @@ def flash_attn_3(
 def flash_attn_4(
     module: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, samples: Samples
 ) -> Triple:
-    dout, q, k, v, out = _dense(dout, q, k, v, out)
+    dout, q, k, v, out = dense(dout, q, k, v, out)
     names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
     places = dict(zip(names, _places(samples), strict=True))
     made = module._flash_attn_bwd(q, k, v, out, dout, lse, samples.scale, False, **places, deterministic=True)
@@ -74,7 +71,7 @@ def torch_flash(
 ) -> Triple:
     # no dropout, whose generator is two zeros, not causal
     state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    given = *_dense(dout, q, k, v, out), lse, *_places(samples), 0.0, False, *state
+    given = *dense(dout, q, k, v, out), lse, *_places(samples), 0.0, False, *state
     with deterministic():
         dq, dk, dv = torch_flash_backward(*given, scale=samples.scale)
     return dq, dk, dv
@@ -109,5 +106,6 @@ class Mixed(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> Any:
         return *ctx.gradients(dout, *ctx.saved_tensors, ctx.samples), None, None, None

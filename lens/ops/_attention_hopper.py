@@ -1,7 +1,7 @@
 """Joint attention by lens._C on sm_90a: one launch reads the joint layout and writes both streams where they are read.
 
-The kernel knows lengths from the offsets alone, on the device, and is forward only; gradients are a library's that takes
-our result and its logarithms, see _attention_gradients.py.
+The kernel knows lengths from the offsets alone, on the device, and is forward only; gradients are a library's that
+takes our result and its logarithms, see _attention_gradients.py.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lens.ops import backend, reference
 from lens.ops._attention_bound import HeadNorms, known_bound
@@ -102,6 +103,7 @@ class _Recorded(torch.autograd.Function):
         return image, text
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dimage: Tensor, dtext: Tensor) -> Any:
         q, k, v, image_out, text_out, lse, image_offsets, text_offsets = ctx.saved_tensors
         longest, scale, gradients = ctx.plan

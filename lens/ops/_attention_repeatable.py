@@ -27,8 +27,8 @@ def deterministic() -> Iterator[None]:
 
 
 def repeatable(out: Tensor) -> Tensor:
-    """Make the backward pass of torch's own attention kernels `deterministic`. Plain products are by themselves, and would
-    raise for want of a setting of cuBLAS."""
+    """Make the backward pass of torch's own attention kernels `deterministic`. Plain products are by themselves, and
+    would raise for want of a setting of cuBLAS."""
     node = out.grad_fn
     if node is None or torch.compiler.is_compiling() or not any(word in node.name() for word in ("Attention", "attn")):
         return out

@@ -29,6 +29,11 @@ class Samples:
         return self.query_offsets.diff().tolist(), self.joint_offsets.diff().tolist()
 
 
+def dense(*tensors: Tensor) -> list[Tensor]:
+    """Rows whose channels lie side by side, which every library asks for; copies where they do not."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def groups(queries: Sequence[int], rows: Sequence[int], shared: bool) -> list[tuple[int, int, list[int], list[int]]]:
     """Samples that share a call: (queries, rows, first query row of each, first joint row of each)."""
     groups: dict[tuple[int, ...], tuple[int, int, list[int], list[int]]] = {}

@@ -1,10 +1,11 @@
 """Which library computes joint attention on a GPU: what is installed, what fits, and what the table says is fastest.
 
-Every candidate (attention_candidates.py) declares what it needs (architecture, dtype, head dim) and what it can do (backward, lengths that only
-the device knows). Among those that can serve a call, the highest rate in attention_table.json wins; an entry there is
-"measured" or "predicted" and names its source. Our own kernel is a candidate like the others, except that a prediction
-alone never chooses it. LENS_ATTENTION=name, or `use(name)`, forces a choice; a forced candidate that cannot run raises.
-Nothing here is imported before it is chosen. No candidate is ever given a mask.
+Every candidate (attention_candidates.py) declares what it needs (architecture, dtype, head dim) and what it can do
+(backward, lengths that only the device knows). Among those that can serve a call, the highest rate in
+attention_table.json wins; an entry there is "measured" or "predicted" and names its source. Our own kernel is a
+candidate like the others, except that a prediction alone never chooses it. LENS_ATTENTION=name, or `use(name)`, forces
+a choice; a forced candidate that cannot run raises. Nothing here is imported before it is chosen. No candidate is ever
+given a mask.
 
 Gradients are a choice of their own: a library's own pass, or, by its logarithms, one of BACKWARDS. The time of both
 passes counts. Two libraries are mixed where both rates are measured, or where one is forced; a forced forward keeps its
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from lens.ops._attention_gradients import Mixed
-from lens.ops._samples import Samples
+from lens.ops._samples import Samples, dense
 from lens.ops.attention_candidates import BACKWARDS, CANDIDATES, LONG, Candidate, Need
 from lens.ops.choice import Forcing, capability, dotted, either, rates
 
@@ -45,8 +46,8 @@ def table() -> dict[tuple[str, str, str], dict[str, Any]]:
 
 
 def entry(name: str, need: Need, shape: str = "") -> dict[str, Any] | None:
-    """The table's line for this architecture, else for the first of its family, else for 8.0. A forward pass in training
-    that has no line of its own is the library's forward pass."""
+    """The table's line for this architecture, else for the first of its family, else for 8.0. A forward pass in
+    training that has no line of its own is the library's forward pass."""
     shapes = (shape,) if shape else (need.shape, need.shape.removesuffix(" training"))
     return next((found for a in _archs(need) for s in shapes if (found := table().get((a, s, name)))), None)
 
@@ -109,12 +110,17 @@ class Choice(NamedTuple):
 def _choices(need: Need) -> Iterator[Choice]:
     """All that could serve the call."""
     for c in CANDIDATES:
-        own = c.call is not None and not c.missing(need)
+        own = c.call is not None and not c.missing(need) and not _too_wide(c, need)
         if own or (not need.backward and not c.missing(need)):
             yield Choice(c)
         if need.backward and c.logarithms and not c.missing(replace(need, backward=False)):
             others = (b for b in BACKWARDS if not (own and b.name == Choice(c).gradients))
             yield from (Choice(c, b) for b in others if not b.missing(replace(need, backward=False)))
+
+
+def _too_wide(c: Candidate, need: Need) -> bool:
+    """Whether a library's own gradients are in a fixed order for narrower heads alone."""
+    return need.backward and any(b.name == c.name and need.head_dim > b.head_dim[1] for b in BACKWARDS)
 
 
 def _missing(c: Candidate, need: Need) -> str:
@@ -139,11 +145,10 @@ def report(need: Need, backward: bool = False) -> list[tuple[str, bool, str]]:
         why = _missing(c, need) or none
         if not why:
             line = entry(c.name, need, shape if backward else "")
-            why = (
-                f"{line['status']} {line['tflops']:g} TFLOP/s for {line['shape']} calls on {line['arch']} ({line['source']})"
-                if line
-                else f"no rate for {shape} calls in {TABLE.name}"
-            )
+            why = f"no rate for {shape} calls in {TABLE.name}"
+            if line:
+                rate = f"{line['status']} {line['tflops']:g} TFLOP/s for {line['shape']} calls"
+                why = f"{rate} on {line['arch']} ({line['source']})"
             doubts = [choice.doubt(need) for choice in served]
             if not chosen and doubts and all(doubts):
                 why += f"; {doubts[-1 if backward else 0]}"
@@ -242,8 +247,8 @@ def _loaded(need: Need) -> tuple[Choice, Any, Any]:
             return chosen, module, chosen.backward.load(True) if chosen.backward else None
         except ImportError as error:
             choose.cache_clear()
-            if forced() is None and forced_backward() is None:
-                warnings.warn(f"lens.joint_attention: {error}; trying the next backend", stacklevel=3)
+            choose(need)  # raises where it was forced
+            warnings.warn(f"lens.joint_attention: {error}; trying the next backend", stacklevel=3)
 
 
 def streams(need: Need) -> Callable[..., tuple[Tensor, Tensor]] | None:
@@ -260,6 +265,7 @@ def run(q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> Tensor:
     chosen, module, other = _loaded(need)
     call = chosen.forward.call
     assert call is not None, "a candidate that writes both streams is called by joint_attention"
+    q, k, v = dense(q, k, v)
     if chosen.backward is None or chosen.backward.call is None:
         return call(q, k, v, samples, module)
     attend = functools.partial(call, module=module, logarithms=True)

@@ -382,6 +382,16 @@ def test_forced_gradients_that_cannot_run_raise(machine):
         pass
 
 
+def test_heads_too_wide_for_a_fixed_order_are_left_to_another_library(machine):
+    """flash-attn 3 refuses a repeatable backward pass beyond 192 channels, by its own words."""
+    machine("flash_attn_interface", "torch.nn.attention.varlen")
+    assert names(choose(need(backward=True, head_dim=192))) == ("flash-attn-3", "flash-attn-3", False)
+    assert choose(need(head_dim=256)).name == "flash-attn-3"
+    assert names(choose(need(backward=True, head_dim=256))) == ("torch-varlen", "torch-flash", False)
+    with use("flash-attn-3"):
+        assert names(choose(need(backward=True, head_dim=256))) == ("flash-attn-3", "torch-flash", True)
+
+
 # ------------------------------------------------------------------------------------------------ the adapters
 
 
@@ -735,6 +745,79 @@ def test_gradients_of_every_library_for_every_forward_pass(monkeypatch, name, gr
     choose.cache_clear()
 
 
+def test_no_gradient_of_a_gradient(monkeypatch):
+    """Libraries have none; without a word they would be left out."""
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    for name in ("flash-attn-4", "lens-hopper"):
+        on_cpu(monkeypatch, name)
+        q, k, v = inputs(torch.float64, grad=True)
+        with use(name), attention_backends.use_backward("flash-attn-2"):
+            out = torch.cat(ops.joint_attention(q, k, v, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS)))
+            (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+            with pytest.raises(RuntimeError, match="once_differentiable"):
+                dq.sum().backward()
+    choose.cache_clear()
+
+
+def test_libraries_get_channels_side_by_side(monkeypatch):
+    seen = []
+
+    def attend(q, k, v, samples, module):
+        seen.extend(x.stride(-1) for x in (q, k, v))
+        return q * k + v
+
+    real = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs(torch.float64)]
+    assert {x.stride(-1) for x in real} == {2}
+    monkeypatch.setattr(attention_backends, "choose", lambda need: Choice(Candidate("any", attend)))
+    joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
+    out = attention_backends.run(*real, Samples(joint, joint, 10, 10, 0.3))
+    assert seen == [1, 1, 1]
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), real), (real[1], real[0], torch.ones_like(out)))
+
+
+@pytest.mark.parametrize("gives", [True, False])
+def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
+    def flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, num_splits,
+        deterministic,
+    ):  # fmt: skip
+        made = true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
+        return (made, true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale)) if gives else made
+
+    module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, __name__="flash_attn_interface")
+    q, k, v = inputs()
+    joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
+    samples = Samples(joint, joint, 10, 10, 0.3)
+    plain = _attention_cuda.flash_attn_3(q, k, v, samples, module)
+    torch.testing.assert_close(plain, true_attention(q, k, v, joint, joint, 0.3))
+    if gives:
+        out, lse = _attention_cuda.flash_attn_3(q, k, v, samples, module, logarithms=True)
+        assert torch.equal(out, plain)
+        torch.testing.assert_close(lse, true_logarithms(q, k, joint, joint, 0.3))
+    else:
+        with pytest.raises(RuntimeError, match="this release of flash_attn_interface gives no logarithms"):
+            _attention_cuda.flash_attn_3(q, k, v, samples, module, logarithms=True)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_one_call_per_sample_records_no_gradient_of_cudnn(monkeypatch, grad):
+    """Which torch prefers on Hopper and Blackwell, and whose gradients are other bits every time."""
+    seen, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(*given, **more):
+        cuda = torch.backends.cuda
+        seen.append((cuda.cudnn_sdp_enabled(), cuda.flash_sdp_enabled(), cuda.math_sdp_enabled()))
+        return real(*given, **more)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    lengths = [i + t for i, t in zip(IMAGES, TEXTS)]
+    samples = Samples(offsets_of(lengths), offsets_of(lengths), 10, 10, 0.3, lengths, lengths)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    _attention_cuda.torch_sdpa(*inputs(grad=grad), samples, None)
+    assert seen == [(before and not grad, True, True)] * len(lengths)
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+
+
 def test_selective_recomputation_keeps_what_our_forward_pass_made(monkeypatch):
     """It knows attention by the name of its op, also within a function of two libraries."""
     on_cpu(monkeypatch, "lens-hopper")
@@ -913,4 +996,9 @@ def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine)
         got = attention_backends.run(q, k, v, samples)
     torch.testing.assert_close(got, true_attention(q, k, v, joint, joint, 0.3))
     with use("flash-attn-3"), pytest.raises(RuntimeError, match="cannot run: flash_attn_interface cannot be imported"):
+        attention_backends.run(q, k, v, samples)
+    # who computes the gradients is another matter
+    attention_candidates.failed.clear()
+    choose.cache_clear()
+    with attention_backends.use_backward("flash-attn-2"), pytest.warns(UserWarning, match="trying the next backend"):
         attention_backends.run(q, k, v, samples)
