@@ -102,15 +102,15 @@ class Engine:
                     f"batch_invariant has the library multiply text sample by sample ({why}), by lengths the host must "
                     "know: text_bin = 1 captures each combination of them"
                 )
-            attention_backends.choose(self._need(model, grids[0], self.text_bin != 1))
+            attention_backends.choose(self._need(model, grids[0][0] * grids[0][1], self.text_bin != 1))
         except RuntimeError as error:
             return str(error)
         return ""
 
-    def _need(self, model: LensTransformer2DModel, grid: Grid, device_lengths: bool) -> attention_backends.Need:
+    def _need(self, model: LensTransformer2DModel, longest: int, device_lengths: bool) -> attention_backends.Need:
         head_dim = model.config.attention_head_dim
         return attention_backends.need_of(
-            model.device, model.dtype, head_dim, grid[0] * grid[1], device_lengths, invariant=model.invariant
+            model.device, model.dtype, head_dim, longest, device_lengths, invariant=model.invariant
         )
 
     def bin_of(self, model: LensTransformer2DModel, job: Job) -> int:
@@ -118,8 +118,8 @@ class Engine:
         if self.text_bin is not None:
             return self.text_bin
         grid = job.grids[0]
-        binned, exact = (self._need(model, grid, device_lengths) for device_lengths in (True, False))
         lengths = [grid[0] * grid[1] + len(index) for index in job.all_indices]
+        binned, exact = (self._need(model, max(lengths), device_lengths) for device_lengths in (True, False))
         steps = job.sigma.shape[1] - 1 - job.step
         return 1 if forecast(model.config, lengths, binned, exact).lengths(steps) == "exact" else TEXT_BIN
 
@@ -148,7 +148,7 @@ class Engine:
         cache.keep(
             lambda key: isinstance(key, tuple) and key[0] == placed
         )  # weights that moved left their graphs behind
-        attention = attention_backends.choose(self._need(model, job.grids[0], not binned.exact)).name
+        attention = attention_backends.choose(self._need(model, binned.longest, not binned.exact)).name
         # the bounds of our own attention's scores are numbers of the graph
         norms = (
             tuple(w._version for block in model.layers() for w in block.norms()) if attention == OWN_ATTENTION else ()

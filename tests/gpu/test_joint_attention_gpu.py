@@ -147,7 +147,7 @@ def test_gradients_by_attention_library_against_float64(gradients, text_queries)
     images, texts, heads = SHAPES["ragged"]
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
-    with attention_backends.use_backward(served(gradients)):
+    with attention_backends.use("lens-hopper"), attention_backends.use_backward(served(gradients)):
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets, text_queries))
         got = torch.autograd.grad(out, leaves, torch.ones_like(out))
     wide = [x.detach().double().requires_grad_() for x in leaves]
@@ -157,14 +157,15 @@ def test_gradients_by_attention_library_against_float64(gradients, text_queries)
 
 
 def served(gradients: str) -> str:
-    """The name where it can run; otherwise the test is left out with the reason."""
+    """The name where it can run after ours; otherwise the test is left out with the reason."""
     with attention_backends.use_backward(gradients):
         try:
-            attention_backends.choose(attention_backends.usual(backward=True))
+            chosen = attention_backends.choose(attention_backends.usual(backward=True))
         except RuntimeError as error:
             if gradients == "torch-flash":
                 raise
             pytest.skip(str(error))
+    assert (chosen.name, chosen.gradients) == ("lens-hopper", gradients)
     return gradients
 
 
@@ -173,7 +174,7 @@ def test_gradients_by_attention_library_are_the_same_bits_every_time(gradients):
     images, texts, heads = [2048, 2048], [100, 0], 8
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
-    with attention_backends.use_backward(served(gradients)):
+    with attention_backends.use("lens-hopper"), attention_backends.use_backward(served(gradients)):
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets))
         weight = torch.randn_like(out)
         first = torch.autograd.grad(out, leaves, weight, retain_graph=True)

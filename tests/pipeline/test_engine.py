@@ -377,6 +377,20 @@ def test_why_steps_are_not_captured(pipe, monkeypatch):
     assert "no attention backend can serve" in why(model, [(2, 3)])
 
 
+def test_attention_is_chosen_by_the_rows_of_pictures_and_their_text(pipe, monkeypatch):
+    """A graph's key names the library of its step, whose class of lengths counts the text."""
+    asked: list = []
+    choose = attention_backends.choose
+    monkeypatch.setattr(attention_backends, "LONG", 10)  # a picture has 6 rows
+    monkeypatch.setattr(pipe.engine, "why_not_captured", lambda *_: "")
+    with monkeypatch.context() as watched:
+        watched.setattr(attention_backends, "choose", lambda need: asked.append(need) or choose(need))
+        pipe(PROMPTS[1], seed=3, **SMALL)
+    assert len(pipe.driver.graphs) == 1
+    assert {need.device_lengths for need in asked} == {True, False}
+    assert {need.longest for need in asked} == {10}
+
+
 def test_batch_invariance_by_the_library_is_captured_for_exact_lengths_alone(pipe):
     """It multiplies text sample by sample, by lengths that a bin does not tell. A picture keeps its bits in any batch."""
     why, model = pipe.engine.why_not_captured, pipe.transformer
