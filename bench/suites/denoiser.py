@@ -149,9 +149,16 @@ class Denoiser:
             why = _invariance.of_model(self.model) if invariant else ""
             said = {"products": f"library, sample by sample: {why}" if why else "ours"} if invariant else {}
             forced = {k: v for k, v in forced.items() if v}
-            return {"forced": forced, "by_measured_rates": linear_backends.measured(), **said}
+            return {"forced": forced, "by_measured_rates": self.by_measured_rates(), **said}
 
         return told
+
+    def by_measured_rates(self) -> bool:
+        """Whether both ways of every product have a measured rate for this device and the rows of a step."""
+        model, rows = self.model, sum(self.images) + sum(self.texts)
+        needs = linear_backends.needs(model.config, model.device, model.dtype, rows)
+        entries = [linear_backends.entry(name, need) for need in needs for name in linear_backends.BACKENDS]
+        return all(e is not None and e["status"] == "measured" for e in entries)
 
     def ours(self, index: int) -> Callable[..., Tensor]:
         """Op by op, the host launching each."""

@@ -13,7 +13,7 @@ from bench.suites.denoiser import STEP_BOUND, Denoiser
 from bench.suites.e2e import BOUND, Drawing, _denoise
 from bench.suites.scale import TINY
 from lens import ops
-from lens.ops import attention_backends
+from lens.ops import attention_backends, linear_backends
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "matmul": 1e11}
@@ -39,6 +39,26 @@ def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided, batch):
             assert distance(step(*inputs), oracle) < 2e-6
         assert d.model.batch_invariant is False
         assert distance(d.engine(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
+
+
+def test_a_step_is_by_measured_rates_where_every_product_has_both(monkeypatch):
+    """One product's on this device, or all of another's, leave the rest to the library."""
+    d = Denoiser(TINY, CPU, (4, 5), 7, True)
+
+    def lines(arch: str, *products: str, rows: int = 47, status: str = "measured") -> list[dict]:
+        shared = dict(arch=arch, rows=rows, tflops=1, status=status, source="x")
+        return [dict(shared, product=p, backend=b) for p in products for b in linear_backends.BACKENDS]
+
+    for table, by in (
+        (lines("0.0", *linear_backends.PRODUCTS), True),
+        (lines("0.0", *linear_backends.PRODUCTS)[:-1], False),
+        (lines("0.0", "qkv"), False),
+        (lines("9.0", *linear_backends.PRODUCTS), False),
+        (lines("0.0", *linear_backends.PRODUCTS, rows=48), False),
+        (lines("0.0", *linear_backends.PRODUCTS, status="predicted"), False),
+    ):
+        monkeypatch.setattr(linear_backends, "table", lambda table=table: table)
+        assert d.who(False)()["by_measured_rates"] == by
 
 
 def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
