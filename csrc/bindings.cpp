@@ -342,6 +342,7 @@ void fields(DenoiseStepParams& p, V& v) {
   v.array("workspace", p.workspace, joint * (2 * D + (3 * D > p.F ? 3 * D : p.F)));
   v.array("velocity", p.velocity, p.RI * p.C);
   v.size("polynomial", p.polynomial, 0);
+  cluster_size(p.cluster, v);
   v.number("scale", p.scale);
   v.number("eps", p.eps);
 }

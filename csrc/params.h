@@ -386,6 +386,7 @@ struct DenoiseStepParams {
   void* velocity;                // [RI, C]
   int64_t RI, RT, B, L, N, H, F, C;
   int64_t polynomial;  // as in JointAttentionParams
+  int64_t cluster;     // as in LinearParams
   double scale;        // of attention
   double eps;
   DType dtype;  // bfloat16

@@ -49,7 +49,7 @@ struct Step {
               int64_t columns) {
     LinearParams q{};
     q.x = rows, q.weight = weight, q.bias = bias, q.y = y;
-    q.R = p.RI, q.K = K, q.D = columns;
+    q.R = p.RI, q.K = K, q.D = columns, q.cluster = p.cluster;
     run(linear_cuda, q);
   }
 
@@ -83,7 +83,7 @@ struct Step {
     q.image_offsets = p.image_offsets, q.text_offsets = p.text_offsets;
     q.qkv = qkv(0);
     q.RI = p.RI, q.RT = p.RT, q.B = p.B, q.K = D, q.N = p.N, q.H = p.H;
-    q.eps = p.eps;
+    q.eps = p.eps, q.cluster = p.cluster;
     run(linear_qkv_norm_rope_cuda, q);
   }
 
@@ -104,7 +104,7 @@ struct Step {
     q.image_x = normed(kImage), q.text_x = normed(kText);
     q.image_weight = weights(block, kImage).w13, q.text_weight = weights(block, kText).w13;
     q.image_y = hidden(kImage), q.text_y = hidden(kText);
-    q.RI = p.RI, q.RT = text ? p.RT : 0, q.K = D, q.F = p.F;
+    q.RI = p.RI, q.RT = text ? p.RT : 0, q.K = D, q.F = p.F, q.cluster = p.cluster;
     run(linear_swiglu_cuda, q);
   }
 
@@ -125,6 +125,7 @@ struct Step {
     q.image_offsets = p.image_offsets, q.text_offsets = p.text_offsets;
     q.image_out = x(kImage), q.text_out = x(kText);
     q.RI = p.RI, q.RT = text ? p.RT : 0, q.B = p.B, q.K = mlp ? p.F : D, q.D = D;
+    q.cluster = p.cluster;
     run(linear_gated_residual_cuda, q);
   }
 

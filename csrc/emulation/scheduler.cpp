@@ -25,6 +25,7 @@ constexpr char kPoison = char(0xff);
 std::vector<Place> g_ready;
 size_t g_next_ready = 0;
 uint64_t g_seed = 0, g_state = 0;
+int g_cluster_launches = 0;
 int g_error = 0;
 const char* g_kernel = "";
 char g_message[1024] = "";
@@ -214,6 +215,7 @@ void run_grid(const char* name, const void* kernel, const Launch& launch, void (
   blockDim = block;
   g_state = g_seed;
   g_cluster.size = launch.cluster;
+  g_cluster_launches += launch.cluster > 1;
   g_cluster.threads = unsigned(threads);
   g_cluster.thread = thread;
   g_cluster.closure = closure;
@@ -244,10 +246,15 @@ int last_error() { return std::exchange(g_error, 0); }
 extern "C" {
 __attribute__((visibility("default"))) void lens_emulation_seed(uint64_t seed) {
   lens::emulation::g_seed = seed;
+  lens::emulation::g_cluster_launches = 0;
 }
 // Blocks of a cluster in the last launch.
 __attribute__((visibility("default"))) int lens_emulation_cluster() {
   return int(lens::emulation::g_cluster.size);
+}
+// Launches of more than one block a cluster since the seed was set.
+__attribute__((visibility("default"))) int lens_emulation_cluster_launches() {
+  return lens::emulation::g_cluster_launches;
 }
 // What went wrong in the last launch that failed.
 __attribute__((visibility("default"))) const char* lens_emulation_message() {

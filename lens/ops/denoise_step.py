@@ -72,6 +72,7 @@ def denoise_step(
         F=hidden,
         C=image_rows.shape[1],
         polynomial=POLYNOMIAL,
+        cluster=linear_backends.cluster(),
         scale=head_dim**-0.5,
         eps=eps,
     )

@@ -166,6 +166,19 @@ def test_the_model_by_our_products(emulated, forced):
     assert relative(got, exact) <= 2 * relative(own, exact)
 
 
+def test_clusters_are_forced_in_every_product(emulated, ours, monkeypatch):
+    """Four of two blocks, the first and the last; with multiprocessors to spare each would take clusters itself."""
+    monkeypatch.setattr(emulated, "multiprocessors", 4000)
+    given, got = inputs("no text"), []
+    with torch.no_grad():
+        for blocks, launched in ((0, 10), (1, 0), (2, 10)):
+            with linear_backends.in_clusters(blocks):
+                got.append(whole(ours, given))
+            assert emulated.library.lens_emulation_cluster_launches() == launched
+    assert same_bits(got[0], got[1])
+    assert same_bits(got[1], got[2])
+
+
 # ---- in a step
 
 
