@@ -97,6 +97,6 @@ void begin_cluster_barrier(unsigned threads);  // of all blocks
 void leave_cluster_barrier();                  // the running thread returns
 
 void begin_copies();
-size_t copies_under_way(unsigned rank);  // into or out of a block
+size_t copies_under_way(unsigned rank);  // into a block, whoever sent them
 
 }  // namespace lens::emulation

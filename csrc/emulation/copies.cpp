@@ -19,10 +19,14 @@ struct Map {
 static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a map has 128 bytes");
 constexpr uint64_t kMapMagic = 0x70a57e4ed3a9bull;
 
-Map read_map(const CUtensorMap* raw, int rank) {
+Map read_map(const CUtensorMap* raw, const char* what) {
   Map map;
   std::memcpy(&map, raw, sizeof map);
-  if (map.magic != kMapMagic) fail("a copy with a tensor map that was never made");
+  if (map.magic != kMapMagic) fail("%s a tensor map that was never made", what);
+  return map;
+}
+Map read_map(const CUtensorMap* raw, int rank) {
+  const Map map = read_map(raw, "a copy with");
   if (map.rank != rank) fail("a copy of rank %d with a tensor map of rank %d", rank, map.rank);
   return map;
 }
@@ -92,6 +96,8 @@ bool deliver() {
   deliver(seed() == 0 ? 0 : seed() % 2 ? size_t(random_below(n)) : n - 1);
   return true;
 }
+
+void tma_prefetch(const CUtensorMap* map) { read_map(map, "a prefetch of"); }
 
 void tma_load(void* to, const CUtensorMap* raw, uint64_t* bar, uint32_t mask, int rank,
               const int* at) {

@@ -81,8 +81,12 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;  // what went wrong is the next cudaGetLastError()
 }
 template <class Kernel>
-cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel*,
+cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel,
                                            const cudaLaunchConfig_t* config) {
+  const auto* address = reinterpret_cast<const void*>(kernel);
+  if (!lens::emulation::shared_allowed(address, config->dynamicSmemBytes)) {
+    return cudaErrorInvalidValue;
+  }
   *clusters = lens::emulation::multiprocessors() / int(cluster_of(*config));
   return cudaSuccess;
 }

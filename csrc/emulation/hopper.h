@@ -53,6 +53,7 @@ void cluster_wait(int line);
 uint32_t cluster_address(const void* p, unsigned rank);
 void cluster_barrier_arrive(uint32_t address);
 
+void tma_prefetch(const CUtensorMap* map);
 // mask: a bit for each block of the cluster that it lands in, at the same place
 void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, uint32_t mask, int rank,
               const int* at);

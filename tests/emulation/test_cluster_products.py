@@ -94,6 +94,9 @@ FAULTS = {
     "barriers of a block that may not have begun": (
         "    cluster_arrive();\n    cluster_wait();\n", "", "without a cluster barrier"
     ),
+    "clusters asked for before their shared memory is allowed": (
+        "  if (allow_shared<kernel>(Ring::kSharedBytes)) return 0;\n", "", "error 801"
+    ),
     "half a box of columns": ("std::max(Epilogue::kParts, cluster)", "Epilogue::kParts", "leaves the block|deadlock|^numbers"),
 }  # fmt: skip
 

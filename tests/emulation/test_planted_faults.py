@@ -182,7 +182,10 @@ PRODUCT_FAULTS = {
     "two weight rows exchanged": Fault("linear", _EPILOGUE, "2 * h + i % 2]", "2 * h + (i + 1) % 2]", NUMBERS),
     "row halves exchanged": Fault("linear", _EPILOGUE, "2 * h + i % 2]", "2 * (1 - h) + i % 2]", NUMBERS),
     "a map with 32 weight rows too many": Fault(
-        "linear", _RING, "4, 4, wide / 32}", "4, 4, wide / 32 + 1}", "past the end of 'weight'"
+        "linear", _RING, "4, 4, columns / 32}", "4, 4, columns / 32 + 1}", "past the end of 'weight'"
+    ),
+    "no map for a stream without rows": Fault(
+        "linear", _RING, "streams[streams[s].rows ? s : 1 - s]", "streams[s]", "error 1:"
     ),
     "text tiles of the image's stream": Fault(
         "linear_gated_residual", _RING, "{text ? kText : kImage", "{kImage", "numbers|past the end"

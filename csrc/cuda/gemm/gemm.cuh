@@ -228,16 +228,16 @@ int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
   const GemmStream streams[] = {image, text};
   const uint32_t columns_a_copy = N / std::max(Epilogue::kParts, cluster);
   for (int s = 0; s < 2; ++s) {
-    const GemmStream& stream = streams[s];
-    const int64_t wide = stream.rows ? columns : 0;
+    // a stream without rows has no tiles, but its maps are prefetched: they are the other's
+    const GemmStream& stream = streams[streams[s].rows ? s : 1 - s];
     if (const int error =
             make_tensor_map(&maps.x[s], stream.x, {p.K, stream.rows}, {p.K}, {kTileK, M})) {
       return error;
     }
     // of Fragment e, q, j, then the 32s
-    if (const int error = make_tensor_map(&maps.weight[s], stream.weight, {p.K, 2, 4, 4, wide / 32},
-                                          {p.K, 8 * p.K, 2 * p.K, 32 * p.K},
-                                          {kTileK, 2, 4, 4, columns_a_copy / 32})) {
+    if (const int error = make_tensor_map(
+            &maps.weight[s], stream.weight, {p.K, 2, 4, 4, columns / 32},
+            {p.K, 8 * p.K, 2 * p.K, 32 * p.K}, {kTileK, 2, 4, 4, columns_a_copy / 32})) {
       return error;
     }
   }

@@ -33,7 +33,7 @@ inline uint32_t cluster_address(const void* p, unsigned rank) {
 }
 inline void cluster_barrier_arrive(uint32_t address) { host::cluster_barrier_arrive(address); }
 
-inline void tma_prefetch(const CUtensorMap*) {}
+inline void tma_prefetch(const CUtensorMap* map) { host::tma_prefetch(map); }
 inline void tma_load_2d(void* to, const CUtensorMap* map, uint64_t* bar, int x, int y) {
   const int at[] = {x, y};
   host::tma_load(to, map, bar, 1u << host::current_block(), 2, at);
