@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# Lens-Mini on one GPU, from nothing to weights. Stages in order: check [build] vae encoder pretrain export score pack
+# Lens-Mini on one GPU, from nothing to weights. In order: check [build] vae encoder pretrain export mixed export score pack
 #
 #     bash bench/mini_gpu.sh check vae encoder          # any number of stages in one call; what is done is skipped
 #     bash bench/mini_gpu.sh pretrain                   # saves and returns after LIMIT; again to resume
+#     bash bench/mini_gpu.sh export mixed export        # many sizes, from what the first stage exported
 #     bash bench/mini_gpu.sh export pack                # $RUN/home holds what to take along: files of 15 MB at most
 #     bash bench/mini_gpu.sh unpack FOLDER              # at home, or on the next machine: the reverse of pack
 #
 # RUN (runs/gpu), PYTHON (python3), DEVICE (cuda), WORKERS (cores - 2), LIMIT (9m), RECIPE (mini_gpu) may be set, and
-# PRETRAIN for further options of that stage: PRETRAIN='--init runs/gpu/mini --joint-steps 0 --steps 3000' goes on from
-# exported weights where the state of an earlier machine is gone.
+# PRETRAIN and MIXED for further options of those stages: PRETRAIN='--init runs/gpu/mini --joint-steps 0 --steps 3000'
+# goes on from exported weights where the state of an earlier machine is gone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/gpu} PY=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} LIMIT=${LIMIT:-9m} RECIPE=${RECIPE:-mini_gpu}
@@ -79,8 +80,18 @@ pretrain() {
     --device "$DEVICE" --workers "$WORKERS" --stop-after "$LIMIT" ${PRETRAIN:-}
 }
 
-export_() {
-  "$PY" -m train pretrain --config "$RECIPE" --vae "$RUN/vae" --out "$RUN/base" --export "$RUN/mini"
+mixed() {
+  # shellcheck disable=SC2086
+  "$PY" -m train mixed_resolution --config "$RECIPE" --init "$RUN/mini" --vae "$RUN/mini/vae" --out "$RUN/mixed" \
+    --device "$DEVICE" --workers "$WORKERS" --stop-after "$LIMIT" ${MIXED:-}
+}
+
+export_() { # the last stage that was trained
+  if [ -f "$RUN/mixed/mixed_resolution.pt" ]; then
+    "$PY" -m train mixed_resolution --config "$RECIPE" --vae "$RUN/mini/vae" --out "$RUN/mixed" --export "$RUN/mini"
+  else
+    "$PY" -m train pretrain --config "$RECIPE" --vae "$RUN/vae" --out "$RUN/base" --export "$RUN/mini"
+  fi
 }
 
 score() {
@@ -111,10 +122,10 @@ unpack() {
   mkdir -p "$RUN/vae" && cp "$1/joint.pt" "$RUN/vae/joint.pt"
 }
 
-[ $# -gt 0 ] || { sed -n '2,11s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -gt 0 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
 while [ $# -gt 0 ]; do
   case "$1" in
-    check | build | vae | encoder | pretrain | score | pack) stage=$1 ;;
+    check | build | vae | encoder | pretrain | mixed | score | pack) stage=$1 ;;
     export) stage=export_ ;;
     unpack)
       [ $# -gt 1 ] || { echo "mini_gpu.sh unpack: the folder that pack wrote is missing" >&2; exit 2; }
@@ -122,7 +133,7 @@ while [ $# -gt 0 ]; do
       shift 2
       continue
       ;;
-    *) echo "mini_gpu.sh: no stage $1; expected check, build, vae, encoder, pretrain, export, score, pack or unpack" >&2; exit 2 ;;
+    *) echo "mini_gpu.sh: no stage $1; expected check, build, vae, encoder, pretrain, export, mixed, score, pack or unpack" >&2; exit 2 ;;
   esac
   echo "== $1 ($(date -u +%H:%M:%S))"
   $stage

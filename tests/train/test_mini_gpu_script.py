@@ -35,22 +35,33 @@ def recorder(tmp_path):
 
 def test_every_command_is_understood(recorder, tmp_path, monkeypatch):
     python, calls = recorder
-    stages = ("vae", "encoder", "pretrain", "export", "score")
+    stages = ("vae", "encoder", "pretrain", "export", "mixed", "score")
     for extra in ({}, {"PRETRAIN": "--init runs/gpu/mini --joint-steps 0 --steps 3000"}):
         done = run(*stages, python=python, run=tmp_path / "run", **extra)
         assert done.returncode == 0, done.stderr
     asked = [call[2:] for call in calls() if call[:2] == ["-m", "train"]]
-    assert [call[0] for call in asked] == ["vae", "encoder", "pretrain", "pretrain", "evaluate"] * 2
+    assert [call[0] for call in asked] == ["vae", "encoder", "pretrain", "pretrain", "mixed_resolution", "evaluate"] * 2
     seen = []
     for stage in {call[0] for call in asked}:
         module = importlib.import_module(STAGES[stage][0])
         monkeypatch.setattr(module, "run", lambda options: seen.append(options) or 0)
     for call in asked:
         assert main(call) == 0
-    fresh, again = seen[2], seen[7]
+    fresh, again, mixed = seen[2], seen[8], seen[4]
+    assert (str(mixed.init), str(mixed.vae)) == (f"{tmp_path}/run/mini", f"{tmp_path}/run/mini/vae")
     assert (str(fresh.encoder), fresh.init) == (f"{tmp_path}/run/encoder/encoder.pt", None)
     assert (again.encoder, str(again.init), again.joint_steps, again.steps) == (None, "runs/gpu/mini", 0, 3000)
     assert {o.device for o in (*seen[:3],)} == {"cuda"}
+
+
+def test_the_last_stage_that_was_trained_is_exported(recorder, tmp_path):
+    python, calls = recorder
+    for state, stage in (("base/pretrain.pt", "pretrain"), ("mixed/mixed_resolution.pt", "mixed_resolution")):
+        save_state(tmp_path / state, {"stage": stage})
+        done = run("export", python=python, run=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert calls()[-1][2] == stage
+        assert calls()[-1][-2:] == ["--export", f"{tmp_path}/mini"]
 
 
 def test_what_is_done_is_skipped(recorder, tmp_path):
