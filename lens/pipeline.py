@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -457,17 +457,34 @@ class LensPipeline:
     # ------------------------------------------------------------------------------------------------ pixels
 
     def _finish(self, rows: list[Tensor], batch: Batch, output_type: str) -> Any:
-        for k, r in enumerate(rows):
-            if not torch.isfinite(r).all():
-                raise FloatingPointError(f"picture {k}: the final latents hold NaN or infinity")
+        self._expect_finite("final latents", rows)
         if output_type == "latent":
             return batch.shaped(torch.cat(rows))
         with self.stage("decode"):
             pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, batch.grids)]
+        self._expect_finite("decoded pixels", pictures)
         if output_type == "pil":
             return [vae.to_pil(p) for p in pictures]
         arrays = [vae.to_numpy(p) for p in pictures]
         return np.stack(arrays) if batch.same_size else arrays
+
+    def _expect_finite(self, what: str, found: list[Tensor]) -> None:
+        """Errors: FloatingPointError naming the weights that are to blame, of which only now all are read."""
+        for k, x in enumerate(found):
+            if not torch.isfinite(x).all():
+                names = list(_not_finite(self.parts()))
+                more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+                blame = f"; so do the weights {', '.join(names[:4])}{more}" if names else "; no weight does"
+                raise FloatingPointError(f"picture {k}: the {what} hold NaN or infinity{blame}")
+
+
+def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
+    """The weights that hold NaN or infinity, as their files name them. On the meta device there is nothing to read."""
+    for part, module in parts.items():
+        for name, p in module.named_parameters():
+            if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
+                own = checkpoint.released_names(name) if part == "transformer" else [name]
+                yield from (f"{part}/{key}" for key in own)
 
 
 def _pinned(noise: Tensor, device: torch.device) -> Tensor:

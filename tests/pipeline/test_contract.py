@@ -349,8 +349,24 @@ def test_nan_in_the_model_is_refused():
     pipe = fresh()
     with torch.no_grad():
         pipe.transformer.image_out.bias[5] = math.nan
-    with pytest.raises(FloatingPointError, match="picture 0: the final latents hold NaN or infinity"):
+    said = "picture 0: the final latents hold NaN or infinity; so do the weights transformer/proj_out.bias$"
+    with pytest.raises(FloatingPointError, match=said):
         pipe(A, **LATENT)
+    with torch.no_grad():
+        pipe.transformer.image_out.bias[5] = 3e38  # finite, and its square is not
+    with pytest.raises(FloatingPointError, match="hold NaN or infinity; no weight does$"):
+        pipe(A, guidance_scale=3.0, **LATENT)
+
+
+def test_nan_in_the_decoder_is_no_black_picture():
+    pipe = fresh()
+    bias = pipe.codec.vae.decoder.conv_out.bias
+    with torch.no_grad():
+        bias[1] = math.nan
+    with pytest.raises(
+        FloatingPointError, match="the decoded pixels hold .*; so do the weights vae/decoder.conv_out.b"
+    ):
+        pipe(A, **{**LATENT, "output_type": "pil"})
 
 
 # ---------------------------------------------------------------------------------------------- embeddings
