@@ -117,10 +117,11 @@ def step(
 
 class Multistep:
     """DPM-Solver++(2M) (arXiv 2211.01095) in flow form, x_t = (1 - t) x0 + t eps, lambda = log((1 - t) / t): second order where
-    Euler is first, for as many velocities. Not what the released models are sampled with; no argument of the pipeline.
+    Euler is first, for as many velocities. For rollouts of reinforcement learning, whose 20 steps and more it serves; the
+    released models are sampled by Euler, and the pipeline has no argument for it.
 
     x0_i = x - t_i v;  x += (t_i+1 - t_i) v + c_i (x0_i - x0_i-1);  c_i = (1 - t_i+1 / t_i) h_i / (2 h_i-1), h_i = lambda_i+1 - lambda_i.
-    The first step and the last are Euler's (c = 0), and so is the one behind t = 1, whose h is infinite: all are finite.
+    The first step and the last are Euler's (c = 0), and so is the one behind t = 1, whose h_i-1 is infinite: all are finite.
 
     sigmas: the times t_0 > ... > t_n in [0, 1], [n + 1], or [n + 1, ...] that broadcasts to x. Errors: ValueError.
     """
@@ -131,9 +132,7 @@ class Multistep:
             raise ValueError(f"Multistep: sigmas must fall from at most 1 to at least 0, got {sigmas.tolist()}")
         h = (torch.log1p(-t) - torch.log(t)).diff(dim=0)
         self.sigmas, self.weights = t, torch.zeros_like(h)
-        if len(h) > 2:
-            inner = (1 - t[2:-1] / t[1:-2]) * h[1:-1] / (2 * h[:-2])
-            self.weights[1:-1] = inner.where(h[:-2].isfinite(), 0.0)
+        self.weights[1:-1] = (1 - t[2:-1] / t[1:-2]) * h[1:-1] / (2 * h[:-2])
         self.before: Tensor | None = None  # x0 of the step before
 
     def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
