@@ -354,7 +354,7 @@ def test_nan_in_the_model_is_refused():
         pipe(A, **LATENT)
     with torch.no_grad():
         pipe.transformer.image_out.bias[5] = 3e38  # finite, and its square is not
-    with pytest.raises(FloatingPointError, match="hold NaN or infinity; no weight does$"):
+    with pytest.raises(FloatingPointError, match=r"hold NaN or infinity; no weight does$"):
         pipe(A, guidance_scale=3.0, **LATENT)
 
 
@@ -363,9 +363,7 @@ def test_nan_in_the_decoder_is_no_black_picture():
     bias = pipe.codec.vae.decoder.conv_out.bias
     with torch.no_grad():
         bias[1] = math.nan
-    with pytest.raises(
-        FloatingPointError, match="the decoded pixels hold .*; so do the weights vae/decoder.conv_out.b"
-    ):
+    with pytest.raises(FloatingPointError, match="decoded pixels hold NaN or infinity; so do the weights vae/decoder"):
         pipe(A, **{**LATENT, "output_type": "pil"})
 
 
