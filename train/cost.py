@@ -175,7 +175,7 @@ def dry_run(
     lines += [
         f"pictures a step      {pictures:8.0f}",
         f"tokens a step        {tokens / 1e6:8.2f} e6 ({text} of text each)",
-        f"FLOPs a step         {flops / 1e15:8.1f} e15, {flops / pictures / 1e12:.1f} e12 a picture ({flops / forward:.2f} forward passes)",
+        f"FLOPs a step         {flops / 1e15:8.1f} e15, {flops / pictures / 1e12:.1f} e12 a picture ({flops / forward:.3g} forward passes)",
         f"at {mfu:4.0%} MFU          {seconds:8.2f} s a step, {pictures / seconds:,.0f} pictures/s, {tokens / seconds:,.0f} tokens/s",
         f"GPU hours            {seconds * recipe.STEPS * world / 3600:8,.0f} for {recipe.STEPS:,} steps",
     ]

@@ -275,8 +275,11 @@ def drawn(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
     asked = buckets_of(recipe)
     found = {bucket: n for bucket, n in shards.sizes.items() if bucket in asked}
     if not found:
-        held, wanted = (", ".join(b.name for b in buckets[:4]) for buckets in (list(shards.sizes), asked))
-        raise ValueError(f"{shards.folder} holds no bucket of BASES and ASPECTS: {held}, ...; expected {wanted}, ...")
+        held, wanted = (
+            ", ".join(b.name for b in buckets[:4]) + (", ..." if len(buckets) > 4 else "")
+            for buckets in (list(shards.sizes), asked)
+        )
+        raise ValueError(f"{shards.folder} holds no bucket of BASES and ASPECTS: {held}; expected {wanted}")
     return found
 
 

@@ -30,7 +30,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
@@ -44,7 +44,7 @@ from .checkpointing import write_text
 from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
 from .data.pictures import fitted
-from .data.shards import FEATURES, IDS, LATENTS, Sample, ShardSet, read_index, write_manifest, write_shard
+from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
 from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
 from .data.stream import start_worker, undisturbed
 from .loop import FULL, Halted, device_of, positive
@@ -185,6 +185,23 @@ def completed(plans: Sequence[Plan], workers: int) -> Iterator[tuple[Plan, int]]
             raise
 
 
+def kind(reason: str) -> str:
+    """The sort of a reason, which names no file."""
+    return "no caption" if reason.startswith("no caption") else reason if reason == "too small" else "unusable"
+
+
+def in_words(left_out: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count) or "nothing"
+
+
+def forgotten(folder: Path, plans: Sequence[Plan]) -> str:
+    """The buckets, and how many shards of each, that a folder's manifest names and the plans do not. Errors: ValueError."""
+    before = ShardSet(folder).manifest["buckets"] if (folder / MANIFEST).is_file() else {}
+    kept = {plan.path for plan in plans}
+    gone = {bucket: sum(folder / bucket / shard["name"] not in kept for shard in own) for bucket, own in before.items()}
+    return ", ".join(f"{bucket} ({count})" for bucket, count in gone.items() if count)
+
+
 def build(options: argparse.Namespace) -> None:
     """Plan, write what is missing, then the manifest. Errors: ValueError where nothing usable was found; OSError."""
     extra = Precompute(
@@ -199,18 +216,20 @@ def build(options: argparse.Namespace) -> None:
     out: list[tuple[str, str]] = []
     plans = plans_of(options, sources_of(options, out), extra)
     if not plans:
-        reasons = dict(collections.Counter(reason for _, reason in out))
-        raise ValueError(f"shards: {options.images} holds no usable picture with a caption; left out: {reasons}")
+        reasons = in_words(collections.Counter(kind(reason) for _, reason in out))
+        raise ValueError(
+            f"shards: {options.images} holds no usable picture with a caption for --split {options.split}; "
+            f"left out: {reasons}"
+        )
+    gone = forgotten(options.out, plans)
     missing = [plan for plan in plans if not plan.done()]
     print(f"{sum(len(p.sources) for p in plans)} samples in {len(plans)} shards, {len(missing)} to write", flush=True)
-    begin = time.monotonic()
+    begin, written = time.monotonic(), 0
     for count, (plan, samples) in enumerate(completed(missing, options.workers), 1):
         left = (time.monotonic() - begin) / count * (len(missing) - count)
-        name = plan.path.relative_to(options.out)
+        name, written = plan.path.relative_to(options.out), written + samples
         print(f"{name}  {samples} samples  {count} of {len(missing)}, {left:.0f} s left", flush=True)
-    counted = dict(collections.Counter("no caption" if r.startswith("no caption") else r for _, r in out))
-    for reason in [r for r in counted if r not in ("no caption", "too small")]:
-        counted["unusable"] = counted.get("unusable", 0) + counted.pop(reason)
+    counted = collections.Counter(kind(reason) for _, reason in out)
     settings = {
         "split": options.split,
         "held_out": options.held_out,
@@ -221,7 +240,11 @@ def build(options: argparse.Namespace) -> None:
     torn = [pair for p in plans for pair in read_index(p.path.with_suffix(".json"))["skipped"]]
     lines = [json.dumps({"source": s, "reason": r}, ensure_ascii=False) for s, r in [*out, *torn]]
     write_text(options.out / "left_out.jsonl", "".join(line + "\n" for line in lines))
-    print(f"{manifest['samples']} samples written; left out: {manifest['left_out']}")
+    if gone:
+        print(
+            f"in the manifest before and no longer, files kept: {gone}; expected --bases and --aspects of all of them"
+        )
+    print(f"{written} samples written, {manifest['samples']} in all; left out: {in_words(manifest['left_out'])}")
 
 
 def share(text: str) -> float:

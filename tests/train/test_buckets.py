@@ -278,7 +278,9 @@ def test_the_state_of_another_stream_is_refused(change):
 def test_what_cannot_be_sampled_says_so():
     with pytest.raises(ValueError, match="base 1440 has weight 1 and 0 buckets"):
         sampler(base={512: 1, 1440: 1})
-    with pytest.raises(ValueError, match="base 512 has no batch size"):
+    with pytest.raises(
+        ValueError, match="BATCH: base 512 has no number of pictures in a micro-batch, expected at least 1"
+    ):
         sampler(batch={768: 10, 1024: 6})
     with pytest.raises(ValueError, match="'often'"):
         sampler(aspect="often")

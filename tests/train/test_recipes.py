@@ -164,6 +164,8 @@ def test_the_dry_run_of_adapters_adds_up():
     whole, own = (cost.training_flops(config, 1024, [200], lora) for lora in (None, adapters.of(changed)))
     assert 0.66 < own / whole < 0.75
     text = cost.dry_run(changed, 8, 8, "h200", 0.4)
+    assert "(2.16 forward passes)" in text
+    assert "(3 forward passes)" in cost.dry_run(STAGE_A, 8, 8, "h200", 0.4)
     assert "adapters" in text
     assert "192,000" not in text
 

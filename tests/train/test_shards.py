@@ -112,7 +112,9 @@ def test_a_folder_becomes_shards_of_one_bucket_each(photos, tmp_path, capsys):
             names = file.getnames()
         assert len({name.partition(".")[0] for name in names}) <= 2
         assert len(names) == 3 * len({name.partition(".")[0] for name in names})
-    assert "samples written" in capsys.readouterr().out
+    total = shards.manifest["samples"]
+    said = f"samples written, {total} in all; left out: 1 no caption, 2 too small, 2 unusable\n"
+    assert capsys.readouterr().out.endswith(f"{total} {said}")
 
 
 def test_any_webdataset_reader_streams_them(photos, tmp_path):
@@ -242,8 +244,26 @@ def test_a_killed_worker_is_said_with_its_shard():
 def test_nothing_usable_is_an_error(tmp_path):
     (tmp_path / "empty").mkdir()
     gradient(64, 64).save(tmp_path / "empty" / "a.png")
-    with pytest.raises(ValueError, match=r"no usable picture with a caption; left out: \{'no caption': 1\}"):
+    said = "no usable picture with a caption for --split train; left out:"
+    with pytest.raises(ValueError, match=f"{said} 1 no caption$"):
         build("--images", tmp_path / "empty", "--out", tmp_path / "out", "--bases", 64)
+    (tmp_path / "empty" / "a.png").unlink()
+    with pytest.raises(ValueError, match=f"{said} nothing$"):
+        build("--images", tmp_path / "empty", "--out", tmp_path / "out", "--bases", 64)
+
+
+def test_shards_that_a_later_build_forgets_are_named(photos, tmp_path, capsys):
+    def said(*bases):
+        build("--images", photos, "--out", tmp_path / "out", "--aspects", "1:1", "2:1", "--bases", *bases)
+        return capsys.readouterr().out.splitlines()
+
+    said(64, 96)
+    _, forgotten, last = said(64)
+    assert forgotten.startswith("in the manifest before and no longer, files kept: 96_1x1 (1), 96_2x1 (1); expected ")
+    assert last.startswith("0 samples written, ")
+    assert (tmp_path / "out" / "96_1x1" / "000000.tar").is_file()
+    assert len(said(64, 96)) == 2
+    assert Bucket(96, "1:1") in ShardSet(tmp_path / "out").sizes
 
 
 def test_held_out_keys_are_never_trained_on(photos, tmp_path):

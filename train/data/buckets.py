@@ -141,7 +141,9 @@ class BucketLaw:
             if share < 0 or not own:
                 raise ValueError(f"BucketLaw: base {base} has weight {share} and {len(own)} buckets with samples")
             if self.batch.get(base, 0) < 1:
-                raise ValueError(f"BucketLaw: base {base} has no batch size, expected one of {dict(self.batch)}")
+                raise ValueError(
+                    f"BATCH: base {base} has {self.batch.get(base, 'no number of')} pictures in a micro-batch, expected at least 1"
+                )
             out |= {b: Fraction(share) * w / sum(own.values()) for b, w in own.items()}
         if not out:
             raise ValueError(f"BucketLaw: no bucket can be drawn from {len(present)} with samples")
