@@ -111,6 +111,9 @@ def test_both_tables_are_read_by_what_chooses_by_them(tmp_path, places, monkeypa
             cache.cache_clear()
 
 
+FIRST = _invariance.CASES[0]
+
+
 def priced(case, plain, invariant, products="ours", rates=True, **forced):
     """A step and the same under batch_invariant, in milliseconds."""
     rows = [row(case, 1e-3 * ms, subject=name) for name, ms in (("ours", plain), ("ours_batch_invariant", invariant))]
@@ -141,14 +144,25 @@ def test_the_price_of_batch_invariance_decides_its_default_once_every_case_is_me
 @pytest.mark.parametrize(
     "rows",
     [
-        priced("step/1024/cfg/text415/bf16", 60, 60, linear="fused"),
-        priced("step/1024/cfg/text415/bf16", 60, 60, products="library, sample by sample: w13"),
-        priced("step/1024/cfg/text415/bf16", 60, 60, rates=False),
+        priced(FIRST, 60, 60, linear="fused"),
+        [*priced(FIRST, 60, 60, linear="fused")[:1], *priced(FIRST, 60, 60)[1:]],
+        [*priced(FIRST, 60, 60)[:1], *priced(FIRST, 60, 60, linear="fused")[1:]],
+        priced(FIRST, 60, 60, products="library, sample by sample: w13"),
+        priced(FIRST, 60, 60, rates=False),
         priced("step/1024/cfg/text200/bf16", 60, 60),
-        priced("step/1024/cfg/text415/bf16", 60, 60)[:1],
-        priced("step/1024/cfg/text415/bf16", 60, 60)[1:],
+        priced(FIRST, 60, 60)[:1],
+        priced(FIRST, 60, 60)[1:],
     ],
-    ids=["forced", "by the library", "beside the library", "another case", "without it alone", "with it alone"],
+    ids=[
+        "forced",
+        "one forced",
+        "the other",
+        "by the library",
+        "beside the library",
+        "another case",
+        "without it alone",
+        "with it alone",
+    ],
 )
 def test_no_other_measurement_is_a_price(tmp_path, places, rows):
     made = result(*rows, capability="9.0")

@@ -775,6 +775,18 @@ def test_libraries_get_channels_side_by_side(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(out.sum(), real), (real[1], real[0], torch.ones_like(out)))
 
 
+@pytest.mark.parametrize("invariant", [True, False])
+@pytest.mark.parametrize("replaced", [None, "FA3"])
+def test_what_stands_in_for_torchs_flash_splits_no_keys_under_batch_invariance(monkeypatch, replaced, invariant):
+    """torch's own never does; one that a process put in its place may, by the longest sample of the call."""
+    given = []
+    monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: replaced)
+    module = types.SimpleNamespace(varlen_attn=lambda *_, **options: given.append(options) or torch.zeros(1))
+    joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
+    _attention_cuda.torch_varlen(*inputs(), Samples(joint, joint, 10, 10, 8**-0.5, invariant=invariant), module)
+    assert given == [{"num_splits": 1} if replaced and invariant else {}]
+
+
 @pytest.mark.parametrize("gives", [True, False])
 def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
     def flash_attn_varlen_func(
