@@ -85,7 +85,7 @@ def test_ragged_rows_of_a_cluster(rows):
 
 
 def test_one_tile_of_random_numbers():
-    against_spec("linear", kernels.linear(128, 64, 128))
+    against_spec("linear", {**kernels.linear(128, 64, 128), "cluster": 1})
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
@@ -94,12 +94,14 @@ def test_ragged_rows(rows, columns):
     against_spec("linear", kernels.linear(rows, 192, columns))
 
 
-def test_narrow_shapes_of_every_epilogue():
-    """Small enough for the sanitizer: both streams, one head, one tile each."""
-    against_spec("linear", kernels.linear(70, 128, 64))
-    against_spec("linear_qkv_norm_rope", kernels.qkv([20, 9], [3, 40], 64, 1))
-    against_spec("linear_swiglu", kernels.swiglu(20, 3, 64, 64))
-    against_spec("linear_gated_residual", kernels.gated([20, 9], [3, 40], 64, 64))
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_narrow_shapes_of_every_epilogue(cluster):
+    """Small enough for the sanitizer: both streams, one head, one tile each; two row tiles. Of a block, of a cluster."""
+    against_spec("linear", {**kernels.linear(70, 128, 64), "cluster": cluster})
+    against_spec("linear", {**kernels.linear(200, 64 * 9, 64), "cluster": cluster})
+    against_spec("linear_qkv_norm_rope", {**kernels.qkv([20, 9], [3, 40], 64, 1), "cluster": cluster})
+    against_spec("linear_swiglu", {**kernels.swiglu(20, 3, 64, 64), "cluster": cluster})
+    against_spec("linear_gated_residual", {**kernels.gated([20, 9], [3, 40], 64, 64), "cluster": cluster})
 
 
 @pytest.mark.parametrize("case", kernels.HEADS)
