@@ -152,10 +152,10 @@ class Denoiser(LensTransformer2DModel):
 
     def _run(self, image_rows: Tensor, features: Tensor, time: Tensor, packing: Packing) -> Tensor:
         # the time stays float32 up to its sinusoid: rounded to bfloat16 it would move by up to 0.4 %
-        temb = F.silu(self.time_embedding(time))
+        temb = F.silu(self.time_embedding(time)).float()  # every block rounds its own copy: gradients meet in float32
         text = self.project_text(list(features.to(self.compute).unbind(1)), packing.text_lengths)
         carried: Carried = (self.image_in(image_rows.to(self.compute)),), (text,)
         for index, block in enumerate(self.blocks):
-            carried = block(carried, temb, packing, index + 1 == len(self.blocks))
-        final = self.final_modulation(temb).view(len(time), 2, -1)
+            carried = block(carried, temb.to(self.compute), packing, index + 1 == len(self.blocks))
+        final = self.final_modulation(temb.to(self.compute)).view(len(time), 2, -1)
         return self.image_out(self._final_norm(carried[IMAGE][0], Modulation(final, final), packing))

@@ -103,6 +103,7 @@ def checkpoint_in(folder):
 
 def whole(tensor):
     full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    full = full.view(torch.uint16) if full.dtype == torch.bfloat16 else full  # its bits, for NumPy lacks it
     return full.detach().numpy().copy()
 
 
