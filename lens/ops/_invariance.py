@@ -1,9 +1,10 @@
-"""Whether a sample's bits depend on its batch: who keeps them its own on a GPU, what that costs, when it is the default.
+"""Whether a sample's bits depend on its batch: who keeps them its own on a GPU, what that costs, when it is default.
 
 Rows of our products depend on themselves alone (docs/gemm.md), so where they serve every product of the blocks, being
 independent costs what ours lose to a choice by rates, and steps are captured as ever. Elsewhere the library multiplies
 sample by sample. The default on a GPU follows a rule: on, where the price was measured at every case of CASES and the
-highest is below LIMIT. invariance_table.json holds the prices; `python -m bench tables` writes those of committed results.
+highest is below LIMIT, unless an attention is forced that looks at other samples. invariance_table.json holds the
+prices; `python -m bench tables` writes those of committed results.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lens.config import LensConfig
-from lens.ops import linear_backends
+from lens.ops import attention_backends, linear_backends
 from lens.ops.choice import capability, dotted
 from lens.ops.linear_fused import plain
 
@@ -47,8 +48,8 @@ def price(arch: tuple[int, int], status: str = "measured") -> float | None:
 
 
 def by_library(config: LensConfig, device: torch.device, dtype: torch.dtype, layers: Sequence[Any] = ()) -> str:
-    """Why the library multiplies in blocks whose samples must not depend on their batch, hence one by one; "" where ours
-    do it. RuntimeError where ours are forced and cannot run."""
+    """Why the library multiplies in blocks whose samples must not depend on their batch, hence one by one; "" where
+    ours do it. RuntimeError where ours are forced and cannot run."""
     if linear_backends.idle(alone=True):
         return "the reference ops were asked for"
     for need in linear_backends.needs(config, device, dtype, 0, plain=all(map(plain, layers)), alone=True):
@@ -64,6 +65,17 @@ def of_model(model: LensTransformer2DModel) -> str:
     return by_library(model.config, model.device, model.dtype, layers)
 
 
+def mixing(config: LensConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """Why attention, as it is forced, cannot keep samples apart, or ""."""
+    try:
+        attention_backends.choose(
+            attention_backends.need_of(device, dtype, config.attention_head_dim, 0, invariant=True)
+        )
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
 def default(model: LensTransformer2DModel) -> bool:
     """Whether a sample's bits do not depend on its batch where nobody asked: on a CPU yes, on a GPU by the rule above;
     in training no."""
@@ -73,7 +85,9 @@ def default(model: LensTransformer2DModel) -> bool:
     if device.type == "cpu":
         return True
     found = price(capability(device.index))
-    return found is not None and found < LIMIT and not of_model(model)
+    if found is None or found >= LIMIT or of_model(model):
+        return False
+    return not mixing(model.config, device, model.dtype)
 
 
 def report(device: torch.device) -> tuple[bool, str]:
@@ -88,6 +102,8 @@ def report(device: torch.device) -> tuple[bool, str]:
         return False, str(error)
     if why:
         return False, f"{no}; batch_invariant=True multiplies sample by sample, not captured ({why})"
+    if why := mixing(LensConfig(), device, torch.bfloat16):
+        return False, f"{no}; batch_invariant=True raises ({why})"
     measured, predicted = price(arch), price(arch, "predicted")
     if measured is not None:
         said = f"{100 * measured:.1f} % of a step, measured"

@@ -26,14 +26,16 @@ def gpu(monkeypatch):
     """A machine with a GPU of ``gpu.arch`` and a build with every kernel; ``gpu.prices`` is the table."""
     said = types.SimpleNamespace(arch=HOPPER, prices=entries(0.01, 0.005, 0.019))
     monkeypatch.setattr(_invariance, "table", lambda: said.prices)
-    for module in (_invariance, linear_backends):
+    for module in (_invariance, attention_backends, linear_backends):
         monkeypatch.setattr(module, "capability", lambda index: said.arch)
     monkeypatch.setattr(backend, "unavailable", lambda device: "")
     monkeypatch.setattr(backend, "without", lambda kernel: "")
     monkeypatch.setattr(LensTransformer2DModel, "device", torch.device("cuda", 0))
-    linear_backends.choose.cache_clear()
+    for choose in (attention_backends.choose, linear_backends.choose):
+        choose.cache_clear()
     yield said
-    linear_backends.choose.cache_clear()
+    for choose in (attention_backends.choose, linear_backends.choose):
+        choose.cache_clear()
 
 
 @pytest.fixture
@@ -95,6 +97,20 @@ def test_where_ours_cannot_multiply_it_is_off_whatever_it_costs(gpu, model):
     assert _invariance.price(AMPERE) == 0.0
     assert not model.invariant
     assert not LensTransformer2DModel(SMALL).eval().invariant  # float32
+
+
+def test_an_attention_that_is_forced_and_looks_at_other_samples_is_not_refused_by_a_default(gpu, model):
+    assert model.invariant
+    with attention_backends.use("torch-cudnn-varlen"):
+        assert not model.invariant
+        yes, words = _invariance.report(torch.device("cuda", 0))
+        assert not yes
+        assert "batch_invariant=True raises (lens.joint_attention: torch-cudnn-varlen was asked for but cannot" in words
+        model.batch_invariant = True
+        assert model.invariant, "who asks for both is told so by attention"
+    model.batch_invariant = None
+    with attention_backends.use("torch-varlen"):
+        assert model.invariant
 
 
 def test_attention_is_asked_the_same_whatever_the_longest_sample():
