@@ -226,10 +226,17 @@ def usual(
 
 
 def summary() -> str:
-    """The choice for the released model's shapes in a few words: eager, captured, training."""
-    needs = {"eager": usual(), "captured": usual(device_lengths=True), "training": usual(backward=True)}
-    by = ", ".join(f"{choose(need).name} ({what})" for what, need in needs.items())
-    return f"{by}, {choose(needs['training']).gradients} (gradients)"
+    """The choice for the released model's shapes in a few words: plain and captured steps, training, its gradients.
+    RuntimeError where not even plain steps can be served."""
+    said = [f"{choose(usual()).name} (plain)"]
+    for what, need in {"captured": usual(device_lengths=True), "training": usual(backward=True)}.items():
+        try:
+            said.append(f"{choose(need).name} ({what})")
+        except RuntimeError:
+            said.append(f"none ({what})")
+        else:
+            said += [f"{choose(need).gradients} (gradients)"] * need.backward
+    return ", ".join(said)
 
 
 def need_of_call(q: Tensor, k: Tensor, v: Tensor, longest: int, device_lengths: bool, invariant: bool = False) -> Need:

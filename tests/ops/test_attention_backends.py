@@ -212,6 +212,21 @@ def test_every_candidate_is_reported_once_with_a_reason_and_one_is_chosen(machin
     assert not any(chosen for _, chosen, _ in rows)
 
 
+def test_the_choice_in_a_few_words(machine, monkeypatch):
+    monkeypatch.setattr(attention_backends, "capability", lambda index: (9, 0))
+    machine("flash_attn", "torch.nn.attention.varlen")
+    said = attention_backends.summary()
+    assert said == "torch-cudnn (plain), flash-attn-2 (captured), flash-attn-2 (training), flash-attn-2 (gradients)"
+    with use("torch-cudnn"):
+        said = attention_backends.summary()
+        assert said == "torch-cudnn (plain), none (captured), torch-cudnn (training), torch-cudnn (gradients)"
+    with use("torch-cudnn-varlen"):
+        said = attention_backends.summary()
+        assert said == "torch-cudnn-varlen (plain), torch-cudnn-varlen (captured), none (training)"
+    with use("flash-attn-3"), pytest.raises(RuntimeError, match="is not installed"):
+        attention_backends.summary()
+
+
 def test_forcing(machine):
     with use("torch-sdpa"):
         assert choose(need()).name == "torch-sdpa"
