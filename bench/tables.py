@@ -70,8 +70,8 @@ def linear_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
 
 
 def invariance_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
-    """The price at every case that decides the default, where both subjects ran, ours multiplied, nothing was forced, and
-    the step without chose its products by measured rates: beside the library alone invariance could look cheap."""
+    """The price at every case that decides the default, where both subjects ran, ours multiplied, nothing was forced
+    and the step without chose its products by measured rates: beside the library alone invariance could look cheap."""
     found = []
     for case in _invariance.CASES:
         plain, invariant = result.rows.get((case, OURS)), result.rows.get((case, INVARIANT))

@@ -1,4 +1,4 @@
-"""Attention on a CPU: the flash kernel of PyTorch, one call per sample, so that a sample's bits do not depend on its batch.
+"""Attention on a CPU: PyTorch's flash kernel, one call per sample, so that a sample's bits do not depend on its batch.
 
 Where a gradient is recorded, samples of equal lengths share a call: faster for small samples, and equal at rounding
 level only (the kernel's matrix products change bits with the alignment of its scratch memory, which a larger batch

@@ -1,4 +1,4 @@
-"""Attention among samples whose lengths only the device knows, as in a captured step that is replayed for other texts."""
+"""Attention among samples whose lengths only the device knows, as in a captured step replayed for other texts."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def _split_streams(
 
 
 def _gather_streams(x: Tensor, image_rows: int, image_offsets: Tensor, text_offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same by two gathers, whatever the number of samples: a training batch's hundreds of pieces would keep the host
-    busier than the device."""
+    """The same by two gathers, whatever the number of samples: a training batch's hundreds of pieces would keep the
+    host busier than the device."""
     rows = reference.joint_rows(image_offsets, text_offsets, image_rows, x.shape[0] - image_rows)
     return x.index_select(0, rows[:image_rows]), x.index_select(0, rows[image_rows:])

@@ -1,4 +1,4 @@
-"""Who multiplies in a block: the library (cuBLASLt) with a row kernel after it, or our GEMM with the row op in its epilogue.
+"""Who multiplies in a block: the library (cuBLASLt) and a row kernel after it, or our GEMM with the row op in itself.
 
 The library is the default. A shape uses ours only where linear_table.json holds measured rates of both for its
 architecture, product and rows, and ours is the higher: predictions are shown and decide nothing. A rate counts the
@@ -45,7 +45,7 @@ def cluster() -> int:
 
 @contextlib.contextmanager
 def in_clusters(blocks: int) -> Iterator[None]:
-    """Launch ours in clusters of 1 or 2 blocks inside; the bits are the same. RuntimeError where none fits the device."""
+    """Launch ours in clusters of 1 or 2 blocks inside; the same bits. RuntimeError where none fits the device."""
     global _cluster
     before, _cluster = _cluster, blocks
     try:

@@ -1,4 +1,4 @@
-"""Products whose epilogue is a row op: QKV with norm and rotation, w1 | w3 with SwiGLU, a branch added through its gate.
+"""Products whose epilogue is a row op: QKV with norm and rotation, w1 | w3 with SwiGLU, a branch through its gate.
 
 Each function takes both streams of a block, image first, with their own weights: one launch where the kernel is ours,
 because text rows alone cannot fill a GPU. Where the library multiplies (linear_backends.py says when and why), the row
@@ -31,7 +31,7 @@ def linear(layer: Layer, x: Tensor, lengths: Sequence[int] | None = None) -> Ten
     """``layer`` over packed rows [R, K] -> [R, M]; sample by sample where ``lengths`` are given.
 
     Library matrix products change a row's bits with the number of rows and with the alignment of the first one, so a
-    sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line. RuntimeError ON_DEVICE.
+    sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line. ON_DEVICE raises.
     """
     if lengths is None:
         return layer(x)
