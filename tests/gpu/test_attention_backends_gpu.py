@@ -68,12 +68,15 @@ def test_gradients_of_any_library_for_any_forward_pass(forward, backward, text_q
         assert all(same_bits(a, b) for a, b in zip(got, again, strict=True))
 
 
-def test_what_trains_unforced_is_the_same_bits_every_time():
+@pytest.mark.parametrize("name", [None, "torch-sdpa", "torch-varlen"])
+def test_what_trains_on_torch_alone_and_unforced_is_the_same_bits_every_time(name):
     """At sizes where atomics show: many blocks of keys add to one row of queries."""
-    chosen: Choice = attention_backends.choose(attention_backends.usual(backward=True))
     images, texts = [2048, 2048], [100, 0]
     leaves = [x.requires_grad_() for x in draw(8, 64, images=images, texts=texts)]
-    out = torch.cat(ops.joint_attention(*leaves, images, texts, offsets_of(images).cuda(), offsets_of(texts).cuda()))
+    offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
+    with attention_backends.use(name):
+        chosen: Choice = attention_backends.choose(attention_backends.usual(backward=True))
+        out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets))
     weight = torch.randn_like(out)
     first = torch.autograd.grad(out, leaves, weight, retain_graph=True)
     for _ in range(20):
