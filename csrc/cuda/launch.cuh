@@ -16,8 +16,7 @@
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
 #else
 #define LENS_LAUNCH_SHARED(kernel, grid, block, shared_bytes, stream, ...) \
-  (static_cast<void>(stream),                                              \
-   lens::emulation::launch(#kernel, kernel, {grid, block, shared_bytes}, __VA_ARGS__))
+  lens::emulation::launch(#kernel, kernel, {grid, block, shared_bytes, stream}, __VA_ARGS__)
 #endif
 #define LENS_LAUNCH(kernel, grid, block, stream, ...) \
   LENS_LAUNCH_SHARED(kernel, grid, block, 0, stream, __VA_ARGS__)

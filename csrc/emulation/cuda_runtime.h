@@ -29,7 +29,8 @@ constexpr cudaError_t cudaErrorInvalidValue = 1;
 constexpr cudaError_t cudaErrorNotSupported = 801;
 
 inline cudaError_t cudaGetLastError() { return lens::emulation::last_error(); }
-inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t) {
+inline cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
+  if (stream == nullptr) return cudaErrorInvalidValue;
   std::memset(pointer, value, bytes);
   return cudaSuccess;
 }
@@ -68,16 +69,20 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+// Blocks; 0, which no launch takes, for a cluster that is not along x.
 inline unsigned cluster_of(const cudaLaunchConfig_t& config) {
-  return config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+  const bool given = config.numAttrs && config.attrs->id == cudaLaunchAttributeClusterDimension;
+  if (!given) return 1;
+  const uint3 size = config.attrs->val.clusterDim;
+  return size.y == 1 && size.z == 1 ? size.x : 0;
 }
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
-  lens::emulation::launch(
-      "a kernel with launch attributes", kernel,
-      {config->gridDim, config->blockDim, config->dynamicSmemBytes, cluster_of(*config)},
-      std::forward<Arguments>(arguments)...);
+  lens::emulation::launch("a kernel with launch attributes", kernel,
+                          {config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                           config->stream, cluster_of(*config)},
+                          std::forward<Arguments>(arguments)...);
   return cudaSuccess;  // what went wrong is the next cudaGetLastError()
 }
 template <class Kernel>
@@ -87,7 +92,9 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel* kernel,
   if (!lens::emulation::shared_allowed(address, config->dynamicSmemBytes)) {
     return cudaErrorInvalidValue;
   }
-  *clusters = lens::emulation::multiprocessors() / int(cluster_of(*config));
+  const unsigned blocks = cluster_of(*config);
+  if (blocks == 0 || config->gridDim.x % blocks) return cudaErrorInvalidValue;
+  *clusters = lens::emulation::multiprocessors() / int(blocks);
   return cudaSuccess;
 }
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0 };

@@ -205,6 +205,10 @@ void run_grid(const char* name, const void* kernel, const Launch& launch, void (
            launch.cluster);
     return;
   }
+  if (launch.stream == nullptr) {
+    report(kInvalidConfiguration, "a launch on the default stream, which is not the caller's");
+    return;
+  }
   if (!shared_allowed(kernel, launch.shared_bytes)) {
     report(kInvalidConfiguration, "%zu bytes of dynamic shared memory, which nobody allowed",
            launch.shared_bytes);

@@ -9,7 +9,8 @@
 // as an error instead of hanging or passing: barriers that not all threads of a block reach, warp
 // operations whose participants do not agree on mask and place, shuffles from lanes outside the
 // mask, accesses outside guarded buffers, misaligned accesses and whatever else the compiler's
-// trapping checks find, launches a device would refuse.
+// trapping checks find, launches a device would refuse, launches on the default stream, which no
+// caller means.
 //
 // What Hopper adds stands in hopper.h.
 //
@@ -63,6 +64,7 @@ void report(int code, const char* format, ...);
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
+  const void* stream = nullptr;
   unsigned cluster = 1;  // neighbouring blocks along x
 };
 // Checks the launch as a device would, then runs every thread of the grid; the outcome is the next

@@ -66,7 +66,8 @@ __global__ void __launch_bounds__(64, 1)
 }  // namespace lens::gpu
 
 extern "C" __attribute__((visibility("default"))) int lens_emulation_cluster_probe(
-    const void* a, const void* x, void* y, int64_t blocks, int64_t cluster, int64_t steps) {
+    const void* a, const void* x, void* y, int64_t blocks, int64_t cluster, int64_t steps,
+    void* stream) {
   using namespace lens::gpu;
   constexpr int kBytes = kStages * (kStageBytes + 16);
   if (hopper_multiprocessors() == 0) return int(cudaErrorNotSupported);
@@ -78,7 +79,7 @@ extern "C" __attribute__((visibility("default"))) int lens_emulation_cluster_pro
   if (const int error = make(&maps.a, a)) return error;
   if (const int error = make(&maps.x, x)) return error;
   if (const int error = allow_shared<&cluster_probe_kernel>(kBytes)) return error;
-  const ClusterLaunch launch(int(blocks), int(cluster), 64, kBytes, nullptr);
+  const ClusterLaunch launch(int(blocks), int(cluster), 64, kBytes, stream);
   cudaLaunchKernelEx(&launch.config, cluster_probe_kernel, maps, int(steps),
                      static_cast<uint4*>(y));
   return int(cudaGetLastError());

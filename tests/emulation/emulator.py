@@ -34,6 +34,7 @@ FLAGS = [
     "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift",
     "-fsanitize-undefined-trap-on-error", "-DLENS_WITH_CUDA=1",
 ]  # fmt: skip
+STREAM = 1  # any but the default one
 
 
 class EmulationError(RuntimeError):
@@ -166,7 +167,7 @@ class Emulator:
         size = getattr(self.library, f"lens_emulation_sizeof_{kernel}")
         size.restype = ctypes.c_int64
         assert size() == ctypes.sizeof(layout), f"{layout.__name__}: the tests read params.h wrongly"
-        params = layout(dtype=backend.DTYPES[dtype or like.dtype], stream=None)
+        params = layout(dtype=backend.DTYPES[dtype or like.dtype], stream=STREAM)
         assert {name for name, _ in layout._fields_} == {*arguments, "dtype", "stream"}
 
         buffers: dict[str, tuple[int, Tensor]] = {}

@@ -29,7 +29,7 @@ def _run(machine: emulator.Emulator, steps: int, clusters: int = 2, cluster: int
     x = torch.randn(clusters, 2, steps, 8, 64, generator=draw).bfloat16()
     y = torch.empty(clusters, 2, steps, 24, 64, dtype=torch.bfloat16)
     lib = machine.library
-    lib.lens_emulation_cluster_probe.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3
+    lib.lens_emulation_cluster_probe.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 3 + [ctypes.c_void_p]
     places = []
     for name, tensor in (("a", a), ("x", x), ("y", y)):
         places.append(lib.lens_emulation_allocate(name.encode(), tensor.nbytes, 0))
@@ -37,7 +37,7 @@ def _run(machine: emulator.Emulator, steps: int, clusters: int = 2, cluster: int
             ctypes.memmove(places[-1], tensor.data_ptr(), tensor.nbytes)
     lib.lens_emulation_seed(machine.seed)
     lib.lens_emulation_device(4, 9)
-    error = lib.lens_emulation_cluster_probe(*places, blocks, cluster, steps)
+    error = lib.lens_emulation_cluster_probe(*places, blocks, cluster, steps, emulator.STREAM)
     ctypes.memmove(y.data_ptr(), places[2], y.nbytes)
     touched = [lib.lens_emulation_free(place) for place in places]
     if error:

@@ -94,6 +94,9 @@ FAULTS = {
     "barriers of a block that may not have begun": (
         "    cluster_arrive();\n    cluster_wait();\n", "", "without a cluster barrier"
     ),
+    "a launch without its cluster": (
+        "ClusterLaunch launch(clusters * cluster, cluster,", "ClusterLaunch launch(clusters * cluster, 1,", "of a cluster of 1"
+    ),
     "clusters asked for before their shared memory is allowed": (
         "  if (allow_shared<kernel>(Ring::kSharedBytes)) return 0;\n", "", "error 801"
     ),

@@ -184,6 +184,10 @@ PRODUCT_FAULTS = {
     "a map with 32 weight rows too many": Fault(
         "linear", _RING, "4, 4, columns / 32}", "4, 4, columns / 32 + 1}", "past the end of 'weight'"
     ),
+    "a launch on the default stream": Fault(
+        "linear", "gemm/gemm.cuh", "Ring::kSharedBytes,\n                             p.stream", "Ring::kSharedBytes,\n                             nullptr",
+        "default stream",
+    ),
     "no map for a stream without rows": Fault(
         "linear", _RING, "streams[streams[s].rows ? s : 1 - s]", "streams[s]", "error 1:"
     ),
