@@ -45,8 +45,8 @@ def cluster() -> int:
 
 @contextlib.contextmanager
 def in_clusters(blocks: int) -> Iterator[None]:
-    """Launch ours in clusters of 1 or 2 blocks inside, op by op or a step in one call; the same bits. A captured step keeps
-    what it was captured with. RuntimeError where none fits the device."""
+    """Launch ours in clusters of 1 or 2 blocks inside, op by op or a step in one call; the same bits. A captured step
+    keeps what it was captured with. RuntimeError where none fits the device."""
     global _cluster
     before, _cluster = _cluster, blocks
     try:
