@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import types
+import warnings
 
 import pytest
 import torch
@@ -1023,6 +1024,10 @@ def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine)
         got = attention_backends.run(q, k, v, samples)
     torch.testing.assert_close(got, true_attention(q, k, v, joint, joint, 0.3))
     with use("flash-attn-3"), pytest.raises(RuntimeError, match="cannot run: flash_attn_interface cannot be imported"):
+        attention_backends.run(q, k, v, samples)
+    attention_candidates.failed.clear()
+    with use("flash-attn-3"), warnings.catch_warnings(), pytest.raises(RuntimeError, match="was asked for but cannot"):
+        warnings.simplefilter("error")  # no next one is tried
         attention_backends.run(q, k, v, samples)
     # who computes the gradients is another matter
     attention_candidates.failed.clear()
