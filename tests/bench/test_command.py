@@ -74,7 +74,7 @@ def test_lists_are_of_this_machine_or_of_a_gpu(capsys):
     assert bench.main(["list", "--gpu", "--case", "step/*"]) == 0
     assert "step/1024/cfg/text415/bf16" in capsys.readouterr().out.splitlines()
     assert bench.main(["list", "--tiny", "--subjects", "--case", "step/64/cfg/text5/fp32"]) == 0
-    assert capsys.readouterr().out.split()[1:3] == ["ours", "ours_op_by_op"]
+    assert capsys.readouterr().out.split()[1:4] == ["ours", "ours_batch_invariant", "ours_op_by_op"]
 
 
 def test_mistakes_exit_with_2(capsys, tmp_path):
