@@ -562,6 +562,7 @@ def test_interrupt_exits_130_and_keeps_what_was_saved(tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", "from lens.cli import main; main()", *command],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs are born deaf to it
     )  # fmt: skip
     first = process.stdout.readline().strip()
     time.sleep(0.1)
