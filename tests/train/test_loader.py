@@ -186,7 +186,9 @@ def crash(folder):
     """A bug of the training's with workers at work, whose traceback keeps them."""
     batches = loader(folder, workers=2).batches()
     next(batches)
-    os.killpg(0, signal.SIGTERM)  # as a scheduler does
+    subprocess.run(
+        ["kill", "-s", "TERM", "--", f"-{os.getpgrp()}"], check=False
+    )  # as a scheduler does; it goes with them
     next(batches)
     sys.last_value = batches
     raise KeyError("a bug")
@@ -194,7 +196,7 @@ def crash(folder):
 
 def test_a_training_that_crashes_ends_its_workers(folder):
     """They do not hear a SIGTERM to all, and do hear the one that Python sends at its end: nothing is left to wait for."""
-    start = "import os, signal; os.setpgid(0, 0); signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    start = "import os, signal; os.setpgid(0, 0); signal.signal(signal.SIGTERM, lambda *_: None)"
     code = f"{start}\nfrom pathlib import Path; from tests.train.test_loader import crash; crash(Path({str(folder)!r}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1

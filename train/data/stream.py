@@ -20,6 +20,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from types import ModuleType
 
 import numpy as np
@@ -153,8 +154,9 @@ def undisturbed() -> Iterator[None]:
     """Processes started inside never see SIGINT or SIGTERM, which a terminal or a scheduler sends to the whole group.
 
     They inherit that both are blocked: to stop is the training's alone, which saves first. Pools start their workers at
-    `submit`.
+    `submit`. The tracker of shared memory comes first: multiprocessing unblocks both once it has started it.
     """
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
     try:
         yield
