@@ -92,6 +92,8 @@ def test_the_start_is_pefts_gaussian():
     downs = torch.cat([p.flatten() for layer in layers.values() for p in layer.down])
     assert downs.std().item() == pytest.approx(1 / 64, rel=0.01)  # torch.nn.init.normal_(std=1 / r)
     assert not any(p.any() for layer in layers.values() for p in layer.up)
+    firsts = [p.flatten()[0].item() for layer in layers.values() for p in layer.down]
+    assert len(set(firsts)) == len(firsts), "each has a key of its own"
     first, again = layers["blocks.0.image.qkv"], base()
     adapters.attach(again, adapters.Lora(64, 128.0, "all"))
     adapters.start(again, 1)  # whatever else is adapted
