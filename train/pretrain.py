@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from lens import checkpoint
 
-from . import adapters, configs, flow
+from . import adapters, configs, flow, pooled
 from . import encoder as text_stage
 from .checkpointing import load_state, save_state
 from .codec import Latents
@@ -326,6 +326,8 @@ def run(options: argparse.Namespace) -> int:
     config = configs.override(configs.load(options.config, "pretrain"), options.set)
     if flow.serves(config, options):
         return flow.run(options, config, "pretrain")
+    if pooled.serves(config):
+        return pooled.run(options, config)
     torch.set_num_threads(options.threads)
     if options.export:
         from .shipping import export
