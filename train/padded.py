@@ -81,9 +81,7 @@ def _block(block: Block, image: Tensor, text: Tensor, temb: Tensor, table: Any, 
     q, k, v = (torch.cat(pair, 1) for pair in zip(*parts))
     if last:  # nothing reads the text stream's end
         q, rows = q[:, :size], rows[:1]
-    mixed = _attention(
-        _rotated(q, cos[: q.shape[1]], sin[: q.shape[1]]), _rotated(k, cos, sin), v, bias
-    )
+    mixed = _attention(_rotated(q, cos[: q.shape[1]], sin[: q.shape[1]]), _rotated(k, cos, sin), v, bias)
     out = []
     for stream, x, m, y in zip(block.streams(), rows, modulations, (mixed[:, :size], mixed[:, size:])):
         x = x + m[2][:, None] * stream.out(y)

@@ -80,6 +80,9 @@ class Encoded:
         scenes, pixels = self.world.batch(seeds, *size)
         latents = self.encode(torch.from_numpy(pixels)).half()
         texts = self.read([scene.caption for scene in scenes])
+        longest, most = max(len(text) for text in texts), max(self.config.TEXT_BINS)
+        if longest > most:
+            raise ValueError(f"TEXT_BINS: a caption of {longest} tokens is longer than {most}")
         for bin_ in self.config.TEXT_BINS:
             below = max((b for b in self.config.TEXT_BINS if b < bin_), default=0)
             rows = [i for i, text in enumerate(texts) if below < len(text) <= bin_]
@@ -88,9 +91,6 @@ class Encoded:
                 for row, i in zip(features, rows):
                     row[: len(texts[i])] = texts[i]
                 found[size, bin_].append(Part(latents[rows], features, torch.tensor([len(texts[i]) for i in rows])))
-        if longest := max(len(text) for text in texts):
-            if longest > max(self.config.TEXT_BINS):
-                raise ValueError(f"TEXT_BINS: a caption of {longest} tokens is longer than {max(self.config.TEXT_BINS)}")
 
 
 class Pool:

@@ -5,14 +5,13 @@
     python -m train pretrain --config mini/pretrain_128 --out runs/base_128 --export lens/mini/base
 
 Starts from a checkpoint folder, whose text encoder, VAE and tokenizer stay as they are; a recipe whose MODEL is wider or deeper
-than the folder's grows the weights (train/warm_start.py). OUT holds pretrain.pt (the state), log.jsonl and a sheet at every
-save; `loss_at/T` of the validation: loss on fixed unseen scenes and noise at time T with the averaged weights.
+than the folder's grows the weights (train/warm_start.py). OUT holds pretrain.pt (the state) and
+log.jsonl; `loss_at/T` of the validation: loss on fixed unseen scenes and noise at time T with the averaged weights.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,16 +24,13 @@ from torch import Tensor
 from lens import checkpoint
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
-from lens.sampler import Scheduler
 
 from . import configs
 from . import encoder as text_stage
-from .checkpointing import load_state, save_state
+from .checkpointing import load_state, save_state, write_text
 from .codec import Latents
-from .data.sheet import contact_sheet
 from .data.world import World
-from .generator import Mini, Painter, sample
-from .logging import JsonLog
+from .logging import JsonLog, read_log
 from .loop import Averaged, Clock, Ema, keyed, rate
 from .objectives import flow_matching
 from .padded import Padded
@@ -67,7 +63,9 @@ class Reader:
 
 
 def _config_of(config: ModuleType, transformer: LensTransformer2DModel) -> LensConfig:
-    return replace(transformer.config, **{k: v for k, v in config.MODEL.items() if k in ("num_layers", "num_attention_heads")})
+    return replace(
+        transformer.config, **{k: v for k, v in config.MODEL.items() if k in ("num_layers", "num_attention_heads")}
+    )
 
 
 @torch.no_grad()
@@ -136,7 +134,9 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     state = load_state(path, STAGE) if path.is_file() else None
     folder = Path(state["init"]) if state else options.init
     if folder is None or not (folder / "transformer").is_dir():
-        raise ValueError(f"pretrain --init: {folder}, expected a checkpoint folder in the released layout to start from")
+        raise ValueError(
+            f"pretrain --init: {folder}, expected a checkpoint folder in the released layout to start from"
+        )
     model = checkpoint.load_transformer(folder / "transformer", torch.float32, "cpu")
     if _config_of(config, model) != model.config:
         model = widened(model, _config_of(config, model), keyed(config.SEED, "widened"))
@@ -153,7 +153,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         ema.load(state["ema"])
     latents = Latents(folder / "vae")
     world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS)
-    latents.straighten(world, config.SIDE, 512)
+    latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
     made = Encoded(config, world, latents.encode, Reader(folder, configs.load("mini", "encoder")))
     pool, padded = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked)), Padded(model, config.COMPILED)
     held, plain = held_out(config, made), Padded(model, False)
@@ -198,18 +198,36 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
 
 
 def export(config: ModuleType, options: argparse.Namespace) -> None:
-    """The averaged transformer beside encoder, VAE and tokenizer of the folder that training started from, recipe and log."""
+    """The averaged transformer, in bfloat16, beside encoder, VAE and tokenizer of the folder that training started from; the
+    recipe as run and the log, under the recipe's own name, join those of the stages before."""
     state, folder = load_state(options.out / f"{STAGE}.pt", STAGE), options.export
-    source = Path(state["init"])
+    source, name = Path(state["init"]), options.config.rpartition("/")[2]
     start = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
     model = LensTransformer2DModel(_config_of(config, start))
     model.load_state_dict(state["ema"]["average"])
     if folder.resolve() != source.resolve():
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
     checkpoint.save_transformer(model, folder / "transformer", torch.bfloat16)
+    about, rows = checkpoint.read_index(source)["lens"], read_log(options.out / "log.jsonl")
+    about |= {
+        "base_resolution": config.SIDE,
+        "max_resolution": max(max(size) for size in config.SIZES),
+        "caption_styles": list(config.CAPTIONS),
+        "trained_steps": about["trained_steps"] + state["step"],
+        "validation": {"mean_over_times": next(row["validation"] for row in reversed(rows) if "validation" in row)},
+    }
+    checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
+    recipe = {field: value for field, value in configs.fields(config).items() if field != "SIZES"}
+    recipe["SIZES"] = {f"{height}x{width}": share for (height, width), share in config.SIZES.items()}
+    earlier = checkpoint.read_json(source / "recipe.json")
+    checkpoint.write_json(folder / "recipe.json", earlier | {name: recipe | state["settings"]})
+    write_text(folder / f"{name}.jsonl", (options.out / "log.jsonl").read_text(encoding="utf-8"))
 
 
 def run(options: argparse.Namespace, config: ModuleType) -> int:
     torch.set_num_threads(options.threads)
-    export(config, options) if options.export else train(config, options)
+    if options.export:
+        export(config, options)
+    else:
+        train(config, options)
     return 0

@@ -69,7 +69,14 @@ def widened(small: LensTransformer2DModel, config: LensConfig, generator: torch.
     New blocks follow the old ones with gates of zero. Errors: ValueError where the head sizes or the encoders differ.
     """
     old = small.config
-    same = ("attention_head_dim", "in_channels", "out_channels", "enc_hidden_dim", "selected_layer_index", "axes_dims_rope")
+    same = (
+        "attention_head_dim",
+        "in_channels",
+        "out_channels",
+        "enc_hidden_dim",
+        "selected_layer_index",
+        "axes_dims_rope",
+    )
     if other := [name for name in same if getattr(old, name) != getattr(config, name)]:
         raise ValueError(f"widened: {', '.join(other)} of the two configurations differ, expected the same")
     if config.inner_dim < old.inner_dim or config.num_layers < old.num_layers:
@@ -117,5 +124,7 @@ def widened(small: LensTransformer2DModel, config: LensConfig, generator: torch.
             stream.w2.weight[:d, hidden:] = 0.0
     write(wide.final_modulation, small.final_modulation, 2)
     wide.final_modulation.weight[:, d:] = 0.0
+    for tensor in (wide.final_modulation.weight, wide.final_modulation.bias):
+        tensor[config.inner_dim :] /= keep  # the shift, which `image_out` scales with the rest
     write(wide.image_out, small.image_out, scale=keep)
     return wide

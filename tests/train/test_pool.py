@@ -146,7 +146,9 @@ def test_a_caption_longer_than_every_bin_is_refused_by_name(tmp_path):
 
 def train(out, steps, **changes):
     recipe = configs.load("mini/pretrain_128", "pretrain")
-    recipe = configs.override(recipe, ["COMPILED=False", "VALIDATION=8", "VALIDATE_EVERY=4", "LOG_EVERY=2", "BATCH=4"])
+    recipe = configs.override(
+        recipe, ["COMPILED=False", "VALIDATION=8", "VALIDATE_EVERY=4", "LOG_EVERY=2", "BATCH=4", "STRAIGHTEN=64"]
+    )
     recipe.POOL, recipe.SIZES = {"chunk": 16, "kept": 2, "reuse": 1}, {(64, 64): 0.5, (48, 96): 0.5}
     vars(recipe).update(changes)
     options = argparse.Namespace(

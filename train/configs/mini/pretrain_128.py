@@ -1,6 +1,6 @@
 """Mini at 128x128 alone, from shipped weights, the text encoder frozen: long and plain, on a pool of encoded scenes.
 
-    python -m train pretrain --config mini/pretrain_128 --init lens/mini/base --out runs/base_128 --stop-after 2h
+python -m train pretrain --config mini/pretrain_128 --init lens/mini/base --out runs/base_128 --stop-after 2h
 """
 
 from train.data import kinds, world
@@ -24,6 +24,7 @@ LR, WARMUP = 2e-3, 100
 STEPS, DECAY = 60_000, 20_000
 EMA = 0.999
 COMPILED = True
+STRAIGHTEN = 512  # scenes that find the convolution which stands for the VAE's encoder
 TIMES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # of the validation loss, whose mean weighs them alike
 VALIDATION = 256
-LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 50, 500, 500
+LOG_EVERY, VALIDATE_EVERY, SAVE_EVERY = 100, 2_000, 1_000
