@@ -11,7 +11,7 @@ from . import sampler
 from .packing import expect_tensors, pad_features
 
 if TYPE_CHECKING:
-    from .engine import Run
+    from .engine.run import Run
     from .pipeline import Batch
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "noise_pred")

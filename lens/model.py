@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import LensConfig
+from .engine import batch_invariance
 from .modulation import Modulation, TimeEmbedding, concatenate, modulate
-from .ops import _invariance, linear_fused
-from .ops.linear_fused import ON_DEVICE, linear
+from .ops.linear import fused as linear_fused
+from .ops.linear.fused import ON_DEVICE, linear
 from .packing import Packing, expect_tensors, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
@@ -72,7 +73,7 @@ class LensTransformer2DModel(nn.Module):
     """Velocity of image tokens under a prompt.
 
     ``batch_invariant``: a sample's bits do not depend on its neighbours. None (default) leaves it to
-    ``ops/_invariance.py``: on a CPU outside training. Row kernels never look at neighbours, nor do matrix products of
+    ``engine/batch_invariance.py``: on a CPU outside training. Row kernels never look at neighbours, nor do matrix products of
     our own; the library's then run sample by sample.
     """
 
@@ -104,7 +105,7 @@ class LensTransformer2DModel(nn.Module):
     @property
     def invariant(self) -> bool:
         """``batch_invariant``, or the default in its place."""
-        return _invariance.default(self) if self.batch_invariant is None else self.batch_invariant
+        return batch_invariance.default(self) if self.batch_invariant is None else self.batch_invariant
 
     def _groups(self, packing: Packing) -> linear_fused.Lengths:
         """Of each stream: the rows of the samples that must have the bits they have alone, or None."""

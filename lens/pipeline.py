@@ -18,19 +18,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import arguments, callbacks, checkpoint, modulation, sampler, vae
-from .adapters import Adapters
-from .adapters import read as read_adapter
-from .arguments import Arguments, Embeds
+from . import callbacks, request, sampler, vae
 from .config import Defaults
-from .engine import Engine, Job, marked, with_text
+from .engine.graphs import marked
+from .engine.overlap import host_lane_for
+from .engine.residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .engine.run import Engine
+from .engine.schedule_table import TableCache, evict
+from .engine.step import Job, with_text
+from .formats import hub
+from .formats.hub import resolve, variant_hint
+from .formats.lora import Adapters
+from .formats.lora import read as read_adapter
+from .formats.names import released_names
+from .formats.released import check_fit, load_scheduler, load_transformer, placement, read_defaults
+from .formats.text_encoder import load_text_encoder, packed_experts
+from .formats.vae import load_vae
 from .model import LensTransformer2DModel
-from .modulation import Modulation, TableCache, concatenate
-from .overlap import host_lane_for
+from .modulation import Modulation, concatenate
 from .packing import Grid, expect_tensors, offsets_of, pad_features, split_features
-from .residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .request import Arguments, Embeds, Request
 from .sampler import Scheduler
-from .stream import Request, stream
+from .serving import stream
 from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
@@ -124,12 +133,12 @@ class LensPipeline:
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
-        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.checkpoint.CheckpointError, which names the file, the key and what was expected.
+        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
-        device, dtype = checkpoint.placement(device, dtype)
-        root = checkpoint.resolve(source)
-        defaults = checkpoint.read_defaults(root, variant, checkpoint.spoken_name(source))
-        scheduler = checkpoint.load_scheduler(root / "scheduler")
+        device, dtype = placement(device, dtype)
+        root = resolve(source)
+        defaults = read_defaults(root, variant, variant_hint(source))
+        scheduler = load_scheduler(root / "scheduler")
         tokenizer = ChatTokenizer(root / "tokenizer")
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
         parked = Places(policy, device) if isinstance(policy, Residency) else None
@@ -140,15 +149,15 @@ class LensPipeline:
                 return "cpu" if residency == "auto" else device
             return "cpu" if parked.residency.tier(part) != "resident" else device
 
-        transformer = checkpoint.load_transformer(root / "transformer", dtype, host("transformer"))
+        transformer = load_transformer(root / "transformer", dtype, host("transformer"))
         layers = transformer.config.selected_layer_index
-        packed = checkpoint.packed_experts(root / "text_encoder")
+        packed = packed_experts(root / "text_encoder")
         home = device if packed else host("text_encoder")  # packed experts are counted, or refused, where they lie
-        model = checkpoint.load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
+        model = load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
         encoder = TextEncoder(tokenizer, model, layers)
-        codec = vae.PixelCodec(checkpoint.load_vae(root / "vae", dtype, host("vae")))
-        checkpoint.check_fit(root, transformer.config, encoder.width, codec.channels)
-        pipe = cls(transformer, encoder, codec, scheduler, defaults, checkpoint.fingerprint(root))
+        codec = vae.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
+        check_fit(root, transformer.config, encoder.width, codec.channels)
+        pipe = cls(transformer, encoder, codec, scheduler, defaults, hub.fingerprint(root))
         if policy is not None:
             pipe.live(policy, device)
         return pipe
@@ -207,7 +216,7 @@ class LensPipeline:
         for part, module in parts.items():
             places.add(part, module)
         if policy.modulation == "host":
-            modulation.evict(self.transformer, "cpu")
+            evict(self.transformer, "cpu")
         self.engine.weights_move = policy.transformer != "resident"
         self.places = places
         return policy
@@ -319,7 +328,7 @@ class LensPipeline:
         Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
         size = (height, width, base_resolution, aspect_ratio, sizes)
-        given = arguments.resolve(
+        given = request.resolve(
             self.defaults,
             prompt,
             negative_prompt,
@@ -374,7 +383,7 @@ class LensPipeline:
     # ------------------------------------------------------------------------------------------------ denoise
 
     def prepare(self, image_tokens: int, num_inference_steps: int) -> None:
-        """Make and keep the modulation table of a schedule, so that ``lens.modulation.evict`` may drop its weights."""
+        """Make and keep the modulation table of a schedule, so that ``lens.engine.schedule_table.evict`` may drop its weights."""
         with self.stage("denoise"):
             self._schedules([image_tokens], num_inference_steps, prepared=True)
 
@@ -483,7 +492,7 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
     for part, module in parts.items():
         for name, p in module.named_parameters():
             if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
-                own = checkpoint.released_names(name) if part == "transformer" else [name]
+                own = released_names(name) if part == "transformer" else [name]
                 yield from (f"{part}/{key}" for key in own)
 
 

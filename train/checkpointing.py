@@ -31,7 +31,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lens import checkpoint
+from lens.formats.files import read_json, write_atomic, write_json
+from lens.formats.safetensors import open_shards
 
 from .loop import Halted
 from .parallel import Ranks
@@ -46,7 +47,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         with temporary.open("wb") as file:  # a file, not a path: torch.save would store the temporary's name inside
             torch.save({"format": FORMAT, **state}, file)
 
-    checkpoint.write_atomic(path, write)
+    write_atomic(path, write)
 
 
 def load_state(path: Path, expect: str) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def load_state(path: Path, expect: str) -> dict[str, Any]:
 def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a released-layout folder (`transformer/`, `vae/`, ...), floats as float32. Errors as in loading."""
     out: dict[str, torch.Tensor] = {}
-    for key, shard in checkpoint.open_shards(folder).items():
+    for key, shard in open_shards(folder).items():
 
         def take(value: torch.Tensor, key: str = key) -> None:
             out[key] = value.float() if value.is_floating_point() else value.clone()
@@ -83,7 +84,7 @@ def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    checkpoint.write_atomic(path, write)
+    write_atomic(path, write)
 
 
 # ------------------------------------------------------------------------------------------------ many processes
@@ -124,13 +125,13 @@ class _Writer(dcp.FileSystemWriter):
         with self._said():
             super().finish(metadata, results)
             folder = Path(self.path)
-            checkpoint.write_json(folder / "state.json", self.state)
+            write_json(folder / "state.json", self.state)
             sums = {}
             for part in sorted(folder.glob("*.sha256")):
                 sums[part.stem] = part.read_text()
                 part.unlink()
             sums |= {name: _sha256(folder / name) for name in (".metadata", "state.json")}
-            checkpoint.write_json(folder / "checksums.json", sums)
+            write_json(folder / "checksums.json", sums)
             self.owner.publish(folder, self.name)
 
     @contextmanager
@@ -231,7 +232,7 @@ class Checkpoints:
         another shape.
         """
         state = read_state(folder)
-        sums = checkpoint.read_json(folder / "checksums.json")
+        sums = read_json(folder / "checksums.json")
         mine = sorted(sums)[self.group.rank :: self.group.world]
         damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
         _refuse([line for own in self.group.gather(damaged) for line in own])

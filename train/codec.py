@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lens import checkpoint
+from lens.formats.files import write_atomic
+from lens.formats.vae import load_vae
 from lens.vae import patchify, unpatchify
 
 from .checkpointing import load_state, save_state
@@ -54,7 +55,7 @@ def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: in
             cells.append(torch.cat(list(picture.cpu()), 2))
     image = ((torch.cat(cells, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
     large = Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST)
-    checkpoint.write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
+    write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
 def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
@@ -252,7 +253,7 @@ class Latents:
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.device, self.vae, self.codec = torch.device(device), None, None
         if (folder / "config.json").is_file():
-            self.vae = checkpoint.load_vae(folder, torch.float32, "cpu").requires_grad_(False).to(self.device)
+            self.vae = load_vae(folder, torch.float32, "cpu").requires_grad_(False).to(self.device)
             statistics = self.vae.bn
             self.mean, self.var = statistics.running_mean, statistics.running_var
             return

@@ -28,7 +28,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lens import checkpoint
+from lens.formats.text_encoder import save_text_encoder
 
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
@@ -274,7 +274,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")  # TF32: weights and sums stay float32
     config = configs.load(options.config, "encoder")
     if options.export:
-        checkpoint.save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)
+        save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)
     elif options.accept:
         from .evaluate import linear_probe
 

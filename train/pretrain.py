@@ -37,7 +37,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens import checkpoint
+from lens.formats.files import read_json
+from lens.formats.released import load_transformer, transformer_config
 
 from . import adapters, configs, flow, pooled
 from . import encoder as text_stage
@@ -78,7 +79,7 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
     Errors: ValueError where the folder's MMDiT has another shape than the recipe's.
     """
     if source.is_dir():
-        transformer = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
+        transformer = load_transformer(source / "transformer", torch.float32, "cpu")
         ours, theirs = vars(model.shape), vars(transformer.config)
         if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
             raise ValueError(f"pretrain --init {source}: its MMDiT has {'; '.join(other)}")
@@ -93,7 +94,7 @@ def shaped(config: ModuleType, state: dict[str, Any] | None, init: Path | None) 
     given = (state or {}).get("settings", {}).get("MODEL")
     if state is None and init is not None and init.is_dir():
         path = init / "transformer" / "config.json"
-        values = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
+        values = vars(transformer_config(read_json(path), str(path)))
         given = {name: values[name] for name in config.MODEL}
     return configs.override(config, [f"MODEL={given!r}"]) if given else config
 

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from lens import checkpoint
+from lens.formats.vae import save_vae
 
 from . import configs
 from .checkpointing import folder_tensors, load_state, save_state
@@ -210,7 +210,7 @@ def export(config: ModuleType, out: Path, folder: Path) -> None:
             half.load_state_dict(load_state(out / f"{part}.pt", f"vae {part}")["ema"]["average"])
     vae.bn.running_mean.copy_(latents.mean)
     vae.bn.running_var.copy_(latents.var)
-    checkpoint.save_vae(vae, folder)
+    save_vae(vae, folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,17 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lens.cost import step_flops, step_traffic_bytes, text_projection_flops
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
 from lens.packing import plan
 from train.denoiser import Denoiser
 
-from .. import weights
 from ..case import OURS, Case, Subject, Work, generator, wider
-from ..comparators import Exact, Reference
-from ..roofline import step_bytes, step_flops, text_projection_flops
-from .denoiser import features_of
-from .scale import Scale
+from ..work import weights
+from ..work.comparators import Exact, Reference
+from ..work.denoiser import features_of
+from ..work.scale import Scale
 
 SUBJECTS = (OURS, "ours_selective", "ours_block", "exact_compiled", "reference_eager")
 BOUND = {torch.bfloat16: 0.15, torch.float32: 2e-3}
@@ -132,7 +132,7 @@ def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
         oracle=oracle,
         bound=BOUND[scale.dtype],
         flops=3.0 * forward,
-        bytes=3.0 * step_bytes(config, images, texts, item) + 8.0 * item * every,  # AdamW: w, m, v, gradient
+        bytes=3.0 * step_traffic_bytes(config, images, texts, item) + 8.0 * item * every,  # AdamW: w, m, v, gradient
         data=[p for p in model.parameters() if p.dim() > 1],
         note="FLOPs as three forwards; attention's backward counted as two",
         more={"tokens": batch * (tokens + text)},

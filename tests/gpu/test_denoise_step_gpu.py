@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from lens import LensConfig, LensTransformer2DModel
-from lens.graphs import CudaDriver
-from lens.ops import attention_backends, backend, denoise_step, linear_backends
-from lens.ops._denoise_memory import DenoiseStep
+from lens.engine.denoise_step_buffers import DenoiseStep
+from lens.engine.graphs import CudaDriver
+from lens.engine.step import why_not
+from lens.ops import backend
+from lens.ops.attention import choice as attention_choice
 from lens.ops.denoise_step import OWN_ATTENTION
+from lens.ops.linear import choice as linear_choice
 from tests.emulation import test_denoise_step as steps
 from tests.emulation.test_denoise_step import CONFIG, SAMPLES, Inputs, plainly, relative
 from tests.ops.harness import same_bits
@@ -87,8 +90,8 @@ def test_tile_model_from_a_thread_of_its_own():
 
 def test_tile_model_is_one_call_where_both_are_forced():
     model, given = small("unequal text")
-    with linear_backends.use("fused"), attention_backends.use(OWN_ATTENTION):
-        assert denoise_step.why_not(model, given.packing) == ""
+    with linear_choice.use("fused"), attention_choice.use(OWN_ATTENTION):
+        assert why_not(model, given.packing) == ""
 
 
 # ---- two blocks of the released width

@@ -6,8 +6,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from lens import checkpoint
 from lens.config import LensConfig
+from lens.formats.released import save_transformer
 from train import configs, flow, parallel
 from train.checkpointing import read_state
 from train.data.buckets import Bucket
@@ -97,7 +97,7 @@ def trainer_on(group, out, init=None, **changes):
 def checkpoint_in(folder):
     """A model in the released layout, none of whose weights is zero."""
     model = model_on(parallel.Ranks(torch.device("cpu")), recipe())
-    checkpoint.save_transformer(model, folder / "transformer", torch.float32)
+    save_transformer(model, folder / "transformer", torch.float32)
     return folder / "transformer"
 
 

@@ -1,0 +1,46 @@
+"""Which kernel serves each op on a device, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from lens.ops import backend
+from lens.ops.attention import choice as attention_choice
+
+OPS = (
+    "pack_tokens",
+    "unpack_tokens",
+    "rms_norm_modulate",
+    "qk_norm_rope",
+    "joint_attention",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "swiglu",
+    "guidance_step",
+)
+
+
+def report(device: str | None = None) -> list[tuple[str, str, str]]:
+    """One row (op, backend, reason) per op for tensors on `device` ("cpu" or "cuda"; default: cuda if usable)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for op in OPS:
+        try:
+            chosen = backend.choose(op, torch.empty(0, device=device))
+            reason = _reason(op, chosen, device)
+        except RuntimeError as error:
+            chosen, reason = "none", str(error)
+        rows.append((op, chosen, reason))
+    return rows
+
+
+def _reason(op: str, chosen: str, device: str) -> str:
+    if (forced := backend.forced()) is not None:
+        return f"forced to {forced}"
+    if chosen == "reference":
+        return backend.unavailable(device)
+    if op == "joint_attention":
+        if chosen == "cpu":
+            return "torch's flash attention, per sample or group of equal samples"
+        return "by candidate: " + attention_choice.summary()
+    return f"lens._C, {backend.isa()} kernels" if chosen == "cpu" else "lens._C, CUDA kernels"
