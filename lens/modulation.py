@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from .model import LensTransformer2DModel
+    pass
 
 SINUSOID_CHANNELS = 256
 MODULATION_ORDER = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")  # the order of the projection's output
@@ -41,7 +41,7 @@ class Modulation:
         """The table's rows ``index`` (int64 [B]): one step for each sample of a batch."""
         return Modulation(self.blocks[index], self.final[index])
 
-    def of(self, block: int, stream: int) -> tuple[Tensor, ...]:
+    def for_block(self, block: int, stream: int) -> tuple[Tensor, ...]:
         """The six [B, D] views (shift1, scale1, gate1, shift2, scale2, gate2) of one block and stream."""
         return self.blocks[:, block, stream].unbind(1)
 
@@ -63,18 +63,3 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, timestep: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(sinusoid(timestep).to(self.linear_1.weight.dtype))))
-
-
-def modulate(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
-    """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one product per block and stream for all rows."""
-    k, config = len(timestep), model.config
-    temb = F.silu(model.time_embedding(timestep))
-    projections = [p for block in model.layers() for p in (block.image.modulation, block.text.modulation)]
-    if any(p.weight.is_meta for p in projections):
-        raise RuntimeError(
-            "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
-            "before can be drawn; reload the transformer for a new one"
-        )
-    blocks = torch.stack([p(temb.to(p.weight.device)).to(temb.device) for p in projections], dim=1)
-    final = model.final_modulation(temb).view(k, 2, config.inner_dim)
-    return Modulation(blocks.view(k, config.num_layers, 2, 6, config.inner_dim), final)

@@ -34,7 +34,7 @@ class Packing:
     text_offsets: Tensor  # int32 [B+1]
     cos: Tensor  # float32 [RI+RT, H/2], joint layout
     sin: Tensor  # float32 [RI+RT, H/2], joint layout
-    places: DeviceLayout | None = None  # of a captured step, whose text lengths are not those above but the offsets'
+    layout: DeviceLayout | None = None  # of a captured step, whose text lengths are not those above but the offsets'
 
     @property
     def batch_size(self) -> int:
@@ -111,7 +111,7 @@ class Binned:
     def joint_offsets(self) -> Tensor:
         return self.image_offsets + self.text_offsets
 
-    def places(self, move: Callable[[Tensor], Tensor]) -> DeviceLayout:
+    def device_layout(self, move: Callable[[Tensor], Tensor]) -> DeviceLayout:
         """What attention is told; ``move`` makes the tensors' copies on the device."""
         image_rows, text_rows = (None, None) if self.in_one_piece else map(move, (self.image_rows, self.text_rows))
         return DeviceLayout(image_rows, text_rows, self.image_lengths[0], self.longest, move(self.joint_offsets))

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from . import callbacks, request, sampler, vae
 from .config import Defaults
+from .engine.batch_invariance import default as default_invariance
 from .engine.graphs import marked
 from .engine.overlap import host_lane_for
 from .engine.residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
 from .engine.step import Job, with_text
-from .formats import hub
+from .formats.hub import fingerprint as fingerprint_of
 from .formats.hub import resolve, variant_hint
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
@@ -100,7 +101,10 @@ class LensPipeline:
         scheduler: Scheduler,
         defaults: Defaults,
         fingerprint: str | None = None,
+        batch_invariant: bool | None = None,
     ):
+        """batch_invariant: None decides by the device, see ``engine/batch_invariance.py``; later it is the attribute of
+        the transformer that counts."""
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.codec = codec
@@ -109,6 +113,8 @@ class LensPipeline:
         self.fingerprint = fingerprint
         self.engine = Engine()
         self.places: Places | None = None  # where the parts live, if not simply on one device
+        self._batch_invariant = batch_invariant
+        self._set_batch_invariance(self.device)
         self._tables = TableCache()
         self._adapters = Adapters(transformer)
 
@@ -157,7 +163,7 @@ class LensPipeline:
         encoder = TextEncoder(tokenizer, model, layers)
         codec = vae.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
         check_fit(root, transformer.config, encoder.width, codec.channels)
-        pipe = cls(transformer, encoder, codec, scheduler, defaults, hub.fingerprint(root))
+        pipe = cls(transformer, encoder, codec, scheduler, defaults, fingerprint_of(root))
         if policy is not None:
             pipe.live(policy, device)
         return pipe
@@ -212,6 +218,8 @@ class LensPipeline:
         sizes, parts = self.sizes(), self.parts()
         fixed = [part for part, module in parts.items() if immovable(module)]
         policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
+        if device != self.device:
+            self._set_batch_invariance(device)
         places = Places(policy, device)
         for part, module in parts.items():
             places.add(part, module)
@@ -220,6 +228,10 @@ class LensPipeline:
         self.engine.weights_move = policy.transformer != "resident"
         self.places = places
         return policy
+
+    def _set_batch_invariance(self, device: torch.device) -> None:
+        asked = self._batch_invariant
+        self.transformer.batch_invariant = default_invariance(self.transformer, device) if asked is None else asked
 
     @contextlib.contextmanager
     def stage(self, name: str, needed: bool = True) -> Iterator[None]:

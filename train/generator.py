@@ -17,7 +17,6 @@ from torch.func import functional_call
 
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.ops import reference
 from lens.packing import Packing, offsets_of, plan
 
@@ -185,7 +184,7 @@ class Mini(nn.Module):
             packing_of(grid, tuple(lengths), axes) if device.type == "cpu" else packing_on(grid, lengths, axes, device)
         )
         rows = model.project_text(list(packed.to(dtype).unbind(1)), packing.text_lengths)
-        out = model.denoise(x.flatten(0, 1).to(dtype), rows, modulate(model, t), packing)
+        out = model.denoise(x.flatten(0, 1).to(dtype), rows, model.modulate(t), packing)
         return out.view_as(x)
 
     def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:

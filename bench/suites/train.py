@@ -19,7 +19,6 @@ from torch import Tensor
 
 from lens.cost import step_flops, step_traffic_bytes, text_projection_flops
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.packing import plan
 from train.denoiser import Denoiser
 
@@ -58,7 +57,7 @@ def ways(model: LensTransformer2DModel, scale: Scale, size: int, batch: int, tex
 
     def ours(x: Tensor, time: Tensor, features: list[Tensor]) -> Tensor:
         rows = model.project_text([f.flatten(0, 1) for f in features], texts)
-        return model.denoise(x.flatten(0, 1).to(model.dtype), rows, modulate(model, time), packing).view_as(x)
+        return model.denoise(x.flatten(0, 1).to(model.dtype), rows, model.modulate(time), packing).view_as(x)
 
     def exact(compile: bool, recompute: bool) -> Callable[..., Tensor]:
         way = Exact(model, compile, recompute)
@@ -66,7 +65,7 @@ def ways(model: LensTransformer2DModel, scale: Scale, size: int, batch: int, tex
 
         def velocity(x: Tensor, time: Tensor, features: list[Tensor]) -> Tensor:
             rows = model.project_text([f.flatten(0, 1) for f in features], texts)
-            table = modulate(model, time)
+            table = model.modulate(time)
             blocks, final = table.blocks.permute(1, 2, 3, 0, 4), table.final.transpose(0, 1)
             return way(x.flatten(0, 1).to(model.dtype), rows, blocks, final, tables, lengths).view_as(x)
 

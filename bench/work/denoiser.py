@@ -160,7 +160,8 @@ class Denoiser:
     def by_measured_rates(self) -> bool:
         """Whether both ways of every product have a measured rate for this device and the rows of a step."""
         model, rows = self.model, sum(self.images) + sum(self.texts)
-        needs = linear_choice.needs(model.config, model.device, model.dtype, rows)
+        config = model.config
+        needs = linear_choice.needs(config.block_gemms, config.attention_head_dim, model.device, model.dtype, rows)
         entries = [linear_choice.entry(name, need) for need in needs for name in linear_choice.BACKENDS]
         return all(e is not None and e["status"] == "measured" for e in entries)
 

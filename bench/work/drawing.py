@@ -91,7 +91,8 @@ class Drawing:
     def pipeline(self, encoder: Any, codec: Any) -> LensPipeline:
         """The real pipeline; a stage that is not timed may be absent."""
         defaults = Defaults(self.variant, self.steps, self.guidance)
-        return LensPipeline(self.transformer, encoder, codec, sampler.Scheduler(), defaults)
+        parts = self.transformer, encoder, codec, sampler.Scheduler()
+        return LensPipeline(*parts, defaults, batch_invariant=False)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from lens.config import LensConfig
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
+from lens.ops.linear import choice as linear_choice
 
 OPS = (
     "pack_tokens",
@@ -31,6 +33,20 @@ def report(device: str | None = None) -> list[tuple[str, str, str]]:
         except RuntimeError as error:
             chosen, reason = "none", str(error)
         rows.append((op, chosen, reason))
+    return rows
+
+
+def gemms() -> list[tuple[str, str, str]]:
+    """(GEMM, kernel, why) of the released model's guided 1024x1024 step on the current CUDA device; "none" where a
+    forced one cannot run."""
+    rows, config = [], LensConfig()
+    device = torch.device("cuda")
+    for need in linear_choice.needs(config.block_gemms, config.attention_head_dim, device, torch.bfloat16, 8192 + 415):
+        try:
+            chosen, why = linear_choice.decide(need)
+        except RuntimeError as error:
+            chosen, why = "none", str(error)
+        rows.append((need.product, chosen, why))
     return rows
 
 

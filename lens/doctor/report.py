@@ -18,9 +18,8 @@ from ..engine import batch_invariance, residency
 from ..engine.forecast import forecast
 from ..ops.attention import choice as attention_choice
 from ..ops.linear import choice as linear_choice
-from . import selftest
+from . import ops, selftest
 from .findings import BROKEN, NOTE, OK, Finding
-from .ops import report
 
 _DISTRIBUTION = "lens-t2i"
 _OPTIONAL_ON_CUDA = {"kernels": "keeps the MXFP4 text encoder packed on the GPU instead of expanding it to bfloat16"}
@@ -150,7 +149,7 @@ def op_backends(device: torch.device) -> list[Finding]:
     """Which kernel serves each op on ``device``, and why; then what batching does to bits."""
     section = f"Ops on {device.type}"
     found = []
-    for op, chosen, reason in report(device.type):
+    for op, chosen, reason in ops.report(device.type):
         status = BROKEN if chosen == "none" else NOTE if chosen == "reference" else OK
         found.append(Finding(section, op, status, f"{chosen}: {reason}"))
     if device.type == "cpu":
@@ -207,7 +206,7 @@ def products(device: torch.device) -> list[Finding]:
         detail = "torch's, sample by sample; the fused ones need a CUDA device"
         return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
     with torch.cuda.device(device):
-        rows = linear_choice.report()
+        rows = ops.gemms()
     return [Finding(section, name, BROKEN if by == "none" else OK, f"{by}: {why}") for name, by, why in rows]
 
 

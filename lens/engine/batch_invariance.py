@@ -1,8 +1,8 @@
-"""Whether a sample's bits depend on its batch: who keeps them its own on a GPU, what that costs, when it is default.
+"""Batch invariance: which kernels give a sample the same bits in any batch, what that costs, when it is the default.
 
-Rows of our products depend on themselves alone (docs/gemm.md), so where they serve every product of the blocks, being
-independent costs what ours lose to a choice by rates, and steps are captured as ever. Elsewhere the library multiplies
-sample by sample. The default on a GPU follows a rule: on, where the price was measured at every case of CASES and the
+Rows of our GEMMs depend on themselves alone (docs/gemm.md), so where they serve every GEMM of the blocks, invariance
+costs what ours lose to a choice by rates, and steps are captured as without it. Elsewhere the library multiplies sample
+by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was measured at every case of CASES and the
 highest is below LIMIT, unless an attention is forced that looks at other samples. invariance_table.json holds the
 prices; `python -m bench tables` writes those of committed results.
 """
@@ -53,17 +53,19 @@ def why_library_gemm(config: LensConfig, device: torch.device, dtype: torch.dtyp
     ours do it. RuntimeError where ours are forced and cannot run."""
     if linear_choice.idle(alone=True):
         return "the reference ops were asked for"
-    for need in linear_choice.needs(config, device, dtype, 0, plain=all(map(plain, layers)), alone=True):
+    for need in linear_choice.needs(
+        config.block_gemms, config.attention_head_dim, device, dtype, 0, plain=all(map(plain, layers)), alone=True
+    ):
         chosen, why = linear_choice.decide(need)
         if chosen == "library":
             return f"{need.product}: {why}"
     return ""
 
 
-def why_library_gemm_of_model(model: LensTransformer2DModel) -> str:
+def why_library_gemm_of_model(model: LensTransformer2DModel, device: torch.device | None = None) -> str:
     """The same of a model's own layers."""
     layers = [layer for b in model.layers() for s in b.streams() for layer in (s.qkv, s.out, s.w13, s.w2)]
-    return why_library_gemm(model.config, model.device, model.dtype, layers)
+    return why_library_gemm(model.config, device or model.device, model.dtype, layers)
 
 
 def why_attention_is_not_invariant(config: LensConfig, device: torch.device, dtype: torch.dtype) -> str:
@@ -75,16 +77,14 @@ def why_attention_is_not_invariant(config: LensConfig, device: torch.device, dty
     return ""
 
 
-def default(model: LensTransformer2DModel) -> bool:
-    """Whether a sample's bits do not depend on its batch where nobody asked: on a CPU yes, on a GPU by the rule above;
-    in training no."""
-    device = model.device
-    if model.training or device.type not in ("cpu", "cuda"):
-        return False
-    if device.type == "cpu":
-        return True
+def default(model: LensTransformer2DModel, device: torch.device | None = None) -> bool:
+    """``model.batch_invariant`` where nobody asked: on a CPU yes, on a GPU by the rule above. device: where the model
+    will run, its own by default."""
+    device = device or model.device
+    if device.type != "cuda":
+        return device.type == "cpu"
     found = price(capability(device.index))
-    if found is None or found >= LIMIT or why_library_gemm_of_model(model):
+    if found is None or found >= LIMIT or why_library_gemm_of_model(model, device):
         return False
     return not why_attention_is_not_invariant(model.config, device, model.dtype)
 

@@ -100,11 +100,8 @@ class Engine:
         if backend.forced() == "reference":
             return "the reference ops read lengths on the host"
         try:
-            if (
-                model.batch_invariant
-                and self.text_bin != 1
-                and (why := batch_invariance.why_library_gemm_of_model(model))
-            ):
+            invariant = model.invariant and self.text_bin != 1
+            if invariant and (why := batch_invariance.why_library_gemm_of_model(model)):
                 return (
                     f"batch_invariant has the library multiply text sample by sample ({why}), by lengths the host must "
                     "know: text_bin = 1 captures each combination of them"

@@ -90,7 +90,7 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         p, t = self.packing, self.table
-        places = [] if p.places is None else [p.places.image_rows, p.places.text_rows, p.places.joint_offsets]
+        places = [] if p.layout is None else [p.layout.image_rows, p.layout.text_rows, p.layout.joint_offsets]
         own = [self.x, self.before, self.velocity, self.text, self.first, self.index, self.sigma, self.offsets]
         whole = [] if self.whole is None else self.whole.tensors()
         all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *places, *whole]
@@ -178,7 +178,7 @@ def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> Stat
         text_offsets=integers(samples + 1, torch.int32),
         cos=torch.empty(joint, config.attention_head_dim // 2, device=device),
         sin=torch.empty(joint, config.attention_head_dim // 2, device=device),
-        places=None if binned.exact else binned.places(lambda host: host.to(device)),
+        layout=None if binned.exact else binned.device_layout(lambda host: host.to(device)),
     )
     return State(
         x=x,
@@ -213,11 +213,11 @@ def load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned) 
     state.text[len(texts) :].zero_()
     packing.image_offsets.copy_(binned.image_offsets, non_blocking=True)
     packing.text_offsets.copy_(binned.text_offsets, non_blocking=True)
-    if (places := packing.places) is not None:
-        places.joint_offsets.copy_(binned.joint_offsets, non_blocking=True)
-        if places.image_rows is not None and places.text_rows is not None:
-            places.image_rows.copy_(binned.image_rows, non_blocking=True)
-            places.text_rows.copy_(binned.text_rows, non_blocking=True)
+    if (layout := packing.layout) is not None:
+        layout.joint_offsets.copy_(binned.joint_offsets, non_blocking=True)
+        if layout.image_rows is not None and layout.text_rows is not None:
+            layout.image_rows.copy_(binned.image_rows, non_blocking=True)
+            layout.text_rows.copy_(binned.text_rows, non_blocking=True)
     furthest = max((int(index.max()) + 1 for index in job.all_indices if len(index)), default=0)
     cos, sin = grid_table(job.grids[0], max(1, -(-furthest // 512)) * 512, model.config.axes_dims_rope, device)
     source = binned.rope_rows.to(device, non_blocking=True)
@@ -246,7 +246,8 @@ def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     layers = [model.image_in, model.image_out]
     layers += [layer for b in model.layers() for s in b.streams() for layer in (s.qkv, s.out, s.w13, s.w2)]
     needs = linear_choice.needs(
-        config,
+        config.block_gemms,
+        config.attention_head_dim,
         model.device,
         model.dtype,
         0 if invariant else sum(i + t for i, t in lengths),
@@ -256,8 +257,8 @@ def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     by_library = [need.product for need in needs if linear_choice.choose(need) != "fused"]
     if by_library:
         return f"the library multiplies {', '.join(by_library)}"
-    longest = max((i + t for i, t in lengths), default=0) if packing.places is None else packing.places.longest
-    captured, head_dim = packing.places is not None, config.attention_head_dim
+    longest = max((i + t for i, t in lengths), default=0) if packing.layout is None else packing.layout.longest
+    captured, head_dim = packing.layout is not None, config.attention_head_dim
     need = attention_choice.need_of(model.device, model.dtype, head_dim, longest, captured, invariant=invariant)
     chosen = attention_choice.choose(need).name
     return "" if chosen == OWN_ATTENTION else f"attention is {chosen}'s"

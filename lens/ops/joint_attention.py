@@ -26,7 +26,7 @@ def joint_attention(
     text_offsets: Tensor,
     text_queries: bool = True,
     scale: float | None = None,
-    places: DeviceLayout | None = None,
+    layout: DeviceLayout | None = None,
     norms: HeadNorms | None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def joint_attention(
     image_offsets, text_offsets: int32 [B + 1], the same on the device
     text_queries: False leaves out the text rows of q; text_out is then [0, N * H]
     scale: H^-0.5 by default
-    places: with it the offsets alone say where samples lie, and of the lengths only the totals count
+    layout: with it the offsets alone say where samples lie, and of the lengths only the totals count
     norms: the weights of the norms that q and k come from; they bound the scores, which saves a kernel the maxima
     invariant: a sample's bits must not depend on the others of the call; on a CPU they never do
     Raises ValueError for shapes, dtypes, devices, lengths or (CPU, eager) offsets that do not fit. Differentiable.
@@ -55,12 +55,12 @@ def joint_attention(
     if sum(image_lengths) + sum(text_lengths) != q.shape[0]:
         total = f"{sum(image_lengths)} + {sum(text_lengths)}"
         checks.refuse(op, f"image_lengths and text_lengths must add up to RI + RT = {q.shape[0]}, got {total}")
-    _expect_offsets("image_offsets", image_offsets, image_lengths, q, places is None)
-    _expect_offsets("text_offsets", text_offsets, text_lengths, q, places is None)
+    _expect_offsets("image_offsets", image_offsets, image_lengths, q, layout is None)
+    _expect_offsets("text_offsets", text_offsets, text_lengths, q, layout is None)
     offsets, scale = (image_offsets, text_offsets), q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if places is not None:
+    if layout is not None:
         return attend_with_device_lengths(
-            q, k, v, sum(image_lengths), *offsets, text_queries, scale, places, norms, invariant
+            q, k, v, sum(image_lengths), *offsets, text_queries, scale, layout, norms, invariant
         )
     chosen = backend.choose(op, q)
     if chosen == "reference":
@@ -130,22 +130,22 @@ def attend_with_device_lengths(
     text_offsets: Tensor,
     text_queries: bool,
     scale: float,
-    places: DeviceLayout,
+    layout: DeviceLayout,
     norms: HeadNorms | None,
     invariant: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The same without one look at a length: what a captured step replays for other texts of the same total."""
-    need = attention_choice.need_of_call(q, k, v, places.longest, True, invariant)
+    """`joint_attention` without one look at a length: what a captured step replays for other texts of the same total."""
+    need = attention_choice.need_of_call(q, k, v, layout.longest, True, invariant)
     if (streams := attention_choice.streams(need)) is not None:
         offsets = image_offsets, text_offsets
-        return streams(q, k, v, *offsets, images, places.longest, text_queries, scale, norms)
-    longest = places.longest if text_queries else places.longest_image
-    query_offsets = places.joint_offsets if text_queries else image_offsets
+        return streams(q, k, v, *offsets, images, layout.longest, text_queries, scale, norms)
+    longest = layout.longest if text_queries else layout.longest_image
+    query_offsets = layout.joint_offsets if text_queries else image_offsets
     if not text_queries:
-        q = q[:images] if places.image_rows is None else q.index_select(0, places.image_rows)
-    samples = Samples(query_offsets, places.joint_offsets, longest, places.longest, scale, invariant=invariant)
+        q = q[:images] if layout.image_rows is None else q.index_select(0, layout.image_rows)
+    samples = Samples(query_offsets, layout.joint_offsets, longest, layout.longest, scale, invariant=invariant)
     out = attention_choice.run(q, k, v, samples).flatten(1)
     if not text_queries:
         return out, out[:0]
-    image = out[:images] if places.image_rows is None else out.index_select(0, places.image_rows)
-    return image, out[images:] if places.text_rows is None else out.index_select(0, places.text_rows)
+    image = out[:images] if layout.image_rows is None else out.index_select(0, layout.image_rows)
+    return image, out[images:] if layout.text_rows is None else out.index_select(0, layout.text_rows)

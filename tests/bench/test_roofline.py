@@ -55,9 +55,8 @@ def test_a_step_counts_what_the_profiler_counts(model, grids, texts):
 
 
 def test_table_and_text_projection_count_what_the_profiler_counts(model):
-    from lens.modulation import modulate
 
-    assert table_flops(CONFIG, 3) == counted(lambda: modulate(model, torch.rand(3)))
+    assert table_flops(CONFIG, 3) == counted(lambda: model.modulate(torch.rand(3)))
     features = [torch.randn(9, CONFIG.enc_hidden_dim) for _ in range(4)]
     assert text_projection_flops(CONFIG, 9) == counted(lambda: model.project_text(features, [9]))
 

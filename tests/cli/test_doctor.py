@@ -161,7 +161,7 @@ def test_a_picture_that_changes_is_found(monkeypatch, wrong_call, name):
     assert len([f for f in findings.values() if f.status == BROKEN]) == 1
 
 
-@pytest.mark.parametrize(("promised", "status"), [(None, BROKEN), (False, NOTE)])
+@pytest.mark.parametrize(("promised", "status"), [(True, BROKEN), (False, NOTE)])
 def test_a_neighbour_that_changes_bits_is_a_fault_where_none_may(monkeypatch, promised, status):
     denoise = LensTransformer2DModel.denoise
 

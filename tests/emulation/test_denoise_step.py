@@ -200,7 +200,7 @@ def storages(tensors: Iterable[Tensor]) -> set[int]:
 def stepped(model: LensTransformer2DModel, state: State, dtype: torch.dtype) -> Tensor:
     """The velocity of the state's step by the model, op by op, told on the host what only the device knows."""
     lengths = [o.diff().tolist() for o in (state.packing.image_offsets, state.packing.text_offsets)]
-    packing = dataclasses.replace(state.packing, image_lengths=lengths[0], text_lengths=lengths[1], places=None)
+    packing = dataclasses.replace(state.packing, image_lengths=lengths[0], text_lengths=lengths[1], layout=None)
     given = Inputs(packing, state.x.repeat(2, 1), state.text, state.table.rows(state.first + state.index))
     return plainly(model, given.to(dtype))
 

@@ -10,7 +10,7 @@ import torch
 
 from lens import LensConfig, LensTransformer2DModel
 from lens.engine import batch_invariance
-from lens.engine.batch_invariance import CASES, LIMIT
+from lens.engine.batch_invariance import CASES, LIMIT, default
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
 from lens.ops.linear import choice as linear_choice
@@ -49,10 +49,9 @@ def model():
 def test_on_a_cpu_outside_training():
     model = LensTransformer2DModel(SMALL).eval()
     assert model.invariant
+    assert default(model)
     model.train()
     assert not model.invariant
-    model.batch_invariant = True
-    assert model.invariant
     model.eval()
     model.batch_invariant = False
     assert not model.invariant
@@ -60,12 +59,10 @@ def test_on_a_cpu_outside_training():
 
 def test_what_was_measured_decides_the_default_of_a_gpu(gpu, model):
     assert batch_invariance.price(HOPPER) == 0.019
-    assert model.invariant
-    model.batch_invariant = False
-    assert not model.invariant
-    model.batch_invariant = None
-    model.train()
-    assert not model.invariant
+    assert default(model)
+    gpu.prices = entries(0.01, 0.005, LIMIT)
+    assert not default(model)
+    assert default(model, torch.device("cpu")), "where it will run counts"
 
 
 @pytest.mark.parametrize(
@@ -82,38 +79,35 @@ def test_what_was_measured_decides_the_default_of_a_gpu(gpu, model):
 )
 def test_until_every_case_was_measured_below_the_limit_it_is_off(gpu, model, prices):
     gpu.prices = prices
-    assert not model.invariant
+    assert not default(model)
 
 
 def test_where_ours_cannot_multiply_it_is_off_whatever_it_costs(gpu, model):
     linear = model.layers()[0].text.w2
     hook = linear.register_forward_hook(lambda *_: None)
-    assert not model.invariant
+    assert not default(model)
     assert batch_invariance.why_library_gemm_of_model(model) == "qkv: fused a layer is no plain torch.nn.Linear"
     hook.remove()
-    assert model.invariant
+    assert default(model)
     with linear_choice.use("library"):
-        assert not model.invariant
+        assert not default(model)
     with backend.use("reference"):
-        assert not model.invariant
+        assert not default(model)
     gpu.arch, gpu.prices = AMPERE, entries(0.0, 0.0, 0.0, arch="8.0")
     assert batch_invariance.price(AMPERE) == 0.0
-    assert not model.invariant
-    assert not LensTransformer2DModel(SMALL).eval().invariant  # float32
+    assert not default(model)
+    assert not default(LensTransformer2DModel(SMALL).eval())  # float32
 
 
 def test_an_attention_that_is_forced_and_looks_at_other_samples_is_not_refused_by_a_default(gpu, model):
-    assert model.invariant
+    assert default(model)
     with attention_choice.use("torch-cudnn-varlen"):
-        assert not model.invariant
+        assert not default(model)
         yes, words = batch_invariance.report(torch.device("cuda", 0))
         assert not yes
         assert "batch_invariant=True raises (lens.joint_attention: torch-cudnn-varlen was asked for but cannot" in words
-        model.batch_invariant = True
-        assert model.invariant, "who asks for both is told so by attention"
-    model.batch_invariant = None
     with attention_choice.use("torch-varlen"):
-        assert model.invariant
+        assert default(model)
 
 
 def test_attention_is_asked_the_same_whatever_the_longest_sample():

@@ -105,7 +105,7 @@ def test_exact_lengths(pipe):
 
 def test_mixed_sizes_run_without_a_graph(pipe):
     sizes = dict(sizes=[(32, 48), (32, 32)], height=None, width=None)
-    pipe.transformer.batch_invariant = None  # the fixture puts it back
+    pipe.transformer.batch_invariant = True  # the fixture puts it back
     captured, plain = both(pipe, PROMPTS, **sizes)
     assert same_bits(captured, plain)
     assert pipe.driver.graphs == []
@@ -177,9 +177,9 @@ COPIES = {
     "sigma": lambda s: s.sigma,
     "index": lambda s: s.index,
     "text offsets": lambda s: s.packing.text_offsets,
-    "joint offsets": lambda s: s.packing.places.joint_offsets,
-    "image rows": lambda s: s.packing.places.image_rows,
-    "text rows": lambda s: s.packing.places.text_rows,
+    "joint offsets": lambda s: s.packing.layout.joint_offsets,
+    "image rows": lambda s: s.packing.layout.image_rows,
+    "text rows": lambda s: s.packing.layout.text_rows,
     "cos": lambda s: s.packing.cos,
     "sin": lambda s: s.packing.sin,
 }
@@ -421,7 +421,7 @@ def test_batch_invariance_by_ours_is_captured_in_bins(pipe, monkeypatch):
     """Its choices are asked for without the batch's rows; both ends stay the library's, of pictures whose rows are known."""
     model = pipe.transformer
     model.batch_invariant = True
-    monkeypatch.setattr(batch_invariance, "of_model", lambda model: "")
+    monkeypatch.setattr(batch_invariance, "why_library_gemm_of_model", lambda model: "")
     assert pipe.engine.why_not_captured(model, [(2, 3)]) == ""
     asked: list = []
     monkeypatch.setattr(linear_fused, "_ours", lambda product, op, x, layers, lengths, *_: asked.append(lengths))

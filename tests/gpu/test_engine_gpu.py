@@ -85,7 +85,7 @@ def test_attention_library_with_lengths_on_the_device(name):
     places = DeviceLayout(rows[: sum(image)], rows[sum(image) :], 400, 500, offsets[0] + offsets[1])
     other = [0, sum(image), 0, 0, 0], [0, 0, 0, 0, sum(text)]
     with torch.no_grad(), attention_choice.use(name):
-        got = ops.joint_attention(*qkv, *other, *offsets, places=places)
+        got = ops.joint_attention(*qkv, *other, *offsets, layout=places)
     exact = ops.reference.joint_attention(*(x.float() for x in qkv), image, text, *offsets)
     for a, e in zip(got, exact, strict=True):
         assert relative(a.float(), e) <= 8e-3
@@ -224,6 +224,7 @@ def released():
     config = dataclasses.replace(LensConfig(), num_layers=12)
     with torch.device("cuda"):
         model = LensTransformer2DModel(config).eval().to(torch.bfloat16).requires_grad_(False)
+    model.batch_invariant = False
     given = job(dataclasses.replace(config, num_layers=1), (64, 64), (0, 300), steps=20)
     blocks = torch.randn(20, 12, 2, 6, 1536, device="cuda", dtype=torch.bfloat16) * 0.1
     table = Modulation(blocks, torch.randn(20, 2, 1536, device="cuda", dtype=torch.bfloat16) * 0.1)

@@ -109,7 +109,7 @@ def test_the_choice_does_not_look_at_the_batch():
         assert len({attention_choice.choose(need).name for need in needs}) == 1
     assert all(
         linear_choice.choose(need) == "fused"
-        for need in linear_choice.needs(RELEASED, model.device, model.dtype, 0, alone=True)
+        for need in linear_choice.needs(RELEASED.block_gemms, 64, model.device, model.dtype, 0, alone=True)
     )
 
 

@@ -81,7 +81,7 @@ def test_device_lengths(monkeypatch, cudnn_op, name):
     offsets = offsets_of(IMAGES), offsets_of(TEXTS)
     for text_queries in (True, False):
         with torch.no_grad():
-            got = ops.joint_attention(q, k, v, *other, *offsets, text_queries, places=places)
+            got = ops.joint_attention(q, k, v, *other, *offsets, text_queries, layout=places)
             expected = ops.reference.joint_attention(q, k, v, IMAGES, TEXTS, *offsets, text_queries)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)

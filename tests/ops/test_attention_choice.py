@@ -135,7 +135,7 @@ def test_batch_invariance_is_asked_of_the_choice(monkeypatch, places):
     where = DeviceLayout(None, None, 5, 5, offsets) if places else None
     with torch.no_grad():
         for invariant in (False, True):
-            ops.joint_attention(q, q, q, [5], [0], offsets, none, places=where, invariant=invariant)
+            ops.joint_attention(q, q, q, [5], [0], offsets, none, layout=where, invariant=invariant)
     assert [need.invariant for need in asked] == [False, False, True, True]
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lens.doctor import ops as doctor
 from lens.ops import backend, reference
 from lens.ops.linear import choice as linear_choice
 from lens.ops.linear import fused as linear_fused
@@ -343,10 +344,10 @@ def test_a_table_without_a_source_is_refused(tmp_path, monkeypatch):
 
 def test_the_report_names_every_product(able):
     able.setattr(linear_choice, "capability", lambda index: (9, 0))
-    rows = linear_choice.report()
+    rows = doctor.gemms()
     assert [name for name, _, _ in rows] == list(linear_choice.PRODUCTS)
     assert all(by == "library" and "not measured against each other yet" in why for _, by, why in rows)
     with linear_choice.use("fused"):
-        assert {by for _, by, _ in linear_choice.report()} == {"fused"}
+        assert {by for _, by, _ in doctor.gemms()} == {"fused"}
         able.setattr(linear_choice, "capability", lambda index: (8, 0))
-        assert all(by == "none" and "needs compute capability" in why for _, by, why in linear_choice.report())
+        assert all(by == "none" and "needs compute capability" in why for _, by, why in doctor.gemms())

@@ -13,7 +13,6 @@ import lens.formats.lora
 from lens import LensTransformer2DModel
 from lens.config import LensConfig
 from lens.formats.released import load_transformer, save_transformer, transformer_config
-from lens.modulation import modulate
 from lens.packing import plan
 from tests.reference_model import ReferenceLens, relative
 from train import adapters, configs, pretrain, shipping
@@ -264,7 +263,7 @@ def test_fine_tuning_takes_the_architecture_from_the_checkpoint(train, tmp_path)
     assert 0 < moved.abs().max() < 0.1
     model = pretrain.load_trained(train.config, "mini", path)
     assert len(model.transformer.blocks) == 2
-    batch_of_one = modulate(model.transformer, torch.tensor([0.5]))
+    batch_of_one = model.transformer.modulate(torch.tensor([0.5]))
     assert batch_of_one.blocks.shape[1] == 2
 
 

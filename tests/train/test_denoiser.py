@@ -10,7 +10,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from lens.config import LensConfig
 from lens.cost import gemm_flops, step_flops
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.packing import plan
 from train import adapters, cost
 from train.adapters import Lora
@@ -41,9 +40,7 @@ def plain(request):
     """`lens.model`: velocity and gradients."""
     model = filled(LensTransformer2DModel(CONFIG))
     x, features, t, packing = inputs(request.param)
-    v = model.denoise(
-        x, model.project_text(list(features.unbind(1)), packing.text_lengths), modulate(model, t), packing
-    )
+    v = model.denoise(x, model.project_text(list(features.unbind(1)), packing.text_lengths), model.modulate(t), packing)
     v.pow(2).mean().backward()
     return model, request.param, v.detach(), {n: p.grad for n, p in model.named_parameters()}
 

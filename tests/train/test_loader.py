@@ -20,7 +20,6 @@ from scipy import stats
 from lens import LensPipeline
 from lens.formats.released import load_transformer
 from lens.formats.vae import load_vae
-from lens.modulation import modulate
 from lens.packing import plan
 from train.__main__ import main
 from train.data import encoders
@@ -404,7 +403,7 @@ def test_a_dropped_caption_is_the_models_no_text_output(computed, networks):
     def velocity(rows, lengths, features):
         packing = plan([grid] * len(rows), lengths, model.config.axes_dims_rope)
         text_rows = model.project_text(list(features.unbind(1)), lengths)
-        out = model.denoise(batch.latents[rows].flatten(0, 1), text_rows, modulate(model, t[rows]), packing)
+        out = model.denoise(batch.latents[rows].flatten(0, 1), text_rows, model.modulate(t[rows]), packing)
         return out.view(len(rows), batch.bucket.tokens, -1)
 
     nothing, invalid = [torch.zeros(1, 6, text.shape[1])] * text.shape[0], torch.zeros(1, 6, dtype=torch.bool)

@@ -6,21 +6,20 @@ product's FLOPs over the time of product and row op together. LENS_LINEAR=fused 
 choice for every product; where `fused` cannot run, that raises.
 
 Under batch_invariant rows and rates do not count, for they are the whole batch's: ours wherever it can run, because a
-row's bits depend on that row alone; elsewhere the library, sample by sample. `engine/batch_invariance.py` has the price.
+row's bits depend on that row alone; elsewhere the library, sample by sample. `lens/engine/batch_invariance.py` has the price.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lens.config import LensConfig
 from lens.ops import backend
 from lens.ops.override import Override, capability, dotted, one_of, rates
 
@@ -152,22 +151,15 @@ def choose(need: Need) -> str:
 _forcing.changed = choose.cache_clear
 
 
-def needs(config: LensConfig, device: torch.device, dtype: torch.dtype, rows: int, **more: bool) -> list[Need]:
-    """What the blocks of a model ask for with ``rows`` rows (0 with ``alone``), product by product."""
+def needs(
+    gemms: Mapping[str, tuple[int, int]],
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    **more: bool,
+) -> list[Need]:
+    """What the blocks of a model ask for with ``rows`` rows (0 with ``alone``), GEMM by GEMM: gemms holds the (input,
+    output) columns of each."""
     arch = capability(device.index) if device.type == "cuda" else (0, 0)
-    width, hidden, head_dim = config.inner_dim, config.mlp_hidden_dim, config.attention_head_dim
-    sizes = {"qkv": (width, 3 * width), "w13": (width, 2 * hidden), "out": (width, width), "w2": (hidden, width)}
-    return [Need(product, device.type, arch, dtype, rows, *sizes[product], head_dim, **more) for product in PRODUCTS]
-
-
-def report() -> list[tuple[str, str, str]]:
-    """(product, backend, why) of the released model's guided 1024x1024 step on the current CUDA device; "none" where a
-    forced one cannot run."""
-    rows = []
-    for need in needs(LensConfig(), torch.device("cuda"), torch.bfloat16, 8192 + 415):
-        try:
-            chosen, why = decide(need)
-        except RuntimeError as error:
-            chosen, why = "none", str(error)
-        rows.append((need.product, chosen, why))
-    return rows
+    return [Need(name, device.type, arch, dtype, rows, *gemms[name], head_dim, **more) for name in PRODUCTS]
