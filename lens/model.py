@@ -71,16 +71,15 @@ def init_parameter(name: str, parameter: Tensor, generator: torch.Generator, std
 class LensTransformer2DModel(nn.Module):
     """Velocity of image tokens under a prompt.
 
-    ``batch_invariant``: outside training a sample's bits do not depend on its neighbours. True unless someone says
-    otherwise; a pipeline decides for its device, see ``engine/batch_invariance.py``. Row kernels never look at
-    neighbours, nor do our own GEMMs; the library's then run sample by sample.
+    ``batch_invariant``: outside training a sample's bits do not depend on its neighbours. True for a model made on a CPU;
+    a pipeline decides for its device, see ``engine/batch_invariance.py``. Row kernels never look at neighbours, nor do
+    our own GEMMs; the library's then run sample by sample.
     """
 
     def __init__(self, config: LensConfig):
         super().__init__()
         width, features = config.inner_dim, len(config.selected_layer_index)
         self.config = config
-        self.batch_invariant = True
         self.image_in = nn.Linear(config.in_channels, width)
         self.text_norms = nn.ParameterList(torch.ones(config.enc_hidden_dim) for _ in range(features))
         self.text_in = nn.Linear(features * config.enc_hidden_dim, width)
@@ -88,6 +87,7 @@ class LensTransformer2DModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.image_out = nn.Linear(width, config.in_channels)
+        self.batch_invariant = self.device.type == "cpu"
 
     def layers(self) -> list[Block]:
         """The blocks in order."""

@@ -142,6 +142,7 @@ def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | st
     with torch.device("meta"):
         model = LensTransformer2DModel(parsed)
     load_parameters(model, folder, released_names, dtype, device)
+    model.batch_invariant = model.device.type == "cpu"  # as one that was made there
     return model.eval()
 
 

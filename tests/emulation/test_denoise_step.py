@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lens import LensConfig, LensTransformer2DModel
-from lens.engine import run
+from lens.engine import run as engine
 from lens.engine.denoise_step_buffers import DenoiseStep, bounds
 from lens.engine.graphs import GraphCache
+from lens.engine.job import Job, Text
 from lens.engine.step import State, free_state, why_not
 from lens.modulation import Modulation
 from lens.ops import backend, denoise_step
@@ -185,12 +186,20 @@ def test_clusters_are_forced_in_every_product(emulated, ours, monkeypatch):
 # ---- in a step
 
 
-def drawing(texts: tuple[int, int]) -> run.Job:
+def drawing(texts: tuple[int, int]) -> Job:
     """A guided job: three steps, the second is next."""
     made = job(CONFIG, (5, 7), texts, steps=3)
     table = Modulation(made.table.blocks.bfloat16() * 0.5, made.table.final.bfloat16() * 0.5)
-    rows = {name: [t.bfloat16() for t in getattr(made, name)] for name in ("text", "negative")}
-    return dataclasses.replace(made, table=table, step=1, **rows)
+    return rounded(dataclasses.replace(made, table=table, step=1))
+
+
+def rounded(given: Job, device: str = "cpu") -> Job:
+    """The job with its texts in bfloat16 on a device."""
+    texts = {}
+    for name in ("text", "negative"):
+        text = getattr(given, name)
+        texts[name] = Text([rows.to(device, torch.bfloat16) for rows in text.rows], text.index)
+    return dataclasses.replace(given, **texts)
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
@@ -223,7 +232,7 @@ def test_a_step_is_one_call_and_allocates_nothing(emulated, ours, texts):
 
 def test_a_captured_step_takes_other_texts_and_changed_weights(emulated, ours):
     """Rows that fill the bin are a sample of their own; replays read the weights where they are."""
-    runs = run.Engine(GraphCache(RecordingDriver(), 1 << 40))
+    runs = engine.Engine(GraphCache(RecordingDriver(), 1 << 40))
     with torch.no_grad():
         for texts in ((0, 9), (0, 30)):
             run = runs.start(ours, drawing(texts))
@@ -294,23 +303,21 @@ def test_a_sample_has_the_same_bits_alone_and_in_company(emulated, forced, case,
             assert ("denoise_step" in emulated.calls) == (way == "one call")
 
 
-def accompanied(alone: run.Job) -> run.Job:
+def accompanied(alone: Job) -> Job:
     """The job with a second picture, whose text is three times as long."""
-    longer = alone.text[0].repeat(3, 1) * 0.5
+    longer, unwanted = alone.text.rows[0].repeat(3, 1) * 0.5, alone.negative
     return dataclasses.replace(
         alone,
         grids=alone.grids * 2,
-        text=[*alone.text, longer],
-        text_index=[*alone.text_index, torch.arange(len(longer))],
-        negative=(alone.negative or []) * 2,
-        negative_index=(alone.negative_index or []) * 2,
+        text=Text([*alone.text.rows, longer], [*alone.text.index, torch.arange(len(longer))]),
+        negative=unwanted and Text(unwanted.rows * 2, unwanted.index * 2),
         sigma=alone.sigma.repeat(2, 1),
         first=alone.first.repeat(2),
         x=torch.cat([alone.x, -alone.x]),
     )
 
 
-def velocities(runs: run.Engine, model: LensTransformer2DModel, given: run.Job, rows: int) -> list[Tensor]:
+def velocities(runs: engine.Engine, model: LensTransformer2DModel, given: Job, rows: int) -> list[Tensor]:
     """Of the first picture in a captured step, with its text and without."""
     run = runs.start(model, given)
     try:
@@ -324,7 +331,7 @@ def velocities(runs: run.Engine, model: LensTransformer2DModel, given: run.Job, 
 def test_a_captured_step_draws_a_picture_alone_as_beside_another(emulated, ours):
     """Guided, in bins of other fills."""
     ours.batch_invariant = True
-    runs, alone = run.Engine(GraphCache(RecordingDriver(), 1 << 40)), drawing((0, 9))
+    runs, alone = engine.Engine(GraphCache(RecordingDriver(), 1 << 40)), drawing((0, 9))
     with torch.no_grad():
         found = [velocities(runs, ours, given, len(alone.x)) for given in (alone, accompanied(alone))]
     assert set(emulated.calls) == {"denoise_step", "guidance_step"}
