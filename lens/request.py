@@ -3,131 +3,155 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lens import resolution, sampler
-from lens.callbacks import CALLBACK_TENSORS
-from lens.config import Defaults
-from lens.packing import Grid, expect_tensors
-from lens.text_encoder import TRUNCATIONS, negative_list, prompt_list
-
-
-@dataclass(frozen=True)
-class Request:
-    """One picture. None: the model's own size, steps, guidance; a seed that is drawn."""
-
-    prompt: str
-    negative_prompt: str = ""
-    size: tuple[int, int] | None = None  # (height, width) in pixels
-    seed: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-
+from . import resolution, sampler
+from .config import Defaults
+from .packing import Grid, expect_tensors
+from .resolution import TOKEN_PIXELS
+from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, negative_list, prompt_list
 
 OUTPUT_TYPES = ("pil", "np", "latent")
 
 
 @dataclass(frozen=True)
-class Embeds:
-    """Text that the caller brings: F tensors [B, T, E], and which of the T are valid (None: all)."""
+class Request:
+    """P prompts of ``num_images_per_prompt`` pictures each, B in all; a line of a queue is one of one.
 
-    name: str  # of the argument
-    features: Sequence[Tensor]
-    mask: Tensor | None
+    None: the model's own size, steps, guidance; a seed that is drawn. See ``LensPipeline.__call__`` for every field.
+    """
 
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] | None = ""
+    size: tuple[int, int] | None = None  # (height, width) in pixels, of every prompt
+    seed: int | Sequence[int] | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    base_resolution: int | None = None
+    aspect_ratio: str | None = None
+    sizes: Sequence[tuple[int, int]] | None = None  # one per prompt
+    num_images_per_prompt: int = 1
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    latents: Tensor | Sequence[Tensor] | None = None
+    prompt_embeds: Sequence[Tensor] | None = None
+    prompt_mask: Tensor | None = None
+    negative_prompt_embeds: Sequence[Tensor] | None = None
+    negative_prompt_mask: Tensor | None = None
+    max_sequence_length: int = 512
+    truncation: str = "reference"
+    chat_date: str | None = DEFAULT_CHAT_DATE
+    output_type: str = "pil"
 
-@dataclass(frozen=True)
-class Arguments:
-    """P prompts of ``each`` pictures: B = P * each."""
+    def resolved(self, defaults: Defaults) -> Request:
+        """The same with every default filled in and one text and size per prompt. ValueError for every mistake."""
+        steps = defaults.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
+        steps = sampler.count("num_inference_steps", steps)
+        each = sampler.count("num_images_per_prompt", self.num_images_per_prompt)
+        length = sampler.count("max_sequence_length", self.max_sequence_length)
+        guidance = _guidance(defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale)
+        if self.output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {self.truncation!r}")
+        for name in ("prompt", "negative_prompt"):
+            if getattr(self, f"{name}_mask") is not None and getattr(self, f"{name}_embeds") is None:
+                raise ValueError(f"{name}_mask belongs to {name}_embeds, which are missing")
+        prompts, count = self._prompts()
+        negatives = negative_list(self.negative_prompt, count)
+        if self.negative_prompt_embeds is not None and any(n is not None for n in negatives):
+            raise ValueError("give only one of negative_prompt and negative_prompt_embeds")
+        if self.size is not None and self.sizes is not None:
+            raise ValueError("give only one of size and sizes")
+        grids = resolution.request_grids(
+            count,
+            self.height,
+            self.width,
+            self.base_resolution,
+            self.aspect_ratio,
+            self.sizes if self.size is None else [self.size] * count,
+            defaults.base_resolution,
+            defaults.max_resolution,
+        )
+        return replace(
+            self,
+            prompt=prompts,
+            negative_prompt=[n or "" for n in negatives],
+            size=None,
+            height=None,
+            width=None,
+            base_resolution=None,
+            aspect_ratio=None,
+            sizes=[(h * TOKEN_PIXELS, w * TOKEN_PIXELS) for h, w in grids],
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            num_images_per_prompt=each,
+            max_sequence_length=length,
+        )
 
-    text: list[str] | Embeds  # P prompts
-    negative: list[str | None] | Embeds | None  # P, None in it: no text at all; None: no guidance
-    count: int  # P
-    each: int
-    steps: int
-    guidance: float
-    grids: list[Grid]  # B
-    encoding: tuple[int, str, str | None]  # max_sequence_length, truncation, chat_date
-    output_type: str
-    shown: tuple[str, ...]  # tensors a callback gets
+    def _prompts(self) -> tuple[list[str] | None, int]:
+        """(P prompts, or None where features stand in for them, P)."""
+        if (self.prompt is None) == (self.prompt_embeds is None):
+            raise ValueError("give exactly one of prompt and prompt_embeds")
+        if self.prompt_embeds is None:
+            prompts = prompt_list("prompt", self.prompt)
+            return prompts, len(prompts)
+        parts = expect_tensors("prompt_embeds", self.prompt_embeds)
+        if not parts or not parts[0].dim() or not len(parts[0]):
+            raise ValueError("prompt_embeds must be a list of F tensors [B, T, E] with B >= 1")
+        return None, len(parts[0])
+
+    # ------------------------------------------------------------------------------------------------ once resolved
 
     @property
-    def written(self) -> bool:
-        """Whether any text is left for the text encoder to read."""
-        texts = [text for text in (self.text, self.negative) if isinstance(text, list)]
-        return any(prompt is not None for prompts in texts for prompt in prompts)
+    def count(self) -> int:
+        """P."""
+        return len(self.sizes or ())
+
+    @property
+    def grids(self) -> list[Grid]:
+        """(height, width) of every picture in tokens, B."""
+        grids = [(h // TOKEN_PIXELS, w // TOKEN_PIXELS) for h, w in self.sizes or ()]
+        return [grid for grid in grids for _ in range(self.num_images_per_prompt)]
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale != 1.0
+
+    @property
+    def encoding(self) -> tuple[int, str, str | None]:
+        """What the text encoder is told besides the prompts."""
+        return self.max_sequence_length, self.truncation, self.chat_date
+
+    def texts(self, negative: bool = False) -> list[str | None]:
+        """The P texts for the text encoder; None for one that carries no text at all, a blank negative prompt. [] where
+        features stand in for them, or where nothing reads them: the negative ones without guidance."""
+        if negative:
+            read = self.guided and self.negative_prompt_embeds is None
+            return [n or None for n in self.negative_prompt or ()] if read else []
+        return list(self.prompt or ())
+
+    @property
+    def kind(self) -> Hashable:
+        """Only requests of one kind can be drawn together."""
+        return self.num_inference_steps, self.guidance_scale, self.encoding, self.output_type
 
 
-def resolve(
-    defaults: Defaults,
-    prompt: str | Sequence[str] | None,
-    negative_prompt: str | Sequence[str] | None,
-    prompt_embeds: Sequence[Tensor] | None,
-    prompt_mask: Tensor | None,
-    negative_prompt_embeds: Sequence[Tensor] | None,
-    negative_prompt_mask: Tensor | None,
-    size: tuple[Any, Any, Any, Any, Any],
-    num_inference_steps: int | None,
-    guidance_scale: float | None,
-    num_images_per_prompt: int,
-    encoding: tuple[int, str, str | None],
-    output_type: str,
-    shown: Sequence[str],
-) -> Arguments:
-    """The arguments of ``LensPipeline.__call__``; size: height, width, base_resolution, aspect_ratio, sizes."""
-    steps = defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-    steps = sampler.count("num_inference_steps", steps)
-    each = sampler.count("num_images_per_prompt", num_images_per_prompt)
-    length = sampler.count("max_sequence_length", encoding[0])
-    guidance = _guidance(defaults.guidance_scale if guidance_scale is None else guidance_scale)
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {output_type!r}")
-    if encoding[1] not in TRUNCATIONS:
-        raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {encoding[1]!r}")
-    if not isinstance(shown, Sequence) or not all(name in CALLBACK_TENSORS for name in shown):
-        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {shown!r}")
-    embeds = _embeds("prompt", prompt_embeds, prompt_mask)
-    unwanted = _embeds("negative_prompt", negative_prompt_embeds, negative_prompt_mask)
-    count = _prompt_count(prompt, embeds)
-    negatives = negative_list(negative_prompt, count)
-    if unwanted is not None and any(n is not None for n in negatives):
-        raise ValueError("give only one of negative_prompt and negative_prompt_embeds")
-    per_prompt = resolution.request_grids(count, *size, defaults.base_resolution, defaults.max_resolution)
-    return Arguments(
-        text=prompt_list("prompt", prompt) if embeds is None else embeds,
-        negative=None if guidance == 1.0 else unwanted or negatives,
-        count=count,
-        each=each,
-        steps=steps,
-        guidance=guidance,
-        grids=[grid for grid in per_prompt for _ in range(each)],
-        encoding=(length, *encoding[1:]),
-        output_type=output_type,
-        shown=tuple(shown),
+def joined(requests: Sequence[Request], seeds: Sequence[int]) -> Request:
+    """Resolved requests of one kind, a picture of one prompt each, and their seeds -> one request for all."""
+    return replace(
+        requests[0],
+        prompt=[text for r in requests for text in r.prompt or ()],
+        negative_prompt=[text for r in requests for text in r.negative_prompt or ()],
+        sizes=[size for r in requests for size in r.sizes or ()],
+        seed=list(seeds),
     )
-
-
-def _embeds(name: str, features: Sequence[Tensor] | None, mask: Tensor | None) -> Embeds | None:
-    if features is not None:
-        return Embeds(f"{name}_embeds", features, mask)
-    if mask is not None:
-        raise ValueError(f"{name}_mask belongs to {name}_embeds, which are missing")
-    return None
-
-
-def _prompt_count(prompt: str | Sequence[str] | None, embeds: Embeds | None) -> int:
-    if (prompt is None) == (embeds is None):
-        raise ValueError("give exactly one of prompt and prompt_embeds")
-    if embeds is None:
-        return len(prompt_list("prompt", prompt))
-    parts = expect_tensors("prompt_embeds", embeds.features)
-    if not parts or not parts[0].dim() or not len(parts[0]):
-        raise ValueError("prompt_embeds must be a list of F tensors [B, T, E] with B >= 1")
-    return len(parts[0])
 
 
 def _guidance(value: Any) -> float:

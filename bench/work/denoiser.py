@@ -14,9 +14,10 @@ from torch import Tensor
 
 from lens import ops, sampler
 from lens.engine import batch_invariance
+from lens.engine.job import Job, Text
 from lens.engine.run import Engine, Run
 from lens.engine.schedule_table import TableCache
-from lens.engine.step import Job, State
+from lens.engine.step import State
 from lens.model import LensTransformer2DModel
 from lens.modulation import Modulation
 from lens.ops.attention import choice as attention_choice
@@ -112,13 +113,11 @@ class Denoiser:
         @cache
         def begun() -> tuple[Run, State]:
             x, _, text = self.inputs(1)[0]
-            nothing = [text[:0]] * self.batch, [torch.arange(0)] * self.batch
+            nothing = Text([text[:0]] * self.batch, [torch.arange(0)] * self.batch)
             job = Job(
                 grids=[self.grid] * self.batch,
-                text=[text] * self.batch,
-                text_index=[torch.arange(self.text)] * self.batch,
-                negative=nothing[0] if self.guided else None,
-                negative_index=nothing[1] if self.guided else None,
+                text=Text([text] * self.batch, [torch.arange(self.text)] * self.batch),
+                negative=nothing if self.guided else None,
                 guidance=self.guidance,
                 sigma=-DELTA * torch.arange(self.steps, -1, -1, dtype=torch.float32).repeat(self.batch, 1),
                 first=torch.zeros(self.batch, dtype=torch.int64),

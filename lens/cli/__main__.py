@@ -24,13 +24,14 @@ from rich.markup import escape
 from .. import __version__, image_file, resolution
 from ..formats.files import CheckpointError
 from ..formats.hub import EMBEDDED
+from ..request import joined
 from ..text_encoder import DEFAULT_CHAT_DATE
 from . import request as cli_request
 from . import terminal
-from .request import Item, UsageError
+from .request import UsageError
 
 if TYPE_CHECKING:
-    from ..pipeline import LensPipeline, LensPipelineOutput
+    from ..pipeline import LensPipeline
 
 _SMALL_WORK = 64 * 256  # tokens of a picture times width of the model, up to which one CPU thread is enough
 
@@ -158,7 +159,7 @@ def generate(
     saved: list[Path] = []
     with terminal.clean_exits(saved), terminal.notices(quiet):
         recipe = image_file.read_recipe(like) if like is not None else None
-        request = cli_request.parse(
+        lines = cli_request.parse(
             prompts, file, negative, recipe, images_per_prompt, seed, (size, height, width, base, aspect)
         )
         chat_day = cli_request.chat_date(chat_date, recipe)
@@ -166,7 +167,8 @@ def generate(
         if guidance is not None and not math.isfinite(guidance):
             raise UsageError(f"--guidance must be a finite number, got {guidance}")
         adapters = cli_request.loras(lora, lora_scale, recipe)
-        paths = cli_request.paths(output, name, request)
+        texts, seeds = [str(r.prompt) for r in lines], [cast(int, r.seed) for r in lines]
+        paths = cli_request.paths(output, name, texts, seeds)
         if scale is not None and sheet is None:
             raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
         if sheet is not None and sheet.suffix.lower() != ".png":
@@ -184,40 +186,32 @@ def generate(
         kept = recipe if variant is None else None
         n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
         strength = guidance if guidance is not None else kept.guidance if kept else pipe.defaults.guidance_scale
-        side = pipe.defaults.base_resolution
-        request = [replace(r, size=r.size or (side, side)) for r in request]
+        requests = [
+            replace(
+                r, num_inference_steps=n_steps, guidance_scale=strength, truncation=cut, chat_date=chat_day
+            ).resolved(pipe.defaults)
+            for r in lines
+        ]
+        sizes = [pair for r in requests for pair in r.sizes or ()]
         if residency is not None and not quiet:
-            terminal.residency_plan(pipe, request, batch_size, strength)
+            terminal.residency_plan(pipe, sizes, batch_size, strength)
 
         drawn: list[Any] = []
-        batches = cli_request.batched([r.size for r in request], batch_size)
+        batches = cli_request.batched(sizes, batch_size)
         with (
-            _few_threads(pipe, request) as threads,
+            _few_threads(pipe, sizes) as threads,
             terminal.step_progress(len(batches) * n_steps, quiet) as advance,
         ):
             for batch in batches:
-                items = request[batch.start : batch.stop]
-                result = pipe(
-                    [r.prompt for r in items],
-                    negative_prompt=[r.negative for r in items],
-                    sizes=[r.size for r in items],
-                    seed=[r.seed for r in items],
-                    num_inference_steps=n_steps,
-                    guidance_scale=strength,
-                    truncation=cut,
-                    chat_date=chat_day,
-                    callback_on_step_end=advance,
-                    callback_on_step_end_tensor_inputs=(),
-                )
-                images = cast("LensPipelineOutput", result).images
-                for item, image, path in zip(items, images, paths[batch.start : batch.stop]):
+                together = joined([requests[k] for k in batch], [seeds[k] for k in batch])
+                for k, image in zip(batch, pipe.draw(together, advance, ()).images):
                     made = image_file.Recipe(
-                        prompt=item.prompt,
-                        negative=item.negative,
-                        seed=item.seed,
+                        prompt=texts[k],
+                        negative=str(lines[k].negative_prompt),
+                        seed=seeds[k],
                         steps=n_steps,
                         guidance=float(strength),
-                        size=item.size,
+                        size=sizes[k],
                         variant=pipe.defaults.variant,
                         chat_date=chat_day,
                         truncation=cut,
@@ -227,18 +221,18 @@ def generate(
                         fingerprint=pipe.fingerprint or "",
                         loras=tuple(pipe.loras),
                     )
-                    image_file.save_png(image, path, made)
-                    saved.append(path)
-                    typer.echo(path)
+                    image_file.save_png(image, paths[k], made)
+                    saved.append(paths[k])
+                    typer.echo(paths[k])
                     if sheet is not None:
                         drawn.append(image)
         seconds = time.perf_counter() - loaded
         if sheet is not None:
-            captions = [f"{r.prompt}\nseed {r.seed}" for r in request]
+            captions = [f"{text}\nseed {number}" for text, number in zip(texts, seeds)]
             image_file.save_png(image_file.contact_sheet(drawn, captions, scale), sheet)
             typer.echo(sheet)
         if not quiet:
-            terminal.summary(pipe, request, n_steps, strength, threads, seconds, loaded - began)
+            terminal.summary(pipe, sizes, n_steps, strength, threads, seconds, loaded - began)
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -320,7 +314,7 @@ def _same_checkpoint(recipe: image_file.Recipe, pipe: LensPipeline, like: Path |
 
 
 @contextmanager
-def _few_threads(pipe: LensPipeline, request: Sequence[Item]) -> Iterator[int]:
+def _few_threads(pipe: LensPipeline, sizes: Sequence[tuple[int, int]]) -> Iterator[int]:
     """One CPU thread for work that more could not speed up, unless OMP_NUM_THREADS says otherwise.
 
     Threads meet at every operation. Where one operation takes microseconds they bring nothing, and where the cores are
@@ -328,7 +322,7 @@ def _few_threads(pipe: LensPipeline, request: Sequence[Item]) -> Iterator[int]:
     """
     import torch
 
-    tokens = max(r.size[0] * r.size[1] for r in request) // resolution.TOKEN_PIXELS**2
+    tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
     small = tokens * pipe.transformer.config.inner_dim <= _SMALL_WORK
     before = torch.get_num_threads()
     if small and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:

@@ -10,11 +10,11 @@ import secrets
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .. import image_file, resolution
+from ..request import Request
 from ..text_encoder import DEFAULT_CHAT_DATE, parse_date
 
 _BATCH, _BATCH_TOKENS = 8, 8192  # pictures, and image tokens, drawn at once unless --batch-size says otherwise
@@ -22,16 +22,6 @@ _BATCH, _BATCH_TOKENS = 8, 8192  # pictures, and image tokens, drawn at once unl
 
 class UsageError(Exception):
     """The command line cannot be carried out as written: exit code 2."""
-
-
-@dataclass(frozen=True)
-class Item:
-    """One picture to draw; ``size`` None until the model's own is known."""
-
-    prompt: str
-    negative: str
-    seed: int
-    size: Any  # (height, width) | None
 
 
 def parse(
@@ -42,8 +32,9 @@ def parse(
     per_prompt: int | None,
     seed: str | None,
     size_args: tuple[Sequence[str] | None, int | None, int | None, int | None, str | None],
-) -> list[Item]:
-    """The pictures asked for, prompt-major. Mistakes are found here, before anything is loaded."""
+) -> list[Request]:
+    """One request per picture, prompt-major; no size where the model's own is meant. Mistakes are found here, before
+    anything is loaded."""
     texts = [*(prompts or []), *(_read_prompts(file) if file is not None else [])]
     if not texts and recipe is not None:
         texts = [recipe.prompt]
@@ -59,7 +50,7 @@ def parse(
     if len(seeds) != count:
         raise UsageError(f"--seed must be one number or one per picture ({count}), got {len(seeds)}")
     unwanted = negative if negative is not None else recipe.negative if recipe else ""
-    return [Item(texts[k // per_prompt], unwanted, seeds[k], sizes[k // per_prompt]) for k in range(count)]
+    return [Request(texts[k // per_prompt], unwanted, sizes[k // per_prompt], seeds[k]) for k in range(count)]
 
 
 def loras(
@@ -169,14 +160,14 @@ def make_folders(files: Sequence[Path]) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
-def paths(output: Path | None, name: str | None, request: Sequence[Item]) -> list[Path]:
+def paths(output: Path | None, name: str | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
     """Where each picture goes. -o FILE.png is one picture; anything else is a folder."""
     target = output if output is not None else Path()
     if target.suffix and not target.is_dir() and target.suffix.lower() != ".png":
         raise UsageError(f"--output: pictures are written as .png, which can carry the recipe, got {str(output)!r}")
     if target.suffix.lower() == ".png" and not target.is_dir():
-        if len(request) > 1:
-            raise UsageError(f"--output {output} is one file for {len(request)} pictures: give a folder")
+        if len(prompts) > 1:
+            raise UsageError(f"--output {output} is one file for {len(prompts)} pictures: give a folder")
         if name is not None:
             raise UsageError(f"--name chooses names inside a folder, but --output {output} is a file")
         return [target]
@@ -185,7 +176,7 @@ def paths(output: Path | None, name: str | None, request: Sequence[Item]) -> lis
         image_file.check_name(pattern)
     except ValueError as error:
         raise UsageError(f"--name: {error}") from None
-    names = [image_file.file_name(pattern, k, item.prompt, item.seed) for k, item in enumerate(request)]
+    names = [image_file.file_name(pattern, k, *pair) for k, pair in enumerate(zip(prompts, seeds))]
     if len(set(names)) < len(names):
         raise UsageError(f"--name {pattern!r} gives several pictures the same name: add {{index}} or {{seed}}")
     return [target / n for n in names]

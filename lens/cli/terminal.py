@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from .. import image_file, resolution
 from ..formats.files import CheckpointError
-from .request import Item, UsageError, batched, flag_names
+from .request import UsageError, batched, flag_names
 
 if TYPE_CHECKING:
     from ..pipeline import LensPipeline
@@ -114,34 +114,36 @@ def step_progress(total: int, quiet: bool) -> Iterator[Any]:
         yield bar
 
 
-def residency_plan(pipe: LensPipeline, request: Sequence[Item], batch_size: int | None, guidance: float) -> None:
+def residency_plan(
+    pipe: LensPipeline, sizes: Sequence[tuple[int, int]], batch_size: int | None, guidance: float
+) -> None:
     """Where the parts live and the memory predicted for the largest of these pictures, as one line."""
     from ..engine.residency import describe
 
     if pipe.places is None:
         return
-    batch = max(len(b) for b in batched([r.size for r in request], batch_size))
-    tokens = max(r.size[0] * r.size[1] for r in request) // resolution.TOKEN_PIXELS**2
+    batch = max(len(b) for b in batched(sizes, batch_size))
+    tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
     console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.places.residency)))
 
 
 def summary(
     pipe: LensPipeline,
-    request: Sequence[Item],
+    drawn: Sequence[tuple[int, int]],
     steps: int,
     guidance: float,
     threads: int,
     seconds: float,
     loading: float,
 ) -> None:
-    sizes = sorted({r.size for r in request})
+    sizes = sorted(set(drawn))
     what = " and ".join(f"{h}x{w}" for h, w in sizes) if len(sizes) < 4 else f"{len(sizes)} sizes"
-    count = f"{len(request)} picture{'s' if len(request) > 1 else ''}"
+    count = f"{len(drawn)} picture{'s' if len(drawn) > 1 else ''}"
     where = pipe.device.type
     if where == "cpu":
         where += f" with {threads} thread{'s' if threads > 1 else ''}"
     console.print(
-        f"{count} of {what} drawn in {seconds:.1f} s, {seconds / len(request):.2f} s each ({steps} steps, guidance "
+        f"{count} of {what} drawn in {seconds:.1f} s, {seconds / len(drawn):.2f} s each ({steps} steps, guidance "
         f"{guidance:g}, {where}, {str(pipe.dtype).removeprefix('torch.')}); loading took {loading:.1f} s",
         markup=False,
     )

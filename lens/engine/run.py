@@ -18,9 +18,8 @@ from ..packing import TEXT_BIN, Binned, Grid, bin_texts
 from . import batch_invariance
 from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
-from .step import Job, State, advance, capacity, euler, fixed_state, free_state, load, with_text
-
-__all__ = ["Engine", "Job", "Run", "State", "with_text"]
+from .job import Job
+from .step import State, advance, capacity, euler, fixed_state, free_state, load
 
 
 class Run:
@@ -124,7 +123,7 @@ class Engine:
         grid = job.grids[0]
         lengths = [grid[0] * grid[1] + len(index) for index in job.all_indices]
         binned, exact = (self._need(model, max(lengths), device_lengths) for device_lengths in (True, False))
-        steps = job.sigma.shape[1] - 1 - job.step
+        steps = job.steps - job.step
         return 1 if forecast(model.config, lengths, binned, exact).lengths(steps) == "exact" else TEXT_BIN
 
     @torch.no_grad()

@@ -9,14 +9,14 @@ are finite, so no kernel that reads a tile across the border meets a NaN. On a C
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lens import sampler
 from lens.engine.denoise_step_buffers import DenoiseStep
+from lens.engine.job import Job
 from lens.model import BLOCK_EPS, LensTransformer2DModel
 from lens.modulation import Modulation
 from lens.ops import backend
@@ -24,49 +24,10 @@ from lens.ops.attention import choice as attention_choice
 from lens.ops.denoise_step import OWN_ATTENTION
 from lens.ops.linear import choice as linear_choice
 from lens.ops.linear.fused import plain
-from lens.packing import Binned, Grid, Packing, offsets_of, plan
+from lens.packing import Binned, Packing, offsets_of, plan
 from lens.rope import grid_table
 
 TABLE_ROWS = 32  # a captured step holds the schedules of 32, 64, 128... steps
-
-
-@dataclass(frozen=True, eq=False)
-class Job:
-    """What is drawn: B pictures, each with its schedule and text; with guidance, a second text each."""
-
-    grids: list[Grid]  # B
-    text: list[Tensor]  # B of projected rows [T, D]
-    text_index: list[Tensor]  # B of int64 [T], places of the rows in their own padded sequence
-    negative: list[Tensor] | None  # B more, or None: no guidance
-    negative_index: list[Tensor] | None
-    guidance: float
-    sigma: Tensor  # float32 [B, K + 1], host
-    first: Tensor  # int64 [B], row of the table where a picture's schedule begins, host
-    table: Modulation  # rows of the distinct schedules, K each
-    x: Tensor  # float32 [R, C], packed latents on the device
-    step: int = 0  # where the run begins
-    stochastic: bool = False
-
-    @property
-    def halves(self) -> int:
-        return 1 if self.negative is None else 2
-
-    @property
-    def lengths(self) -> list[int]:
-        return [h * w for h, w in self.grids]
-
-    @property
-    def all_grids(self) -> list[Grid]:
-        return self.grids * self.halves
-
-    # the unconditional half comes first: where it carries no text, each stream's rows then lie in one piece
-    @property
-    def all_texts(self) -> list[Tensor]:
-        return [*(self.negative or []), *self.text]
-
-    @property
-    def all_indices(self) -> list[Tensor]:
-        return [*(self.negative_index or []), *self.text_index]
 
 
 @dataclass(eq=False)
@@ -130,7 +91,7 @@ def _whole(model: LensTransformer2DModel, packing: Packing) -> DenoiseStep | Non
 def capacity(job: Job) -> int:
     """Rows of the fixed table: the steps, rounded up to 32 times a power of two."""
     rows = TABLE_ROWS
-    while rows < job.sigma.shape[1] - 1:
+    while rows < job.steps:
         rows *= 2
     return rows
 
@@ -200,7 +161,7 @@ def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> Stat
 
 def load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned) -> None:
     """Fill fixed buffers with a job of their shape. Pictures of one size share one schedule: table rows 0 .. K - 1."""
-    packing, steps, device = state.packing, job.sigma.shape[1] - 1, state.x.device
+    packing, steps, device = state.packing, job.steps, state.x.device
     start = int(job.first[0])  # on the host
     # non_blocking: the host does not wait for what the device is at, usually the text encoder
     state.x.copy_(job.x)
@@ -223,12 +184,6 @@ def load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned) 
     source = binned.rope_rows.to(device, non_blocking=True)
     torch.index_select(cos, 0, source, out=packing.cos)
     torch.index_select(sin, 0, source, out=packing.sin)
-
-
-def with_text(job: Job, x: Tensor, step: int, text: Any, negative: Any) -> Job:
-    """The job from ``step`` on, at latents ``x``, with other texts: objects with ``rows`` and ``index``."""
-    job = replace(job, x=x.clone(), step=step, text=text.rows, text_index=text.index)
-    return job if negative is None else replace(job, negative=negative.rows, negative_index=negative.index)
 
 
 def why_not(model: LensTransformer2DModel, packing: Packing) -> str:

@@ -11,8 +11,8 @@ import torch
 from lens import LensConfig, LensTransformer2DModel, packing, rope
 from lens.engine import batch_invariance, run, step
 from lens.engine.graphs import GraphCache
+from lens.engine.job import Job, Text
 from lens.engine.run import Engine
-from lens.engine.step import Job
 from lens.modulation import Modulation
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
@@ -444,10 +444,8 @@ def job(config: LensConfig, grid=(2, 3), texts=(0, 5), steps=4) -> Job:
     table = Modulation(normal(steps, config.num_layers, 2, 6, width), normal(steps, 2, width))
     return Job(
         grids=[grid],
-        text=[normal(texts[1], width)],
-        text_index=[torch.arange(texts[1])],
-        negative=[normal(texts[0], width)],
-        negative_index=[torch.arange(texts[0])],
+        text=Text([normal(texts[1], width)], [torch.arange(texts[1])]),
+        negative=Text([normal(texts[0], width)], [torch.arange(texts[0])]),
         guidance=5.0,
         sigma=Scheduler().sigmas(rows, steps)[None],
         first=torch.tensor([0]),

@@ -24,6 +24,7 @@ from lens.ops.attention import choice as attention_choice
 from lens.ops.attention.layout import DeviceLayout
 from lens.request import Request
 from lens.text_encoder import ChatTokenizer, TextEncoder
+from tests.emulation.test_denoise_step import rounded
 from tests.engine.test_engine import job
 from tests.reference_model import relative
 from tests.small_pipeline import FOLDER, fresh
@@ -228,8 +229,7 @@ def released():
     given = job(dataclasses.replace(config, num_layers=1), (64, 64), (0, 300), steps=20)
     blocks = torch.randn(20, 12, 2, 6, 1536, device="cuda", dtype=torch.bfloat16) * 0.1
     table = Modulation(blocks, torch.randn(20, 2, 1536, device="cuda", dtype=torch.bfloat16) * 0.1)
-    texts = {k: [t.to("cuda", torch.bfloat16) for t in getattr(given, k)] for k in ("text", "negative")}
-    return model, dataclasses.replace(given, table=table, x=given.x.cuda(), **texts)
+    return model, rounded(dataclasses.replace(given, table=table, x=given.x.cuda()), "cuda")
 
 
 @torch.no_grad()

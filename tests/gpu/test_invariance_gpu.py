@@ -10,14 +10,14 @@ import torch
 from lens import LensConfig, LensTransformer2DModel
 from lens.engine import batch_invariance
 from lens.engine.graphs import CudaDriver, GraphCache
+from lens.engine.job import Job
 from lens.engine.run import Engine
-from lens.engine.step import Job
 from lens.modulation import Modulation
 from lens.ops import backend, denoise_step
 from lens.ops.attention import choice as attention_choice
 from lens.ops.linear import choice as linear_choice
 from tests.emulation import test_denoise_step as steps
-from tests.emulation.test_denoise_step import CONFIG, SAMPLES, accompanied, velocities
+from tests.emulation.test_denoise_step import CONFIG, SAMPLES, accompanied, rounded, velocities
 from tests.engine.test_engine import job
 from tests.ops.harness import same_bits
 
@@ -38,8 +38,7 @@ def drawing(config: LensConfig, grid: tuple[int, int], tokens: int) -> Job:
     """A guided picture, its second step next, the text-free half first."""
     made = job(config, grid, (0, tokens), steps=3)
     table = Modulation(*(t.bfloat16().cuda() * 0.5 for t in (made.table.blocks, made.table.final)))
-    rows = {name: [t.bfloat16().cuda() for t in getattr(made, name)] for name in ("text", "negative")}
-    return dataclasses.replace(made, table=table, step=1, x=made.x.cuda(), **rows)
+    return rounded(dataclasses.replace(made, table=table, step=1, x=made.x.cuda()), "cuda")
 
 
 def runnable(name: str) -> None:
