@@ -549,7 +549,7 @@ def test_out_of_memory_is_a_failure_with_advice(tmp_path, monkeypatch):
     def exhausted(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
-    monkeypatch.setattr(LensPipeline, "__call__", exhausted)
+    monkeypatch.setattr(LensPipeline, "draw", exhausted)
     result = generate("a dog", "-o", tmp_path / "x.png")
     assert result.exit_code == 1
     assert "try a smaller --batch-size" in result.stderr
@@ -559,7 +559,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     def bug(*args, **kwargs):
         raise KeyError("inside")
 
-    monkeypatch.setattr(LensPipeline, "__call__", bug)
+    monkeypatch.setattr(LensPipeline, "draw", bug)
     assert isinstance(generate("a dog", "-o", tmp_path / "x.png").exception, KeyError)
 
 
