@@ -6,8 +6,9 @@ image token, E encoder width, F encoder layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from . import ops
 from .config import LensConfig
 from .modulation import Modulation, TimeEmbedding, concatenate
 from .ops.linear import fused as linear_fused
-from .ops.linear.fused import ON_DEVICE, linear
+from .ops.linear.fused import ON_DEVICE, Layer, Residual, linear, linear_residual, residual_norm_modulate
 from .packing import Packing, expect_tensors, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
@@ -55,6 +56,92 @@ class Block(nn.Module):
 
     def norms(self) -> ops.HeadNorms:
         return ops.HeadNorms(self.image.q_norm, self.image.k_norm, self.text.q_norm, self.text.k_norm)
+
+    def forward(
+        self,
+        carried: Sequence[Residual],
+        modulation: Tensor,
+        packing: Packing,
+        last: bool = False,
+        adapter: str | None = None,
+        groups: linear_fused.Lengths = (None, None),
+        around: Callable[..., Any] | None = None,
+    ) -> Sequence[Residual]:
+        """Both residual streams, image first -> both, the last sum of each perhaps still to be made, see `Residual`.
+
+        carried: a list is emptied, so that its tensors are freed where they are used up; a tuple is left as it is
+        modulation: [B, 2, 6, D], this block's rows of a table; or temb [B, D], which the block projects itself
+        last: nothing reads the text behind this block: its queries, attention and MLP are left out, and the image
+        stream comes back alone, summed up
+        adapter: the one in force, of layers that hold several (train/adapters.py); recorded where the call is
+        groups: rows of every sample of each stream that must have the bits they have alone
+        around: runs the block in its place, called with it and the arguments; a training's recomputation and rounding
+        """
+        if around is not None:
+            return cast("Sequence[Residual]", around(self, carried, modulation, packing, last, adapter, groups))
+        both, offsets = self.streams(), (packing.image_offsets, packing.text_offsets)
+        if modulation.dim() == 2:
+            tables = [s.modulation(modulation).view(len(modulation), 6, -1).unbind(1) for s in both]
+        else:
+            tables = [modulation[:, s].unbind(1) for s in (IMAGE, TEXT)]
+        shift1, scale1, gate1, shift2, scale2, gate2 = zip(*tables)
+
+        # queries, keys and values of both streams, each normalised and turned, in the joint layout
+        residuals = list(carried)
+        if isinstance(carried, list):
+            carried.clear()
+        x, normed = residual_norm_modulate(residuals, [s.norm1 for s in both], scale1, shift1, offsets, BLOCK_EPS)
+        del residuals
+        q, k, v = linear_fused.linear_qkv_norm_rope(
+            normed,
+            [adapted(s.qkv, adapter) for s in both],
+            [s.q_norm for s in both],
+            [s.k_norm for s in both],
+            packing.cos,
+            packing.sin,
+            *offsets,
+            BLOCK_EPS,
+            groups,
+        ).unbind(0)
+
+        # attention of every sample over its own [image | text]
+        attention = ops.joint_attention(
+            q,
+            k,
+            v,
+            packing.image_lengths,
+            packing.text_lengths,
+            *offsets,
+            text_queries=not last,
+            layout=packing.layout,
+            norms=None if self.training else self.norms(),
+            invariant=groups[IMAGE] is not None,
+        )
+        del q, k, v  # three rows of the width for every token, while the MLP needs the most
+        live = both[:1] if last else both
+        x, out = x[: len(live)], [adapted(s.out, adapter) for s in live]
+        residuals = linear_residual(x, attention[: len(live)], out, gate1, offsets, groups)
+        del attention
+
+        # the MLP of each stream
+        x, normed = residual_norm_modulate(residuals, [s.norm2 for s in live], scale2, shift2, offsets, BLOCK_EPS)
+        del residuals
+        hidden = linear_fused.linear_swiglu(normed, [adapted(s.w13, adapter) for s in live], groups)
+        w2 = [adapted(s.w2, adapter) for s in live]
+        if last:
+            return [(linear_fused.linear_gated_residual(x, hidden, w2, gate2, offsets, groups, "w2")[IMAGE],)]
+        return linear_residual(x, hidden, w2, gate2, offsets, groups, "w2")
+
+
+def adapted(layer: Layer, adapter: str | None) -> Layer:
+    """The layer with one of its adapters in force; None: as it is when it is called."""
+    return layer if adapter is None or type(layer) is nn.Linear else partial(cast("Any", layer), adapter=adapter)
+
+
+def summed(carried: Sequence[Residual], packing: Packing) -> list[Tensor]:
+    """The rows of the residual streams behind a block: image [RI, D], text [RT, D]."""
+    offsets = packing.image_offsets, packing.text_offsets
+    return [r[0] if len(r) == 1 else ops.gated_residual(*r, o) for r, o in zip(carried, offsets)]
 
 
 @torch.no_grad()
@@ -154,71 +241,17 @@ class LensTransformer2DModel(nn.Module):
         ``blocks_out`` receives (image [RI, D], text [RT, D]) after each block. Without it the last block's text branch,
         which nothing reads, is skipped.
         """
-        offsets = (packing.image_offsets, packing.text_offsets)
-        lengths = (packing.image_lengths, packing.text_lengths)
-        invariant, groups = self.invariant, self._groups(packing)
-        x = [linear(self.image_in, image_rows, groups[IMAGE]), text_rows]
-        layers = self.layers()
-        normed = [
-            ops.rms_norm_modulate(x[s], stream.norm1, scale, shift, offsets[s], BLOCK_EPS)
-            for s, stream in enumerate(layers[0].streams())
-            for shift, scale in [modulation.for_block(0, s)[:2]]
-        ]
+        groups, layers = self._groups(packing), self.layers()
+        carried: Sequence[Residual] = [(linear(self.image_in, image_rows, groups[IMAGE]),), (text_rows,)]
         for index, block in enumerate(layers):
-            following = layers[index + 1] if index + 1 < len(layers) else None
-            live = (IMAGE,) if following is None and blocks_out is None else (IMAGE, TEXT)
-            both, streams = block.streams(), block.streams()[: len(live)]
-            q, k, v = linear_fused.linear_qkv_norm_rope(
-                normed,
-                [s.qkv for s in both],
-                [s.q_norm for s in both],
-                [s.k_norm for s in both],
-                packing.cos,
-                packing.sin,
-                *offsets,
-                BLOCK_EPS,
-                groups,
-            ).unbind(0)
-            attention = ops.joint_attention(
-                q,
-                k,
-                v,
-                *lengths,
-                *offsets,
-                text_queries=TEXT in live,
-                layout=packing.layout,
-                norms=block.norms(),
-                invariant=invariant,
-            )
-            del q, k, v  # three rows of the width for every token, while the MLP needs the most
-            _, _, gate1, shift2, scale2, gate2 = zip(*(modulation.for_block(index, s) for s in live))
-            x, normed = linear_fused.linear_gated_residual_norm_modulate(
-                x[: len(live)],
-                attention[: len(live)],
-                [s.out for s in streams],
-                gate1,
-                [s.norm2 for s in streams],
-                scale2,
-                shift2,
-                offsets,
-                BLOCK_EPS,
-                groups,
-            )
-            del attention
-            hidden = linear_fused.linear_swiglu(normed, [s.w13 for s in streams], groups)
-            w2 = [s.w2 for s in streams]
-            if following is None:
-                x = linear_fused.linear_gated_residual(x, hidden, w2, gate2, offsets, groups, "w2")
-            else:
-                shift1, scale1 = zip(*(modulation.for_block(index + 1, s)[:2] for s in live))
-                norm1 = [s.norm1 for s in following.streams()]
-                x, normed = linear_fused.linear_gated_residual_norm_modulate(
-                    x, hidden, w2, gate2, norm1, scale1, shift1, offsets, BLOCK_EPS, groups, "w2"
-                )
-            del hidden
+            last = blocks_out is None and index + 1 == len(layers)
+            carried = block(carried, modulation.blocks[:, index], packing, last, groups=groups)
             if blocks_out is not None:
-                blocks_out.append((x[IMAGE], x[TEXT]))
-        return linear(self.image_out, self._final_norm(x[IMAGE], modulation, packing), groups[IMAGE])
+                image, text = summed(carried, packing)
+                blocks_out.append((image, text))
+                carried = [(image,), (text,)]
+        image = carried[IMAGE][0]
+        return linear(self.image_out, self._final_norm(image, modulation, packing), groups[IMAGE])
 
     def _final_norm(self, x: Tensor, modulation: Modulation, packing: Packing) -> Tensor:
         """LayerNorm without weights, then scale (first) and shift: once per step, so plain torch."""

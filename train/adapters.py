@@ -30,6 +30,7 @@ from .parallel import place
 ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
 MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
 NO_BASE = "--lora: expected --init CHECKPOINT beside it, the released layout's folder whose weights stay frozen"
+NONE = "none"  # the name of no adapter
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
 
 
@@ -68,7 +69,10 @@ def of(recipe: ModuleType) -> Lora | None:
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer, frozen by `attach`, and the adapters, float32, of the released modules its rows are made of."""
+    """A linear layer, frozen by `attach`, and the adapters, float32, of the released modules its rows are made of.
+
+    One adapter trains; `keep` puts frozen copies beside it, by name. Which is in force is an argument of the call.
+    """
 
     def __init__(self, base: nn.Linear, modules: list[str], lora: Lora):
         super().__init__()
@@ -80,9 +84,14 @@ class AdaptedLinear(nn.Module):
 
         self.down = nn.ParameterList(matrix(lora.r, base.in_features) for _ in modules)
         self.up = nn.ParameterList(matrix(base.out_features // len(modules), lora.r) for _ in modules)
+        self.kept = nn.ModuleDict()  # name -> ModuleDict of down and up
 
-    def forward(self, x: Tensor) -> Tensor:
-        parts = [F.linear(F.linear(x, down), up) for down, up in zip(self.down, self.up)]
+    def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
+        """adapter: None, the one that trains; NONE, no adapter at all; else a name that `keep` was given."""
+        if adapter == NONE:
+            return self.base(x)
+        downs, ups = (self.down, self.up) if adapter is None else self.kept[adapter].values()
+        parts = [F.linear(F.linear(x, down), up) for down, up in zip(downs, ups)]
         return self.base(x) + self.factor * (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
     @property
@@ -112,6 +121,20 @@ def attach(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> N
     for name, layer in wrapped.items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
+
+
+@torch.no_grad()
+def keep(model: nn.Module, name: str) -> None:
+    """A frozen copy of the adapter as it is now, to be called by ``name``; one of that name is written over."""
+    for _, layer in adapted(model):
+        if name not in layer.kept:
+            sides = {"down": layer.down, "up": layer.up}
+            layer.kept[name] = nn.ModuleDict(
+                {side: nn.ParameterList(nn.Parameter(p.clone(), False) for p in own) for side, own in sides.items()}
+            )
+        for copy, own in zip(layer.kept[name].values(), (layer.down, layer.up)):
+            for target, source in zip(copy, own):
+                target.copy_(source)
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:

@@ -155,3 +155,61 @@ def test_the_flops_of_adapters_are_those_a_step_does(lora):
     attention = 3 * step_flops(CONFIG, [image] * 3, texts)["attention"]
     unread = 2 * gemm_flops(sum(texts), width, width)  # text queries of the last block: computed, not needed
     assert counter.get_total_flops() == own - attention + unread
+
+
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+def test_the_backward_pass_computes_again_under_the_adapter_of_its_forward_pass(recompute):
+    """Gradients of one adapter are the same whatever was in force between its forward and its backward pass: the old
+    policy, or none."""
+    model = filled(Denoiser(CONFIG, recompute=recompute))
+    adapters.attach(model, Lora(4, 8.0, "all"))
+    adapters.start(model, 0)
+    drawn = torch.Generator().manual_seed(7)
+
+    def move():
+        with torch.no_grad():
+            for _, layer in adapters.adapted(model):
+                for p in (*layer.down, *layer.up):
+                    p.add_(torch.randn(p.shape, generator=drawn) * 0.2)
+
+    move()
+    adapters.keep(model, "old")
+    move()
+    given = inputs([5, 0, 7])
+    ways = {name: model(*given, name).detach() for name in (None, "old", adapters.NONE)}
+    assert not any(
+        torch.allclose(ways[a], ways[b], rtol=1e-2) for a, b in ((None, "old"), (None, "none"), ("old", "none"))
+    )
+
+    def gradients(between):
+        model.zero_grad()
+        v = model(*given)
+        for name in between:
+            assert torch.equal(model(*given, name), ways[name])
+        v.pow(2).mean().backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    want = gradients([])
+    assert len(want) == 2 * sum(len(layer.down) for _, layer in adapters.adapted(model)) - 8  # no dead text end
+    for between in (["old"], [adapters.NONE], ["old", adapters.NONE]):
+        got = gradients(between)
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_block_outputs_can_be_tapped():
+    """After every block but the last, with the velocity's own bits; a gradient of a tap reaches the blocks before it alone."""
+    model = filled(Denoiser(CONFIG))
+    given, taps = inputs([5, 0, 7]), []
+    assert torch.equal(model(*given, blocks_out=taps), model(*given))
+    assert [tuple(x.shape) for pair in taps for x in pair] == [(18, 128), (12, 128)] * (CONFIG.num_layers - 1)
+    whole = []
+    plainly = LensTransformer2DModel(CONFIG)
+    plainly.load_state_dict(model.state_dict())
+    x, features, t, packing = given
+    text = plainly.project_text(list(features.unbind(1)), packing.text_lengths)
+    plainly.train().denoise(x, text, plainly.modulate(t), packing, whole)
+    assert all(torch.equal(a, b) for own, other in zip(taps, whole) for a, b in zip(own, other))
+    taps[0][0].sum().backward()
+    reached = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None and "blocks" in name}
+    assert reached == {"0"}

@@ -23,6 +23,9 @@ from lens.ops.rms_norm_modulate import rms_norm_modulate
 from lens.ops.swiglu import swiglu
 
 Layer = Callable[[Tensor], Tensor]
+Residual = (
+    tuple[Tensor] | tuple[Tensor, Tensor, Tensor]
+)  # of a stream: (x,), or (x, y, gate) where gate * y is still to add
 Lengths = Sequence[Sequence[int] | None]  # of each stream: rows of every sample, each to have the bits it has alone
 ON_DEVICE = (-1,)  # of a captured stream: lengths that only the device knows
 LINE = {"cpu": 64, "cuda": 256}  # bytes; the library's choice looks at no more of an address
@@ -130,6 +133,43 @@ def linear_gated_residual(
     )
 
 
+def linear_residual(
+    x: Sequence[Tensor],
+    y: Sequence[Tensor],
+    layers: Sequence[Layer],
+    gate: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    lengths: Lengths = (None, None),
+    product: str = "out",
+) -> list[Residual]:
+    """linear_gated_residual whose last sum waits for the norm that follows, where the library multiplies: one pass does
+    both then. `residual_norm_modulate` takes the result."""
+    if _ours(product, "linear_gated_residual", y, layers, lengths):
+        return [(a,) for a in linear_gated_residual(x, y, layers, gate, offsets, lengths, product)]
+    return [(a, linear(*of), g) for a, g, of in zip(x, gate, zip(layers, y, lengths))]
+
+
+def residual_norm_modulate(
+    residuals: Sequence[Residual],
+    weight: Sequence[Tensor],
+    scale: Sequence[Tensor],
+    shift: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    eps: float = 1e-6,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The rows of every residual stream, summed up, and rms_norm_modulate of them: x [R_s, D] and normed [R_s, D].
+
+    weight, scale, shift, offsets, eps: of each stream, as in rms_norm_modulate
+    """
+    done = [
+        (residual[0], rms_norm_modulate(residual[0], w, s, t, o, eps))
+        if len(residual) == 1
+        else gated_residual_norm_modulate(*residual, w, s, t, o, eps)
+        for residual, w, s, t, o in zip(residuals, weight, scale, shift, offsets)
+    ]
+    return [a for a, _ in done], [b for _, b in done]
+
+
 def linear_gated_residual_norm_modulate(
     x: Sequence[Tensor],
     y: Sequence[Tensor],
@@ -146,19 +186,10 @@ def linear_gated_residual_norm_modulate(
     """linear_gated_residual and rms_norm_modulate of its result: x_new [R_s, D] and normed [R_s, D] of every stream s.
 
     weight, scale, shift, eps: as in rms_norm_modulate. A norm needs whole rows, which no tile of ours holds: after our
-    product it is a pass of its own, after the library's one pass with the residual.
+    GEMM it is a pass of its own, after the library's one pass with the residual.
     """
-    if _ours(product, "linear_gated_residual", y, layers, lengths):
-        x_new = linear_gated_residual(x, y, layers, gate, offsets, lengths, product)
-        norms = zip(x_new, weight, scale, shift, offsets[: len(x)], strict=True)
-        return x_new, [rms_norm_modulate(*of, eps) for of in norms]
-    products = zip(x, layers, y, lengths)
-    rows = zip(products, gate, weight, scale, shift, offsets)
-    done = [
-        gated_residual_norm_modulate(a, linear(layer, b, n), g, w, s, t, o, eps)
-        for (a, layer, b, n), g, w, s, t, o in rows
-    ]
-    return [a for a, _ in done], [b for _, b in done]
+    residuals = linear_residual(x, y, layers, gate, offsets, lengths, product)
+    return residual_norm_modulate(residuals, weight, scale, shift, offsets, eps)
 
 
 # ---- which way
