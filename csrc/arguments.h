@@ -1,5 +1,5 @@
-// How a params struct is filled from Python: a struct's `fields` in bindings.cpp names every field
-// to a visitor. The Reader takes the value of that name from the call and checks what can be told
+// How a params struct is filled from Python: its `fields` (params/common.h) names every field to a
+// visitor. The Reader takes the value of that name from the call and checks what can be checked
 // without a tensor; the Describer collects the names for the docstring.
 #pragma once
 
@@ -110,7 +110,7 @@ class Describer {
   void expect(bool, const char*, int64_t) {}
 
   std::string text() const {
-    return text_ + "): addresses, sizes and strides of the struct in params.h";
+    return text_ + "): addresses, sizes and strides of the struct in csrc/params";
   }
 
  private:

@@ -4,10 +4,6 @@
 namespace lens::LENS_ISA {
 namespace {
 
-int64_t bytes_of_row(int64_t C, DType dtype) {
-  return C * (dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8);
-}
-
 // memcpy by registers: the C library's string instructions are a tenth slower at these sizes
 // (measured on Zen 4).
 void copy(char* to, const char* from, int64_t bytes) {
@@ -31,7 +27,7 @@ int64_t end_of_run(const int64_t* rows, int64_t r, int64_t end) {
 }  // namespace
 
 void pack_tokens(const PackTokensParams& p) {
-  const int64_t bytes = bytes_of_row(p.C, p.dtype);
+  const int64_t bytes = p.C * element_bytes(p.dtype);
   const char* x = static_cast<const char*>(p.x);
   char* packed = static_cast<char*>(p.packed);
   parallel_ranges(p.R, p.R * p.C, [&](int64_t begin, int64_t end) {
@@ -44,7 +40,7 @@ void pack_tokens(const PackTokensParams& p) {
 }
 
 void unpack_tokens(const UnpackTokensParams& p) {
-  const int64_t bytes = bytes_of_row(p.C, p.dtype);
+  const int64_t bytes = p.C * element_bytes(p.dtype);
   const char* packed = static_cast<const char*>(p.packed);
   char* x = static_cast<char*>(p.x);
   parallel_ranges(p.BL, p.BL * p.C, [&](int64_t begin, int64_t end) {

@@ -6,14 +6,12 @@
 namespace lens::LENS_ISA {
 namespace {
 
-constexpr int64_t kMaxHeadDim = 512;  // dispatch.h refuses more
-
 // cos and signed sin of one row, each angle twice: a pair (e, o) turns by (e, o) * cos + (o, e) *
 // sin.
 template <class A>
 struct Rotation {
-  alignas(64) A cos[kMaxHeadDim];
-  alignas(64) A sin[kMaxHeadDim];
+  alignas(64) A cos[kMaxHead];
+  alignas(64) A sin[kMaxHead];
 
   // direction +1 turns by the angle, -1 back
   LENS_INLINE void fill(const A* row_cos, const A* row_sin, int64_t H, A direction) {
@@ -29,13 +27,13 @@ struct Rotation {
   }
 };
 
-// Where a stream's rows come from, go to, and which weights they meet.
+// The rows of one stream: where they come from, where they go, which weights norm them.
 template <class T>
-struct Stream {
+struct StreamRows {
   const T* qkv;
   const T* weight[2];      // of q and of k
   const int32_t* offsets;  // of this stream
-  const int32_t* others;   // of the other stream
+  const int32_t* others;   // offsets of the other stream
   int64_t rows;
   bool image;
 
@@ -45,7 +43,7 @@ struct Stream {
 };
 
 template <class T, class Params>
-Stream<T> image_stream(const Params& p) {
+StreamRows<T> image_stream(const Params& p) {
   return {static_cast<const T*>(p.image_qkv),
           {static_cast<const T*>(p.image_q_weight), static_cast<const T*>(p.image_k_weight)},
           p.image_offsets,
@@ -55,7 +53,7 @@ Stream<T> image_stream(const Params& p) {
 }
 
 template <class T, class Params>
-Stream<T> text_stream(const Params& p) {
+StreamRows<T> text_stream(const Params& p) {
   return {static_cast<const T*>(p.text_qkv),
           {static_cast<const T*>(p.text_q_weight), static_cast<const T*>(p.text_k_weight)},
           p.text_offsets,
@@ -66,7 +64,7 @@ Stream<T> text_stream(const Params& p) {
 
 // kH: the head dim as a constant, or 0 where it is only known at run time.
 template <class T, int kH>
-void forward_stream(const QkNormRopeParams& p, const Stream<T>& stream) {
+void forward_stream(const QkNormRopeParams& p, const StreamRows<T>& stream) {
   using A = Acc<T>;
   const int64_t H = kH ? kH : p.H, D = p.N * H, RS = p.RI + p.RT;
   const A *cos = static_cast<const A*>(p.cos), *sin = static_cast<const A*>(p.sin);
@@ -103,7 +101,7 @@ void forward(const QkNormRopeParams& p) {
 
 // sums: acc [split_chunks(rows), 2, H]
 template <class T, int kH>
-void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream, T* dqkv_stream,
+void backward_stream(const QkNormRopeBackwardParams& p, const StreamRows<T>& stream, T* dqkv_stream,
                      Acc<T>* sums) {
   using A = Acc<T>;
   const int64_t H = kH ? kH : p.H, D = p.N * H, RS = p.RI + p.RT;
@@ -111,14 +109,15 @@ void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream,
   parallel_ranges(split_chunks(stream.rows), stream.rows * 3 * D, [&](int64_t begin, int64_t end) {
     int64_t b = sample_of_row(stream.offsets, p.B, begin * kSplitRows);
     Rotation<A> rotation;
-    alignas(64)
-        A row_sum[2 * kMaxHeadDim];  // the heads of one row: short sums first keeps their error low
+    // over the heads of one row: short sums first keep the error low
+    alignas(64) A row_sum[2 * kMaxHead];
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       A* sum = sums + chunk * 2 * H;
       fill_zero(sum, 2 * H);
       const int64_t first = chunk * kSplitRows;
       const int64_t stop = first + kSplitRows < stream.rows ? first + kSplitRows : stream.rows;
       for (int64_t row = first; row < stop; ++row) {
+        // of this row: its sample, its joint row, its angles turned back
         while (row >= stream.offsets[b + 1]) ++b;
         const int64_t joint = stream.joint_row(b, row);
         const T* in = stream.qkv + row * 3 * D;
@@ -133,6 +132,7 @@ void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream,
             const T* x = in + part * D + head * H;
             const T* dy = dout + part * RS * D + head * H;
             T* dx = din + part * D + head * H;
+            // mean(g * weight * n) over the head, then dx and dweight
             const A rstd = reciprocal_rms(x, H, A(p.eps));
             const Simd<A> r(rstd);
             const A gn = sum_columns<A>(H, [&](int64_t i, auto lanes, Simd<A> running) LENS_LAMBDA {
@@ -149,6 +149,7 @@ void backward_stream(const QkNormRopeBackwardParams& p, const Stream<T>& stream,
             });
           }
         }
+        // the row's part of the chunk's sums; v is copied
         for (int64_t i = 0; i < 2 * H; ++i) sum[i] += row_sum[i];
         std::memcpy(din + 2 * D, dout + 2 * RS * D, size_t(D) * sizeof(T));
       }

@@ -75,7 +75,8 @@ inline void parallel_rows(const int32_t* offsets, int64_t B, int64_t R, int64_t 
   });
 }
 
-// body(slot, sample, first row, last row + 1) over the chunks of a column sum (see params.h).
+// body(slot, sample, first row, last row + 1) over the chunks of a column sum, see
+// params/common.h.
 template <class Body>
 inline void parallel_chunks(const int32_t* offsets, int64_t B, int64_t R, int64_t elements,
                             Body body) {
@@ -116,19 +117,6 @@ inline void parallel_columns(int64_t D, int64_t elements, Body body) {
 template <class T>
 LENS_INLINE void fill_zero(T* p, int64_t count) {
   std::memset(static_cast<void*>(p), 0, size_t(count) * sizeof(T));
-}
-
-// Calls body with a null pointer of the storage type.
-template <class Body>
-LENS_INLINE void with_type(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(static_cast<float*>(nullptr));
-    case DType::kBFloat16:
-      return body(static_cast<Bf16*>(nullptr));
-    case DType::kFloat64:
-      return body(static_cast<double*>(nullptr));
-  }
 }
 
 }  // namespace lens::LENS_ISA

@@ -10,7 +10,6 @@ namespace {
 
 // The six rows of a block and stream in the modulation table, in its order.
 enum Row { kShift1, kScale1, kGate1, kShift2, kScale2, kGate2 };
-enum Stream { kImage, kText };
 
 constexpr int64_t kElement = 2;  // bytes of a bfloat16
 

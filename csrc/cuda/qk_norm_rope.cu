@@ -72,13 +72,13 @@ void backward(const QkNormRopeBackwardParams& p) {
 
 int qk_norm_rope_cuda(const QkNormRopeParams& p) {
   if (p.RI + p.RT == 0) return int(cudaSuccess);
-  if (p.H > gpu::kMaxHead) return int(cudaErrorNotSupported);
+  if (p.H > kMaxHead) return int(cudaErrorNotSupported);
   return gpu::launch_for(p.dtype, p.RI + p.RT, p.N * p.H,
                          [&](auto* tag) { gpu::forward<LENS_TYPE_OF(tag)>(p); });
 }
 
 int qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& p) {
-  if (p.H > gpu::kMaxHead) return int(cudaErrorNotSupported);
+  if (p.H > kMaxHead) return int(cudaErrorNotSupported);
   return gpu::launch_for(p.dtype, p.RI + p.RT, p.N * p.H,
                          [&](auto* tag) { gpu::backward<LENS_TYPE_OF(tag)>(p); });
 }

@@ -17,7 +17,6 @@
 namespace lens::gpu {
 
 constexpr int kHeadWarps = 6;  // warps of a block: q, k, v of two rows
-constexpr int kMaxHead = 512;
 // chunks per lane of a head wider than a warp's 32 chunks, up to kMaxHead
 template <class T>
 constexpr int kWideHead = kMaxHead / (kWarp * kChunk<T>);

@@ -2,8 +2,8 @@
 
 The library is compiled with g++ into build/emulation, one object per source, named by the hash of what goes into it.
 `Emulator.launch` replaces `lens.ops.backend.launch`: every tensor is copied into a buffer of its own between two
-inaccessible pages, as far off a 16-byte boundary as the tensor is; outputs hold NaN until written. The struct of each
-kernel is read from csrc/params.h, so that the two cannot disagree.
+inaccessible pages, as far off a 16-byte boundary as the tensor is; outputs hold NaN until written. Where the fields of
+a kernel's struct lie is asked of the library, so that the two cannot disagree.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import concurrent.futures
 import ctypes
 import fcntl
-import functools
 import hashlib
 import os
 import pathlib
 import re
 import shutil
+import struct
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -105,33 +105,33 @@ def mutant(folder: pathlib.Path, stem: str, file: str, old: str, new: str) -> Em
         assert text.count(before) == 1, f"{name} must hold {before!r} once, holds it {text.count(before)} times"
         path.write_text(text.replace(before, after))
 
+    path = tree / "params" / "common.h"
     for unused in ("kFloat32", "kFloat64"):  # a third of the compile time
-        path = tree / "cuda" / "launch.cuh"
-        path.write_text(re.sub(rf"case DType::{unused}:\s*f\(.*?\);\s*break;", "", path.read_text(), flags=re.DOTALL))
+        text, count = re.subn(rf"(case DType::{unused}:\s*return )f\(.*?\), true;", r"\1false;", path.read_text())
+        assert count == 1, f"common.h must call f for {unused} once, does so {count} times"
+        path.write_text(text)
     replace(file, old, new)
     return Emulator(build(tree, stem))
 
 
-# ---- the structs of params.h
+# ---- params structs, as their `fields` tell them (csrc/params)
 
-_CTYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double, "DType": ctypes.c_int}
+_FORMATS = {"type": "i", "integer": "q", "number": "d", "reads": "N", "writes": "N"}
 
 
-@functools.cache
-def structs() -> dict[str, tuple[type[ctypes.Structure], set[str]]]:
-    """Kernel stem -> (its params struct, the names of the arrays it writes)."""
-    text = re.sub(r"//[^\n]*", "", (SOURCE / "params.h").read_text())
-    layouts: dict[str, tuple[type[ctypes.Structure], set[str]]] = {}
-    for name, body in re.findall(r"struct (\w+Params) \{(.*?)\};", text, re.DOTALL):
-        fields: list[tuple[str, Any]] = []
-        written = set()
-        for constant, kind, star, names in re.findall(r"(const )?(\w+)(\*?) ([\w, ]+);", body):
-            for field in names.split(","):
-                fields.append((field.strip(), ctypes.c_void_p if star else _CTYPES[kind]))
-                if star and not constant and field.strip() != "stream":
-                    written.add(field.strip())
-        layouts[name] = type(name, (ctypes.Structure,), {"_fields_": fields}), written
-    return {stem: layouts[name] for stem, name in re.findall(r"OP\((\w+), (\w+)\)", text)}
+class Field(NamedTuple):
+    offset: int
+    kind: str  # of _FORMATS; a pointer's says whether the kernel reads or writes there
+
+
+def _layout(library: ctypes.CDLL, kernel: str) -> tuple[int, dict[str, Field]]:
+    """Bytes of a kernel's params struct, and its fields by name."""
+    tell = getattr(library, f"lens_emulation_layout_{kernel}")
+    tell.restype = ctypes.c_char_p
+    size, *lines = tell().decode().splitlines()
+    fields = {name: Field(int(offset), kind) for name, offset, kind in map(str.split, lines)}
+    assert int(size) == 8 * len(fields), f"{kernel}: `fields` leaves out a part of the struct"
+    return int(size), fields
 
 
 # ---- running
@@ -163,12 +163,11 @@ class Emulator:
     def launch(self, kernel: str, like: Tensor, dtype: torch.dtype | None = None, **arguments: Any) -> None:
         """In place of backend.launch. EmulationError: the launch failed or wrote where it must not."""
         self.calls.append(kernel)
-        layout, written = structs()[kernel]
-        size = getattr(self.library, f"lens_emulation_sizeof_{kernel}")
-        size.restype = ctypes.c_int64
-        assert size() == ctypes.sizeof(layout), f"{layout.__name__}: the tests read params.h wrongly"
-        params = layout(dtype=backend.DTYPES[dtype or like.dtype], stream=STREAM)
-        assert {name for name, _ in layout._fields_} == {*arguments, "dtype", "stream"}
+        size, fields = _layout(self.library, kernel)
+        params = ctypes.create_string_buffer(size)
+        written = {name for name, field in fields.items() if field.kind == "writes"}
+        arguments |= {"dtype": backend.DTYPES[dtype or like.dtype], "stream": STREAM}
+        assert set(fields) == set(arguments)
 
         buffers: dict[str, tuple[int, Tensor]] = {}
         in_place: dict[int, int] = {}
@@ -185,7 +184,7 @@ class Emulator:
                 elif value.numel():
                     in_place[value.data_ptr()] = address
                 value = address
-            setattr(params, name, value)
+            struct.pack_into(_FORMATS[fields[name].kind], params, fields[name].offset, value or 0)
         self.library.lens_emulation_seed(self.seed)
         self.library.lens_emulation_device(self.multiprocessors, self.major)
         error = getattr(self.library, f"lens_emulation_{kernel}")(ctypes.byref(params))

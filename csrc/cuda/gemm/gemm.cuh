@@ -54,8 +54,6 @@ struct RingPlace {
   }
 };
 
-enum Stream : int { kImage = 0, kText = 1 };
-
 struct TileAt {
   int stream, row, column;  // in tiles
 };
