@@ -1,5 +1,6 @@
-// Column sums over the rows of a sample in two stages, without atomics (see csrc/params.h): a block
-// of stage one owns one slot of the workspace; stage two adds a sample's slots in a fixed order.
+// Column sums over the rows of a sample in two stages, without atomics (see params/common.h): a
+// block of stage one owns one slot of the workspace; stage two adds a sample's slots in a fixed
+// order.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -24,6 +25,17 @@ inline bool backward_one_chunk(int64_t width, int chunk) {
 }
 inline bool backward_fits(int64_t width, int chunk) {
   return width <= int64_t(kBackwardThreads) * kWideChunks * chunk;
+}
+
+// launch_for of a backward pass, whose blocks hold a row of limited width.
+template <class Params, class F>
+int launch_backward_for(const Params& p, F f) {
+  bool fits = true;
+  const int state = launch_for(p.dtype, p.R, p.D, [&](auto* tag) {
+    fits = backward_fits(p.D, kChunk<std::remove_pointer_t<decltype(tag)>>);
+    if (fits) f(tag);
+  });
+  return fits ? state : int(cudaErrorNotSupported);
 }
 
 // The rows of one slot.

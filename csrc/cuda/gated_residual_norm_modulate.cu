@@ -15,22 +15,14 @@ void forward(const GatedResidualNormModulateParams& p) {
                                           {p.gate, p.gate_stride},
                                           {p.scale, p.scale_stride},
                                           {p.shift, p.shift_stride}});
-  const int cached = vector && sizeof(T) < 8 ? cached_chunks(p.D, kChunk<T>) : 0;
-  if constexpr (sizeof(T) < 8) {
-    if (cached == 3)
-      LENS_LAUNCH((gated_residual_norm_modulate_kernel<T, 3, true>), grid, block, p.stream, p);
-    if (cached == 6)
-      LENS_LAUNCH((gated_residual_norm_modulate_kernel<T, 6, true>), grid, block, p.stream, p);
-    if (cached == 12) {
-      LENS_LAUNCH((gated_residual_norm_modulate_kernel<T, 12, true>), grid, block, p.stream, p);
-    }
-  }
-  if (cached) return;
-  if (vector) {
-    LENS_LAUNCH((gated_residual_norm_modulate_kernel<T, 0, true>), grid, block, p.stream, p);
-  } else {
-    LENS_LAUNCH((gated_residual_norm_modulate_kernel<T, 0, false>), grid, block, p.stream, p);
-  }
+  const int cached = vector ? cached_chunks<T>(p.D) : 0;
+  const auto kernel =
+      first_fit({Rung{cached == 3, gated_residual_norm_modulate_kernel<T, kCached<T, 3>, true>},
+                 Rung{cached == 6, gated_residual_norm_modulate_kernel<T, kCached<T, 6>, true>},
+                 Rung{cached == 12, gated_residual_norm_modulate_kernel<T, kCached<T, 12>, true>},
+                 Rung{vector, gated_residual_norm_modulate_kernel<T, 0, true>},
+                 Rung{true, gated_residual_norm_modulate_kernel<T, 0, false>}});
+  LENS_LAUNCH(kernel, grid, block, p.stream, p);
 }
 
 template <class T>
@@ -46,18 +38,14 @@ void backward(const GatedResidualNormModulateBackwardParams& p) {
                                           {p.workspace, p.D},
                                           {p.gate, p.gate_stride},
                                           {p.scale, p.scale_stride}});
-  if (p.R == 0) {
-    // no slots to fill; the sums below are zero
-  } else if (!backward_one_chunk(p.D, kChunk<T>)) {
-    LENS_LAUNCH((gated_residual_norm_modulate_backward_kernel<T, kWideChunks, false>), grid, block,
-                p.stream, p);
-  } else if (vector) {
-    LENS_LAUNCH((gated_residual_norm_modulate_backward_kernel<T, 1, true>), grid, block, p.stream,
-                p);
-  } else {
-    LENS_LAUNCH((gated_residual_norm_modulate_backward_kernel<T, 1, false>), grid, block, p.stream,
-                p);
-  }
+  if (p.R > 0) {
+    const auto kernel =
+        first_fit({Rung{!backward_one_chunk(p.D, kChunk<T>),
+                        gated_residual_norm_modulate_backward_kernel<T, kWideChunks, false>},
+                   Rung{vector, gated_residual_norm_modulate_backward_kernel<T, 1, true>},
+                   Rung{true, gated_residual_norm_modulate_backward_kernel<T, 1, false>}});
+    LENS_LAUNCH(kernel, grid, block, p.stream, p);
+  }  // else no slots to fill: the sums below are zero
   launch_sum_slots<T>(
       SlotSums{
           p.workspace, p.offsets, p.B, p.D, 3, {p.weight}, {p.dscale, p.dshift, p.dgate}, true},
@@ -70,17 +58,13 @@ void backward(const GatedResidualNormModulateBackwardParams& p) {
 
 int gated_residual_norm_modulate_cuda(const GatedResidualNormModulateParams& p) {
   if (p.R == 0) return int(cudaSuccess);
-  return gpu::launch_for(p.dtype, p.R, p.D, [&](auto* tag) { gpu::forward<LENS_TYPE_OF(tag)>(p); });
+  return gpu::launch_for(p.dtype, p.R, p.D,
+                         [&](auto* tag) { gpu::forward<std::remove_pointer_t<decltype(tag)>>(p); });
 }
 
 int gated_residual_norm_modulate_backward_cuda(const GatedResidualNormModulateBackwardParams& p) {
-  bool fits = true;
-  const int state = gpu::launch_for(p.dtype, p.R, p.D, [&](auto* tag) {
-    using T = LENS_TYPE_OF(tag);
-    fits = gpu::backward_fits(p.D, gpu::kChunk<T>);
-    if (fits) gpu::backward<T>(p);
-  });
-  return fits ? state : int(cudaErrorNotSupported);
+  return gpu::launch_backward_for(
+      p, [&](auto* tag) { gpu::backward<std::remove_pointer_t<decltype(tag)>>(p); });
 }
 
 }  // namespace lens

@@ -19,13 +19,10 @@ template <class T>
 void forward(const GuidanceStepParams& p) {
   const dim3 grid = row_grid(p.R), block(kWarp, kRowsPerBlock);
   const bool once = p.C <= kWarp * kGroup, vector = groups_fit<T>(p);
-  if (once && vector) {
-    LENS_LAUNCH((guidance_step_kernel<T, true, true>), grid, block, p.stream, p);
-  } else if (once) {
-    LENS_LAUNCH((guidance_step_kernel<T, true, false>), grid, block, p.stream, p);
-  } else {
-    LENS_LAUNCH((guidance_step_kernel<T, false, false>), grid, block, p.stream, p);
-  }
+  const auto kernel = first_fit({Rung{once && vector, guidance_step_kernel<T, true, true>},
+                                 Rung{once, guidance_step_kernel<T, true, false>},
+                                 Rung{true, guidance_step_kernel<T, false, false>}});
+  LENS_LAUNCH(kernel, grid, block, p.stream, p);
 }
 
 }  // namespace
@@ -33,7 +30,8 @@ void forward(const GuidanceStepParams& p) {
 
 int guidance_step_cuda(const GuidanceStepParams& p) {
   if (p.R == 0) return int(cudaSuccess);
-  return gpu::launch_for(p.dtype, p.R, p.C, [&](auto* tag) { gpu::forward<LENS_TYPE_OF(tag)>(p); });
+  return gpu::launch_for(p.dtype, p.R, p.C,
+                         [&](auto* tag) { gpu::forward<std::remove_pointer_t<decltype(tag)>>(p); });
 }
 
 }  // namespace lens

@@ -1,11 +1,11 @@
-// Host side of every launcher: the launch itself, alignment, the choice of a kernel by storage
-// type.
+// Host side of every launcher: the launch itself, alignment, the choice of a kernel's instance.
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 #include "math/types.h"
 #include "params.h"
@@ -65,33 +65,31 @@ bool chunks_fit(int64_t width, std::initializer_list<View> views) {
   return fit;
 }
 
+// ---- from run-time values to template arguments: the launch ladders
+// An instance of a kernel, or of what launches it, and whether it serves the arguments at hand.
+template <class F>
+struct Rung {
+  bool fits;
+  F* instance;
+};
+template <class F>
+Rung(bool, F*) -> Rung<F>;
+
+// The first instance that fits; the last rung, for everything else, says true.
+template <class F>
+F* first_fit(std::initializer_list<Rung<F>> rungs) {
+  const Rung<F>* rung = rungs.begin();
+  while (!rung->fits) ++rung;
+  return rung->instance;
+}
+
 // Calls f with a null T* for the storage type; more rows than a grid can hold, columns that int
 // cannot count, or an unknown type are an error. Otherwise the state of the launches.
 template <class F>
 int launch_for(DType dtype, int64_t rows, int64_t width, F f) {
   if (rows > 0x7fffffff || width > 0x3fffffff) return int(cudaErrorNotSupported);
-  switch (dtype) {
-    case DType::kFloat32:
-      f(static_cast<float*>(nullptr));
-      break;
-    case DType::kBFloat16:
-      f(static_cast<Bf16*>(nullptr));
-      break;
-    case DType::kFloat64:
-      f(static_cast<double*>(nullptr));
-      break;
-    default:
-      return int(cudaErrorInvalidValue);
-  }
+  if (!with_type(dtype, f)) return int(cudaErrorInvalidValue);
   return int(cudaGetLastError());
 }
-
-template <class Pointer>
-struct PointeeOf;
-template <class T>
-struct PointeeOf<T*> {
-  using type = T;
-};
-#define LENS_TYPE_OF(tag) typename lens::gpu::PointeeOf<decltype(tag)>::type
 
 }  // namespace lens::gpu

@@ -7,12 +7,16 @@
 
 namespace lens::gpu {
 
-// Chunks a lane can keep in registers: production rows are 1536 wide, 6 chunks of bfloat16 or 12 of
-// float32; 3 chunks serve Lens-Mini. Anything wider or narrower reads the row twice (K = 0), the
-// second time from L1.
-inline int cached_chunks(int64_t width, int chunk) {
-  const int64_t chunks = (width + kWarp * chunk - 1) / (kWarp * chunk);
-  return chunks <= 3 ? 3 : chunks <= 6 ? 6 : chunks <= 12 ? 12 : 0;
+// Chunks a lane keeps in registers (K), of which there are instances for 3, 6 and 12: production
+// rows are 1536 wide, 6 chunks of bfloat16 or 12 of float32; 3 chunks serve Lens-Mini. Wider rows,
+// and all of float64, are read twice (K = 0), the second time from L1.
+template <class T, int K>
+constexpr int kCached = sizeof(T) < 8 ? K : 0;
+
+template <class T>
+int cached_chunks(int64_t width) {
+  const int64_t chunks = (width + kWarp * kChunk<T> - 1) / (kWarp * kChunk<T>);
+  return sizeof(T) == 8 ? 0 : chunks <= 3 ? 3 : chunks <= 6 ? 6 : chunks <= 12 ? 12 : 0;
 }
 
 // Row constants of a norm with modulation.

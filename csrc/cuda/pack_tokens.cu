@@ -5,8 +5,8 @@ namespace gpu {
 namespace {
 
 template <class Unit, bool kGather>
-void copy_rows(const void* from, const int64_t* rows, void* to, int64_t R, int64_t row_bytes,
-               void* stream) {
+void copy_units(const void* from, const int64_t* rows, void* to, int64_t R, int64_t row_bytes,
+                void* stream) {
   const int64_t units = row_bytes / int64_t(sizeof(Unit));
   int lanes = 1;
   while (lanes < 32 && lanes < units) lanes *= 2;
@@ -22,20 +22,12 @@ int copy_rows(DType dtype, const void* from, const int64_t* rows, void* to, int6
     const int64_t bytes = C * int64_t(sizeof(*tag));
     const uint64_t all =
         uint64_t(bytes) | reinterpret_cast<uintptr_t>(from) | reinterpret_cast<uintptr_t>(to);
-    if (all % 16 == 0) {
-      copy_rows<uint4, kGather>(from, rows, to, R, bytes, stream);
-    } else if (all % 8 == 0) {
-      copy_rows<uint2, kGather>(from, rows, to, R, bytes, stream);
-    } else if (all % 4 == 0) {
-      copy_rows<uint32_t, kGather>(from, rows, to, R, bytes, stream);
-    } else {
-      copy_rows<uint16_t, kGather>(from, rows, to, R, bytes, stream);
-    }
+    const auto copy = first_fit({Rung{all % 16 == 0, copy_units<uint4, kGather>},
+                                 Rung{all % 8 == 0, copy_units<uint2, kGather>},
+                                 Rung{all % 4 == 0, copy_units<uint32_t, kGather>},
+                                 Rung{true, copy_units<uint16_t, kGather>}});
+    copy(from, rows, to, R, bytes, stream);
   });
-}
-
-size_t size_of(DType dtype) {
-  return dtype == DType::kBFloat16 ? 2 : dtype == DType::kFloat32 ? 4 : 8;
 }
 
 }  // namespace
@@ -48,7 +40,7 @@ int pack_tokens_cuda(const PackTokensParams& p) {
 
 int unpack_tokens_cuda(const UnpackTokensParams& p) {
   if (p.BL == 0) return int(cudaSuccess);
-  const size_t bytes = size_t(p.BL * p.C) * gpu::size_of(p.dtype);
+  const auto bytes = size_t(p.BL * p.C * element_bytes(p.dtype));
   const cudaError_t state = cudaMemsetAsync(p.x, 0, bytes, static_cast<cudaStream_t>(p.stream));
   if (state != cudaSuccess || p.R == 0) return int(state);
   return gpu::copy_rows<false>(p.dtype, p.packed, p.rows, p.x, p.R, p.C, p.stream);

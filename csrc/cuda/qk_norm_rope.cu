@@ -27,16 +27,13 @@ void forward(const QkNormRopeParams& p) {
                                        {p.image_k_weight, p.H},
                                        {p.text_q_weight, p.H},
                                        {p.text_k_weight, p.H}});
-  if (p.H > kWarp * kChunk<T>) {
-    LENS_LAUNCH((qk_norm_rope_kernel<T, 0, kWideHead<T>, false>), grid, block, p.stream, p, lanes);
-  } else if (vector && lanes == kReleasedLanes<T>) {
-    LENS_LAUNCH((qk_norm_rope_kernel<T, kReleasedLanes<T>, 1, true>), grid, block, p.stream, p,
-                lanes);
-  } else if (vector) {
-    LENS_LAUNCH((qk_norm_rope_kernel<T, 0, 1, true>), grid, block, p.stream, p, lanes);
-  } else {
-    LENS_LAUNCH((qk_norm_rope_kernel<T, 0, 1, false>), grid, block, p.stream, p, lanes);
-  }
+  const auto kernel =
+      first_fit({Rung{p.H > kWarp * kChunk<T>, qk_norm_rope_kernel<T, 0, kWideHead<T>, false>},
+                 Rung{vector && lanes == kReleasedLanes<T>,
+                      qk_norm_rope_kernel<T, kReleasedLanes<T>, 1, true>},
+                 Rung{vector, qk_norm_rope_kernel<T, 0, 1, true>},
+                 Rung{true, qk_norm_rope_kernel<T, 0, 1, false>}});
+  LENS_LAUNCH(kernel, grid, block, p.stream, p, lanes);
 }
 
 template <class T>
@@ -52,17 +49,14 @@ void backward(const QkNormRopeBackwardParams& p) {
                                        {p.image_k_weight, p.H},
                                        {p.text_q_weight, p.H},
                                        {p.text_k_weight, p.H}});
-  if (p.RI + p.RT == 0) {
-    // no slots to fill; the sums below are zero
-  } else if (p.H > kWarp * kChunk<T>) {
-    LENS_LAUNCH((qk_norm_rope_backward_kernel<T, 0, kWideHead<T>, false>), grid, block, p.stream, p,
-                lanes);
-  } else if (vector && lanes == kReleasedLanes<T>) {
-    LENS_LAUNCH((qk_norm_rope_backward_kernel<T, kReleasedLanes<T>, 1, true>), grid, block,
-                p.stream, p, lanes);
-  } else {
-    LENS_LAUNCH((qk_norm_rope_backward_kernel<T, 0, 1, false>), grid, block, p.stream, p, lanes);
-  }
+  if (p.RI + p.RT > 0) {
+    const auto kernel = first_fit(
+        {Rung{p.H > kWarp * kChunk<T>, qk_norm_rope_backward_kernel<T, 0, kWideHead<T>, false>},
+         Rung{vector && lanes == kReleasedLanes<T>,
+              qk_norm_rope_backward_kernel<T, kReleasedLanes<T>, 1, true>},
+         Rung{true, qk_norm_rope_backward_kernel<T, 0, 1, false>}});
+    LENS_LAUNCH(kernel, grid, block, p.stream, p, lanes);
+  }  // else no slots to fill: the sums below are zero
   const dim3 tiles(unsigned(ceil_div(p.H, kWarp)), 4);
   LENS_LAUNCH(sum_head_weights_kernel<T>, tiles, block, p.stream, p);
 }
@@ -74,13 +68,14 @@ int qk_norm_rope_cuda(const QkNormRopeParams& p) {
   if (p.RI + p.RT == 0) return int(cudaSuccess);
   if (p.H > kMaxHead) return int(cudaErrorNotSupported);
   return gpu::launch_for(p.dtype, p.RI + p.RT, p.N * p.H,
-                         [&](auto* tag) { gpu::forward<LENS_TYPE_OF(tag)>(p); });
+                         [&](auto* tag) { gpu::forward<std::remove_pointer_t<decltype(tag)>>(p); });
 }
 
 int qk_norm_rope_backward_cuda(const QkNormRopeBackwardParams& p) {
   if (p.H > kMaxHead) return int(cudaErrorNotSupported);
-  return gpu::launch_for(p.dtype, p.RI + p.RT, p.N * p.H,
-                         [&](auto* tag) { gpu::backward<LENS_TYPE_OF(tag)>(p); });
+  return gpu::launch_for(p.dtype, p.RI + p.RT, p.N * p.H, [&](auto* tag) {
+    gpu::backward<std::remove_pointer_t<decltype(tag)>>(p);
+  });
 }
 
 }  // namespace lens

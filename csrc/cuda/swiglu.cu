@@ -13,21 +13,19 @@ dim3 segment_grid(int64_t rows, int64_t width) {
 template <class T>
 void forward(const SwigluParams& p) {
   const dim3 grid = segment_grid<T>(p.R, p.F), block(kWarp, kRowsPerBlock);
-  if (chunks_fit<T>(p.F, {{p.h, p.F}, {p.y, p.F}})) {
-    LENS_LAUNCH((swiglu_kernel<T, true>), grid, block, p.stream, p);
-  } else {
-    LENS_LAUNCH((swiglu_kernel<T, false>), grid, block, p.stream, p);
-  }
+  const bool vector = chunks_fit<T>(p.F, {{p.h, p.F}, {p.y, p.F}});
+  const auto kernel =
+      first_fit({Rung{vector, swiglu_kernel<T, true>}, Rung{true, swiglu_kernel<T, false>}});
+  LENS_LAUNCH(kernel, grid, block, p.stream, p);
 }
 
 template <class T>
 void backward(const SwigluBackwardParams& p) {
   const dim3 grid = segment_grid<T>(p.R, p.F), block(kWarp, kRowsPerBlock);
-  if (chunks_fit<T>(p.F, {{p.h, p.F}, {p.dy, p.F}, {p.dh, p.F}})) {
-    LENS_LAUNCH((swiglu_backward_kernel<T, true>), grid, block, p.stream, p);
-  } else {
-    LENS_LAUNCH((swiglu_backward_kernel<T, false>), grid, block, p.stream, p);
-  }
+  const bool vector = chunks_fit<T>(p.F, {{p.h, p.F}, {p.dy, p.F}, {p.dh, p.F}});
+  const auto kernel = first_fit({Rung{vector, swiglu_backward_kernel<T, true>},
+                                 Rung{true, swiglu_backward_kernel<T, false>}});
+  LENS_LAUNCH(kernel, grid, block, p.stream, p);
 }
 
 }  // namespace
@@ -35,13 +33,15 @@ void backward(const SwigluBackwardParams& p) {
 
 int swiglu_cuda(const SwigluParams& p) {
   if (p.R == 0) return int(cudaSuccess);
-  return gpu::launch_for(p.dtype, p.R, p.F, [&](auto* tag) { gpu::forward<LENS_TYPE_OF(tag)>(p); });
+  return gpu::launch_for(p.dtype, p.R, p.F,
+                         [&](auto* tag) { gpu::forward<std::remove_pointer_t<decltype(tag)>>(p); });
 }
 
 int swiglu_backward_cuda(const SwigluBackwardParams& p) {
   if (p.R == 0) return int(cudaSuccess);
-  return gpu::launch_for(p.dtype, p.R, p.F,
-                         [&](auto* tag) { gpu::backward<LENS_TYPE_OF(tag)>(p); });
+  return gpu::launch_for(p.dtype, p.R, p.F, [&](auto* tag) {
+    gpu::backward<std::remove_pointer_t<decltype(tag)>>(p);
+  });
 }
 
 }  // namespace lens

@@ -38,19 +38,19 @@ int launch(const JointAttentionParams& p, int multiprocessors) {
 }  // namespace gpu
 
 int joint_attention_cuda(const JointAttentionParams& p) {
-  using gpu::Softmax;
+  using namespace gpu;
   if ((p.text_out != nullptr ? p.RI + p.RT : p.RI) == 0) return int(cudaSuccess);
-  if (p.dtype != DType::kBFloat16 || p.H != gpu::kHeadWidth) return int(cudaErrorNotSupported);
+  if (p.dtype != DType::kBFloat16 || p.H != kHeadWidth) return int(cudaErrorNotSupported);
   if (!(p.scale > 0)) return int(cudaErrorInvalidValue);
-  if (p.RI + p.RT + p.B * gpu::kTileQueries > 0x7fffffff / p.N) return int(cudaErrorNotSupported);
-  const int multiprocessors = gpu::hopper_multiprocessors();
+  if (p.RI + p.RT + p.B * kTileQueries > 0x7fffffff / p.N) return int(cudaErrorNotSupported);
+  const int multiprocessors = hopper_multiprocessors();
   if (multiprocessors == 0) return int(cudaErrorNotSupported);
-  if (p.score_bound * gpu::kLog2E <= gpu::kFixedRange) {
-    return p.polynomial ? gpu::launch<Softmax::kFixed, 1>(p, multiprocessors)
-                        : gpu::launch<Softmax::kFixed, 0>(p, multiprocessors);
-  }
-  return p.polynomial ? gpu::launch<Softmax::kRunning, 1>(p, multiprocessors)
-                      : gpu::launch<Softmax::kRunning, 0>(p, multiprocessors);
+  const bool fixed = p.score_bound * kLog2E <= kFixedRange, polynomial = p.polynomial != 0;
+  const auto launch_instance = first_fit({Rung{fixed && polynomial, launch<Softmax::kFixed, 1>},
+                                          Rung{fixed, launch<Softmax::kFixed, 0>},
+                                          Rung{polynomial, launch<Softmax::kRunning, 1>},
+                                          Rung{true, launch<Softmax::kRunning, 0>}});
+  return launch_instance(p, multiprocessors);
 }
 
 }  // namespace lens
