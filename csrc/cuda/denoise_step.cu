@@ -9,7 +9,7 @@ namespace gpu {
 namespace {
 
 // The six rows of a block and stream in the modulation table, in its order.
-enum Row { kShift1, kScale1, kGate1, kShift2, kScale2, kGate2 };
+enum ModulationRow { kShift1, kScale1, kGate1, kShift2, kScale2, kGate2 };
 
 constexpr int64_t kElement = 2;  // bytes of a bfloat16
 
@@ -19,8 +19,8 @@ struct Step {
   int64_t row_stride = p.L * 2 * 6 * D;  // of the modulation: one sample to the next
   int error = 0;
 
-  // Rows of the workspace: x, then normed (attention's output between two norms), then what is
-  // wide: q, k and v or the MLP's hidden rows, which are never alive together. Image rows come
+  // Rows of the workspace: x, then normed (attention's output between two norms), then the wide
+  // ones: q, k and v or the MLP's hidden rows, which are never alive together. Image rows come
   // before text rows.
   char* x(Stream s) const { return at(0, s == kText ? p.RI : 0, D); }
   char* normed(Stream s) const { return at(joint * D, s == kText ? p.RI : 0, D); }
@@ -31,7 +31,7 @@ struct Step {
   }
 
   const StreamWeights& weights(int64_t block, Stream s) const { return p.weights[2 * block + s]; }
-  const void* modulation(int64_t block, Stream s, Row row) const {
+  const void* modulation(int64_t block, Stream s, ModulationRow row) const {
     return static_cast<const char*>(p.modulation) + ((block * 2 + s) * 6 + row) * D * kElement;
   }
   const int32_t* offsets(Stream s) const { return s == kImage ? p.image_offsets : p.text_offsets; }
@@ -53,8 +53,9 @@ struct Step {
   }
 
   // Image rows from x, text rows, if any, from `text_x`; one launch.
-  void norms(int64_t block, bool text, const void* text_x, const void* StreamWeights::* weight,
-             Row shift, Row scale) {
+  void norm_modulate(int64_t block, bool text, const void* text_x,
+                     const void* StreamWeights::* weight, ModulationRow shift,
+                     ModulationRow scale) {
     RmsNormModulateSets sets{};
     for (Stream s : {kImage, kText}) {
       RmsNormModulateParams& q = sets.p[s];
@@ -70,7 +71,7 @@ struct Step {
     if (error == 0) error = rms_norm_modulate_sets_cuda(sets);
   }
 
-  void heads(int64_t block) {
+  void qkv_norm_rope(int64_t block) {
     const StreamWeights &image = weights(block, kImage), &text = weights(block, kText);
     LinearQkvNormRopeParams q{};
     q.image_x = normed(kImage), q.text_x = normed(kText);
@@ -98,7 +99,7 @@ struct Step {
     run(joint_attention_cuda, q);
   }
 
-  void mlp(int64_t block, bool text) {
+  void swiglu(int64_t block, bool text) {
     LinearSwigluParams q{};
     q.image_x = normed(kImage), q.text_x = normed(kText);
     q.image_weight = weights(block, kImage).w13, q.text_weight = weights(block, kText).w13;
@@ -108,9 +109,9 @@ struct Step {
   }
 
   // x += gate * (y weight^T + bias), from `text_x` in the text stream
-  void residual(int64_t block, bool text, const void* text_x, bool mlp) {
+  void gated_residual(int64_t block, bool text, const void* text_x, bool mlp) {
     const StreamWeights &image_of = weights(block, kImage), &text_of = weights(block, kText);
-    const Row gate = mlp ? kGate2 : kGate1;
+    const ModulationRow gate = mlp ? kGate2 : kGate1;
     LinearGatedResidualParams q{};
     q.image_x = x(kImage), q.text_x = text_x;
     q.image_y = mlp ? hidden(kImage) : normed(kImage),
@@ -153,22 +154,27 @@ int denoise_step_cuda(const DenoiseStepParams& p) {
   }
   if (p.dtype != DType::kBFloat16 || D % 64 != 0) return int(cudaErrorNotSupported);
 
+  // from latents to the width of the blocks
   Step step{p};
   step.linear(p.image_rows, p.image_in, p.image_in_bias, step.x(kImage), p.C, D);
-  const void* text_x =
-      p.text_rows;  // read where the projection left it; the first residual writes elsewhere
-  step.norms(0, true, text_x, &StreamWeights::norm1, kShift1, kScale1);
+  // read where the text projection left it; the first gated residual writes it elsewhere
+  const void* text_x = p.text_rows;
+  step.norm_modulate(0, true, text_x, &StreamWeights::norm1, kShift1, kScale1);
+
+  // the blocks; norm 1 of the next one runs at the end of each
   for (int64_t block = 0; block < p.L; ++block) {
     const bool last = block + 1 == p.L, text = !last;  // nothing reads the last block's text
-    step.heads(block);
+    step.qkv_norm_rope(block);
     step.attention(block, text);
-    step.residual(block, text, text_x, false);
+    step.gated_residual(block, text, text_x, false);
     text_x = step.x(kText);
-    step.norms(block, text, text_x, &StreamWeights::norm2, kShift2, kScale2);
-    step.mlp(block, text);
-    step.residual(block, text, text_x, true);
-    if (!last) step.norms(block + 1, true, text_x, &StreamWeights::norm1, kShift1, kScale1);
+    step.norm_modulate(block, text, text_x, &StreamWeights::norm2, kShift2, kScale2);
+    step.swiglu(block, text);
+    step.gated_residual(block, text, text_x, true);
+    if (!last) step.norm_modulate(block + 1, true, text_x, &StreamWeights::norm1, kShift1, kScale1);
   }
+
+  // and back to latents
   step.final_norm();
   step.linear(step.normed(kImage), p.image_out, p.image_out_bias, p.velocity, D, p.C);
   return step.error;

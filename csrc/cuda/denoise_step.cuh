@@ -1,5 +1,4 @@
-// y = (x - mean(x)) * rsqrt(var(x) + eps) * (1 + scale_b) + shift_b, the norm in front of the last
-// product
+// y = (x - mean(x)) * rsqrt(var(x) + eps) * (1 + scale_b) + shift_b, the norm before the last GEMM
 //
 // x [R, D] -> y [R, D]; scale, shift [B, D] with one row stride; offsets int32 [B + 1]. y may be x.
 // Moves 2 R D elements (bfloat16, R = 8192, D = 1536: 50 MB), once per step. Bound by memory. One
@@ -26,6 +25,7 @@ struct FinalNorm {
 // registers <= 64: final_norm_kernel
 template <class T>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock) final_norm_kernel(const FinalNorm p) {
+  // thread identity
   const int lane = threadIdx.x, width = int(p.D);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.R) return;
@@ -51,6 +51,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock) final_norm_kernel(const 
   });
   const float rstd = inverse_sqrt(sum_lanes(square) / float(width) + p.eps);
 
+  // norm, modulation, store
   for_chunks<T, 0>(lane, width, [&](int, int column) {
     Values<T> v = load<true>(x, column, width);
     const Values<T> by = load<true>(scale, column, width), to = load<true>(shift, column, width);

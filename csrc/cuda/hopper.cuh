@@ -1,7 +1,8 @@
 // What Hopper (sm_90a) adds to CUDA C++: barriers with byte counts, tile copies by the TMA unit,
-// products of a warpgroup. The only file with inline PTX; csrc/emulation/cuda/hopper.cuh stands in
-// for it on the host, with the same names and the same demands. A thread is one of 128 of its
-// warpgroup; "warp" marks what all 32 lanes, "warpgroup" what all 128 threads must call together.
+// matrix products of a warpgroup (wgmma). The only file with inline PTX;
+// csrc/emulation/cuda/hopper.cuh stands in for it on the host, with the same names and the same
+// demands. A thread is one of 128 of its warpgroup; "warp" marks what all 32 lanes, "warpgroup"
+// what all 128 threads must call together.
 //
 //   LENS_DYNAMIC_SHARED(name)            the block's dynamic shared memory, 1024-byte aligned
 //   barrier_init(bar, arrivals)          one thread; then fence_barrier_init(), then
@@ -46,7 +47,7 @@
 // 16 (t / 32) + 8 h + (t % 32) / 4, lower column in the lower half; that is the layout of
 // accumulators 8 m .. 8 m + 7 rounded pairwise: a = {d[8 m] d[8 m + 1], d[8 m + 2] d[8 m + 3], ..}.
 //
-// A warp sees its own groups end: shared memory that a product read is free once every one of the
+// A warp sees its own groups end: shared memory that a wgmma read is free once every one of the
 // four warps has waited, so a barrier that frees it counts warps, not warpgroups.
 #pragma once
 
@@ -156,7 +157,7 @@ LENS_PTX void tma_multicast_5d(void* to, const CUtensorMap* map, uint64_t* bar, 
 #undef LENS_TMA_TO_ALL
 LENS_PTX void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- products of a warpgroup
+// ---- wgmma
 LENS_PTX void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 LENS_PTX void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 

@@ -3,7 +3,7 @@
 // bytes, every matrix starts on an atom. Bits (PTX ISA, "matrix descriptor"): 0-13 start / 16,
 // 16-29 leading offset / 16, 32-45 stride offset / 16, 62-63 swizzle (1: 128 bytes).
 //
-//   Major::kK   the product's inner dimension lies along the rows: A [M, 64], B [N, 64] per tile of
+//   Major::kK   the inner dimension, K, lies along the rows: A [M, 64], B [N, 64] per tile of
 //               TMA. The next 16 of K are 32 bytes further: matrix_k(tile) + kStepK per step.
 //   Major::kMN  B [K, 64 columns] as it lies, V of attention: the next 16 of K are 16 rows further,
 //               matrix_mn(tile) + kStepMN per step. Columns 64 .. follow `block` bytes after.

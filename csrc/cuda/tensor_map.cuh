@@ -74,8 +74,8 @@ int allow_shared(int bytes) {
   return int(error);
 }
 
-// Clusters of `kernel` that run at a time, asked once per kernel, device and its multiprocessors,
-// of which a process may be given some; 0 where none can.
+// Clusters of `kernel` that run at the same time; 0 where none can. The driver is asked once per
+// kernel, device and number of multiprocessors, of which a process may be given a part.
 template <auto kernel>
 int active_clusters(const cudaLaunchConfig_t& config, int multiprocessors) {
   static std::atomic<uint64_t> known[64];  // multiprocessors above the answer

@@ -40,13 +40,13 @@ FAULTS = {
         KERNEL, "if (consumer == 1) named_barrier_arrive(other, kBoth);", "", "deadlock"
     ),
     "one key too many": Fault(SOFTMAX, "(i & 1) >= valid)", "(i & 1) > valid)", NUMBERS),
-    "no rescaling": Fault(SOFTMAX, "rows.sum[i] *= older[i / 2];", "rows.sum[i] *= 1.0f;", NUMBERS),
-    "nothing is swept": Fault(KERNEL, "i < kBlockKeys * 8; i += kWarp", "i < 0; i += kWarp", NUMBERS),
+    "no rescaling": Fault(SOFTMAX, "rows.sum[i] *= rescale[i / 2];", "rows.sum[i] *= 1.0f;", NUMBERS),
+    "foreign values stay": Fault(KERNEL, "i < kBlockKeys * 8; i += kWarp", "i < 0; i += kWarp", NUMBERS),
     "a sum without one of its lanes": Fault(
         SOFTMAX, "  sum += __shfl_xor_sync(kFullWarp, sum, 2);\n", "", NUMBERS
     ),
     "image rows where text rows belong": Fault(
-        KERNEL, "walk.text_row + query - walk.images", "walk.text_row + query", "in no buffer|past the end"
+        KERNEL, "tile.text_row + query - tile.images", "tile.text_row + query", "in no buffer|past the end"
     ),
     "a fixed range that overflows": Fault(SOFTMAX, "kFixedRange = 60", "kFixedRange = 200", NUMBERS, "fixed"),
 }  # fmt: skip

@@ -108,20 +108,20 @@ _QKV, _GATED = "gemm/linear_qkv_norm_rope.cuh", "gemm/linear_gated_residual.cuh"
 _SWIGLU, _LINEAR = "gemm/linear_swiglu.cuh", "gemm/linear.cuh"
 PRODUCT_FAULTS = {
     "the copies wait for the wrong parity": Fault(
-        "linear", _RING, "        barrier_wait(empty + at.stage, at.round ^ 1)", "        barrier_wait(empty + at.stage, at.round)",
+        "linear", _RING, "        barrier_wait(empty + at.stage, at.parity ^ 1)", "        barrier_wait(empty + at.stage, at.parity)",
         "deadlock",
     ),
     "the copies do not wait": Fault(
-        "linear", _RING, "        barrier_wait(empty + at.stage, at.round ^ 1);\n", "", "numbers|has all its 1 arrivals"
+        "linear", _RING, "        barrier_wait(empty + at.stage, at.parity ^ 1);\n", "", "numbers|has all its 1 arrivals"
     ),
     "a byte count that misses a row": Fault(
         "linear", _RING, "full + at.stage, Ring::kStageBytes", "full + at.stage, Ring::kStageBytes - 128", "deadlock"
     ),
     "the products do not wait for the copies": Fault(
-        "linear", _RING, "      barrier_wait(full + at.stage, at.round);\n", "", "numbers|deadlock|has all its"
+        "linear", _RING, "      barrier_wait(full + at.stage, at.parity);\n", "", "numbers|deadlock|has all its"
     ),
     "the products wait for the wrong parity": Fault(
-        "linear", _RING, "barrier_wait(full + at.stage, at.round)", "barrier_wait(full + at.stage, at.round ^ 1)",
+        "linear", _RING, "barrier_wait(full + at.stage, at.parity)", "barrier_wait(full + at.stage, at.parity ^ 1)",
         "numbers|deadlock|has all its",
     ),
     "a stage given back while a product may read it": Fault(

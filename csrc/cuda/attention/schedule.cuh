@@ -1,13 +1,13 @@
 // Which tiles there are, and in which order the blocks take them: the samples of most keys first,
 // so that a launch ends with short tiles; within a sample head by head, so that the blocks at work
-// share keys and values in L2. Made by every block for itself from offsets that only the device
-// knows, and the same in all of them; block x takes tiles x, x + gridDim.x, ..
+// share keys and values in L2. Every block computes the schedule for itself, the same one, from
+// offsets that only the device knows; block x takes tiles x, x + gridDim.x, ..
 #pragma once
 
 #include <cuda_runtime.h>
 
 #include "math/offsets.h"
-#include "params.h"
+#include "params/attention.h"
 
 namespace lens::gpu {
 
@@ -55,10 +55,10 @@ __device__ inline void make_schedule(Schedule& schedule, const JointAttentionPar
   }
 }
 
-// The tiles of a block, one after another. Every role of the block makes the same walk.
-class Walk {
+// The tiles of a block, one after another: every warp of the block goes through the same ones.
+class TileIterator {
  public:
-  __device__ __forceinline__ Walk(const Schedule& schedule, const JointAttentionParams& p)
+  __device__ __forceinline__ TileIterator(const Schedule& schedule, const JointAttentionParams& p)
       : schedule_(schedule), p_(p), tile_(int(blockIdx.x) - int(gridDim.x)) {}
 
   // Goes to the next tile; false after the last.

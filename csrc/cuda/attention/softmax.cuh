@@ -1,14 +1,14 @@
-// The softmax of joint attention on the accumulators of a product Q K^T, in registers.
+// The softmax of joint attention on the accumulators of Q K^T, in registers.
 //
 // A thread holds 32 scores of each of two rows: s[4 j + 2 h + e] is row h (8 rows apart), key
 // 8 j + 2 (lane % 4) + e, so that four lanes share a row. Sums and maxima run over the four classes
 // 2 h + e of a thread's elements, then over the lanes: an order that depends on nothing.
 //
-// Two modes. Running: the largest score so far is taken off before the exponential, and what was
-// summed under a smaller one is scaled down. Fixed: nothing is taken off, which is right wherever
+// Two modes. Running: the row's maximum so far is subtracted before the exponential, and what was
+// summed under a smaller one is rescaled. Fixed: nothing is subtracted, which is right wherever
 // |score| log2(e) <= kFixedRange: a probability then lies in [2^-60, 2^60], a normal number of
-// bfloat16 and float; 2^20 of them add up to at most 2^80, and times values below 2^46 to less than
-// 2^127; and dividing by the sum leaves the relative error of every term as it was.
+// bfloat16 and float; 2^20 of them add up to at most 2^80, and times values below 2^46 to less
+// than 2^127; and dividing by the sum leaves the relative error of every term as it was.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,14 +37,14 @@ __device__ __forceinline__ float exp2_polynomial(float x) {
   return bits_to_float(float_to_bits(y) + (float_to_bits(rounded) << 23));
 }
 
-// The rows of a thread: what was taken off the scores, in powers of two, and the sums of
+// The rows of a thread: what was subtracted from the scores, in powers of two, and the sums of
 // exponentials by class.
 struct RowSums {
   float shift[2];
   float sum[4];
 };
 
-// Keys from `valid` on are not asked.
+// Masks keys >= valid: their scores become -infinity.
 template <int kScores>
 __device__ __forceinline__ void mask_keys(float (&s)[kScores], int valid, int lane) {
   const int first = 2 * (lane & 3);
@@ -54,34 +54,39 @@ __device__ __forceinline__ void mask_keys(float (&s)[kScores], int valid, int la
   }
 }
 
-// s becomes 2^(s * scale - shift), and the sums take it in. kFirst: the rows' first scores.
-// Running: `older` is what everything summed before has to be multiplied by. kPolynomial of four
+// s becomes 2^(s * scale - shift) and is added to the sums. kFirst: the rows' first scores.
+// Running: `rescale` is what everything summed before has to be multiplied by. kPolynomial of four
 // exponentials are polynomials.
 template <Softmax kSoftmax, int kPolynomial, bool kFirst, int kScores>
 __device__ __forceinline__ void exponentials(float (&s)[kScores], float scale, RowSums& rows,
-                                             float (&older)[2]) {
+                                             float (&rescale)[2]) {
+  // the new row maximum, and what it does to earlier sums
   if constexpr (kSoftmax == Softmax::kRunning) {
     float top[4] = {s[0], s[1], s[2], s[3]};
 #pragma unroll
     for (int i = 4; i < kScores; ++i) top[i & 3] = fmaxf(top[i & 3], s[i]);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      float most = fmaxf(top[2 * h], top[2 * h + 1]);
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(kFullWarp, most, 2)) * scale;
-      const float shift = kFirst ? most : fmaxf(rows.shift[h], most);
-      older[h] = kFirst ? 0.0f : exp2_approx(rows.shift[h] - shift);
+      float row_max = fmaxf(top[2 * h], top[2 * h + 1]);
+      row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 1));
+      row_max = fmaxf(row_max, __shfl_xor_sync(kFullWarp, row_max, 2)) * scale;
+      const float shift = kFirst ? row_max : fmaxf(rows.shift[h], row_max);
+      rescale[h] = kFirst ? 0.0f : exp2_approx(rows.shift[h] - shift);
       rows.shift[h] = shift;
     }
   }
+
+  // the sums so far
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if constexpr (kFirst) {
       rows.sum[i] = 0.0f;
     } else if constexpr (kSoftmax == Softmax::kRunning) {
-      rows.sum[i] *= older[i / 2];
+      rows.sum[i] *= rescale[i / 2];
     }
   }
+
+  // exponentials
 #pragma unroll
   for (int i = 0; i < kScores; ++i) {
     const bool polynomial = kPolynomial > 0 && (i & 3) == ((i >> 2) & 3);

@@ -21,7 +21,7 @@ __device__ __forceinline__ Chunk accumulated(const float (&d)[kSize], int g, int
 __device__ __forceinline__ uint4 load_chunk(const Bf16* from) {
   return *reinterpret_cast<const uint4*>(from);
 }
-// Eight bf16 that nobody writes meanwhile: these loads may rise above stores.
+// Eight bf16 that no thread writes during the launch: these loads may rise above stores.
 __device__ __forceinline__ Chunk load_constants(const Bf16* from) {
   return widened<Bf16>(__ldg(reinterpret_cast<const uint4*>(from)));
 }

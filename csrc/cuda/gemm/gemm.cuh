@@ -1,5 +1,5 @@
-// d = x weight^T over the rows of two streams, image and text, each with its own weights, in one
-// persistent launch; what becomes of d is an epilogue's business, in registers.
+// The GEMM d = x weight^T over the rows of two streams, image and text, each with weights of its
+// own, in one persistent launch; an epilogue takes d in registers and stores what becomes of it.
 //
 // x [rows, K], weight [columns, K], bfloat16; d float. A tile is M rows by N columns; blocks take
 // tiles blockIdx, blockIdx + gridDim, .. One warp of the first warpgroup copies tiles of K = 64
@@ -13,21 +13,23 @@
 // when the consumers of both are done. The second block of a cluster whose rows end before it
 // multiplies the zeros it is sent.
 //
-// Bound by the tensor cores or L2: M x N x 64 products take M N / 32 cycles, their copies are
+// Bound by the tensor cores or L2: M x N x 64 multiply-adds take M N / 32 cycles, their copies are
 // (M + N) x 128 bytes; see docs/gemm.md.
 #pragma once
 
 #include <algorithm>
+#include <iterator>
 
 #include "cuda/hopper.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/ring.cuh"
 #include "cuda/tensor_map.cuh"
 
 namespace lens::gpu {
 
 constexpr int kTileK = 64;
 
-// Tiles of M rows by N columns: who works on them, and a ring of as many stages as fit.
+// Tiles of M rows by N columns: threads, registers, and a ring of as many stages as fit.
 template <int M, int N>
 struct GemmTile {
   static constexpr int kConsumers = M / 64;  // warpgroups
@@ -36,22 +38,8 @@ struct GemmTile {
   static constexpr int kConsumerRegisters = kConsumers == 2 ? 232 : 160;
   static constexpr int kXBytes = M * kTileK * 2, kStageBytes = kXBytes + N * kTileK * 2;
   static constexpr int kStages = (227 * 1024 - 256) / kStageBytes;
-  static constexpr int kBarriers = kStages * kStageBytes;  // their place
+  static constexpr int kBarriers = kStages * kStageBytes;  // their offset, behind the stages
   static constexpr int kSharedBytes = kBarriers + 2 * kStages * 8;
-};
-
-// A place in the ring and how often it was passed.
-struct RingPlace {
-  int stage = 0;
-  uint32_t round = 0;  // parity
-
-  template <int kStages>
-  __device__ __forceinline__ void next() {
-    if (++stage == kStages) {
-      stage = 0;
-      round ^= 1;
-    }
-  }
 };
 
 struct TileAt {
@@ -81,7 +69,7 @@ struct GemmMaps {
 };
 
 // Where a consumer thread's accumulators lie: d[16 g + 4 j + 2 h + e] is row `row + 8 h`, column
-// `column + 32 g + 8 quad + 2 j + e` of its stream, 8 neighbours of each 32. A product leaves 2
+// `column + 32 g + 8 quad + 2 j + e` of its stream, 8 neighbours of each 32. A wgmma leaves 2
 // neighbours of each 8 in a thread, so the copies bring row 8 q + 2 j + e of each 32 of the weight
 // to row 8 j + 2 q + e in shared memory.
 struct Fragment {
@@ -102,12 +90,15 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
   LENS_DYNAMIC_SHARED(shared);
   auto* full = reinterpret_cast<uint64_t*>(shared + Ring::kBarriers);
   uint64_t* empty = full + Ring::kStages;
-  // taken from lane 0, so that descriptors are known to be the same in all lanes
+
+  // thread identity; the warp from lane 0, so that descriptors are known to be the same in all
+  // lanes
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   const int lane = int(threadIdx.x) % 32;
   const int tiles = order.count(), rank = cluster > 1 ? int(cluster_rank()) : 0;
   const int first = int(blockIdx.x) / cluster, stride = int(gridDim.x) / cluster;
 
+  // barriers, in a cluster known to both blocks before either uses the other's
   if (threadIdx.x == 0) {
     for (int s = 0; s < Ring::kStages; ++s) {
       barrier_init(full + s, 1);
@@ -121,18 +112,19 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
     cluster_wait();
   }
 
-  if (warp < 4) {  // copy
+  // the first warpgroup copies, one thread of it
+  if (warp < 4) {
     registers_down<Ring::kCopierRegisters>();
     if (warp != 0 || !elect_one()) return;
     for (const CUtensorMap& map : maps.x) tma_prefetch(&map);
     for (const CUtensorMap& map : maps.weight) tma_prefetch(&map);
     const int half_columns = Epilogue::kParts > 1 ? part_columns : N / 2;
-    RingPlace at;
+    RingPlace<Ring::kStages> at;
     for (int t = first; t < tiles; t += stride) {
       const TileAt tile = order[t];
       for (int k = 0; k < depth; k += kTileK) {
         unsigned char* to = shared + at.stage * Ring::kStageBytes;
-        barrier_wait(empty + at.stage, at.round ^ 1);
+        barrier_wait(empty + at.stage, at.parity ^ 1);
         barrier_arrive_expect_tx(full + at.stage, Ring::kStageBytes);
         tma_load_2d(to, &maps.x[tile.stream], full + at.stage, k, (tile.row * cluster + rank) * M);
         const CUtensorMap* weight = &maps.weight[tile.stream];
@@ -148,31 +140,31 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
                         column / 32);
           }
         }
-        at.next<Ring::kStages>();
+        at.advance();
       }
     }
     for (int s = 0; cluster > 1 && s < Ring::kStages; ++s) {  // the other block's last arrivals
-      barrier_wait(empty + at.stage, at.round ^ 1);
-      at.next<Ring::kStages>();
+      barrier_wait(empty + at.stage, at.parity ^ 1);
+      at.advance();
     }
     return;
   }
 
-  // multiply
+  // the others multiply
   registers_up<Ring::kConsumerRegisters>();
   const int part = warp / 4 - 1;  // of the tile's rows, 64 each
   const bool releases = lane < cluster;
   const uint32_t release = cluster_address(empty, unsigned(releases ? rank ^ lane : rank));
-  RingPlace at;
+  RingPlace<Ring::kStages> at;
   for (int t = first; t < tiles; t += stride) {
     const TileAt tile = order[t];
     float d[N / 2];
-    int held = -1;  // the stage that products under way read
+    int held = -1;  // the stage that wgmmas under way read
     for (int k = 0; k < depth; k += kTileK) {
       const unsigned char* from = shared + at.stage * Ring::kStageBytes;
       const uint64_t x = matrix_k(from + part * 64 * kTileK * 2);
       const uint64_t weight = matrix_k(from + Ring::kXBytes);
-      barrier_wait(full + at.stage, at.round);
+      barrier_wait(full + at.stage, at.parity);
       wgmma_fence();
 #pragma unroll
       for (int step = 0; step < kTileK / 16; ++step) {
@@ -182,8 +174,10 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
       wgmma_wait<1>();
       if (held >= 0 && releases) cluster_barrier_arrive(release + uint32_t(held) * 8);
       held = at.stage;
-      at.next<Ring::kStages>();
+      at.advance();
     }
+
+    // the tile is summed: give the last stage back, run the epilogue
     wgmma_wait<0>(d);
     if (releases) cluster_barrier_arrive(release + uint32_t(held) * 8);
     Epilogue::template store<M, N>(
@@ -196,8 +190,8 @@ __global__ void __launch_bounds__(GemmTile<M, N>::kThreads, 1)
 
 // ---- host side
 
-// What a launcher fills in for each stream; no rows, no pointers.
-struct GemmStream {
+// x and weight of one stream; no rows, no pointers.
+struct GemmOperands {
   const void *x, *weight;
   int64_t rows;
 };
@@ -206,7 +200,7 @@ inline TileOrder tile_order(int64_t image_rows, int64_t text_rows, int64_t colum
   return {int(ceil_div(image_rows, M)), int(ceil_div(text_rows, M)), int(ceil_div(columns, N))};
 }
 
-// Multiprocessors that work at a time: all, or those in clusters, of which a GPC holds whole ones.
+// Multiprocessors that run blocks at the same time: all, or as many as whole clusters cover.
 template <int M, int N, class Epilogue>
 int busy_multiprocessors(int cluster, int multiprocessors) {
   using Ring = GemmTile<M, N>;
@@ -219,20 +213,20 @@ int busy_multiprocessors(int cluster, int multiprocessors) {
 }
 
 template <int M, int N, class Epilogue>
-int launch_tiles(const typename Epilogue::Params& p, const GemmStream& image,
-                 const GemmStream& text, int64_t columns, int cluster, int multiprocessors) {
+int launch_tiles(const typename Epilogue::Params& p, const GemmOperands& image,
+                 const GemmOperands& text, int64_t columns, int cluster, int multiprocessors) {
   using Ring = GemmTile<M, N>;
   GemmMaps maps;
-  const GemmStream streams[] = {image, text};
+  const GemmOperands streams[] = {image, text};
   const uint32_t columns_a_copy = N / std::max(Epilogue::kParts, cluster);
   for (int s = 0; s < 2; ++s) {
-    // a stream without rows has no tiles, but its maps are prefetched: they are the other's
-    const GemmStream& stream = streams[streams[s].rows ? s : 1 - s];
+    // a stream without rows has no tiles, but its maps are prefetched: those of the other stream
+    const GemmOperands& stream = streams[streams[s].rows ? s : 1 - s];
     if (const int error =
             make_tensor_map(&maps.x[s], stream.x, {p.K, stream.rows}, {p.K}, {kTileK, M})) {
       return error;
     }
-    // of Fragment e, q, j, then the 32s
+    // dimensions behind K: e, q and j of Fragment, then the 32s
     if (const int error = make_tensor_map(
             &maps.weight[s], stream.weight, {p.K, 2, 4, 4, columns / 32},
             {p.K, 8 * p.K, 2 * p.K, 32 * p.K}, {kTileK, 2, 4, 4, columns_a_copy / 32})) {
@@ -256,23 +250,45 @@ struct Shape {
   static constexpr int kM = M, kN = N;
 };
 
-// Cycles the slowest multiprocessor takes: whole waves of tiles, each bound by its products or by
-// its copies out of L2, and its epilogue, by the instructions counted in the machine code.
+// Cycles the slowest multiprocessor takes: whole waves of tiles, each bound by its wgmmas or by its
+// copies out of L2, and its epilogue, by the instructions counted in the machine code.
 inline int64_t gemm_cycles(int64_t tiles, int multiprocessors, int64_t depth, int M, int N,
                            int cluster) {
   constexpr int64_t kL2Bytes = 40;  // a cycle and multiprocessor, predicted
-  const int64_t products = M * N / 32, copies = (M + N / cluster) * kTileK * 2 / kL2Bytes;
-  const int64_t step = products > copies ? products : copies, epilogue = M * N / 10;
+  const int64_t multiply = M * N / 32, copies = (M + N / cluster) * kTileK * 2 / kL2Bytes;
+  const int64_t step = multiply > copies ? multiply : copies, epilogue = M * N / 10;
   return ceil_div(tiles, multiprocessors) * (depth / kTileK * step + epilogue);
 }
 
+// A way to compute a GEMM: a tile shape, in clusters or not, and the cycles predicted for it.
+template <class Params>
+struct GemmPlan {
+  int64_t cycles;
+  int cluster, multiprocessors;
+  int (*launch)(const Params&, const GemmOperands& image, const GemmOperands& text, int64_t columns,
+                int cluster, int multiprocessors);
+};
+constexpr int64_t kNever = int64_t(1) << 62;  // cycles of what this device or the caller rules out
+
+template <int M, int N, class Epilogue>
+GemmPlan<typename Epilogue::Params> gemm_plan(const typename Epilogue::Params& p,
+                                              const GemmOperands& image, const GemmOperands& text,
+                                              int64_t columns, int cluster, int multiprocessors) {
+  if (p.cluster && p.cluster != cluster) return {kNever, cluster, 0, nullptr};
+  const int busy = busy_multiprocessors<M, N, Epilogue>(cluster, multiprocessors);
+  if (busy == 0) return {kNever, cluster, 0, nullptr};
+  const int tiles = tile_order(image.rows, text.rows, columns, M * cluster, N).count();
+  return {gemm_cycles(tiles, busy / cluster, p.K, M, N, cluster), cluster, busy,
+          launch_tiles<M, N, Epilogue>};
+}
+
 // Takes the quickest of the shapes, in clusters or not (p.cluster, unless 0), which changes no
-// bits: an accumulator sees the same products in the same order. columns: rows of weight, of all
-// parts. cudaErrorNotSupported: no sm_90, other types than bfloat16, or sizes beyond the tiles,
+// bits: an accumulator sees the same multiplications in the same order. columns: rows of weight, of
+// all parts. cudaErrorNotSupported: no sm_90, other types than bfloat16, or sizes beyond the tiles,
 // which are 64 of K and of columns (32 of F).
 template <class Epilogue, int... kM, int... kN>
-int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, const GemmStream& text,
-                int64_t columns, Shape<kM, kN>...) {
+int launch_gemm(const typename Epilogue::Params& p, const GemmOperands& image,
+                const GemmOperands& text, int64_t columns, Shape<kM, kN>...) {
   constexpr int64_t kMostRows = 1 << 24, kMostColumns = 1 << 20;  // tiles fit an int
   if (image.rows + text.rows == 0) return int(cudaSuccess);
   if (p.dtype != DType::kBFloat16 || p.K < kTileK || p.K % kTileK || columns < 64 || columns % 64 ||
@@ -281,31 +297,14 @@ int launch_gemm(const typename Epilogue::Params& p, const GemmStream& image, con
   }
   const int multiprocessors = hopper_multiprocessors();
   if (multiprocessors == 0) return int(cudaErrorNotSupported);
-  constexpr int64_t kNever = int64_t(1) << 62;
-  const auto busy = [&](auto shape, int cluster) {
-    return busy_multiprocessors<shape.kM, shape.kN, Epilogue>(cluster, multiprocessors);
-  };
-  const auto cycles = [&](auto shape, int cluster) {
-    if (p.cluster && p.cluster != cluster) return kNever;
-    const int clusters = busy(shape, cluster) / cluster;
-    if (clusters == 0) return kNever;
-    const int tiles =
-        tile_order(image.rows, text.rows, columns, shape.kM * cluster, shape.kN).count();
-    return gemm_cycles(tiles, clusters, p.K, shape.kM, shape.kN, cluster);
-  };
-  int64_t least = kNever;
-  for (int cluster : {1, 2}) least = std::min({least, cycles(Shape<kM, kN>{}, cluster)...});
-  int error = int(cudaErrorNotSupported);
-  for (int cluster : {1, 2}) {
-    const auto launch = [&](auto shape) {
-      if (least == kNever || cycles(shape, cluster) != least) return false;
-      error = launch_tiles<shape.kM, shape.kN, Epilogue>(p, image, text, columns, cluster,
-                                                         busy(shape, cluster));
-      return true;
-    };
-    if ((launch(Shape<kM, kN>{}) || ...)) break;
-  }
-  return error;
+  const GemmPlan<typename Epilogue::Params> plans[] = {
+      gemm_plan<kM, kN, Epilogue>(p, image, text, columns, 1, multiprocessors)...,
+      gemm_plan<kM, kN, Epilogue>(p, image, text, columns, 2, multiprocessors)...};
+  const auto& plan =
+      *std::min_element(std::begin(plans), std::end(plans),
+                        [](const auto& one, const auto& two) { return one.cycles < two.cycles; });
+  if (plan.cycles == kNever) return int(cudaErrorNotSupported);
+  return plan.launch(p, image, text, columns, plan.cluster, plan.multiprocessors);
 }
 
 }  // namespace lens::gpu

@@ -1,4 +1,5 @@
-// y = x weight^T + bias: the product alone, and the first tile to be compared on a device.
+// y = x weight^T + bias: the GEMM with nothing fused but the bias, and the first tile to be
+// compared on a device.
 #pragma once
 
 #include "cuda/gemm/epilogue.cuh"

@@ -1,5 +1,4 @@
-// out = x + gate_b * (y weight^T + bias), out may be x: a thread writes what it read, and nothing
-// else needs it.
+// out = x + gate_b * (y weight^T + bias), out may be x: a thread writes what it alone has read.
 #pragma once
 
 #include "cuda/gemm/epilogue.cuh"
@@ -23,6 +22,8 @@ struct LinearGatedResidualEpilogue {
     const auto* gates = static_cast<const Bf16*>(image ? p.image_gate : p.text_gate);
     const int64_t stride = image ? p.image_gate_stride : p.text_gate_stride;
     const int left = int(p.D) - at.column, own = at.column + 8 * at.quad;
+
+    // the two rows of this thread: of which sample, where
     const Bf16* gate[2];
     int64_t first[2];
     bool inside[2];
@@ -33,6 +34,7 @@ struct LinearGatedResidualEpilogue {
       gate[h] = gates + sample_of_row(offsets, p.B, row) * stride + own;
       first[h] = row * p.D + own;
     }
+
     // No load may rise above a store to out, so chunks of x are read as far ahead as registers
     // last: all of them, or 6 where a thread has 160 registers.
     constexpr int kAhead = M == 192 ? 6 : N / 16;
@@ -43,6 +45,8 @@ struct LinearGatedResidualEpilogue {
     };
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) fetch(i);
+
+    // chunk by chunk: x + gate * (d + bias)
 #pragma unroll
     for (int i = 0; i < N / 16; ++i) {
       const int g = i / 2, h = i % 2;

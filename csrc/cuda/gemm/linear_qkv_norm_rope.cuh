@@ -21,6 +21,8 @@ struct LinearQkvNormRopeEpilogue {
     const int rows = int(image ? p.RI : p.RT), joint_rows = int(p.RI + p.RT);
     const int width = int(p.N) * kGemmHead, channel = 8 * at.quad;
     const auto* bias = static_cast<const Bf16*>(image ? p.image_bias : p.text_bias) + at.column;
+
+    // the two rows of this thread, in the joint layout
     int joint[2];
     bool inside[2];
 #pragma unroll
@@ -31,6 +33,8 @@ struct LinearQkvNormRopeEpilogue {
       joint[h] = int(image ? joint_row_of_image(p.text_offsets, b, row)
                            : joint_row_of_text(p.image_offsets, b, row));
     }
+
+    // head by head: part 0 is q, 1 is k, 2 is v
     int part = at.column / width, column = at.column % width;
 #pragma unroll
     for (int i = 0; i < N / kGemmHead; ++i) {
@@ -39,7 +43,8 @@ struct LinearQkvNormRopeEpilogue {
       constexpr int kHalves = M == 192 ? 1 : 2;
 #pragma unroll
       for (int first = 0; first < 2; first += kHalves) {
-        Chunk x[kHalves][2];  // channels 0 .. 31, 32 .. 63
+        // d + bias; channels 0 .. 31, 32 .. 63
+        Chunk x[kHalves][2];
 #pragma unroll
         for (int g = 0; g < 2; ++g) {
           const Chunk add = widened<Bf16>(load_chunk(bias + kGemmHead * i + 32 * g + channel));
@@ -50,6 +55,8 @@ struct LinearQkvNormRopeEpilogue {
             for (int c = 0; c < 8; ++c) x[h][g].e[c] += add.e[c];
           }
         }
+
+        // q and k: RMSNorm over the quad's lanes, then RoPE
         if (part < 2) {
           const void* norm = image ? (part == 0 ? p.image_q_weight : p.image_k_weight)
                                    : (part == 0 ? p.text_q_weight : p.text_k_weight);
@@ -83,6 +90,8 @@ struct LinearQkvNormRopeEpilogue {
             }
           }
         }
+
+        // store
 #pragma unroll
         for (int h = 0; h < kHalves; ++h) {
           if (!inside[first + h]) continue;
