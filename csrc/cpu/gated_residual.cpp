@@ -25,6 +25,7 @@ void backward(const GatedResidualBackwardParams& p) {
   using A = Acc<T>;
   A* workspace = static_cast<A*>(p.workspace);
   const int64_t D = p.D;
+  // stage one: gradients of the rows, column sums of each chunk into its slot
   parallel_chunks(p.offsets, p.B, p.R, p.R * D,
                   [&](int64_t slot, int64_t b, int64_t first, int64_t stop) {
                     const T* gate = static_cast<const T*>(p.gate) + b * p.gate_stride;
@@ -41,6 +42,8 @@ void backward(const GatedResidualBackwardParams& p) {
                       });
                     }
                   });
+
+  // stage two: the slots of each sample, in order
   parallel_columns<A>(D, split_slots(p.R, p.B) * D, [&](int64_t begin, int64_t end) {
     for_lanes<A>(begin, end, [&](int64_t i, auto lanes) LENS_LAMBDA {
       for (int64_t b = 0; b < p.B; ++b) {
@@ -86,6 +89,7 @@ void norm_backward(const GatedResidualNormModulateBackwardParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
   A* workspace = static_cast<A*>(p.workspace);
   const int64_t D = p.D;
+  // stage one: gradients of the rows, column sums of each chunk into its slot
   parallel_chunks(
       p.offsets, p.B, p.R, p.R * D, [&](int64_t slot, int64_t b, int64_t first, int64_t stop) {
         const T* gate = static_cast<const T*>(p.gate) + b * p.gate_stride;
@@ -123,6 +127,8 @@ void norm_backward(const GatedResidualNormModulateBackwardParams& p) {
           });
         }
       });
+
+  // stage two: the slots of each sample, in order
   parallel_columns<A>(D, split_slots(p.R, p.B) * 3 * D, [&](int64_t begin, int64_t end) {
     for_lanes<A>(begin, end, [&](int64_t i, auto lanes) LENS_LAMBDA {
       const Simd<A> w = load(weight + i, lanes);

@@ -32,6 +32,7 @@ void backward(const RmsNormModulateBackwardParams& p) {
   const T* weight = static_cast<const T*>(p.weight);
   A* workspace = static_cast<A*>(p.workspace);
   const int64_t D = p.D;
+  // stage one: gradients of the rows, column sums of each chunk into its slot
   parallel_chunks(
       p.offsets, p.B, p.R, p.R * D, [&](int64_t slot, int64_t b, int64_t first, int64_t stop) {
         const T* scale = static_cast<const T*>(p.scale) + b * p.scale_stride;
@@ -60,6 +61,8 @@ void backward(const RmsNormModulateBackwardParams& p) {
           });
         }
       });
+
+  // stage two: the slots of each sample, in order
   parallel_columns<A>(D, split_slots(p.R, p.B) * 2 * D, [&](int64_t begin, int64_t end) {
     for_lanes<A>(begin, end, [&](int64_t i, auto lanes) LENS_LAMBDA {
       const Simd<A> w = load(weight + i, lanes);

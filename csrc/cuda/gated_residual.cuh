@@ -2,7 +2,7 @@
 //
 // x, y [R, D] -> out [R, D]; gate [B, D] with any row stride; offsets int32 [B + 1]. out may be x.
 // Moves 3 R D elements (bfloat16, R = 8192, D = 1536: 75 MB); gate comes from L1. Bound by memory.
-// A warp takes kSegment chunks of one row, all loads before the first use.
+// A warp takes kGatedSegment chunks of one row, all loads before the first use.
 #pragma once
 
 #include "cuda/column_sums.cuh"
@@ -17,7 +17,7 @@ constexpr int kGatedSegment = 3;  // chunks per lane: two warps share a row of 1
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     gated_residual_kernel(const GatedResidualParams p) {
-  // who am I
+  // thread identity
   const int lane = threadIdx.x, width = int(p.D);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.R) return;
@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 2)
   constexpr int V = kChunk<T>;
   __shared__ ColumnExchange<T> shared;
 
-  // who am I
+  // thread identity
   const int thread = int(threadIdx.x), width = int(p.D);
   const Slab slab = slab_of(p.offsets, p.B, thread % kWarp, blockIdx.x);
   if (slab.begin >= slab.end) return;  // the whole block

@@ -17,7 +17,7 @@ namespace lens::gpu {
 template <class T, int K, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     gated_residual_norm_modulate_kernel(const GatedResidualNormModulateParams p) {
-  // who am I
+  // thread identity
   const int lane = threadIdx.x, width = int(p.D);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.R) return;

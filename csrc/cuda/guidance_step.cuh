@@ -35,7 +35,7 @@ template <class T, bool kOnce, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     guidance_step_kernel(const GuidanceStepParams p) {
   using A = Acc<T>;
-  // who am I
+  // thread identity
   const int lane = threadIdx.x, width = int(p.C);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.R) return;
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
   const A guidance = A(p.guidance);
   const bool guided = p.uncond != nullptr;
 
-  // comb of one group of channels, before the rescale; adds to the two squared norms
+  // comb of one group of channels, before the rescale; adds to both squared norms
   A comb[kGroup], cond_square = A(0), comb_square = A(0);
   const auto combine = [&](int column) {
     A c[kGroup], u[kGroup];
@@ -59,12 +59,16 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
       comb_square = mul_add(comb[j], comb[j], comb_square);
     }
   };
+
+  // first pass over the row: |c|^2 and |comb|^2
   const int first = lane * kGroup, stride = kWarp * kGroup;
   if constexpr (kOnce) {
     if (first < width) combine(first);
   } else if (guided) {
     for (int column = first; column < width; column += stride) combine(column);
   }
+
+  // |c| / |comb|
   A factor = A(1);
   if (guided) {
     cond_square = sum_lanes(cond_square);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardArrays<T>& p,
   using A = Acc<T>;
   constexpr int V = kChunk<T>, kPlanes = kGated ? 3 : 2;
 
-  // who am I
+  // thread identity
   const int thread = int(threadIdx.x), group = int(threadIdx.y), groups = int(blockDim.y);
   const int warps = int(blockDim.x) / kWarp, first_warp = group * warps;
   const Slab slab = slab_of(offsets, B, thread % kWarp, blockIdx.x);
@@ -71,6 +71,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardArrays<T>& p,
     }
   }
 
+  // the next row of this group, loaded ahead
   uint4 x_next[K], dy_next[K];
   const auto fetch = [&](int row) {
 #pragma unroll
@@ -84,6 +85,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardArrays<T>& p,
   };
   fetch(group);
 
+  // row by row, `groups` side by side
   int generation = 0;
   for (int base = 0; base < rows; base += groups, generation ^= 1) {
     const int row = base + group;
@@ -124,6 +126,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardArrays<T>& p,
     }
     if (row >= rows) continue;  // still takes part in the next row's barrier
 
+    // gradients of the row, and what it adds to the column sums
     const A rstd = inverse_sqrt(square / A(D) + eps);
     const A mean_gn = dot * rstd / A(D);
 #pragma unroll
@@ -154,6 +157,7 @@ __device__ __forceinline__ void norm_backward(const NormBackwardArrays<T>& p,
     }
   }
 
+  // the slab's column sums into its slot
 #pragma unroll
   for (int plane = 0; plane < kPlanes; ++plane) {
 #pragma unroll

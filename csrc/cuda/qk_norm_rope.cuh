@@ -52,7 +52,7 @@ __device__ __forceinline__ const void* head_weight(const Params& p, bool image, 
                : (part == 0 ? p.text_q_weight : p.text_k_weight);
 }
 
-// What a chunk of any head of a row shares: V / 2 angles and, for backward, nothing else.
+// The angles of a chunk, the same for every head of a row.
 template <class T>
 struct Angles {
   Acc<T> cos[kChunk<T> / 2], sin[kChunk<T> / 2];
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kWarp* kHeadWarps)
     qk_norm_rope_kernel(const QkNormRopeParams p, int lanes_of_head) {
   using A = Acc<T>;
   constexpr int V = kChunk<T>;
-  // who am I
+  // thread identity
   const int lanes = kLanes > 0 ? kLanes : lanes_of_head;
   const int lane = threadIdx.x, N = int(p.N), H = int(p.H);
   const int64_t item = int64_t(blockIdx.x) * kHeadWarps + threadIdx.y;
@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(kWarp* kHeadWarps)
   T* to = static_cast<T*>(p.qkv) + (part * rows + at.joint) * p.N * p.H;
   const auto column_of = [&](int k) { return slot + k * kWarp * V; };
 
+  // v: copied
   if (part == 2) {
 #pragma unroll 3
     for (int head = first_head; head < N; head += heads) {
@@ -132,7 +133,7 @@ __global__ void __launch_bounds__(kWarp* kHeadWarps)
     return;
   }
 
-  // load what all heads of the row share
+  // q and k: what all heads of the row share
   const T* weights = static_cast<const T*>(head_weight(p, at.image, part));
   Values<T> weight[K];
   Angles<T> angles[K];
@@ -146,7 +147,7 @@ __global__ void __launch_bounds__(kWarp* kHeadWarps)
     }
   }
 
-  // every lane takes part in the shuffles, also one whose head does not exist
+  // head by head; every lane takes part in the shuffles, also one whose head does not exist
 #pragma unroll 3
   for (int base = 0; base < N; base += heads) {
     const int head = base + first_head;

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
   constexpr int V = kChunk<T>;
   __shared__ HeadSumsShared<T> shared;
 
-  // who am I
+  // thread identity
   const int lanes = kLanes > 0 ? kLanes : lanes_of_head;
   const int lane = threadIdx.x, warp = threadIdx.y, N = int(p.N), H = int(p.H);
   const int64_t image_slots = split_chunks(p.RI), slot = blockIdx.x;
@@ -44,6 +44,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
   const int place = lane % lanes * V, first_head = lane / lanes, heads = kWarp / lanes;
   const auto column_of = [&](int k) { return place + k * kWarp * V; };
 
+  // part 0 is q, 1 is k, 2 is v
   for (int part = 0; part < 3; ++part) {
     const T* weights = static_cast<const T*>(head_weight(p, image, part));
     Values<T> weight[K], sums[K];
@@ -53,6 +54,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
       if (column_of(k) < H) weight[k] = load<kVector>(weights, column_of(k), H);
     }
 
+    // row by row of this warp
     for (int64_t row = begin + warp; row < end; row += kSlabWarps) {
       const HeadRow at = head_row_of(p, lane, row);
       const int64_t inside = (at.source * 3 + part) * p.N * p.H;
@@ -69,7 +71,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
         }
       }
 
-      // every lane takes part in the shuffles, also one whose head does not exist
+      // head by head; every lane takes part in the shuffles, also one whose head does not exist
 #pragma unroll 2
       for (int base = 0; base < N; base += heads) {
         const int head = base + first_head;
@@ -81,6 +83,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
           g[k] = load<kVector>(d_row + head * H, column_of(k), H);
           if (part < 2) x[k] = load<kVector>(x_row + head * H, column_of(k), H);
         }
+        // v: copied
         if (part == 2) {
 #pragma unroll
           for (int k = 0; k < K; ++k) {
@@ -90,6 +93,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
           }
           continue;
         }
+        // sums over the head: of x^2 for rstd, of g * weight * x
         A square = A(0), dot = A(0);
 #pragma unroll
         for (int k = 0; k < K; ++k) {
@@ -105,6 +109,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
         }
         const A rstd = inverse_sqrt(sum_lanes(square, lanes) / A(H) + A(p.eps));
         const A mean_gn = sum_lanes(dot, lanes) * rstd / A(H);
+        // dx, and what this head adds to dweight
 #pragma unroll
         for (int k = 0; k < K; ++k) {
 #pragma unroll
@@ -121,7 +126,7 @@ __global__ void __launch_bounds__(kWarp* kSlabWarps, K == 1 ? 2 : 1)
     }
     if (part == 2) return;
 
-    // heads side by side in the warp, then the warps in order
+    // dweight of the slab into its slot: heads side by side in the warp, then the warps in order
 #pragma unroll
     for (int k = 0; k < K; ++k) {
 #pragma unroll

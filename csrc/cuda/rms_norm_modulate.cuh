@@ -25,7 +25,7 @@ namespace gpu {
 template <class T, int K, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     rms_norm_modulate_kernel(const __grid_constant__ RmsNormModulateSets sets) {
-  // who am I
+  // thread identity
   const int lane = threadIdx.x;
   int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   const int set = row >= sets.p[0].R;

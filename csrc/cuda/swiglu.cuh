@@ -1,8 +1,9 @@
 // y = silu(h[:, :F]) * h[:, F:]
 //
 // h [R, 2, F] -> y [R, F]. Moves 3 R F elements (bfloat16, R = 8192, F = 4096: 201 MB). Bound by
-// memory: one exponential per 6 bytes. A warp takes kSegment chunks of one row, all loads before
-// the first use. An odd F puts the second half off the 16-byte grid and takes elements one by one.
+// memory: one exponential per 6 bytes. A warp takes kSwigluSegment chunks of one row, all loads
+// before the first use. An odd F puts the second half off the 16-byte grid and takes elements one
+// by one.
 #pragma once
 
 #include "cuda/launch.cuh"
@@ -16,7 +17,7 @@ constexpr int kSwigluSegment = 4;  // chunks per lane: four warps share a row of
 // registers <= 64: swiglu_kernel
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock) swiglu_kernel(const SwigluParams p) {
-  // who am I
+  // thread identity
   const int width = int(p.F);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.R) return;
@@ -53,7 +54,7 @@ __global__ void __launch_bounds__(kWarp* kRowsPerBlock) swiglu_kernel(const Swig
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kWarp* kRowsPerBlock)
     swiglu_backward_kernel(const SwigluBackwardParams p) {
-  // who am I
+  // thread identity
   const int width = int(p.F);
   const int64_t row = int64_t(blockIdx.x) * kRowsPerBlock + threadIdx.y;
   if (row >= p.R) return;

@@ -1,4 +1,4 @@
-// What a running block has beyond its fibers: shared memory, barriers, products, registers. Shared
+// What a running block has beyond its fibers: shared memory, barriers, wgmmas, registers. Shared
 // by the files that implement hopper.h.
 #pragma once
 
@@ -36,8 +36,8 @@ struct NamedBarrier {
   std::vector<unsigned> waiting;
 };
 
-// ---- products
-struct Product {
+// ---- wgmmas
+struct Wgmma {
   float* d;
   int n;
   bool from_registers, b_transposed, accumulate, done;
@@ -54,18 +54,18 @@ struct Issue {
 };
 
 struct Thread {
-  std::deque<Product> products;  // not yet waited for, oldest first
-  std::deque<uint64_t> groups;   // of each committed group the number of the product after it
-  uint64_t issued = 0;           // products so far
+  std::deque<Wgmma> wgmmas;     // not yet waited for, oldest first
+  std::deque<uint64_t> groups;  // of each committed group the number of the wgmma after it
+  uint64_t issued = 0;          // wgmmas so far
   std::vector<Accumulator> flying;
   bool fenced = false;
   uint64_t cluster_arrived = 0, cluster_waited = 0;  // at the cluster's barrier so far
 
-  uint64_t first() const { return issued - products.size(); }
+  uint64_t first() const { return issued - wgmmas.size(); }
 };
 
 struct BlockState {
-  char* mapping = nullptr;  // its end, before the page nobody may touch
+  char* mapping = nullptr;  // its end, before an inaccessible page
   unsigned char* shared = nullptr;
   size_t bytes = 0;
   std::map<const void*, Barrier> barriers;
@@ -97,6 +97,6 @@ void begin_cluster_barrier(unsigned threads);  // of all blocks
 void leave_cluster_barrier();                  // the running thread returns
 
 void begin_copies();
-size_t copies_under_way(unsigned rank);  // into a block, whoever sent them
+size_t copies_under_way(unsigned rank);  // into a block, from any
 
 }  // namespace lens::emulation

@@ -69,7 +69,7 @@ int g_fault_code = 0;
 }
 
 void on_fault(int signal, siginfo_t* info, void* raw) {
-  if (!g_cluster.inside) {  // not device code: not ours
+  if (!g_cluster.inside) {  // not device code: not the emulator's
     ::signal(signal, SIG_DFL);
     return;
   }
@@ -91,8 +91,8 @@ void on_fault(int signal, siginfo_t* info, void* raw) {
 
 constexpr int kSignals[4] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 
-char* stack_of(Place place) {
-  return g_cluster.blocks[place.block].stacks.get() + place.thread * kStackBytes;
+char* stack_of(ThreadId id) {
+  return g_cluster.blocks[id.block].stacks.get() + id.thread * kStackBytes;
 }
 
 }  // namespace
@@ -119,29 +119,29 @@ FaultHandlers::~FaultHandlers() {
   sigaltstack(&saved_->alternate, nullptr);
 }
 
-void start_fiber(Place place) {
-  Block& b = g_cluster.blocks[place.block];
+void start_fiber(ThreadId id) {
+  Block& b = g_cluster.blocks[id.block];
   if (!b.stacks) {
     b.stacks.reset(new char[kStackBytes * kMaxThreads]);
     b.fibers.resize(kMaxThreads);
   }
-  char* bottom = stack_of(place);
+  char* bottom = stack_of(id);
   std::memcpy(bottom, &kStackMark, sizeof kStackMark);
   auto top = reinterpret_cast<uintptr_t>(bottom + kStackBytes) & ~uintptr_t(15);
   auto* frame = reinterpret_cast<uint64_t*>(top) - 8;  // six registers, the entry, alignment
   std::memset(frame, 0, 64);
   frame[6] = reinterpret_cast<uintptr_t>(&fiber_main);
-  b.fibers[place.thread] = Fiber{};
-  b.fibers[place.thread].stack_pointer = frame;
+  b.fibers[id.thread] = Fiber{};
+  b.fibers[id.thread].stack_pointer = frame;
 }
 
-bool stack_overrun(Place place) {
-  return std::memcmp(stack_of(place), &kStackMark, sizeof kStackMark) != 0;
+bool stack_overrun(ThreadId id) {
+  return std::memcmp(stack_of(id), &kStackMark, sizeof kStackMark) != 0;
 }
 
-void resume(Place place) {
-  const unsigned i = place.thread;
-  g_cluster.at = place;
+void resume(ThreadId id) {
+  const unsigned i = id.thread;
+  g_cluster.at = id;
   threadIdx = {i % blockDim.x, i / blockDim.x % blockDim.y, i / (blockDim.x * blockDim.y)};
   blockIdx = block().index;
   g_cluster.inside = true;

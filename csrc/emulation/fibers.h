@@ -34,14 +34,14 @@ struct Block {
   unsigned live = 0, at_barrier = 0;
 };
 
-struct Place {
+struct ThreadId {  // within its cluster, within its block
   unsigned block, thread;
 };
 
 struct Cluster {
   Block blocks[kMostBlocks];
   unsigned size = 1, threads = 0;  // blocks, threads of each
-  Place at{};                      // of the fiber that runs
+  ThreadId at{};                   // of the fiber that runs
   bool inside = false;             // false: the scheduler itself runs
   bool aborted = false;
   void* scheduler_stack = nullptr;
@@ -53,14 +53,14 @@ extern Cluster g_cluster;
 inline Block& block() { return g_cluster.blocks[g_cluster.at.block]; }
 inline Fiber& self() { return block().fibers[g_cluster.at.thread]; }
 
-void make_ready(Place place);
+void make_ready(ThreadId id);
 void make_all_ready(unsigned block);  // whole warps, in the seed's order
 
-void start_fiber(Place place);
-void resume(Place place);  // returns when the fiber gives way
+void start_fiber(ThreadId id);
+void resume(ThreadId id);  // returns when the fiber gives way
 void to_scheduler();       // gives way
 [[noreturn]] void abandon_fiber();
-bool stack_overrun(Place place);
+bool stack_overrun(ThreadId id);
 
 // Turns faults of device code into reports for as long as it lives.
 class FaultHandlers {

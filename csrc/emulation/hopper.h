@@ -1,17 +1,17 @@
-// What csrc/emulation/cuda/hopper.cuh is made of: barriers with byte counts, tile copies, products
-// of a warpgroup, all as late or as early as the seed has it.
+// What csrc/emulation/cuda/hopper.cuh is made of: barriers with byte counts, tile copies, wgmma,
+// all as late or as early as the seed has it.
 //
 // Faithful: phases, parities, arrival and byte counts of barriers; boxes, bounds, zero fill and
 // swizzle of copies; descriptor bits and fragments of wgmma. Asynchronous: a copy arrives when no
-// thread can go on (seed 0 and even ones) or at any time, in any order (odd ones); a product reads
+// thread can go on (seed 0 and even ones) or at any time, in any order (odd ones); a wgmma reads
 // shared memory when its group is waited for or (seeds but 0) when issued, whichever is drawn, warp
 // by warp, and its accumulators are NaN in between. So a missing wait, one that waits for
 // too little, a buffer that is given back too early, a barrier that miscounts end as wrong numbers,
 // a deadlock or an error. Also an error: barriers used before they are initialised and fenced, more
 // arrivals than a phase has, copies that miss shared memory or its alignment or are under way when
 // the block ends, maps that reach past their array, descriptors on which the threads of a
-// warpgroup disagree, a wgmma without fence, products nobody waited for, register counts beyond the
-// file, more shared memory than was asked for.
+// warpgroup disagree, a wgmma without fence, wgmmas that are not waited for, register counts beyond
+// the file, more shared memory than the launch gave.
 //
 // The blocks of a cluster run at the same time, each with its own shared memory; a copy to several
 // reaches each of them when the seed has it. Errors: an arrival or a copy at a block that returned

@@ -22,7 +22,7 @@ namespace {
 
 constexpr char kPoison = char(0xff);
 
-std::vector<Place> g_ready;
+std::vector<ThreadId> g_ready;
 size_t g_next_ready = 0;
 uint64_t g_seed = 0, g_state = 0;
 int g_cluster_launches = 0;
@@ -52,9 +52,9 @@ void report(int code, const char* format, ...) {
                 blockIdx.y, blockIdx.z, what);
 }
 
-void make_ready(Place place) {
-  g_cluster.blocks[place.block].fibers[place.thread].state = State::kReady;
-  g_ready.push_back(place);
+void make_ready(ThreadId id) {
+  g_cluster.blocks[id.block].fibers[id.thread].state = State::kReady;
+  g_ready.push_back(id);
 }
 
 void make_all_ready(unsigned block) {
@@ -73,21 +73,21 @@ namespace {
 
 // Seed 0: in turn. Odd seeds: any ready fiber. Even seeds: the one made ready last, so that a warp
 // runs ahead of the others as far as the next barrier lets it.
-Place take_ready() {
+ThreadId take_ready() {
   if (g_seed && g_seed % 2 == 0) {
-    const Place place = g_ready.back();
+    const ThreadId id = g_ready.back();
     g_ready.pop_back();
-    return place;
+    return id;
   }
   const size_t waiting = g_ready.size() - g_next_ready;
   const size_t chosen = g_next_ready + (g_seed ? random_below(waiting) : 0);
   std::swap(g_ready[chosen], g_ready[g_next_ready]);
-  const Place place = g_ready[g_next_ready++];
+  const ThreadId id = g_ready[g_next_ready++];
   if (g_next_ready == g_ready.size()) {
     g_ready.clear();
     g_next_ready = 0;
   }
-  return place;
+  return id;
 }
 
 void report_deadlock() {
@@ -210,7 +210,8 @@ void run_grid(const char* name, const void* kernel, const Launch& launch, void (
     return;
   }
   if (!shared_allowed(kernel, launch.shared_bytes)) {
-    report(kInvalidConfiguration, "%zu bytes of dynamic shared memory, which nobody allowed",
+    report(kInvalidConfiguration,
+           "%zu bytes of dynamic shared memory, which the kernel was not allowed",
            launch.shared_bytes);
     return;
   }

@@ -57,7 +57,7 @@ void begin_block(unsigned rank, size_t shared_bytes) {
 
 void end_thread() {
   const Thread& t = here().threads[current_thread()];
-  if (!t.products.empty()) fail("returned before its products were waited for");
+  if (!t.wgmmas.empty()) fail("returned before its wgmmas were waited for");
   leave_cluster_barrier();
 }
 
@@ -102,7 +102,7 @@ void* in_block(unsigned rank, const void* p) {
 
 void set_registers(int registers, bool up, int line) {
   if (registers < 24 || registers > 256 || registers % 8) {
-    fail("%d registers per thread: a multiple of 8 from 24 to 256 is asked for", registers);
+    fail("%d registers per thread: must be a multiple of 8 from 24 to 256", registers);
   }
   warp_operation(WarpOp::kSync, ~0u, 0, 0, 32, line);
   int& held = here().registers[current_thread() / kWarpgroup];

@@ -1,4 +1,4 @@
-// Products of a warpgroup: descriptors, fragments, groups.
+// wgmma, the matrix product of a warpgroup: descriptors, fragments, groups.
 #include <cstring>
 #include <limits>
 #include <utility>
@@ -54,13 +54,13 @@ Accumulator& accumulator(Thread& t, const float* d) {
   for (Accumulator& a : t.flying) {
     if (a.d == d) return a;
   }
-  fail("a product whose accumulators are not under way");
+  fail("a wgmma whose accumulators are not under way");
 }
 
-// Product `number` of a thread. A in registers: row and columns lie in four lanes, all of which
+// wgmma `number` of a thread. A in registers: row and columns lie in four lanes, all of which
 // have issued and none of which has gone on.
 void run(Thread& t, uint64_t number) {
-  Product& p = t.products[size_t(number - t.first())];
+  Wgmma& p = t.wgmmas[size_t(number - t.first())];
   if (std::exchange(p.done, true)) return;
   const unsigned self = current_thread(), lane = self % 32, warp = self % kWarpgroup / 32;
   float a[2][16], b[2][16];
@@ -72,9 +72,9 @@ void run(Thread& t, uint64_t number) {
     for (unsigned k = 0; k < 16; ++k) {
       const Thread& other = here().threads[self - lane % 4 + k % 8 / 2];
       if (number < other.first() || number >= other.issued) {
-        fail("the lanes of a warp disagree on their products");
+        fail("the lanes of a warp disagree on their wgmmas");
       }
-      const uint32_t word = other.products[size_t(number - other.first())].a[k / 8 * 2 + h];
+      const uint32_t word = other.wgmmas[size_t(number - other.first())].a[k / 8 * 2 + h];
       a[h][k] = lens::bits_to_float(k % 2 ? word & 0xffff0000u : word << 16);
     }
   }
@@ -111,20 +111,20 @@ void wgmma(float* d, int n, const uint32_t* a, uint64_t a_bits, uint64_t b_bits,
     issues.push_back({a_bits, b_bits, n});
   } else if (issues[index].a_bits != a_bits || issues[index].b_bits != b_bits ||
              issues[index].n != n) {
-    fail("the threads of a warpgroup disagree on their product number %llu",
+    fail("the threads of a warpgroup disagree on their wgmma number %llu",
          static_cast<unsigned long long>(index));
   }
   bool flying = false;
   for (const Accumulator& other : t.flying) flying |= other.d == d;
-  if (!t.fenced && (!flying || a)) fail("a product without wgmma_fence() since registers changed");
+  if (!t.fenced && (!flying || a)) fail("a wgmma without wgmma_fence() since registers changed");
   if (!flying) t.flying.push_back({d, std::vector<float>(d, d + n / 2)});
   for (int i = 0; i < n / 2; ++i) d[i] = std::numeric_limits<float>::quiet_NaN();
-  Product p{d, n, a != nullptr, b_transposed, accumulate, false, {}, a_bits, b_bits};
+  Wgmma p{d, n, a != nullptr, b_transposed, accumulate, false, {}, a_bits, b_bits};
   if (a) std::memcpy(p.a, a, sizeof p.a);
-  t.products.push_back(p);
+  t.wgmmas.push_back(p);
   if (seed() == 0 || random_below(2)) return;
   for (uint64_t number = t.first(); number < t.issued; ++number) {  // early, in order
-    if (t.products[size_t(number - t.first())].from_registers) return;
+    if (t.wgmmas[size_t(number - t.first())].from_registers) return;
     run(t, number);
   }
 }
@@ -150,11 +150,11 @@ void wgmma_wait(int pending, float* const* touched, int count, int line) {
   warp_operation(WarpOp::kSync, ~0u, 0, 0, 32, line);  // every lane has issued
   for (uint64_t number = t.first(); number < end; ++number) run(t, number);
   warp_operation(WarpOp::kSync, ~0u, 0, 0, 32, line);  // every lane's part is done
-  while (t.first() < end) t.products.pop_front();
+  while (t.first() < end) t.wgmmas.pop_front();
   t.fenced = false;
   for (size_t i = 0; i < t.flying.size();) {
     bool used = false;
-    for (const Product& p : t.products) used |= p.d == t.flying[i].d;
+    for (const Wgmma& p : t.wgmmas) used |= p.d == t.flying[i].d;
     if (used) {
       ++i;
       continue;
