@@ -51,6 +51,7 @@ class Recipe:
     dtype: str
     version: str
     fingerprint: str
+    solver: str = "euler"  # absent in recipes of versions that knew no other
     loras: tuple[tuple[str, str, float], ...] = ()  # (name, fingerprint, scale) of each; unwritten where there are none
 
     def to_json(self) -> str:
@@ -61,13 +62,14 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Recipe:
-        """Strict: every field present (``loras`` where there were any) and of its type. ``source`` is named in errors."""
+        """Strict: every field present (``loras`` where there were any, ``solver`` since there are two) and of its type.
+        ``source`` is named in errors."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise RecipeError(f"{source}: its recipe is not valid JSON: {error}") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) | {"loras"} != names:
+        if not isinstance(values, dict) or set(values) | {"loras", "solver"} != names:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise RecipeError(f"{source}: its recipe must have the keys {sorted(names)}, got {got}")
         for name, value in values.items():

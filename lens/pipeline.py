@@ -295,6 +295,7 @@ class LensPipeline:
         callback_on_step_end: Callback | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         chat_date: str | None = DEFAULT_CHAT_DATE,
+        solver: str = "euler",
     ) -> LensPipelineOutput | tuple[Any]:
         """Draw pictures. Order is prompt-major: [p0, p0, p1, p1] for two images per prompt; B pictures in all.
 
@@ -306,7 +307,8 @@ class LensPipeline:
         valid, None = all. output_type: "pil" list, "np" float32 [B, H, W, 3] in [0, 1], "latent" float32 [B, I, C];
         mixed sizes give lists. callback_on_step_end(pipe, i, t, tensors), t = 1000 sigma ([B] for mixed sizes), gets
         the tensors it names and may return replacements: latents; noise_pred (the guided velocity; the step is taken
-        again); embeddings, for the steps to come, where another T means that all T tokens are valid.
+        again); embeddings, for the steps to come, where another T means that all T tokens are valid. solver: "euler", or
+        "dpm2m", DPM-Solver++(2M), of second order for as many steps; not with a scheduler that adds noise.
         Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
         request = Request(
@@ -331,6 +333,7 @@ class LensPipeline:
             truncation=truncation,
             output_type=output_type,
             chat_date=chat_date,
+            solver=solver,
         )
         output = self.draw(request, callback_on_step_end, callback_on_step_end_tensor_inputs)
         return output if return_dict else (output.images,)
@@ -345,6 +348,8 @@ class LensPipeline:
         """A call whose arguments are a `Request`."""
         shown = callbacks.check_names(callback_on_step_end_tensor_inputs)
         request = request.resolved(self.defaults)
+        if self.scheduler.stochastic_sampling and request.solver != "euler":
+            raise ValueError(f"solver must be 'euler' where the scheduler adds noise to steps, got {request.solver!r}")
         shapes = [(h * w, self.transformer.config.in_channels) for h, w in request.grids]
         draw, seeds = sampler.plan_noise(shapes, request.seed, request.generator, request.latents)
         drawn = host_lane_for(self.device).submit(lambda: [_pinned(n, self.device) for n in draw()], ())
@@ -417,6 +422,7 @@ class LensPipeline:
             table=table,
             x=torch.cat([n.to(self.device, non_blocking=True) for n in noise]),
             noise_keys=keys,
+            solver=request.solver,
         )
 
     def _denoise(self, job: Job, callback: Callback | None, wanted: tuple[str, ...]) -> list[Tensor]:
@@ -443,7 +449,7 @@ class LensPipeline:
                         job = replace(job, negative=self._new_text(name, given[name], job.negative))
                     if i + 1 == job.steps:
                         continue  # no step is left to read them, nor a row of the table to begin with
-                    job = job.resumed(run.x, i + 1)
+                    job = job.resumed(run.x, i + 1, run.clean)
                     run.close()
                     run = self.engine.start(self.transformer, job)
             return list(run.x.clone().split(job.lengths))

@@ -48,6 +48,7 @@ class Request:
     truncation: str = "reference"
     chat_date: str | None = DEFAULT_CHAT_DATE
     output_type: str = "pil"
+    solver: str = "euler"
 
     def resolved(self, defaults: Defaults) -> Request:
         """The same with every default filled in and one text and size per prompt. ValueError for every mistake."""
@@ -56,6 +57,7 @@ class Request:
         each = sampler.count("num_images_per_prompt", self.num_images_per_prompt)
         length = sampler.count("max_sequence_length", self.max_sequence_length)
         guidance = _guidance(defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale)
+        sampler.expect_solver(self.solver)
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
         if self.truncation not in TRUNCATIONS:
@@ -140,7 +142,7 @@ class Request:
     @property
     def kind(self) -> Hashable:
         """Only requests of one kind can be drawn together."""
-        return self.num_inference_steps, self.guidance_scale, self.encoding, self.output_type
+        return self.num_inference_steps, self.guidance_scale, self.solver, self.encoding, self.output_type
 
 
 def joined(requests: Sequence[Request], seeds: Sequence[int]) -> Request:

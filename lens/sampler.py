@@ -1,6 +1,7 @@
-"""7. Sigmas, guidance, Euler: the schedule a picture walks from noise (sigma 1) to latents (sigma 0).
+"""7. Sigmas, guidance, solvers: the schedule a picture walks from noise (sigma 1) to latents (sigma 0).
 
-The velocity is d x / d sigma, so a step is x += (sigma_next - sigma) * v. Latents stay float32 between steps.
+The velocity is d x / d sigma, so an Euler step is x += (sigma_next - sigma) * v. Latents stay float32 between steps. These
+formulas stand here alone: pictures, the sheets of a training and rollouts read them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import operator
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,8 @@ from .packing import expect_tensors
 _SLOPE_10, _OFFSET_10 = 8.73809524e-5, 1.89833333
 _SLOPE_200, _OFFSET_200 = 1.6927e-4, 0.45666666
 _LARGE = 4300  # tokens above which only the 200-step line holds
+
+SOLVERS = ("euler", "dpm2m")  # first order, and second order for as many velocities
 
 
 def count(name: str, value: Any) -> int:
@@ -115,10 +119,29 @@ def step(
     return (1 - s_next) * (x - s * velocity) + s_next * noise.to(x.device)
 
 
+def second_order(sigmas: Tensor) -> Tensor:
+    """c_i of DPM-Solver++(2M), see `Multistep`, for times [n + 1, ...]: float64 [n, ...]; all are finite."""
+    t = sigmas.double()
+    if len(t) < 2 or not ((t[1:] < t[:-1]) & (t[1:] >= 0) & (t[:-1] <= 1)).all():
+        raise ValueError(f"Multistep: sigmas must fall from at most 1 to at least 0, got {sigmas.tolist()}")
+    h = (torch.log1p(-t) - torch.log(t)).diff(dim=0)
+    weights = torch.zeros_like(h)
+    weights[1:-1] = (1 - t[2:-1] / t[1:-2]) * h[1:-1] / (2 * h[:-2])
+    return weights
+
+
+def multistep(
+    x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, weight: Tensor, before: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One step of DPM-Solver++(2M) along the guided velocity v: (x after it, this step's x0). before: x0 of the step
+    before. sigma, sigma_next, weight broadcast to x."""
+    clean = x - sigma * v
+    return x + (sigma_next - sigma) * v + weight * (clean - before), clean
+
+
 class Multistep:
-    """DPM-Solver++(2M) (arXiv 2211.01095) in flow form, x_t = (1 - t) x0 + t eps, lambda = log((1 - t) / t): second order where
-    Euler is first, for as many velocities. For rollouts of reinforcement learning, whose 20 steps and more it serves; the
-    released models are sampled by Euler, and the pipeline has no argument for it.
+    """DPM-Solver++(2M) (arXiv 2211.01095) in flow form, x_t = (1 - t) x0 + t eps, lambda = log((1 - t) / t): second order
+    where Euler is first, for as many velocities. The released models are sampled by Euler.
 
     x0_i = x - t_i v;  x += (t_i+1 - t_i) v + c_i (x0_i - x0_i-1);  c_i = (1 - t_i+1 / t_i) h_i / (2 h_i-1), h_i = lambda_i+1 - lambda_i.
     The first step and the last are Euler's (c = 0), and so is the one behind t = 1, whose h_i-1 is infinite: all are finite.
@@ -127,12 +150,7 @@ class Multistep:
     """
 
     def __init__(self, sigmas: Tensor):
-        t = sigmas.double()
-        if len(t) < 2 or not ((t[1:] < t[:-1]) & (t[1:] >= 0) & (t[:-1] <= 1)).all():
-            raise ValueError(f"Multistep: sigmas must fall from at most 1 to at least 0, got {sigmas.tolist()}")
-        h = (torch.log1p(-t) - torch.log(t)).diff(dim=0)
-        self.sigmas, self.weights = t, torch.zeros_like(h)
-        self.weights[1:-1] = (1 - t[2:-1] / t[1:-2]) * h[1:-1] / (2 * h[:-2])
+        self.weights, self.sigmas = second_order(sigmas), sigmas.double()
         self.before: Tensor | None = None  # x0 of the step before
 
     def step(self, i: int, x: Tensor, v: Tensor) -> Tensor:
@@ -140,10 +158,41 @@ class Multistep:
         now, following, weight = (
             u.to(x.device, x.dtype) for u in (self.sigmas[i], self.sigmas[i + 1], self.weights[i])
         )
-        clean, before = x - now * v, self.before
-        self.before = clean
-        x = x + (following - now) * v
-        return x if i == 0 or before is None else x + weight * (clean - before)
+        before = x if self.before is None or i == 0 else self.before  # without one the weight is zero
+        x, self.before = multistep(x, v, now, following, weight, before)
+        return x
+
+
+def walk(
+    velocities: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]],
+    x: Tensor,
+    sigmas: Tensor,
+    guidance: float = 1.0,
+    solver: str = "euler",
+) -> Tensor:
+    """Noise x [B, I, C] -> latents float32 [B, I, C], along guided velocities, by a loop in plain Python: for trainings.
+
+    velocities: (x, t [B]) -> (with the text, without it or None), [B, I, C] each; sigmas [n + 1], of all samples
+    """
+    expect_solver(solver)
+    shape, x = x.shape, x.float().flatten(0, 1)
+    offsets = torch.arange(shape[0] + 1, device=x.device, dtype=torch.int32) * shape[1]
+    second = Multistep(sigmas) if solver == "dpm2m" else None
+    for i, (now, following) in enumerate(pairwise(sigmas.to(x.device))):
+        with_text, without = velocities(x.view(shape), now.expand(shape[0]))
+        c, u = with_text.flatten(0, 1), None if without is None else without.flatten(0, 1)
+        if second is None:
+            x = step(x, c, u, now.expand(shape[0]), following.expand(shape[0]), guidance, offsets)
+        else:
+            x = second.step(i, x, guided(c, u, guidance, offsets))
+    return x.view(shape)
+
+
+def expect_solver(name: Any) -> str:
+    """One of SOLVERS; else ValueError."""
+    if name not in SOLVERS:
+        raise ValueError(f"solver must be one of {SOLVERS}, got {name!r}")
+    return str(name)
 
 
 def step_noise(seed: int, step: int, rows: int, channels: int) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lens import sampler
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.ops import reference
@@ -217,22 +217,18 @@ def sample(
     mu: float,
     grid: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Euler from noise with per-token norm-rescaled guidance -> normalised latents [B, I, C] of a grid (the recipe's)."""
+    """Noise of the seeds -> normalised latents [B, I, C] of a grid (the recipe's), by Euler with guidance."""
     grid = grid or model.grid
     size = (grid[0] * grid[1], model.shape.in_channels)
     x = torch.stack([torch.randn(size, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(model.device)
     sigma = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)]).to(model.device)
     features = model.text(tokens, prefix)
     nothing = [f[:0] for f in features]
-    for now, following in pairwise(sigma):
-        t = now.expand(len(seeds))
-        v = model.velocity(x, t, features, grid)
-        if guidance != 1:
-            u = model.velocity(x, t, nothing, grid)
-            mixed = u + guidance * (v - u)
-            v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-        x = x + (following - now) * v
-    return x
+
+    def velocities(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        return model.velocity(x, t, features, grid), None if guidance == 1 else model.velocity(x, t, nothing, grid)
+
+    return sampler.walk(velocities, x, sigma, guidance)
 
 
 class Painter:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lens import sampler
 from lens.config import LensConfig
 from lens.resolution import bucket_size
 
@@ -60,14 +60,16 @@ class Sheets:
         lengths = [len(ids) for ids in self.ids]
         mu = flow_matching.mu_of(self.recipe.MU, tokens)
         sigmas = torch.cat([flow_matching.shift(torch.linspace(1, 1 / steps, steps), mu), torch.zeros(1)]).to(device)
-        for now, following in pairwise(sigmas):  # with text and without in one call
+
+        def velocities(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            """With text and without, in one call."""
             both = velocity(
-                self.model, x.repeat(2, 1, 1), features, now.expand(2 * count), [*lengths, *[0] * count], grid, axes
+                self.model, x.repeat(2, 1, 1), features, t.repeat(2), [*lengths, *[0] * count], grid, axes
             ).float()
-            v, u = both.chunk(2)
-            mixed = u + sheet["guidance"] * (v - u)
-            v = mixed * (v.norm(dim=-1, keepdim=True) / mixed.norm(dim=-1, keepdim=True).clamp_min(1e-12))
-            x = x + (following - now) * v
+            c, u = both.chunk(2)
+            return c, u
+
+        x = sampler.walk(velocities, x, sigmas, float(sheet["guidance"]))
         pictures = dict(pair for own in self.group.gather(list(zip(self.places, self.decode(x, grid)))) for pair in own)
         if self.group.main:
             contact_sheet([pictures[p] for p in sorted(pictures)], list(self.recipe.PROMPTS), path, columns=4)

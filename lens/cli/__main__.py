@@ -67,6 +67,13 @@ class Truncation(str, Enum):
     prompt = "prompt"
 
 
+class Solver(str, Enum):
+    """How a step follows the velocity."""
+
+    euler = "euler"
+    dpm2m = "dpm2m"
+
+
 class Residence(str, Enum):
     """Which parts of the model stay on the device."""
 
@@ -105,6 +112,7 @@ SIZE = "Height x width in pixels, multiples of 16; once, or once per prompt (def
 BASE = "Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect."
 GUIDANCE = "How strongly the prompt pulls; 1 turns guidance off and halves the work (default: the model's)."
 CHAT_DATE = f'Date written into the text encoder\'s chat, or "today" (default: {DEFAULT_CHAT_DATE}).'
+SOLVER = "euler, or dpm2m: second order, so that fewer steps do (default: euler, or the recipe's)."
 TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "prompt" the prompt (default: reference).'
 OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
 NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {image_file.DEFAULT_NAME})."
@@ -134,6 +142,7 @@ def generate(
     aspect: Annotated[str | None, _how("--aspect", metavar="W:H", help="From 1:2 to 2:1; needs --base.")] = None,
     steps: Annotated[int | None, _how("--steps", min=1, help="Denoising steps (default: the model's).")] = None,
     guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=GUIDANCE)] = None,
+    solver: Annotated[Solver | None, _how("--solver", help=SOLVER)] = None,
     chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=CHAT_DATE)] = None,
     truncation: Annotated[Truncation | None, _how("--truncation", help=TRUNCATION)] = None,
     output: Annotated[Path | None, _files("--output", "-o", metavar="FILE.png|FOLDER", help=OUTPUT)] = None,
@@ -164,6 +173,10 @@ def generate(
         )
         chat_day = cli_request.chat_date(chat_date, recipe)
         cut = truncation.value if truncation else recipe.truncation if recipe else Truncation.reference.value
+        way = solver.value if solver else recipe.solver if recipe else Solver.euler.value
+        if way not in Solver.__members__:
+            known = ", ".join(Solver.__members__)
+            raise image_file.RecipeError(f"the recipe names the solver {way!r}, expected one of {known}")
         if guidance is not None and not math.isfinite(guidance):
             raise UsageError(f"--guidance must be a finite number, got {guidance}")
         adapters = cli_request.loras(lora, lora_scale, recipe)
@@ -186,12 +199,9 @@ def generate(
         kept = recipe if variant is None else None
         n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
         strength = guidance if guidance is not None else kept.guidance if kept else pipe.defaults.guidance_scale
-        requests = [
-            replace(
-                r, num_inference_steps=n_steps, guidance_scale=strength, truncation=cut, chat_date=chat_day
-            ).resolved(pipe.defaults)
-            for r in lines
-        ]
+        options: dict[str, Any] = {"truncation": cut, "chat_date": chat_day, "solver": way}
+        options |= {"num_inference_steps": n_steps, "guidance_scale": strength}
+        requests = [replace(r, **options).resolved(pipe.defaults) for r in lines]
         sizes = [pair for r in requests for pair in r.sizes or ()]
         if residency is not None and not quiet:
             terminal.residency_plan(pipe, sizes, batch_size, strength)
@@ -215,6 +225,7 @@ def generate(
                         variant=pipe.defaults.variant,
                         chat_date=chat_day,
                         truncation=cut,
+                        solver=way,
                         model=_model_name(model or (recipe.model if recipe else "mini")),
                         dtype=str(pipe.dtype).removeprefix("torch."),
                         version=__version__,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import sampler
 from ..modulation import Modulation
 from ..packing import Grid
 
@@ -36,6 +37,8 @@ class Job:
     x: Tensor  # float32 [R, C], packed latents on the device
     noise_keys: list[int] | None = None  # B seeds of the noise of stochastic steps; None: no step adds noise
     step: int = 0  # where the run begins
+    solver: str = "euler"  # of sampler.SOLVERS
+    clean: Tensor | None = None  # float32 [R, C], x0 of the step before the first, where the solver remembers it
 
     @property
     def steps(self) -> int:
@@ -75,6 +78,16 @@ class Job:
         parts = [part.clone() for part in rows.split(self.lengths)]
         return torch.stack(parts) if self.same_size else parts
 
-    def resumed(self, x: Tensor, step: int) -> Job:
-        """The same from ``step`` on, at latents ``x``."""
-        return replace(self, x=x.clone(), step=step)
+    @property
+    def second_order(self) -> Tensor | None:
+        """Weights of the multistep solver's memory, float32 [K, B] on the host; None for Euler."""
+        if self.solver == "euler":
+            return None
+        weights = sampler.second_order(self.sigma.T)
+        if self.clean is None:
+            weights[self.step] = 0  # nothing to remember yet
+        return weights.float()
+
+    def resumed(self, x: Tensor, step: int, clean: Tensor | None) -> Job:
+        """The same from ``step`` on, at latents ``x``; clean: x0 of the step before, where the solver remembers it."""
+        return replace(self, x=x.clone(), step=step, clean=None if clean is None else clean.clone())

@@ -19,7 +19,7 @@ from . import batch_invariance
 from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .job import Job
-from .step import State, advance, capacity, euler, fixed_state, free_state, load
+from .step import State, advance, capacity, fixed_state, free_state, load, solve
 
 
 class Run:
@@ -44,6 +44,11 @@ class Run:
         """(conditional, unconditional or None) of the last step, [R, C] each, before guidance."""
         return self._state.velocities
 
+    @property
+    def clean(self) -> Tensor | None:
+        """x0 [R, C] of the last step, where the solver remembers it; a view like ``x``."""
+        return None if self._state.memory is None else self._state.memory.clean
+
     def step(self, noise: Tensor | None = None) -> None:
         """The next step; ``noise`` [R, C] where the job is stochastic."""
         if self._state.noise is not None and noise is not None:
@@ -57,7 +62,7 @@ class Run:
     @torch.no_grad()
     def retake(self, velocity: Tensor) -> None:
         """Take the last step again along ``velocity`` [R, C], already guided."""
-        self._state.x.copy_(euler(self._state, velocity, None, 1.0, self._state.index - 1))
+        self._state.x.copy_(solve(self._state, velocity, None, 1.0, self._state.index - 1))
 
     def close(self) -> None:
         """Give the graphs back to other runs. ``x`` may be overwritten from then on."""
@@ -161,7 +166,7 @@ class Engine:
         if binned.exact:
             texts = tuple(binned.text_lengths)
         shape: Hashable = (job.grids[0], len(job.grids), job.halves, texts)
-        key = (placed, choices, shape, capacity(job), job.guidance, job.stochastic)
+        key = (placed, choices, shape, capacity(job), job.guidance, job.stochastic, job.solver)
         entry = cache.find(key)
         if entry is None:
             state = fixed_state(model, job, binned)

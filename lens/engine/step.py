@@ -31,6 +31,15 @@ TABLE_ROWS = 32  # a captured step holds the schedules of 32, 64, 128... steps
 
 
 @dataclass(eq=False)
+class Memory:
+    """What the multistep solver knows of the steps before."""
+
+    weight: Tensor  # float32 [K, B], how much of the difference of both below a step adds
+    clean: Tensor  # float32 [R, C], x0 of the last step taken
+    earlier: Tensor  # float32 [R, C], x0 of the step before that one
+
+
+@dataclass(eq=False)
 class State:
     """The buffers a step reads and writes. S samples: B pictures, twice with guidance, and the bin's own."""
 
@@ -45,6 +54,7 @@ class State:
     sigma: Tensor  # float32 [K + 1, B]
     offsets: Tensor  # int32 [B + 1], of the pictures' rows
     noise: Tensor | None  # float32 [R, C] for stochastic steps
+    memory: Memory | None  # of a multistep solver
     guidance: float
     halves: int
     whole: DenoiseStep | None = None  # the transformer as one call, where every kernel is ours
@@ -54,6 +64,8 @@ class State:
         places = [] if p.layout is None else [p.layout.image_rows, p.layout.text_rows, p.layout.joint_offsets]
         own = [self.x, self.before, self.velocity, self.text, self.first, self.index, self.sigma, self.offsets]
         whole = [] if self.whole is None else self.whole.tensors()
+        if (m := self.memory) is not None:
+            own += [m.weight, m.clean, m.earlier]
         all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *places, *whole]
         return [x for x in all_ if x is not None]
 
@@ -75,13 +87,25 @@ def advance(model: LensTransformer2DModel, state: State) -> None:
         x = state.x.to(model.dtype).repeat(state.halves, 1)
         state.velocity.copy_(model.denoise(x, state.text, modulation, state.packing))
     state.before.copy_(state.x)
-    state.x.copy_(euler(state, *state.velocities, state.guidance, state.index))
+    if state.memory is not None:
+        state.memory.earlier.copy_(state.memory.clean)
+    state.x.copy_(solve(state, *state.velocities, state.guidance, state.index))
     state.index.add_(1)
 
 
-def euler(state: State, c: Tensor, u: Tensor | None, guidance: float, index: Tensor) -> Tensor:
+def solve(state: State, c: Tensor, u: Tensor | None, guidance: float, index: Tensor) -> Tensor:
+    """The latents after step ``index`` from ``before`` along velocities c, u; twice is as good as once."""
     sigma, sigma_next = (state.sigma.index_select(0, i)[0] for i in (index, index + 1))
-    return sampler.step(state.before, c, u, sigma, sigma_next, guidance, state.offsets, state.noise)
+    if (memory := state.memory) is None:
+        return sampler.step(state.before, c, u, sigma, sigma_next, guidance, state.offsets, state.noise)
+    v, rows = sampler.guided(c, u, guidance, state.offsets), state.offsets.diff().long()
+    weight = memory.weight.index_select(0, index)[0]
+    now, following, share = (
+        s.repeat_interleave(rows, output_size=len(v))[:, None] for s in (sigma, sigma_next, weight)
+    )
+    x, clean = sampler.multistep(state.before, v, now, following, share, memory.earlier)
+    memory.clean.copy_(clean)
+    return x
 
 
 def _whole(model: LensTransformer2DModel, packing: Packing) -> DenoiseStep | None:
@@ -112,10 +136,19 @@ def free_state(model: LensTransformer2DModel, job: Job) -> State:
         sigma=job.sigma.T.contiguous().to(device),
         offsets=offsets_of(job.lengths, device),
         noise=torch.empty_like(x) if job.stochastic else None,
+        memory=_memory(job, x),
         guidance=job.guidance,
         halves=job.halves,
         whole=_whole(model, packing),
     )
+
+
+def _memory(job: Job, x: Tensor) -> Memory | None:
+    """Of a run by itself, as full as the job's."""
+    if (weight := job.second_order) is None:
+        return None
+    clean = torch.zeros_like(x) if job.clean is None else job.clean.clone()
+    return Memory(weight.to(x.device), clean, torch.zeros_like(x))
 
 
 def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> State:
@@ -129,6 +162,9 @@ def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> Stat
 
     def integers(count: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.zeros(count, dtype=dtype, device=device)
+
+    def sigmas(more: int = 0) -> Tensor:
+        return torch.zeros(rows + more, len(job.grids), device=device)
 
     samples = len(binned.text_lengths)
     packing = Packing(
@@ -150,9 +186,10 @@ def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> Stat
         table=Modulation(like(job.table.blocks), like(job.table.final)),
         first=integers(samples),
         index=integers(1),
-        sigma=torch.zeros(rows + 1, len(job.grids), device=device),
+        sigma=sigmas(1),
         offsets=offsets_of(job.lengths, device),
         noise=torch.empty_like(x) if job.stochastic else None,
+        memory=None if job.solver == "euler" else Memory(sigmas(), torch.zeros_like(x), torch.zeros_like(x)),
         guidance=job.guidance,
         halves=job.halves,
         whole=_whole(model, packing),
@@ -168,6 +205,9 @@ def load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned) 
     state.table.blocks[:steps].copy_(job.table.blocks[start : start + steps])
     state.table.final[:steps].copy_(job.table.final[start : start + steps])
     state.sigma[: steps + 1].copy_(job.sigma.T.contiguous(), non_blocking=True)
+    if (memory := state.memory) is not None and (weight := job.second_order) is not None:
+        memory.weight[:steps].copy_(weight, non_blocking=True)
+        memory.clean.zero_() if job.clean is None else memory.clean.copy_(job.clean)
     state.index.fill_(job.step)
     texts = torch.cat(job.all_texts)
     state.text[: len(texts)].copy_(texts)

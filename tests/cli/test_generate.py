@@ -42,6 +42,7 @@ EXPECTED_RECIPE = {
     "dtype": "float32",
     "version": __version__,
     "fingerprint": fingerprint(DEV),
+    "solver": "euler",
     "loras": (),
 }
 
@@ -331,6 +332,7 @@ def test_like_redraws_one_picture_of_a_mixed_batch(tmp_path):
         (["--size", "32x32"], {"size": (32, 32)}),
         (["--chat-date", "2025-02-01"], {"chat_date": "2025-02-01"}),
         (["--truncation", "reference"], {"truncation": "reference"}),
+        (["--steps", "6", "--solver", "dpm2m"], {"steps": 6, "solver": "dpm2m"}),
         (["--dtype", "bfloat16"], {"dtype": "bfloat16"}),
         (["--variant", "lens", "--steps", "1"], {"variant": "lens", "steps": 1, "guidance": 5.0}),
     ],
@@ -400,6 +402,22 @@ def test_a_broken_recipe_is_refused(tmp_path, text, message):
     assert result.exit_code == 1
     assert message in result.stderr
     assert "x.png" in result.stderr
+
+
+def test_the_solver_is_repeated_and_a_recipe_of_one_that_knew_no_other_is_eulers(apple, tmp_path):
+    (second,) = written(
+        generate("a dog", "-s", 1, "--steps", 6, "--solver", "dpm2m", "-o", tmp_path / "a.png", fast=False)
+    )
+    (again,) = written(run("generate", "--like", second, "-o", tmp_path / "b.png"))
+    assert pixels(again).tobytes() == pixels(second).tobytes()
+    assert image_file.read_recipe(again).solver == "dpm2m"
+    values = json.loads(image_file.read_recipe(apple).to_json())
+    del values["solver"]
+    assert image_file.Recipe.from_json(json.dumps(values), "x").solver == "euler"
+    with Image.open(apple) as image:
+        image_file.save_png(image, tmp_path / "c.png", replace(image_file.read_recipe(apple), solver="heun"))
+    result = run("generate", "--like", tmp_path / "c.png", "--model", DEV)
+    assert (result.exit_code, "names the solver 'heun', expected one of euler, dpm2m" in result.stderr) == (1, True)
 
 
 # ------------------------------------------------------------------------------------------------ contact sheet

@@ -121,6 +121,20 @@ def test_stochastic_steps(pipe):
     assert len(pipe.driver.graphs) == 1
 
 
+def test_the_second_order_solver_is_captured_with_its_memory(pipe):
+    """One graph for all texts of a bin, another than Euler's; a run that begins in the middle brings its memory."""
+    for prompt in PROMPTS:
+        assert close(both(pipe, prompt, solver="dpm2m"))
+    assert len(pipe.driver.graphs) == 1
+    other = {"prompt_embeds": [f * 0.5 for f in pipe.encode_text(PROMPTS[0])[0]]}
+    halfway = dict(callback_on_step_end=lambda _p, i, _t, _k: other if i == 1 else {})
+    pair = both(pipe, PROMPTS[0], solver="dpm2m", num_inference_steps=4, **halfway)
+    assert close(pair)
+    assert len(pipe.driver.graphs) == 1
+    assert not close((pair[0], both(pipe, PROMPTS[0], num_inference_steps=4, **halfway)[0]))
+    assert len(pipe.driver.graphs) == 2
+
+
 # ------------------------------------------------------------------------------------------------ exactness of the bin
 
 

@@ -36,6 +36,11 @@ def sample_times(
     u = torch.rand(batch, generator=generator, dtype=torch.float64)
     if stratified:
         u = (torch.randperm(batch, generator=generator) + u) / batch
+    return logit_normal(u, mu, sigma)
+
+
+def logit_normal(u: Tensor, mu: float, sigma: float = 1.0) -> Tensor:
+    """sigmoid(mu + sigma z) at the quantiles u of z, float64 in [0, 1] -> float32 in (0, 1)."""
     # torch.rand may give 0, and the largest quantile may round to 1: |z| stays below 8.3, no other draw moves
     return torch.sigmoid(mu + sigma * torch.special.ndtri(u.clamp(2.0**-54, 1 - 2.0**-53))).float()
 

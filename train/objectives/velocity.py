@@ -25,7 +25,7 @@ def times(recipe: ModuleType, batch: Batch) -> Tensor:
     )
     if recipe.TIME_STRATIFIED:
         u = (torch.randperm(count, generator=keyed(recipe.SEED, "quantile", batch.step, batch.slot)) + u) / count
-    return torch.sigmoid(mu + recipe.TIME_SIGMA * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))).float()
+    return flow_matching.logit_normal(u, mu, recipe.TIME_SIGMA)
 
 
 def noise(recipe: ModuleType, batch: Batch) -> Tensor:
