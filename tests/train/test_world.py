@@ -287,7 +287,7 @@ def test_glyph_atlas_is_the_recorded_one_and_masks_are_cut_to_their_ink():
 @pytest.mark.parametrize("recipe", ["mini", "mini_gpu"])
 def test_recipes_make_a_world(recipe):
     config = configs.load(recipe, "world")
-    world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS)
+    world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS, config.PHOTOGRAPHS)
     scenes, pixels = world.batch(range(8), config.SIDE, config.SIDE)
     assert pixels.shape == (8, config.SIDE, config.SIDE, 3)
     assert {t.kind for s in scenes for t in s.things} <= set(config.CLASSES or KINDS)

@@ -48,7 +48,7 @@ def world(name: str, split: str = "train") -> World:
     from ..data.world import World  # recipes are read without the sprites
 
     own = load(name, "world")
-    return World(split, own.TASKS, own.CLASSES, own.CAPTIONS)
+    return World(split, own.TASKS, own.CLASSES, own.CAPTIONS, own.PHOTOGRAPHS)
 
 
 def fields(recipe: ModuleType) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""What is behind the objects of the small world: twelve backdrops in numpy, contact shadows, the rule of contrast."""
+"""What is behind the objects of the small world: twelve backdrops in numpy, photographs, contact shadows, and the rules of
+contrast: from a drawn backdrop's colours, and from the pixels of a photograph around an outline."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ import random
 
 import numpy as np
 
+from .photographs import PLACES, photograph
 from .sprites import lab, surface_lab
 
 MIN_CONTRAST = 28.0
+FAINT = 0.1  # share of the pixels around an outline that may have less where a photograph is behind
 VARIANTS = 8  # horizon heights, tile phases, star fields per background
 PLAIN = {"grey": (164, 166, 174), "pink": (246, 170, 182), "mint": (150, 216, 182), "lavender": (186, 172, 234)}
 # Colours a background may put behind an object, for the contrast rule.
@@ -29,10 +32,10 @@ SHARES = tuple(0.5 if name in ("beach", "sunset", "brick", "snow") else 1.0 for 
 PATTERNED = ("checker", "brick")  # seams that no sign is put over
 
 
-def contrast(one: np.ndarray, two: np.ndarray) -> float:
-    """How far two Lab colours are apart to the eye: distance, with hue counting less where both are dark."""
-    hue = min(1.0, max(float(one[0]), float(two[0])) / 50)
-    return float(np.hypot(one[0] - two[0], hue * np.linalg.norm(one[1:] - two[1:])))
+def contrast(one: np.ndarray, two: np.ndarray) -> np.ndarray:
+    """How far Lab colours [..., 3] are apart to the eye: distance [...], with hue counting less where both are dark."""
+    hue = np.minimum(1.0, np.maximum(one[..., 0], two[..., 0]) / 50)
+    return np.hypot(one[..., 0] - two[..., 0], hue * np.linalg.norm(one[..., 1:] - two[..., 1:], axis=-1))
 
 
 def standing_out(own: np.ndarray) -> tuple[str, ...]:
@@ -48,6 +51,21 @@ def standing_out(own: np.ndarray) -> tuple[str, ...]:
 def allowed(kind: str, colour: str | None) -> tuple[str, ...]:
     """Backgrounds this object stands out from."""
     return standing_out(np.array(surface_lab(kind, colour)))
+
+
+def stands_out(own: np.ndarray, pixels: np.ndarray) -> bool:
+    """Whether a surface of that Lab colour stands out from all but FAINT of the pixels [n, 3] around it (0 to 255)."""
+    return bool((contrast(own, lab(pixels)) < MIN_CONTRAST).mean() <= FAINT)
+
+
+def around(picture: np.ndarray, box: tuple[int, int, int, int], shape: np.ndarray) -> np.ndarray:
+    """Pixels [n, 3] of a picture [H, W, 3] where `shape` is: bool, centred on the box and larger; what leaves the frame is cut."""
+    height, width = picture.shape[:2]
+    rim = (shape.shape[0] - (box[3] - box[1])) // 2
+    top, left = box[1] - rim, box[0] - rim
+    y0, x0 = max(0, top), max(0, left)
+    y1, x1 = min(height, top + shape.shape[0]), min(width, left + shape.shape[1])
+    return picture[y0:y1, x0:x1][shape[y0 - top : y1 - top, x0 - left : x1 - left]]
 
 
 def _gradient(height: int, width: int, top: tuple[int, ...], bottom: tuple[int, ...]) -> np.ndarray:
@@ -76,9 +94,15 @@ def _bricks(height: int, width: int, phase: int) -> np.ndarray:
     return np.where(mortar[..., None], np.array((190, 122, 104), np.float32), wall).astype(np.float32)
 
 
-@functools.cache
 def backdrop(name: str, variant: int, height: int, width: int) -> np.ndarray:
-    """float32 [H, W, 3] in [0, 255]."""
+    """float32 [H, W, 3] in [0, 255]: one of BACKGROUNDS, or one of PLACES with a view for its variant."""
+    if name in PLACES:
+        return photograph(name, variant, height, width).astype(np.float32)
+    return _drawn(name, variant, height, width)
+
+
+@functools.cache
+def _drawn(name: str, variant: int, height: int, width: int) -> np.ndarray:
     rng = random.Random(f"backdrop {name} {variant} {height} {width}")
     if name in PLAIN:
         base = PLAIN[name]
@@ -122,7 +146,7 @@ def backdrop(name: str, variant: int, height: int, width: int) -> np.ndarray:
         middle = round(height * 0.55)
         upper = _gradient(middle, width, (128, 84, 158), (240, 130, 112))
         return np.concatenate([upper, _gradient(height - middle, width, (242, 138, 110), (254, 214, 132))])
-    raise ValueError(f"backdrop: unknown background {name!r}, expected one of {BACKGROUNDS}")
+    raise ValueError(f"backdrop: unknown background {name!r}, expected one of {BACKGROUNDS + PLACES}")
 
 
 @functools.cache

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from typing import TYPE_CHECKING
 
+from . import place_phrases
 from .dense_phrases import (
     BACKDROPS,
     BACKGROUND,
@@ -41,6 +42,7 @@ from .dense_phrases import (
 )
 from .kinds import KINDS
 from .layout import place_of, size_of
+from .photographs import PLACES as PHOTOGRAPHED
 from .phrases import NUMBERS
 
 if TYPE_CHECKING:
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 
 MIN_WORDS, MAX_WORDS = 40, 100
 
+BEHIND = {**BACKDROPS, **place_phrases.BACKDROPS}
+LIT = {**LIGHT, **place_phrases.LIGHT}
 ORDERS = (
     ("open", "thing", "relation", "sign", "background", "light", "shadow", "look", "style", "mood", "closing"),
     ("background", "light", "open", "relation", "thing", "sign", "look", "shadow", "style", "mood", "closing"),
@@ -101,6 +105,9 @@ def caption(scene: Scene, rng: random.Random) -> str:
     if scene.sign:
         must["sign"] = [_sentence(rng.choice(SIGN), t=scene.sign.text, i=scene.sign.ink, p=scene.sign.paper)]
     may += _surroundings(scene, rng, names)
+    if scene.background in PHOTOGRAPHED:
+        must["background"] = [sentence for slot, sentence in may if slot == "background"]
+        may = [pair for pair in may if pair[0] != "background"]
     return _compose(rng, must, may)
 
 
@@ -163,17 +170,18 @@ def _counting(
 
 
 def _surroundings(scene: Scene, rng: random.Random, names: list[str]) -> list[tuple[str, str]]:
-    backdrop = rng.choice(BACKDROPS[scene.background])
+    photographed = scene.background in PHOTOGRAPHED
+    backdrop = rng.choice(BEHIND[scene.background])
     objects = [*names, *(["sign"] if scene.sign else [])]
     many = len(scene.things) > 1 or len(objects) > 1
     under = "each " + (names[0] if scene.task == "counting" else "object") if many else f"the {objects[0]}"
     return [
         ("background", _sentence(rng.choice(BACKGROUND), b=backdrop)),
-        ("light", rng.choice(LIGHT.get(scene.background, INSIDE))),
+        ("light", rng.choice(LIT.get(scene.background, INSIDE))),
         ("shadow", _sentence(rng.choice(SHADOW), o=under)),
-        ("style", rng.choice(STYLE)),
+        ("style", rng.choice(place_phrases.STYLE if photographed else STYLE)),
         ("mood", rng.choice(MOOD)),
-        ("closing", rng.choice(CLOSING)),
+        ("closing", rng.choice(place_phrases.CLOSING if photographed else CLOSING)),
     ]
 
 

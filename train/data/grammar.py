@@ -4,7 +4,8 @@
 40-100 words (`dense`). "translated": brief, in Chinese, French, Japanese or Spanish (`translations`).
 
 A class in its natural colour may go unnamed in colour ("a star" is yellow), a sign may be black on white unsaid; any other
-colour, and any unusual size or place of a single object, is always said, so a prompt has one right answer.
+colour, and any unusual size or place of a single object, is always said, so a prompt has one right answer. A photographed place is
+always said, in English alone: a backdrop that goes unsaid is a drawn one.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ import random
 import re
 from typing import TYPE_CHECKING
 
-from . import dense, dense_phrases, translations
+from . import dense, dense_phrases, place_phrases, translations
 from .kinds import KINDS, PALETTE
 from .layout import place_of, size_of
+from .photographs import PLACES as PHOTOGRAPHED
 from .phrases import (
     BACKGROUNDS,
     COUNT,
@@ -35,6 +37,8 @@ from .phrases import (
     SIZES,
 )
 from .translations import LANGUAGES
+
+CLAUSES = {**BACKGROUNDS, **place_phrases.CLAUSES}  # what may follow a short caption
 
 if TYPE_CHECKING:
     from .world import Scene, Sign, Thing
@@ -59,7 +63,7 @@ def can_say(scene: Scene, style: str) -> bool:
         one = scene.task == "counting" and len(scene.things) == 1
         return scene.task != "row" and not (is_unusual(scene) or coloured or one)
     if style == "translated":
-        return scene.task in translations.TASKS and not is_unusual(scene)
+        return scene.task in translations.TASKS and not is_unusual(scene) and scene.background not in PHOTOGRAPHED
     return style in STYLES
 
 
@@ -90,7 +94,8 @@ def caption(scene: Scene, rng: random.Random, style: str = "brief", language: st
     if not can_say(scene, style):
         raise ValueError(f"caption: style {style!r} cannot say this scene of task {scene.task!r} (see can_say)")
     if style == "geneval":
-        return geneval(scene, rng)
+        text = geneval(scene, rng)
+        return f"{text} {rng.choice(CLAUSES[scene.background])}" if scene.background in PHOTOGRAPHED else text
     if style == "dense":
         return dense.caption(scene, rng)
     if style == "translated":
@@ -123,8 +128,9 @@ def sign_phrase(sign: Sign, rng: random.Random) -> str:
 
 def brief(scene: Scene, rng: random.Random) -> str:
     text = _brief(scene, rng)
-    if rng.random() < 0.78 or (scene.task == "text" and rng.random() < 0.5):
-        clause = rng.choice(BACKGROUNDS[scene.background])
+    said = rng.random() < 0.78 or (scene.task == "text" and rng.random() < 0.5)
+    if said or scene.background in PHOTOGRAPHED:
+        clause = rng.choice(CLAUSES[scene.background])
         if "it all" in clause:
             clause = clause.replace("it all", "them" if len(scene.things) + (scene.sign is not None) > 1 else "it")
         text = f"{text}, {clause}" if rng.random() < 0.5 or scene.sign else f"{text} {clause}"
@@ -169,14 +175,18 @@ def _brief(scene: Scene, rng: random.Random) -> str:
     return rng.choice(PAIR).format(x=phrases[0], y=phrases[1])
 
 
-def words() -> set[str]:
-    """Every word the grammar can say in lower case, and the pieces of its Chinese and Japanese; sign texts left out."""
+def words(photographs: bool = False) -> set[str]:
+    """Every word the grammar can say in lower case, and the pieces of its Chinese and Japanese; sign texts left out.
+
+    What is said of photographed places is left out as well unless asked for.
+    """
     out = set(NUMBERS.values()) | {"a", "an", "just", "is", "are", "them", "it", "of", "sign"} | set(PALETTE)
     texts = [name for kind in KINDS.values() for name in (kind.noun, kind.plural, *kind.also)]
     for group in (SINGLE, PAIR, COUNT, ROW, PLACED, SIGN, SIGN_SAYS, SIGN_COLOURS, SIGN_ALONE, SIGN_ABOVE, SIGN_BELOW):
         texts += group
     for table in (BACKGROUNDS, RELATIONS, SIZES, PLACES):
         texts += [text for group in table.values() for text in group]
-    for text in [*texts, *dense_phrases.texts()]:
+    places = place_phrases.texts() if photographs else []
+    for text in [*texts, *dense_phrases.texts(), *places]:
         out |= {word.strip(',.;:"').lower() for word in re.sub(r"\{\w+\}", " ", text).split()}
     return {word for word in out | translations.words() if word}

@@ -10,7 +10,7 @@ import functools
 import re
 from dataclasses import dataclass
 
-from . import dense, phrases, translations
+from . import dense, grammar, translations
 from .kinds import KINDS
 from .world import Scene
 
@@ -77,10 +77,10 @@ def said_background(scene: Scene) -> str | None:
     """The background's name where the caption says it."""
     text = scene.caption.lower().rstrip(".。")
     if scene.style == "dense":
-        return scene.background if any(p in text for p in dense.BACKDROPS[scene.background]) else None
+        return scene.background if any(p.lower() in text for p in dense.BEHIND[scene.background]) else None
     if scene.style == "translated":
         clauses = translations.BEHIND[scene.language][scene.background]
     else:
-        clauses = phrases.BACKGROUNDS[scene.background]
+        clauses = grammar.CLAUSES[scene.background]
     endings = [c.lower().replace("it all", word) for c in clauses for word in ("it", "them")]
     return scene.background if text.endswith(tuple(endings)) else None

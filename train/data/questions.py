@@ -1,8 +1,8 @@
 """What a caption says, as questions to a linear reader of the text encoder's features: attribute, token, value.
 
 Asked is the class at each mention of an object, its colour where the later of noun and colour word ends, and what is true
-of the whole (count, relation, background, class and colour of the first three objects in reading order, the colours of a
-sign) at the last token.
+of the whole (count, relation, background or photographed place, class and colour of the first three objects in reading
+order, the colours of a sign) at the last token.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from .backdrops import BACKGROUNDS
 from .kinds import KINDS, PALETTE
 from .mentions import mentions, said_background
+from .photographs import PLACES
 from .world import Scene
 
 CLASSES = tuple(KINDS)
@@ -36,12 +37,14 @@ SIZES = {  # values of each attribute
         for slot in range(SLOTS)
         for name, size in (("class", len(CLASSES)), ("colour", len(COLOURS)))
     },
+    "place": len(PLACES),
 }
 INDEX = {
     "class": {name: i for i, name in enumerate(CLASSES)},
     "colour": {name: i for i, name in enumerate(COLOURS)},
     "relation": {name: i for i, name in enumerate(RELATIONS)},
     "background": {name: i for i, name in enumerate(BACKGROUNDS)},
+    "place": {name: i for i, name in enumerate(PLACES)},
 }
 
 
@@ -80,7 +83,8 @@ def asks(scene: Scene, offsets: Sequence[tuple[int, int]], last: int, first: int
         said = scene.relation if starts[0] < starts[1] else OPPOSITE[scene.relation]
         out.append(Ask("relation", last, INDEX["relation"][said]))
     if (background := said_background(scene)) is not None:
-        out.append(Ask("background", last, INDEX["background"][background]))
+        attribute = "place" if background in PLACES else "background"
+        out.append(Ask(attribute, last, INDEX[attribute][background]))
     for slot, (kind, colour) in enumerate(dict.fromkeys((t.kind, t.colour) for t in scene.things)):
         if slot < SLOTS:
             out.append(Ask(f"class {slot}", last, INDEX["class"][kind]))

@@ -1,7 +1,7 @@
 """Stage "world": look at the small world.
 
 python -m train world --sheet world.png --count 60 --split train
-python -m train world --sheet world.png --captions dense --classes core --size 128 128
+python -m train world --sheet world.png --captions dense --classes core --size 128 128 --photographs 0.4
 """
 
 from __future__ import annotations
@@ -103,12 +103,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions", choices=("mixed", *STYLES), default="mixed", help="caption style (default: the mix)"
     )
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), help="these tasks only, in equal shares")
+    parser.add_argument(
+        "--photographs", type=float, default=0.0, help="share of scenes before a photograph, up to 0.4 (default: 0)"
+    )
     parser.add_argument("--boxes", action="store_true", help="outline every object with its class and colour")
 
 
 def run(options: argparse.Namespace) -> int:
     tasks = dict.fromkeys(options.tasks, 1.0) if options.tasks else None
-    world = World(options.split, tasks, CORE if options.classes == "core" else None, options.captions)
+    world = World(
+        options.split, tasks, CORE if options.classes == "core" else None, options.captions, options.photographs
+    )
     start = time.perf_counter()
     scenes, pixels = world.batch(list(range(options.seed, options.seed + options.count)), *options.size)
     spent = time.perf_counter() - start

@@ -11,7 +11,7 @@ import numpy as np
 from .backdrops import BACKGROUNDS, PATTERNED, standing_out
 from .glyphs import width_of, word_mask
 from .kinds import PALETTE
-from .sprites import lab
+from .sprites import lab, ring
 
 WORDS = Path(__file__).parent / "assets" / "words.txt"
 MIN_LETTER = 8  # pixels of a letter's height
@@ -70,6 +70,13 @@ def _board(width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     distance = np.hypot(np.maximum(x, 0), np.maximum(y, 0)) + np.minimum(np.maximum(x, y), 0) - radius
     cover = np.clip(0.5 - distance, 0, 1).astype(np.float32)
     return cover[..., None], np.clip(0.5 - distance - rim, 0, 1).astype(np.float32)[..., None]
+
+
+@functools.lru_cache(maxsize=512)
+def outline(width: int, height: int) -> np.ndarray:
+    """bool [h + 2 r, w + 2 r]: the ring of r pixels around a board, r an eighth of its height."""
+    rim = max(2, round(height / 8))
+    return ring(np.pad(_board(width, height)[0][..., 0] > 0.5, rim), rim)
 
 
 def paint(canvas: np.ndarray, text: str, paper: str, ink: str, letter: int, box: tuple[int, int, int, int]) -> None:

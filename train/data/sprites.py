@@ -28,7 +28,9 @@ __all__ = [
     "colours_of",
     "fitted_size",
     "lab",
+    "outline",
     "recolour",
+    "ring",
     "sprite",
     "surface_lab",
 ]
@@ -112,6 +114,23 @@ def sprite(kind: str, colour: str | None, width: int, height: int) -> Sprite:
     ]
     stack = np.clip(np.stack(planes, -1), 0, 1)
     return Sprite(np.ascontiguousarray(stack[..., :3] * 255), np.ascontiguousarray(1 - stack[..., 3:]))
+
+
+@functools.lru_cache(maxsize=8192)
+def outline(kind: str, width: int, height: int) -> np.ndarray:
+    """bool [h + 2 r, w + 2 r]: the ring of r pixels around the object drawn at w x h, r a twentieth of its longer side."""
+    rim = max(2, round(max(width, height) / 20))
+    solid = np.pad(sprite(kind, colours_of(kind)[0], width, height).keep[..., 0] < 0.5, rim)
+    return ring(solid, rim)
+
+
+def ring(solid: np.ndarray, rim: int) -> np.ndarray:
+    """Pixels of bool [H, W] that are not solid and at most `rim` steps to the side, up or down away from what is."""
+    grown = solid.copy()
+    for _ in range(rim):
+        padded = np.pad(grown, 1)
+        grown = padded[1:-1, 1:-1] | padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+    return grown & ~solid
 
 
 def lab(rgb: np.ndarray) -> np.ndarray:

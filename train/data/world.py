@@ -5,10 +5,11 @@
     pixels = world.render(scene)                          # uint8 [64, 64, 3]
 
 Rules: what is to be seen depends on (seed, split, height, width, tasks, classes), the caption also on `captions`; nothing
-is cut at the frame; every object and sign differs from its background by a `contrast` of at least MIN_CONTRAST; two
-objects of one scene never share both class and colour unless they are counted. A scene with a held-out fact (colour x
-class, class x class, a count above three of some classes, some sign texts) never appears in "train"; every scene of
-"held_out" has one.
+is cut at the frame; every object and sign differs from its background by a `contrast` of at least MIN_CONTRAST (where a
+photograph is behind, from all but FAINT of the pixels around its outline); two objects of one scene never share both class
+and colour unless they are counted. A photograph takes the place of a drawn backdrop in some scenes and changes no other. A
+scene with a held-out fact (colour x class, class x class, a count above three of some classes, some words of signs) never
+appears in "train"; every scene of "held_out" has one.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ from itertools import combinations
 import numpy as np
 
 from . import grammar, signs
-from .backdrops import BACKGROUNDS, SHARES, VARIANTS, allowed, backdrop, shadow
+from .backdrops import BACKGROUNDS, SHARES, VARIANTS, allowed, around, backdrop, shadow, stands_out
 from .kinds import CORE, KINDS, PAINTABLE, PALETTE
 from .layout import PLACES, Box, alone, arrangement, placed, with_sign
-from .sprites import colours_of, fitted_size, sprite
+from .photographs import PLACES as PHOTOGRAPHED
+from .photographs import SHOWN, VIEWS, photograph
+from .sprites import colours_of, fitted_size, lab, outline, sprite, surface_lab
 
 TASKS = {
     "single_object": 0.12,
@@ -43,6 +46,7 @@ CAPTIONS = {"geneval": 0.08, "brief": 0.72, "dense": 0.12, "translated": 0.08}
 COUNTS = {1: 0.07, 2: 0.28, 3: 0.27, 4: 0.26, 5: 0.12}
 UNUSUAL = 0.15  # share of single objects that are small, huge or off the middle
 SPECIAL = {"small": 0.25, "huge": 0.15, **{place: 0.075 for place in PLACES if place != ("middle", "middle")}}
+MOST_PHOTOGRAPHS = 0.4  # share of scenes
 TRIES = 200  # attempts at a task before another one is drawn
 
 
@@ -69,8 +73,8 @@ class Scene:
     task: str
     height: int
     width: int
-    background: str
-    variant: int
+    background: str  # one of BACKGROUNDS, or a photographed place
+    variant: int  # of a place: the view
     relation: str | None  # "left" | "above" of things[0] to things[1]; "above" | "below" of things[0] to the sign
     things: tuple[Thing, ...]
     sign: Sign | None
@@ -131,11 +135,25 @@ def is_held_out(chosen: Sequence[tuple[str, str | None]], text: str | None = Non
     )
 
 
+def legible(scene: Scene, picture: np.ndarray) -> bool:
+    """Whether the outlines of all objects and of the sign stand out from the pixels of a picture [H, W, 3] around them."""
+    parts = [
+        (np.array(surface_lab(t.kind, t.colour)), t.box, outline(t.kind, t.box[2] - t.box[0], t.box[3] - t.box[1]))
+        for t in scene.things
+    ]
+    if scene.sign is not None:
+        x0, y0, x1, y1 = scene.sign.box
+        parts.append((lab(np.array(PALETTE[scene.sign.paper])), scene.sign.box, signs.outline(x1 - x0, y1 - y0)))
+    return all(stands_out(own, around(picture, box, shape)) for own, box, shape in parts)
+
+
 class World:
     """Scenes and pixels of one split. Thread-safe: state is read-only caches.
 
     `tasks`: task -> share (default TASKS). `classes`: the classes to draw from (default: every one). `captions`: style ->
-    share, one style for all, or "mixed" (CAPTIONS). A scene that a style cannot say takes "brief". Errors: ValueError.
+    share, one style for all, or "mixed" (CAPTIONS). A scene that a style cannot say takes "brief". `photographs`: the share of
+    scenes with a photograph behind, up to MOST_PHOTOGRAPHS; a scene that stands out from none keeps its drawn backdrop.
+    Errors: ValueError.
     """
 
     def __init__(
@@ -144,6 +162,7 @@ class World:
         tasks: dict[str, float] | None = None,
         classes: Sequence[str] | None = None,
         captions: dict[str, float] | str = "mixed",
+        photographs: float = 0.0,
     ):
         if split not in ("train", "held_out"):
             raise ValueError(f"World: split {split!r}, expected 'train' or 'held_out'")
@@ -162,6 +181,9 @@ class World:
         if not captions or set(captions) - set(grammar.STYLES):
             raise ValueError(f"World: captions {list(captions)}, expected 'mixed' or some of {list(grammar.STYLES)}")
         self.captions = dict(captions)
+        if not 0 <= photographs <= MOST_PHOTOGRAPHS:
+            raise ValueError(f"World: photographs {photographs}, expected a share from 0 to {MOST_PHOTOGRAPHS}")
+        self.photographs = photographs
 
     def scene(self, seed: int, height: int = 64, width: int = 64) -> Scene:
         """The scene of an integer seed. Errors: sides must be multiples of 16 of at least 48."""
@@ -174,10 +196,23 @@ class World:
             for _ in range(TRIES):
                 scene = self._attempt(rng, task, seed, height, width)
                 if scene is not None:
+                    if self.photographs:
+                        scene = self._photographed(scene, random.Random(f"photograph {key}"))
                     return self._captioned(scene, random.Random(f"caption {key}"))
         raise ValueError(
             f"World.scene: tasks {list(self.tasks)} of {len(self.classes)} classes have no scene in split {self.split!r}"
         )
+
+    def _photographed(self, scene: Scene, rng: random.Random) -> Scene:
+        """The scene before the first photograph, in random order, that shows none of its classes and that it stands out from."""
+        if rng.random() >= self.photographs:
+            return scene
+        possible = [p for p in PHOTOGRAPHED if not {thing.kind for thing in scene.things} & set(SHOWN.get(p, ()))]
+        views = [(place, view) for place in possible for view in range(VIEWS)]
+        for place, view in rng.sample(views, len(views)):
+            if legible(scene, photograph(place, view, scene.height, scene.width)):
+                return replace(scene, background=place, variant=view)
+        return scene
 
     def _captioned(self, scene: Scene, rng: random.Random) -> Scene:
         style = rng.choices(list(self.captions), list(self.captions.values()))[0]

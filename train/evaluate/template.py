@@ -1,7 +1,7 @@
 """The auditing judge, by pixel templates: is every object where the prompt puts it, of the right class and colour?
 
 It has no learned weights and is used for nothing but auditing: a score that Lens-Eye gives and this one refuses is suspect.
-The picture's border tells its backdrop (any of the world's, any variant). At each place of the layout that the prompt
+The picture's border tells its backdrop (any that is drawn, any variant; any photograph as well where one is asked for). At each place of the layout that the prompt
 implies, every class of `classes`, in every colour, several sizes and small shifts, is composited over that backdrop; the
 best fit in squared error is what the judge sees there, or "nothing" where the best fit explains less than EXPLAINED of the
 difference from the bare backdrop. What differs from the backdrop outside the fitted boxes must be little, else something is
@@ -33,6 +33,7 @@ from ..data import grammar
 from ..data.backdrops import BACKGROUNDS, VARIANTS, backdrop
 from ..data.kinds import KINDS
 from ..data.layout import alone, arrangement, place_of, size_of, with_sign
+from ..data.photographs import PLACES, VIEWS
 from ..data.sprites import colours_of, fitted_size, sprite
 from ..data.world import Scene
 
@@ -64,14 +65,19 @@ class Verdict:
 
 
 @functools.lru_cache(maxsize=4)
-def _backdrops(height: int, width: int) -> tuple[list[str], np.ndarray]:
+def _backdrops(height: int, width: int, photographs: bool) -> tuple[list[str], np.ndarray]:
     pairs = [(name, variant) for name in BACKGROUNDS for variant in range(VARIANTS)]
+    if photographs:
+        pairs += [(place, view) for place in PLACES for view in range(VIEWS)]
     return [name for name, _ in pairs], np.stack([backdrop(*pair, height, width) for pair in pairs])
 
 
-def background_of(picture: np.ndarray) -> tuple[str, np.ndarray]:
-    """float32 [H, W, 3] -> the backdrop (name, pixels) that fits the two outermost rows and columns best."""
-    names, stack = _backdrops(*picture.shape[:2])
+def background_of(picture: np.ndarray, photographs: bool = False) -> tuple[str, np.ndarray]:
+    """float32 [H, W, 3] -> the backdrop (name, pixels) that fits the two outermost rows and columns best.
+
+    Drawn ones alone, or photographs too.
+    """
+    names, stack = _backdrops(*picture.shape[:2], photographs)
     edge = np.ones(picture.shape[:2], bool)
     edge[2:-2, 2:-2] = False
     error = np.minimum((stack[:, edge] - picture[edge]) ** 2, 60.0**2).mean((1, 2))  # capped: stars sit elsewhere
@@ -175,7 +181,7 @@ def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None
     if unknown := {t.kind for t in scene.things} - set(classes):
         raise ValueError(f"judge: the scene asks for {sorted(unknown)}, expected only classes among {len(classes)}")
     picture = pixels.astype(np.float32)
-    name, canvas = background_of(picture)
+    name, canvas = background_of(picture, scene.background in PLACES)
     verdicts = []
     for layout in layouts_of(scene):
         seen = tuple(_places(picture, canvas, layout, classes))

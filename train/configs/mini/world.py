@@ -6,3 +6,4 @@ SIDE = 64
 CLASSES = kinds.CORE
 TASKS = world.TASKS
 CAPTIONS = {"geneval": 0.08, "brief": 0.72, "dense": 0.12, "translated": 0.08}
+PHOTOGRAPHS = 0.0  # share of scenes before a photograph instead of a drawn backdrop; such a caption is English

@@ -6,3 +6,4 @@ SIDE = 128
 CLASSES = None  # all
 TASKS = world.TASKS
 CAPTIONS = {"geneval": 0.05, "brief": 0.35, "dense": 0.50, "translated": 0.10}
+PHOTOGRAPHS = 0.0  # share of scenes before a photograph instead of a drawn backdrop; such a caption is English
