@@ -1,0 +1,73 @@
+"""What would be behind the objects of a picture: a backdrop of the world where one fits, else the surroundings filled in."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from ..data.backdrops import BACKGROUNDS, VARIANTS, backdrop
+
+Box = tuple[float, float, float, float]
+UNKNOWN = 40.0  # of 255, root mean square beyond which no backdrop of the world fits
+CAP = 60.0  # of 255: stars and flakes sit elsewhere in every picture, so a pixel's error counts up to this much
+SAMPLES = 1500  # pixels outside the objects that a backdrop is chosen by
+REACH = 0.1  # a shadow or halo reaches this share of the longer side beyond an object's box
+
+
+def within(box: Box, beyond: float, height: int, width: int) -> tuple[slice, slice]:
+    """Rows and columns of a box grown by `beyond` pixels on each side, inside the frame."""
+    x0, y0, x1, y1 = box
+    rows = slice(max(0, math.floor(y0 - beyond)), max(0, min(height, math.ceil(y1 + beyond))))
+    return rows, slice(max(0, math.floor(x0 - beyond)), max(0, min(width, math.ceil(x1 + beyond))))
+
+
+@functools.lru_cache(maxsize=4)
+def _backdrops(height: int, width: int) -> tuple[list[tuple[str, int]], np.ndarray]:
+    """Every backdrop and variant, and their pixels float32 [n, H W, 3]."""
+    pairs = [(name, variant) for name in BACKGROUNDS for variant in range(VARIANTS)]
+    return pairs, np.stack([backdrop(*pair, height, width).reshape(-1, 3) for pair in pairs])
+
+
+def surroundings(picture: np.ndarray, boxes: Sequence[Box]) -> tuple[str | None, np.ndarray]:
+    """float32 [H, W, 3] and the boxes of what stands in it -> the backdrop's name (None: unknown) and its pixels.
+
+    The backdrop that fits the pixels outside the boxes best is moved, row by row, by the median of what is left there: a
+    horizon one row higher or a sky a shade darker is no fault of the objects. Where none fits, see `filled`.
+    """
+    height, width = picture.shape[:2]
+    outside = np.ones((height, width), bool)
+    for box in boxes:
+        outside[within(box, REACH * max(box[2] - box[0], box[3] - box[1]), height, width)] = False
+    outside[[0, -1]] = outside[:, [0, -1]] = True  # nothing in the world touches the frame
+    places = np.flatnonzero(outside)
+    places = places[:: max(1, len(places) // SAMPLES)]
+    pairs, stack = _backdrops(height, width)
+    error = ((stack[:, places] - picture.reshape(-1, 3)[places]) ** 2).mean(-1)
+    mean = np.minimum(error, CAP**2).mean(1)
+    best = int(mean.argmin())
+    if mean[best] > UNKNOWN**2:
+        return None, filled(picture, outside)
+    canvas = stack[best].reshape(picture.shape).copy()
+    left = np.where(outside[..., None], picture - canvas, np.nan)
+    rows = outside.sum(1) >= max(4, width // 10)
+    canvas[rows] += np.nanmedian(left[rows], 1)[:, None]
+    return pairs[best][0], canvas
+
+
+def filled(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """Pixels [H, W, 3] where `known` [H, W] is false are filled in from coarser and coarser means of those around them."""
+    if known.all() or min(known.shape) == 1:
+        return picture
+    height, width = known.shape
+    more = (0, height % 2), (0, width % 2)
+    count = np.pad(known, more).reshape((height + 1) // 2, 2, -1, 2).sum((1, 3))
+    sums = np.pad(np.where(known[..., None], picture, 0), (*more, (0, 0)))
+    sums = sums.reshape((height + 1) // 2, 2, -1, 2, 3).sum((1, 3))
+    coarse = filled((sums / np.maximum(count, 1)[..., None]).astype(np.float32), count > 0)
+    planes = [Image.fromarray(np.ascontiguousarray(coarse[..., c])) for c in range(3)]
+    fine = np.stack([np.asarray(p.resize((width, height), Image.Resampling.BILINEAR)) for p in planes], -1)
+    return np.where(known[..., None], picture, fine)
