@@ -26,7 +26,7 @@ import functools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ NEAR, MOST = 0.15, 4  # at most so many classes are fitted, those within so much
 FAINT = 30.0  # of 255: the least contrast that a distance is measured against
 SAME = 0.45  # two boxes whose intersection over union exceeds this are one object; so is one that lies inside the other
 INSIDE = 0.75  # by this share of the smaller
+FLAT = 5.0  # of 255 per pixel: the least slope that an outline is measured against
 STRAY = 45.0  # of 255, root mean square over channels: what the redrawn picture leaves unexplained
 LEAST = 6  # pixels: nothing smaller is an object
 PATCH = 0.012  # of the picture: the least unexplained patch that is an object or a piece of one
@@ -61,6 +62,7 @@ class Found:
     colour: str | None
     box: Pixels
     distance: float
+    outline: float
     margin: float
     soft: float
 
@@ -76,6 +78,7 @@ class Seen:
     backdrop: str | None
     objects: tuple[Found, ...]
     redrawn: np.ndarray
+    canvas: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -88,21 +91,23 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Calibration:
-    """soft = sigmoid((middle - distance) / width)."""
+    """soft = sigmoid(bias - distance_weight distance - outline_weight outline)."""
 
-    middle: float
-    width: float
+    bias: float
+    distance_weight: float
+    outline_weight: float
 
-    def soft(self, distance: float) -> float:
-        return 1 / (1 + math.exp(min(60.0, (distance - self.middle) / self.width)))
+    def soft(self, distance: float, outline: float) -> float:
+        return 1 / (1 + math.exp(min(60.0, self.distance_weight * distance + self.outline_weight * outline - self.bias)))
 
     @classmethod
     def load(cls, path: Path = CALIBRATION) -> Calibration:
-        """The committed table. Errors: ValueError naming the file where it holds no positive middle and width."""
+        """The committed table. Errors: ValueError naming the file where one of the three is no positive number."""
         values = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(values.get(name), float) and values[name] > 0 for name in ("middle", "width")):
-            raise ValueError(f"{path}: expected positive numbers middle and width, got {sorted(values)}")
-        return cls(values["middle"], values["width"])
+        names = [field.name for field in fields(cls)]
+        if not all(isinstance(values.get(name), float) and values[name] > 0 for name in names):
+            raise ValueError(f"{path}: expected positive numbers {', '.join(names)}, got {values}")
+        return cls(**{name: values[name] for name in names})
 
 
 class ShapeJudge:
@@ -128,17 +133,18 @@ class ShapeJudge:
         work.fit(boxes, self.classes)
         if backdrop is not None:
             work.fit(work.unexplained(), self.classes)
-        redrawn = work.redrawn()
-        objects = []
+        redrawn, objects = work.redrawn(), []
+        torn, edges = _slopes(pixels - redrawn), _slopes(redrawn)
         for k, one in enumerate(work.fits):
             own = work.window(k)
             left = float(((pixels - redrawn)[own] ** 2).sum())
             there = float(((redrawn - canvas)[own] ** 2).sum())
-            norm = max(there, 3 * FAINT**2 * float(own.sum()), 1.0)
-            distance = left / norm
-            margin = (one.next_error - one.error) / norm
-            objects.append(Found(one.kind, one.colour, one.box, distance, margin, self.calibration.soft(distance)))
-        return Seen(backdrop, tuple(objects), redrawn)
+            norm = max(there, 3 * FAINT**2 * float(own.sum()))
+            distance, margin = left / norm, (one.next_error - one.error) / norm
+            outline = float(torn[own].sum() / max(float(edges[own].sum()), 3 * FLAT**2 * float(own.sum())))
+            soft = self.calibration.soft(distance, outline)
+            objects.append(Found(one.kind, one.colour, one.box, distance, outline, margin, soft))
+        return Seen(backdrop, tuple(objects), redrawn, canvas)
 
 
 def judge(asked: Asked, seen: Seen) -> Verdict:
@@ -198,6 +204,20 @@ def patches(mask: np.ndarray) -> list[Box]:
             ys, xs = zip(*patch)
             out.append((min(xs) * cell, min(ys) * cell, (max(xs) + 1) * cell, (max(ys) + 1) * cell))
     return sorted(out)
+
+
+def _slopes(pixels: np.ndarray) -> np.ndarray:
+    """float32 [H, W, 3] -> squared slope [H, W], summed over channels, after a triangle filter of five pixels per axis.
+
+    The filter takes away what a codec loses, which is fine detail; an outline out of its place stays.
+    """
+    for axis in (0, 1):
+        ends = [(2, 2) if a == axis else (0, 0) for a in range(3)]
+        padded, size = np.pad(pixels, ends, mode="edge"), pixels.shape[axis]
+        parts = [padded.take(range(i, i + size), axis) for i in range(5)]
+        pixels = (parts[0] + 2 * parts[1] + 3 * parts[2] + 2 * parts[3] + parts[4]) / 9
+    slopes = [np.diff(pixels, axis=axis, append=pixels.take([-1], axis)) for axis in (0, 1)]
+    return sum((slope**2).sum(-1) for slope in slopes)
 
 
 # ------------------------------------------------------------------------------------------------ redrawing
@@ -310,7 +330,8 @@ class _Work:
     def _fitted(self, box: Box, own: np.ndarray, classes: Sequence[str]) -> _Fit:
         longer = max(box[2] - box[0], box[3] - box[1])
         window = _Window(self.picture, self.canvas, own, self.within(box, 0.2 * longer + 1))
-        coarse = coarse_fits(self.picture, self.canvas, box, classes)
+        picture = np.where(own[..., None], self.picture, self.canvas)  # another's pixels must not draw a fit towards it
+        coarse = coarse_fits(picture, self.canvas, box, classes)
         close = max(2, sum(c.left - coarse[0].left < NEAR for c in coarse[:MOST]))
         fits = [window.descended(c, 1 if longer < 48 else 2) for c in coarse[:close]]
         fits.sort(key=lambda f: f.error)
