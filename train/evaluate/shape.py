@@ -44,6 +44,7 @@ COARSE, SIZES, REACH = 18, (15, 17, 19, 21), 3  # a candidate's longer side, lon
 WINDOW = max(SIZES) + 2 * REACH + 2
 NEAR, MOST = 0.15, 4  # at most so many classes are fitted, those within so much of the best in what they leave unexplained
 FAINT = 30.0  # of 255: the least contrast that a distance is measured against
+ALIKE = 0.6  # two detected boxes whose intersection over union exceeds this are one candidate
 SAME = 0.45  # two boxes whose intersection over union exceeds this are one object; so is one that lies inside the other
 INSIDE = 0.75  # by this share of the smaller
 FLAT = 5.0  # of 255 per pixel: the least slope that an outline is measured against
@@ -177,10 +178,10 @@ def _same(one: Box, two: Box) -> bool:
 
 
 def _one_each(found: Sequence[Detection]) -> list[Box]:
-    """The boxes, most confident first, without those of an object that is already there, whatever its class."""
+    """The boxes, most confident first, without near copies of one that is already there, whatever its class."""
     kept: list[Box] = []
     for one in sorted(found, key=lambda d: -d.score):
-        if not any(_same(one.box, box) for box in kept):
+        if not any(overlap(one.box, box) > ALIKE for box in kept):
             kept.append(one.box)
     return kept
 
@@ -264,11 +265,8 @@ class _Fit:
     colour: str | None
     box: Pixels
     error: float
+    explained: float  # squared difference from the backdrop, less the error
     next_error: float = math.inf  # of the best of another class
-
-
-def _area(box: Box) -> float:
-    return max(1.0, (box[2] - box[0]) * (box[3] - box[1]))
 
 
 def _margin(box: Box) -> float:
@@ -291,13 +289,13 @@ class _Work:
         return within(box, beyond, self.height, self.width)
 
     def fit(self, boxes: Sequence[Box], classes: Sequence[str]) -> None:
-        """Adds the fits of these candidates, without those of an object that fits better from another candidate."""
+        """Adds the fits of these candidates; of two fits to one object that stays which explains more."""
         found = list(self.fits)
         for box in boxes:
-            others = [b for b in boxes if b is not box] + [f.box for f in self.fits]
+            others = [b for b in [*boxes, *(f.box for f in self.fits)] if not _same(b, box)]
             found.append(self._fitted(box, self._own(box, others), classes))
         self.fits = []
-        for one in sorted(found, key=lambda f: f.error / _area(f.box)):
+        for one in sorted(found, key=lambda f: -f.explained):
             if not any(_same(one.box, f.box) for f in self.fits):
                 self.fits.append(one)
 
@@ -347,7 +345,13 @@ class _Window:
         self.origin = at[1].start, at[0].start
         self.picture, self.canvas = picture[at], canvas[at]
         self.own = np.repeat(own[at][..., None], 3, 2).astype(np.float32)
+        bare = (self.picture - self.canvas) * self.own
+        self.bare = float(np.vdot(bare, bare))
         self.errors: dict[tuple[str, str | None, Pixels], float] = {}
+
+    def fit(self, kind: str, colour: str | None, box: Pixels) -> _Fit:
+        error = self.error(kind, colour, box)
+        return _Fit(kind, colour, box, error, self.bare - error)
 
     def error(self, kind: str, colour: str | None, box: Pixels) -> float:
         """Infinite where the box leaves the frame or has no room for a picture."""
@@ -388,7 +392,7 @@ class _Window:
             elif step > 1:
                 step //= 2
             else:
-                return _Fit(kind, colour, here, self.error(kind, colour, here))
+                return self.fit(kind, colour, here)
 
     def refined(self, fit: _Fit) -> _Fit:
         """Each edge by itself, pixel by pixel, and every colour of the class."""
@@ -399,7 +403,7 @@ class _Window:
             moved += [(here[0] + i, here[1] + j, here[2] + i, here[3] + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
             best = min(moved, key=lambda b: self.error(kind, colour, b))
             if self.error(kind, colour, best) >= self.error(kind, colour, here):
-                return _Fit(kind, colour, here, self.error(kind, colour, here))
+                return self.fit(kind, colour, here)
             here = best
 
 

@@ -14,6 +14,7 @@ from ..data.backdrops import BACKGROUNDS, VARIANTS, backdrop
 Box = tuple[float, float, float, float]
 UNKNOWN = 40.0  # of 255, root mean square beyond which no backdrop of the world fits
 CAP = 60.0  # of 255: stars and flakes sit elsewhere in every picture, so a pixel's error counts up to this much
+EVEN = 20.0  # of 255: pixels of a row that is off as a whole differ from one another by less
 SAMPLES = 1500  # pixels outside the objects that a backdrop is chosen by
 REACH = 0.1  # a shadow or halo reaches this share of the longer side beyond an object's box
 
@@ -52,10 +53,24 @@ def surroundings(picture: np.ndarray, boxes: Sequence[Box]) -> tuple[str | None,
     if mean[best] > UNKNOWN**2:
         return None, filled(picture, outside)
     canvas = stack[best].reshape(picture.shape).copy()
-    left = np.where(outside[..., None], picture - canvas, np.nan)
-    rows = outside.sum(1) >= max(4, width // 10)
-    canvas[rows] += np.nanmedian(left[rows], 1)[:, None]
+    for row, seen, own in zip(canvas, picture, outside):
+        row += _moved(seen[own] - row[own], max(4, width // 10))
     return pairs[best][0], canvas
+
+
+def _moved(left: np.ndarray, least: int) -> np.ndarray | float:
+    """By how much a row of a backdrop lies off, from what is left [n, 3] outside the known objects; 0 where few pixels tell.
+
+    A row that is off as a whole is moved by any amount; else something stands in it that nobody told of, and only
+    pixels near the backdrop tell.
+    """
+    if len(left) < least:
+        return 0.0
+    middle = np.median(left, 0)
+    if np.quantile(np.abs(left - middle).mean(-1), 0.8) <= EVEN:
+        return middle
+    near = left[np.abs(left).mean(-1) <= EVEN]
+    return np.median(near, 0) if len(near) >= least else 0.0
 
 
 def filled(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
