@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -72,7 +73,11 @@ def page(**changes):
         "classes": [Class("key", card("a key", right=False, reason="1 key asked, 0 seen"), Share(0.25, 0.1, 0.4, 20))],
         "tasks": [Task("counting", "so many of a kind", [card(NASTY, 0), card("two", 1, False, NASTY)], shares, "3")],
         "columns": [("3", "guidance 3"), ("vae", "VAE ceiling")],
+        "means": [("guidance 3", ["0.111", "0.222", "0.333", "0.444"])],
+        "numbers": [("5", Share(0.25, 0.1, 0.4, 8), Share(0.125, 0.02, 0.47, 8))],
+        "class_sheet": replace(card("every class"), size=(64, 64)),
         "guidance": [(NASTY, [card(NASTY, label=f"guidance {g}") for g in (1, 3, 5)])],
+        "sizes": [("a key", [card("a key", label=f"{n} by {n} pixels") for n in (64, 96, 128)])],
         "languages": [card("一个苹果", language="zh"), card("une pomme", language="fr")],
         "dense": [card("long " * 60)],
         "signs": [card('a sign that says "TEA"', right=None, reason="no reader")],
@@ -118,7 +123,7 @@ def test_nothing_is_fetched_and_every_picture_is_inside():
 def test_sections_without_pictures_are_left_out_with_their_links():
     tree = Tree(render(page(languages=[], dense=[], signs=[])))
     links = {a["href"] for a in tree.every("a")}
-    assert links == {"#tasks", "#classes", "#guidance", "#scores", "#made"}
+    assert links == {"#tasks", "#classes", "#shapes", "#sizes", "#guidance", "#scores", "#made"}
 
 
 def test_failures_and_the_unjudged_are_said():
@@ -190,6 +195,9 @@ def file_of(**changes):
                 "high": base + 0.123,
                 "audit": 0.1 + i / 100,
                 "said": base + i / 100 - 0.05,
+                "shape": base + i / 100 - 0.15,
+                "soft": base + i / 100 - 0.2,
+                "distance": 0.05 + i / 100,
                 "pictures": 40,
             }
             for i, task in enumerate(gallery.ASKS)
@@ -197,9 +205,13 @@ def file_of(**changes):
 
     strengths = {"1": rows(0.401), "3": rows(0.612), "5": rows(0.513)}
     strengths["3"]["text"] = {"not_measured": "no reader", "objects": 0.5, "audit": None, "pictures": 40}
+    strengths["3"]["counting"]["numbers"] = {n: {"pictures": 10, "score": 9, "shape": 7} for n in "2345"}
+    names = ("score", "shape", "soft", "distance")
+    means = {n: {k: 0.9 - i / 10 for i, k in enumerate(names)} for n in (*strengths, "render", "vae")}
     per_class = {"3": {kind: {"asked": 20, "found": 20 - 3 * i} for i, kind in enumerate(CLASSES[:5])}}
     settings = {"classes": CLASSES, "captions": "geneval", "steps": 2, "side": 64, "per_task": 40, "model": "fake"}
     whole = {"settings": settings, "guidance": strengths, "ceilings": {"render": rows(0.87), "vae": rows(0.713)}}
+    whole["means"] = means
     return {**whole, "per_class": per_class, **changes}
 
 
@@ -210,13 +222,22 @@ def write(path, values):
 
 def test_scores_are_read(tmp_path):
     scores = read_scores(write(tmp_path / "scores.json", file_of()), list(gallery.ASKS), 3.0)
-    assert [key for key, _ in scores.columns] == ["1", "3", "5", "said", "audit", "vae", "render"]
+    assert [key for key, _ in scores.columns] == [
+        *("1", "3", "5", "said", "audit", "shape", "soft", "distance", "vae", "render")
+    ]
     assert scores.tasks["text"]["3"] is None
     assert scores.tasks["text"]["audit"] is None
     assert str(scores.tasks["two_object"]["3"]) == "0.622"
     said = scores.tasks["position"]["said"]
     assert said.value == pytest.approx(0.602)
     assert said.low < 0.602 < said.high
+    assert scores.tasks["position"]["shape"].value == pytest.approx(0.502)
+    assert scores.tasks["position"]["distance"].value == pytest.approx(0.09)
+    assert scores.tasks["text"]["shape"] is None
+    assert {n: (s["score"].value, s["shape"].value, s["shape"].of) for n, s in scores.numbers.items()} == {
+        n: (0.9, 0.7, 10) for n in "2345"
+    }
+    assert scores.means["vae"]["shape"] == 0.8
     assert scores.classes["book"].value == 0.55
     assert scores.classes["book"].low < 0.55 < scores.classes["book"].high
 
@@ -248,6 +269,11 @@ def broken(*path, value=None):
         (broken("ceilings", "vae"), "ceilings.vae must be there"),
         (broken("per_class", "3", "key", "found", value=21), "found of asked"),
         (broken("settings", "classes", value=6), "settings.classes must be a list"),
+        (broken("guidance", "3", "row", "shape"), "guidance.3.row.shape must be there"),
+        (broken("guidance", "3", "row", "distance", value=1.5), "guidance.3.row.distance must be a number from 0 to 1"),
+        (broken("guidance", "3", "counting", "numbers"), "guidance.3.counting.numbers must be there"),
+        (broken("guidance", "3", "counting", "numbers", "5", "shape", value=11), "shape of pictures"),
+        (broken("means"), "means must be there"),
     ],
 )
 def test_a_score_file_of_another_form_is_refused(tmp_path, values, match):
@@ -275,9 +301,9 @@ class Pipe:
     def __init__(self):
         self.asked = []
 
-    def __call__(self, prompts, seed, num_inference_steps, guidance_scale):
-        self.asked += [(p, s, guidance_scale) for p, s in zip(prompts, seed, strict=True)]
-        self.images = [Image.new("RGB", (64, 64), (s % 256, 99, 99)) for s in seed]
+    def __call__(self, prompts, seed, num_inference_steps, guidance_scale, height, width):
+        self.asked += [(p, s, guidance_scale, (height, width)) for p, s in zip(prompts, seed, strict=True)]
+        self.images = [Image.new("RGB", (width, height), (s % 256, 99, 99)) for s in seed]
         return self
 
 
@@ -287,16 +313,17 @@ class Judges:
     reader = object()
 
     def __init__(self, scenes):
-        self.scenes, self.eye = scenes, self
+        self.scenes, self.eye = sorted(scenes, key=lambda s: (s.height, s.width)), self
 
     def look(self, pictures):
-        assert len(pictures) == len(self.scenes)
+        own, self.scenes = self.scenes[: len(pictures)], self.scenes[len(pictures) :]
+        assert {p.shape[:2] for p in pictures} == {(s.height, s.width) for s in own}
         return [
             [Detection(t.kind, 0.9, t.box, t.colour) for t in s.things]
             + ([Detection(SIGN, 0.9, s.sign.box)] if s.sign else [])
             if i % 2
             else []
-            for i, s in enumerate(self.scenes)
+            for i, s in enumerate(own)
         ]
 
     def read(self, picture, seen):
@@ -309,7 +336,8 @@ def test_from_scores_to_page(tmp_path, capsys, monkeypatch):
     wanted = gallery.contents(scores.settings, 2, 3.0)
     wishes, pipe = gallery.flat(wanted), Pipe()
     made = gallery.drawn(pipe, wishes, "mini", 2)
-    assert len(pipe.asked) == len(set(pipe.asked)) == len({(w.prompt, w.seed, w.guidance) for w in wishes})
+    assert len(pipe.asked) == len(set(pipe.asked)) == len({(w.prompt, w.seed, w.guidance, w.size) for w in wishes})
+    assert {made[w][0].shape[:2] for w in gallery.flat(wanted["sizes"])} == {(n, n) for n in (64, 96, 128)}
     assert "pictures" in capsys.readouterr().err
     assert {task: [w.seed for w in of] for task, of in wanted["tasks"].items()} == {t: [0, 1] for t in gallery.ASKS}
     unique = list(dict.fromkeys(wishes))
@@ -322,9 +350,22 @@ def test_from_scores_to_page(tmp_path, capsys, monkeypatch):
     about = page().model
     tree = Tree(
         render(
-            gallery.assemble(wanted, made, words, scores, model=about, stages=[], notes=[], commands=["make gallery"])
+            gallery.assemble(
+                wanted,
+                made,
+                words,
+                scores,
+                model=about,
+                stages=[],
+                notes=[],
+                commands=[],
+                class_sheet=card("every class"),
+            )
         )
     )
+    assert [a["alt"] for a in tree.every("img") if a.get("class") == "sheet"] == ["every class"]
+    assert "0.800" in tree.words  # the mean by the shape judge
+    assert "0.700" in tree.words  # counting by it
     kinds = [a["class"] for a in tree.every("figure")]
     assert kinds.count("card wrong") == sum(not words[w][0] for w in wishes)
     assert kinds.count("card right") == sum(bool(words[w][0]) for w in wishes)
@@ -340,7 +381,7 @@ def test_from_scores_to_page(tmp_path, capsys, monkeypatch):
     for task in gallery.ASKS:  # the table's numbers are the file's
         for column, share in scores.tasks[task].items():
             assert share is None or f"{share.value:.3f}" in tree.words, (task, column)
-    assert tree.words.count("not measured") == 3
+    assert tree.words.count("not measured") == 6  # text: score at guidance 3, every other judge's column, no interval
     assert "0.612 0.512–0.735 / 40" in tree.words
 
 
@@ -379,6 +420,9 @@ def test_what_mini_bench_writes_is_understood(tmp_path, monkeypatch):
     scores = read_scores(tmp_path / "scores.json", list(gallery.ASKS), 3.0)
     written = json.loads((tmp_path / "scores.json").read_text())
     assert scores.settings["classes"] == CLASSES
+    for number, row in written["guidance"]["3"]["counting"]["numbers"].items():
+        assert scores.numbers[number]["score"].of == row["pictures"]
+    assert written["guidance"]["3"]["color_attr"]["pictures"] == mini_bench.BINDING
     for task in gallery.ASKS:
         for column, row in (("3", written["guidance"]["3"]), ("render", written["ceilings"]["render"])):
             share = scores.tasks[task][column]

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -83,14 +84,16 @@ def perfect(scenes):
 def test_a_benchmark_of_known_pictures(tmp_path, capsys):
     few = CORE[:12]
     scenes = {task: mini_bench.scenes_of(task, 4, few) for task in ("colors", "position", "text")}
-    options = argparse.Namespace(ceilings="with", guidance=[3.0], out=tmp_path)
+    options = argparse.Namespace(ceilings="with", guidance=[3.0], out=tmp_path, per_task=4)
     judges = mini_bench.Judges(Eye.load(), few, None)
     found = mini_bench.benchmark(perfect(scenes), judges, scenes, options)
     for task in ("colors", "position"):
         row = found["guidance"]["3"][task]
         assert row["score"] == 0.75
         assert row["marks"] == [False, True, True, True]
-        assert row["audit"] == 0.75
+        assert row["audit"] == row["shape"] == 0.75
+        assert row["soft"] == pytest.approx(0.75, abs=0.05)
+        assert row["distance"] == pytest.approx(0.25, abs=0.01)  # nothing stands in the first picture
         assert found["ceilings"]["render"][task]["score"] == found["ceilings"]["vae"][task]["score"] == 1.0
         assert (tmp_path / f"{task}_g3.png").is_file()
     assert found["guidance"]["3"]["text"]["not_measured"] == "not measured: needs lens[eval]"
@@ -99,6 +102,26 @@ def test_a_benchmark_of_known_pictures(tmp_path, capsys):
     assert "text           not measured: needs lens[eval]" in printed
     assert "0.750 [0.301, 0.954]" in printed
     json.dumps(found)
+
+
+def test_binding_has_eighty_prompts_and_counting_is_told_per_number():
+    assert [mini_bench.pictures_of(t, 4) for t in ("color_attr", "counting")] == [80, 4]
+    assert mini_bench.pictures_of("color_attr", 100) == 100
+    scenes = mini_bench.scenes_of("counting", 12, CORE[:12])
+    pictures = [World().render(s) for s in scenes]
+    fewer = next(i for i, s in enumerate(scenes) if len(s.things) == 4)
+    pictures[fewer] = World().render(replace(scenes[fewer], things=scenes[fewer].things[:3]))
+    row = mini_bench.Judges(Eye.load(), CORE[:12], None, audit=False).score("counting", scenes, pictures)
+    assert sum(e["pictures"] for e in row["numbers"].values()) == 12
+    for number, entry in row["numbers"].items():
+        asked = sum(len(s.things) == int(number) for s in scenes)
+        wrong = number == "4"
+        assert (entry["pictures"], entry["score"], entry["shape"]) == (asked, asked - wrong, asked - wrong)
+    rows = {
+        task: {"score": 1.0, "shape": 0.5, "soft": 0.25, "distance": i} for i, task in enumerate(mini_bench.GENEVAL)
+    }
+    assert mini_bench.means(rows) == {"score": 1.0, "shape": 0.5, "soft": 0.25, "distance": 2.5}
+    assert mini_bench.means({**rows, "counting": {"not_measured": "x"}}) == {}
 
 
 def test_sizes_are_scored_each_by_itself_and_enlarged_pictures_are_those_of_the_small_size(tmp_path, monkeypatch):

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 
-from . import mini_bench
+from . import class_sheet, mini_bench, shape_calibration
 
-BENCHMARKS = {"mini-bench": (mini_bench, "the small world's eight tasks by three judges, with intervals and ceilings")}
+BENCHMARKS = {
+    "mini-bench": (mini_bench, "the small world's eight tasks by four judges, with intervals and ceilings"),
+    "shape": (shape_calibration, "what the shape judge accepts and refuses, and its calibration"),
+    "classes": (class_sheet, "every class in one picture: true, reconstructed and drawn"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -58,14 +58,18 @@ def damaged(
 # Each changes `part` [h, w, 3], the object's surroundings, in place; `silhouette` [h, w], `size` its longer side in pixels.
 
 
-def _torn(part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator) -> None:
+def _torn(
+    part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator
+) -> None:
     h, w = silhouette.shape
     moved = [i + 0.055 * size * amount * _noise(rng, h, w, size / 7) for i in np.mgrid[:h, :w]]
     rows, columns = (np.clip(np.round(m), 0, n - 1).astype(int) for m, n in zip(moved, (h, w)))
     part[...] = part[rows, columns]
 
 
-def _lattice(part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator) -> None:
+def _lattice(
+    part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator
+) -> None:
     h, w = silhouette.shape
     shape = 2, -(-h // BLOCK), -(-w // BLOCK)
     moved = np.round(rng.uniform(-4, 4, shape) * amount).astype(int).repeat(BLOCK, 1).repeat(BLOCK, 2)[:, :h, :w]
@@ -73,17 +77,23 @@ def _lattice(part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size:
     part[...] = part[rows, columns]
 
 
-def _holes(part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator) -> None:
+def _holes(
+    part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator
+) -> None:
     empty = _patches(rng, silhouette, 0.2 * amount, size / 6)
     part[empty] = behind[empty]
 
 
-def _speckle(part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator) -> None:
+def _speckle(
+    part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator
+) -> None:
     for colour in rng.permutation(list(PALETTE.values()))[:4]:
         part[_patches(rng, silhouette, 0.06 * amount, size / 10)] = colour
 
 
-def _halo(part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator) -> None:
+def _halo(
+    part: np.ndarray, behind: np.ndarray, silhouette: np.ndarray, size: float, amount: float, rng: np.random.Generator
+) -> None:
     if silhouette.any():
         colour = np.median(part[silhouette], 0)
         around = _patches(rng, ~silhouette, 0.3 * amount, size / 6)

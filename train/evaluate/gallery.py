@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,14 +35,16 @@ from .. import configs
 from ..checkpointing import write_text
 from ..data import grammar
 from ..data.translations import LANGUAGES
-from ..data.world import Scene, World
+from ..data.world import Scene
 from ..logging import read_log
 from . import geneval, ocr
+from .class_sheet import cells, first_scene, labels, sheet
 from .eye import Eye
 from .gallery_page import Card, Class, Page, Stage, Task, facts, lines, render
 from .judges import Judges
-from .mini_bench import scenes_of
+from .mini_bench import JUDGED, scenes_of
 from .scores import Scores, read_scores
+from .sources import from_pipeline
 
 if TYPE_CHECKING:
     from lens import LensPipeline
@@ -60,6 +62,7 @@ ASKS = {
 }
 SPOKEN = {"en": "English", "zh": "Chinese", "fr": "French", "ja": "Japanese", "es": "Spanish"}
 STRENGTHS = (1.0, 3.0, 5.0)
+SIDES = (64, 96, 128)  # of the pictures shown beside one another; the sheet of classes is of the last
 SIGN_LENGTHS, SIGNS = range(1, 9), 120  # letters and blanks of a sign; scenes searched for them
 STAGES = ("vae", "encoder", "pretrain")
 Drawn = Mapping["Wish", tuple[np.ndarray, bytes]]  # pixels uint8 [H, W, 3] and the PNG file
@@ -76,6 +79,10 @@ class Wish:
     language: str = "en"
     label: str = ""
 
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.scene.height, self.scene.width
+
 
 # ------------------------------------------------------------------------------------------------ what is shown
 
@@ -88,11 +95,7 @@ def contents(settings: Mapping[str, Any], per_task: int, guidance: float) -> dic
     classes, style, side = settings["classes"], settings["captions"], settings["side"]
     tasks = {task: scenes_of(task, per_task, classes, style, side) for task in ASKS}
     firsts = [scenes[0] for task, scenes in tasks.items() if task != "text"]
-    single = {}
-    for kind in classes:
-        world = World("train", {"single_object": 1.0}, [kind], "geneval")
-        scenes = (world.scene(seed, side, side) for seed in itertools.count())
-        single[kind] = next(s for s in scenes if grammar.can_say(s, "geneval"))
+    single = {kind: first_scene(kind, (side, side)) for kind in classes}
     spoken = next(s for s in tasks["color_attr"] if grammar.can_say(s, "translated"))
     tongues = [("en", "brief"), *((language, "translated") for language in LANGUAGES)]
     signs = scenes_of("text", max(SIGNS, per_task), classes, style, side)
@@ -103,6 +106,13 @@ def contents(settings: Mapping[str, Any], per_task: int, guidance: float) -> dic
         "classes": {kind: [Wish(scene, scene.caption, 0, guidance)] for kind, scene in single.items()},
         "guidance": {
             plain[s.task]: [Wish(s, plain[s.task], 0, g, label=f"guidance {g:g}") for g in STRENGTHS] for s in firsts
+        },
+        "sizes": {
+            scenes[0].caption: [
+                Wish(replace(scenes[0], height=n, width=n), scenes[0].caption, 0, guidance, label=f"{n} by {n} pixels")
+                for n in SIDES
+            ]
+            for scenes in tasks.values()
         },
         "languages": [
             Wish(spoken, worded(spoken, style, language), 0, guidance, language, SPOKEN[language])
@@ -132,12 +142,14 @@ def flat(part: Any) -> list[Wish]:
 def drawn(pipe: LensPipeline, wishes: Sequence[Wish], model: str, steps: int) -> dict[Wish, tuple[np.ndarray, bytes]]:
     """Pixels and PNG file of every wish, each picture drawn once; its recipe is in the file. Progress goes to stderr."""
     out, last = {}, time.monotonic()
-    for guidance in sorted({w.guidance for w in wishes}):
-        asked = list(dict.fromkeys((w.prompt, w.seed) for w in wishes if w.guidance == guidance))
+    for guidance, size in sorted({(w.guidance, w.size) for w in wishes}):
+        own = [w for w in wishes if (w.guidance, w.size) == (guidance, size)]
+        asked = list(dict.fromkeys((w.prompt, w.seed) for w in own))
         made: dict[tuple[str, int], tuple[np.ndarray, bytes]] = {}
         for i in range(0, len(asked), BATCH):
             prompts, seeds = zip(*asked[i : i + BATCH])
-            images = pipe(list(prompts), seed=list(seeds), num_inference_steps=steps, guidance_scale=guidance).images
+            settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size[0], "width": size[1]}
+            images = pipe(list(prompts), seed=list(seeds), **settings).images
             for prompt, seed, image in zip(prompts, seeds, images):
                 recipe = image_file.Recipe(
                     prompt=prompt, negative="", seed=seed, steps=steps, guidance=guidance,
@@ -149,12 +161,20 @@ def drawn(pipe: LensPipeline, wishes: Sequence[Wish], model: str, steps: int) ->
             if time.monotonic() - last > 5 or i + BATCH >= len(asked):
                 last = time.monotonic()
                 print(
-                    f"guidance {guidance:g}: {min(i + BATCH, len(asked))} of {len(asked)} pictures",
+                    f"guidance {guidance:g}, {size[0]}x{size[1]}: {min(i + BATCH, len(asked))} of {len(asked)} pictures",
                     file=sys.stderr,
                     flush=True,
                 )
-        out |= {w: made[w.prompt, w.seed] for w in wishes if w.guidance == guidance}
+        out |= {w: made[w.prompt, w.seed] for w in own}
     return out
+
+
+def picture_file(image: Any) -> Card:
+    """The sheet of classes as the page shows it: no prompt, no verdict of its own."""
+    out = io.BytesIO()
+    image.save(out, format="PNG", optimize=True)
+    alt = "Every class: true render, reconstructed through the VAE, drawn"
+    return Card(alt, 0, out.getvalue(), (image.height, image.width), None)
 
 
 def png(image: Any, recipe: image_file.Recipe) -> bytes:
@@ -191,8 +211,9 @@ def stages(root: Path, config: str) -> list[Stage]:
 def verdicts(judges: Judges, wishes: Sequence[Wish], made: Drawn) -> dict[Wish, tuple[bool | None, str]]:
     """Right or not, and why not, as the benchmark's `said` has it; None for a sign that nothing here can read."""
     out: dict[Wish, tuple[bool | None, str]] = {}
-    unique = list(dict.fromkeys(wishes))
-    for wish, seen in zip(unique, judges.eye.look([made[w][0] for w in unique])):
+    unique = sorted(dict.fromkeys(wishes), key=lambda w: w.size)  # the detector looks at pictures of one size
+    looks = [judges.eye.look([made[w][0] for w in of]) for _, of in itertools.groupby(unique, lambda w: w.size)]
+    for wish, seen in zip(unique, itertools.chain(*looks)):
         verdict, sign = geneval.judge(geneval.asked(wish.scene, said=True), seen), wish.scene.sign
         right: bool | None = verdict.right
         reasons = list(verdict.reasons)
@@ -224,10 +245,21 @@ def assemble(wanted: dict[str, Any], made: Drawn, words: Mapping[Wish, Any], sco
             for task, wishes in wanted["tasks"].items()
         ],
         columns=scores.columns,
-        guidance=[(prompt, [card(w) for w in wishes]) for prompt, wishes in wanted["guidance"].items()],
+        means=means_of(scores),
+        numbers=[(number, shares["score"], shares["shape"]) for number, shares in scores.numbers.items()],
+        **{
+            name: [(prompt, [card(w) for w in wishes]) for prompt, wishes in wanted[name].items()]
+            for name in ("guidance", "sizes")
+        },
         **{name: [card(w) for w in wanted[name]] for name in ("languages", "dense", "signs")},
         **about,
     )
+
+
+def means_of(scores: Scores) -> list[tuple[str, list[str]]]:
+    """Rows of the table of means over GenEval's six tasks: what was judged, and the numbers in the order of JUDGED."""
+    names = {name: heading for name, heading in scores.columns if name in scores.means}
+    return [(names[name], [f"{row[key]:.3f}" for key in JUDGED]) for name, row in scores.means.items()]
 
 
 def notes(scores: Scores) -> list[str]:
@@ -241,6 +273,9 @@ def notes(scores: Scores) -> list[str]:
         "where the task is counting. Intervals are Wilson's, 95 %.",
         "The template judge learns nothing: it compares pixels with the artwork of every class in every colour, at the usual "
         "places, and wants nothing else in the picture. Of a sign it asks no words. Where the two differ widely, doubt the first.",
+        "The shape judge learns nothing either: it redraws the picture from true renders. It asks of every object that it is a "
+        "true shape of its class, outline included, and that nothing else stands there. The distance is 0 for a picture equal to a "
+        "true render and 1 for an object that is missing. Every other column believes the detector.",
         "The last two columns are ceilings: the same judge on true pictures, encoded and decoded again, and as they are.",
     ]
 
@@ -298,17 +333,19 @@ def run(options: argparse.Namespace) -> int:
     scores = read_scores(root / "scores.json", list(ASKS), guidance)
     reader = ocr.Reader() if ocr.available() else None
     judges = Judges(Eye.load(), scores.settings["classes"], reader, audit=False)
+    source = from_pipeline(options.model, scores.settings["steps"])
     wanted, start = contents(scores.settings, options.per_task, guidance), time.perf_counter()
     wishes = flat(wanted)
     name = options.model if options.model in EMBEDDED else root.resolve().name
     made = drawn(pipe, wishes, name, scores.settings["steps"])
+    classes = cells(source, scores.settings["classes"], (SIDES[-1],) * 2, guidance)
     spent = time.perf_counter() - start
     about = card_of_model(root, pipe) | {
         "classes": len(scores.settings["classes"]),
         "side": (scores.settings["side"],) * 2,
         "steps": scores.settings["steps"],
         "guidance": scores.shown,
-        "pictures": len({(w.prompt, w.seed, w.guidance) for w in wishes}),
+        "pictures": len({(w.prompt, w.seed, w.guidance, w.size) for w in wishes}) + len(classes),
         "seconds": f"{spent:.0f}",
         "threads": options.threads,
     }
@@ -317,6 +354,7 @@ def run(options: argparse.Namespace) -> int:
         made,
         verdicts(judges, wishes, made),
         scores,
+        class_sheet=picture_file(sheet(classes, labels(classes, judges.eye, judges.shapes))),
         model=about,
         stages=stages(root, options.config),
         notes=notes(scores),

@@ -23,6 +23,7 @@ LINES = {  # of a log: what is drawn as a curve, and how it is called
     "with_text": "unseen scenes",
     "without_text": "unseen scenes without their text",
 }
+MEANS = ("detector", "shape judge", "its soft score", "distance to a true render")
 FACTS = {"psnr": "dB on unseen scenes", "text_explains": "of the loss explained by text"}
 
 
@@ -99,7 +100,11 @@ class Page:
     classes: Sequence[Class]
     tasks: Sequence[Task]
     columns: Sequence[tuple[str, str]]  # of the score table: (key into Task.shares, heading)
+    means: Sequence[tuple[str, Sequence[str]]]  # of GenEval's six tasks: of what, and by the judges in MEANS
+    numbers: Sequence[tuple[str, Share, Share]]  # counting: number asked for, detector's score, shape judge's
+    class_sheet: Card  # every class: true, reconstructed, drawn
     guidance: Sequence[tuple[str, Sequence[Card]]]  # per prompt its cards, strength by strength
+    sizes: Sequence[tuple[str, Sequence[Card]]]  # the same, size by size
     languages: Sequence[Card]
     dense: Sequence[Card]
     signs: Sequence[Card]
@@ -114,7 +119,7 @@ def render(page: Page) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["tally"] = tally
-    environment.globals.update(curve=curve)
+    environment.globals.update(curve=curve, mean_headings=MEANS)
     text = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(page=page)
     return text + "\n" if not text.endswith("\n") else text
 

@@ -1,4 +1,4 @@
-"""The three judges of Mini-Bench together: what one task's pictures score, with intervals and counts per class."""
+"""The judges of Mini-Bench together: what one task's pictures score, with intervals and counts per class."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from ..data.kinds import PALETTE
 from ..data.world import Scene
-from . import geneval, ocr, template
+from . import geneval, ocr, shape, template
 from .eye import SIGN, Eye
 from .geneval import Detection
 
@@ -24,12 +24,13 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 
 class Judges:
-    """Eye, template and reader together; `reader` None where the extra is missing."""
+    """Eye, template, shape and reader together; `reader` None where the extra is missing."""
 
     def __init__(self, eye: Eye, classes: Sequence[str], reader: ocr.Reader | None, audit: bool = True):
         if missing := set(classes) - set(eye.kinds):
             raise ValueError(f"Judges: Lens-Eye does not know {sorted(missing)}; train it anew (python -m train eye)")
         self.eye, self.classes, self.reader, self.audit = eye, tuple(classes), reader, audit
+        self.shapes = shape.ShapeJudge(classes)
 
     def read(self, picture: np.ndarray, seen: Sequence[Detection]) -> str:
         """The words on the sign that Eye sees most surely, or anywhere where it sees none."""
@@ -45,17 +46,23 @@ class Judges:
         seen = self.eye.look(pictures)
         verdicts = [geneval.judge(geneval.asked(s), d) for s, d in zip(scenes, seen)]
         said = [geneval.judge(geneval.asked(s, said=True), d) for s, d in zip(scenes, seen)]
+        shapes = [
+            shape.judge(geneval.asked(s), self.shapes.look(p, d, sign=s.sign is not None))
+            for s, p, d in zip(scenes, pictures, seen)
+        ]
         right, all_said, row = [v.right for v in verdicts], [v.right for v in said], {}
+        shapely = [v.right for v in shapes]
         if task == "text":
             row["objects"] = _share(right)
             if self.reader is None:
-                right = []
+                right = shapely = []
             else:
                 pairs = [(s.sign.text, self.read(p, d)) for s, p, d in zip(scenes, pictures, seen)]
                 exact = [ocr.same_text(*pair) for pair in pairs]
                 row |= {"exact": _share(exact), "oneig": ocr.text_score(pairs)}
                 right = [a and b for a, b in zip(right, exact)]
                 all_said = [a and b for a, b in zip(all_said, exact)]
+                shapely = [a and b for a, b in zip(shapely, exact)]
         if right:
             low, high = wilson(sum(right), len(right))
             row |= {"score": _share(right), "low": low, "high": high, "said": _share(all_said)}
@@ -67,6 +74,9 @@ class Judges:
         votes = [vote for s, p, d in zip(scenes, pictures, seen) for vote in _votes(s, p, d)]
         row |= {
             "audit": _share(audited),
+            "shape": _share(shapely),
+            "soft": _mean([v.soft for v in shapes]),
+            "distance": _mean([v.distance for v in shapes if v.distance is not None]),
             "class": _share([found for v in said for found in v.found]),
             "colour": _share([c for v in said for c in v.coloured if c is not None]),
             "vote": _share(votes),
@@ -74,11 +84,30 @@ class Judges:
             "per_class": _per_class(scenes, said),
             "marks": right or [v.right for v in verdicts],
         }
+        if task == "counting":
+            row["numbers"] = _by_number(scenes, right, shapely)
         return row
 
 
 def _share(values: Sequence[bool]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _by_number(scenes: Sequence[Scene], right: Sequence[bool], shapely: Sequence[bool]) -> dict[str, dict[str, int]]:
+    """Number asked for -> pictures, and how many of them the detector's and the shape judge's rule call right."""
+    out: dict[str, dict[str, int]] = {}
+    for number in sorted({len(scene.things) for scene in scenes}):
+        own = [i for i, scene in enumerate(scenes) if len(scene.things) == number]
+        out[str(number)] = {
+            "pictures": len(own),
+            "score": sum(right[i] for i in own),
+            "shape": sum(shapely[i] for i in own),
+        }
+    return out
 
 
 def _votes(scene: Scene, picture: np.ndarray, seen: Sequence[Detection]) -> list[bool]:

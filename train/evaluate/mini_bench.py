@@ -1,4 +1,4 @@
-"""Mini-Bench: eight tasks on unseen prompts, by a learned judge, a template judge and a reader, with their ceilings.
+"""Mini-Bench: eight tasks on unseen prompts, by a detector, a template judge, a shape judge and a reader, with their ceilings.
 
     python -m train evaluate mini-bench --model mini                          # the shipped weights, guidance 1, 3 and 5
     python -m train evaluate mini-bench --model mini --quick --per-task 20    # guidance 3 alone
@@ -14,10 +14,14 @@ with seed i: first seeds, no choice. GenEval's seven task names, and "row", thre
     score      GenEval's rule (train/evaluate/geneval.py) on Lens-Eye's boxes and colours; text also read exactly by OCR
     said       the same, and every colour the prompt says is right, also where the task is not about colours
     audit      the template judge (train/evaluate/template.py): right at the usual places, and nothing else there
+    shape      the shape judge (train/evaluate/shape.py): the same rule, every object a true shape, and nothing else there
+    soft       its mean soft score: of a picture that of its worst object, 0 where the rule does not hold
+    dist       its mean distance of the objects asked for to the nearest true render (0: equal); 1 for one that is missing
     render, vae   `score` of true renders, and of their reconstructions through the model's own VAE: the ceilings
     vote       of coloured objects that were found, how many are of that colour by arithmetic on their pixels
 
-Intervals are Wilson's, 95 %.
+color_attr has at least BINDING prompts, whatever --per-task; its ceilings are those of the first --per-task. Counting is
+also told apart by the number asked for. Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
@@ -43,11 +47,18 @@ from .sources import Pictures, Size, Source, enlarged, from_pipeline, from_state
 __all__ = ["FIRST_SEED", "Judges", "scenes_of", "wilson"]
 FIRST_SEED = 2_000_000_000
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # its overall is their mean
+BINDING = 80  # prompts of color_attr at least: at 40 the interval is wider than what is asked of it
+JUDGED = ("score", "shape", "soft", "distance")  # of which the mean of GenEval's six is told
 STYLES = ("geneval", "brief", "dense", "translated")
 
 
 def scenes_of(
-    task: str, count: int, classes: Sequence[str] | None = CORE, style: str = "geneval", side: int | Size = 64
+    task: str,
+    count: int,
+    classes: Sequence[str] | None = CORE,
+    style: str = "geneval",
+    side: int | Size = 64,
+    first: int = FIRST_SEED,
 ) -> list[Scene]:
     """The first unseen scenes of a task whose caption is of that style; always the same ones. side: or (height, width).
 
@@ -59,11 +70,28 @@ def scenes_of(
     scenes: list[Scene] = []
     others: list[Scene] = []
     for i in range(16 * count):
-        scene = world.scene(FIRST_SEED + i, height, width)
+        scene = world.scene(first + i, height, width)
         (scenes if scene.style == style else others).append(scene)
         if len(scenes) == count or (not scenes and len(others) >= 2 * count + 20):
             break
     return (scenes + others)[:count]
+
+
+def pictures_of(task: str, per_task: int) -> int:
+    return max(per_task, BINDING) if task == "color_attr" else per_task
+
+
+def means(rows: dict[str, dict]) -> dict[str, float]:
+    """Of each of JUDGED the mean over GenEval's six tasks; empty where one was not measured."""
+    if not all("score" in rows.get(task, {}) for task in GENEVAL):
+        return {}
+    return {name: float(np.mean([rows[task][name] for task in GENEVAL])) for name in JUDGED}
+
+
+def by_number(row: dict) -> str:
+    """Counting per number asked for, by the detector's rule and the shape judge's."""
+    parts = [f"{n}: {e['score']}/{e['pictures']}, shape {e['shape']}" for n, e in row["numbers"].items()]
+    return "counting " + "; ".join(parts)
 
 
 def ceilings(judges: Judges, scenes: dict[str, list[Scene]], source: Source) -> dict[str, dict[str, dict]]:
@@ -80,10 +108,15 @@ def _number(value: float | None) -> str:
     return "    -" if value is None else f"{value:5.3f}"
 
 
+def told(mean: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
+
+
 def line(task: str, row: dict, above: dict[str, dict[str, dict]]) -> str:
     """One printed row."""
     bound = [above[name][task].get("score") if name in above else None for name in ("render", "vae")]
-    tail = f"{_number(bound[0])}  {_number(bound[1])}  {_number(row['vote'])}  {row['pictures']:4d}"
+    shape = f"{_number(row['shape'])}  {_number(row['soft'])}  {_number(row['distance'])}"
+    tail = f"{shape}  {_number(bound[0])}  {_number(bound[1])}  {_number(row['vote'])}  {row['pictures']:4d}"
     if "not_measured" in row:
         return f"{task:14s} {row['not_measured']}; objects {_number(row['objects'])}"
     text = f"{row['score']:5.3f} [{row['low']:.3f}, {row['high']:.3f}]  {_number(row['said'])}  {_number(row['audit'])}"
@@ -93,7 +126,7 @@ def line(task: str, row: dict, above: dict[str, dict[str, dict]]) -> str:
     return f"{task:14s} {text}  {tail}{more}"
 
 
-HEADER = f"{'task':14s} {'score':21s}  said   audit  render vae    vote   pictures"
+HEADER = f"{'task':14s} {'score':21s}  said   audit  shape  soft   dist   render vae    vote   pictures"
 
 
 def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], options: argparse.Namespace) -> dict:
@@ -101,11 +134,13 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
     above: dict = {}
     if options.ceilings != "none":
         start = time.perf_counter()
-        above = ceilings(judges, scenes, source)
+        above = ceilings(judges, {task: asked[: options.per_task] for task, asked in scenes.items()}, source)
         print(f"ceilings, {time.perf_counter() - start:.0f} s\n{HEADER}")
         for name in ("render", "vae"):
             for task, row in above[name].items():
                 print(f"{name:7s}" + line(task, row, {}), flush=True)
+            if mean := means(above[name]):
+                print(f"{name:7s}mean of GenEval's six: {told(mean)}", flush=True)
     results = {}
     for guidance in options.guidance if options.ceilings != "only" else ():
         start, rows = time.perf_counter(), {}
@@ -122,12 +157,14 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
             contact_sheet(pictures, marks, options.out / f"{task}_g{guidance:g}.png", columns=10)
         results[f"{guidance:g}"] = rows
         measured = {task: row["score"] for task, row in rows.items() if "score" in row}
-        six = [measured[task] for task in GENEVAL if task in measured]
-        means = f"mean of {len(measured)} tasks {np.mean(list(measured.values())):.3f}"
-        if len(six) == len(GENEVAL):
-            means += f", of GenEval's six {np.mean(six):.3f}"
-        print(f"{means}, {time.perf_counter() - start:.0f} s", flush=True)
-    return {"ceilings": above, "guidance": results}
+        if "counting" in rows:
+            print(by_number(rows["counting"]))
+        words = f"mean of {len(measured)} tasks {np.mean(list(measured.values())):.3f}"
+        if mean := means(rows):
+            words += f", of GenEval's six: {told(mean)}"
+        print(f"{words}, {time.perf_counter() - start:.0f} s", flush=True)
+    six = {**above, **results}
+    return {"ceilings": above, "guidance": results, "means": {name: means(rows) for name, rows in six.items()}}
 
 
 def size_of(text: str) -> Size:
@@ -148,7 +185,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mu", type=float, help="time shift of --state (default: the recipe's)")
     parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all eight")
-    parser.add_argument("--per-task", type=int, default=40, help="pictures per task and guidance (default: 40)")
+    parser.add_argument(
+        "--per-task",
+        type=int,
+        default=40,
+        help=f"pictures per task and guidance (default: 40; of color_attr at least {BINDING})",
+    )
     parser.add_argument(
         "--guidance", type=float, nargs="+", default=[1.0, 3.0, 5.0], help="guidance scales (default: 1 3 5)"
     )
@@ -227,7 +269,8 @@ def run(options: argparse.Namespace) -> int:
 
 def scored(source: Source, judges: Judges, size: Size, classes: Sequence[str], options: argparse.Namespace) -> dict:
     """What scores.json holds of one size."""
-    scenes = {task: scenes_of(task, options.per_task, classes, options.captions, size) for task in options.tasks}
+    counts = {task: pictures_of(task, options.per_task) for task in options.tasks}
+    scenes = {task: scenes_of(task, n, classes, options.captions, size) for task, n in counts.items()}
     found = benchmark(source, judges, scenes, options)
     tables = {name: merged([row["per_class"] for row in rows.values()]) for name, rows in found["guidance"].items()}
     for name, table in tables.items():

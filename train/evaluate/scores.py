@@ -10,6 +10,7 @@ from typing import Any
 
 from .gallery_page import Share
 from .judges import wilson
+from .mini_bench import JUDGED
 
 CEILINGS = {"vae": "through the VAE", "render": "true pictures"}
 
@@ -23,6 +24,8 @@ class Scores:
     columns: Sequence[tuple[str, str]]  # key and heading
     tasks: Mapping[str, Mapping[str, Share | None]]
     classes: Mapping[str, Share]
+    numbers: Mapping[str, Mapping[str, Share]]  # counting at `shown`: number asked for -> "score" and "shape"
+    means: Mapping[str, Mapping[str, float]]  # strength or ceiling -> mean of GenEval's six by each of JUDGED
     settings: Mapping[str, Any]
 
 
@@ -71,14 +74,31 @@ class _Reader:
             raise self.fail(at, "a share within its interval", (score, low, high))
         return Share(score, low, high, self.get(*at, "pictures", kind=int))
 
-    def said(self, *at: str) -> Share | None:
-        """The stricter score, whose interval the file does not hold: it follows from the number of pictures."""
+    def other(self, name: str, *at: str) -> Share | None:
+        """A stricter score, whose interval the file does not hold: it follows from the number of pictures."""
         if self.share(*at) is None:
             return None
-        value, of = self.get(*at, "said", kind=float), self.get(*at, "pictures", kind=int)
+        value, of = self.get(*at, name, kind=float), self.get(*at, "pictures", kind=int)
         if not 0 <= value <= 1 or of < 1:
-            raise self.fail((*at, "said"), "a share of at least one picture", (value, of))
+            raise self.fail((*at, name), "a share of at least one picture", (value, of))
         return Share(value, *wilson(round(value * of), of), of)
+
+    def mean(self, name: str, *at: str) -> Share | None:
+        """A mean without an interval; None where the task has no objects or no pictures of it were judged."""
+        value = self.get(*at)
+        if name in value and value[name] is None:
+            return None
+        mean = self.get(*at, name, kind=float)
+        if not 0 <= mean <= 1:
+            raise self.fail((*at, name), "a number from 0 to 1", mean)
+        return Share(mean)
+
+    def counted(self, name: str, *at: str) -> Share:
+        """`name` of "pictures"."""
+        right, of = (self.get(*at, key, kind=int) for key in (name, "pictures"))
+        if not 0 <= right <= of or not of:
+            raise self.fail(at, f"{name} of pictures", (right, of))
+        return Share(right / of, *wilson(right, of), of)
 
     def audit(self, *at: str) -> Share | None:
         value = self.get(*at)
@@ -94,7 +114,8 @@ def read_scores(path: Path, tasks: Sequence[str], guidance: float) -> Scores:
     table: dict[str, dict[str, Share | None]] = {}
     for task in tasks:
         row = {strength: file.share("guidance", strength, task) for strength in strengths}
-        row["said"] = file.said("guidance", shown, task)
+        row |= {name: file.other(name, "guidance", shown, task) for name in ("said", "shape")}
+        row |= {name: file.mean(name, "guidance", shown, task) for name in ("soft", "distance")}
         row["audit"] = file.audit("guidance", shown, task)
         row |= {name: file.share("ceilings", name, task) for name in CEILINGS}
         table[task] = row
@@ -104,10 +125,18 @@ def read_scores(path: Path, tasks: Sequence[str], guidance: float) -> Scores:
         if not 0 <= found <= asked or not asked:
             raise file.fail(("per_class", shown, kind), "found of asked", (found, asked))
         classes[kind] = Share(found / asked, *wilson(found, asked), asked)
+    counting = "guidance", shown, "counting", "numbers"
+    numbers = {n: {name: file.counted(name, *counting, n) for name in ("score", "shape")} for n in file.get(*counting)}
+    means = {
+        name: {key: file.get("means", name, key, kind=float) for key in JUDGED} for name in (*strengths, *CEILINGS)
+    }
     columns = [
         *((s, f"guidance {s}") for s in strengths),
         ("said", "with every colour"),
         ("audit", "template judge"),
+        ("shape", "shape judge"),
+        ("soft", "its soft score"),
+        ("distance", "distance to a true render"),
         *CEILINGS.items(),
     ]
     settings = {
@@ -115,4 +144,4 @@ def read_scores(path: Path, tasks: Sequence[str], guidance: float) -> Scores:
         "captions": file.get("settings", "captions", kind=str),
         **{name: file.get("settings", name, kind=int) for name in ("steps", "side", "per_task")},
     }
-    return Scores(str(path), shown, columns, table, classes, settings)
+    return Scores(str(path), shown, columns, table, classes, numbers, means, settings)

@@ -16,8 +16,15 @@ redraws the picture from true renders and measures what is left. It has no learn
    It is 0 for a picture equal to a true render and near 1 for one that has nothing to do with it. Holes, speckle, torn
    outlines and what clings to the outside of the silhouette all count. Pixels in another object's box are left to that object.
 
-`soft` = sigmoid((calibration's middle - distance) / its width): an object counts from 1/2 on. A picture is right where
-GenEval's rule holds on the objects that count, and nothing that does not count or was not asked for stands in it.
+6. Outline: the same of slopes, S a triangle filter of five pixels per axis,
+
+       outline = sum_W |grad S(P - T)|^2 / max(sum_W |grad S T|^2, 3 FLAT^2 |W|)
+
+   A reconstruction, which is a blurred render, has a small one at every size of picture; a torn outline has not, however little
+   its area.
+
+`soft` = sigmoid(bias - weights . (distance, outline)) is calibrated (`shape_calibration.py`): an object is a true shape from
+1/2 on. A picture is right where GenEval's rule holds, everything in it is a true shape, and nothing else stands there.
 """
 
 from __future__ import annotations
@@ -40,9 +47,16 @@ from .geneval import Asked, Detection
 from .surroundings import Box, surroundings, within
 
 CALIBRATION = Path(__file__).parent / "assets" / "shape.json"
-COARSE, SIZES, REACH = 18, (15, 17, 19, 21), 3  # a candidate's longer side, longer sides tried, shifts; in coarse pixels
+COARSE, SIZES, REACH = (
+    18,
+    (15, 17, 19, 21),
+    3,
+)  # a candidate's longer side, longer sides tried, shifts; in coarse pixels
 WINDOW = max(SIZES) + 2 * REACH + 2
-NEAR, MOST = 0.15, 4  # at most so many classes are fitted, those within so much of the best in what they leave unexplained
+NEAR, MOST = (
+    0.15,
+    4,
+)  # at most so many classes are fitted, those within so much of the best in what they leave unexplained
 FAINT = 30.0  # of 255: the least contrast that a distance is measured against
 ALIKE = 0.6  # two detected boxes whose intersection over union exceeds this are one candidate
 SAME = 0.45  # two boxes whose intersection over union exceeds this are one object; so is one that lies inside the other
@@ -57,7 +71,7 @@ Pixels = tuple[int, int, int, int]  # x0, y0, x1, y1, x1 and y1 exclusive
 
 @dataclass(frozen=True)
 class Found:
-    """An object: the nearest true render, its box, the distance to it, and how much farther the nearest of another class is."""
+    """An object: the nearest true render, its box, both distances to it, and how much farther the nearest of another class is."""
 
     kind: str
     colour: str | None
@@ -79,7 +93,10 @@ class Seen:
     backdrop: str | None
     objects: tuple[Found, ...]
     redrawn: np.ndarray
-    canvas: np.ndarray
+
+    def judged_by(self, calibration: Calibration) -> Seen:
+        objects = [replace(o, soft=calibration.soft(o.distance, o.outline)) for o in self.objects]
+        return replace(self, objects=tuple(objects))
 
 
 @dataclass(frozen=True)
@@ -99,7 +116,9 @@ class Calibration:
     outline_weight: float
 
     def soft(self, distance: float, outline: float) -> float:
-        return 1 / (1 + math.exp(min(60.0, self.distance_weight * distance + self.outline_weight * outline - self.bias)))
+        return 1 / (
+            1 + math.exp(min(60.0, self.distance_weight * distance + self.outline_weight * outline - self.bias))
+        )
 
     @classmethod
     def load(cls, path: Path = CALIBRATION) -> Calibration:
@@ -131,7 +150,8 @@ class ShapeJudge:
         pixels = picture.astype(np.float32)
         backdrop, canvas = surroundings(pixels, [*boxes, *signs])
         work = _Work(pixels, canvas, signs)
-        work.fit(boxes, self.classes)
+        whole = [] if backdrop is None else _unlike(work.unexplained(), boxes)
+        work.fit([*boxes, *whole], self.classes)
         if backdrop is not None:
             work.fit(work.unexplained(), self.classes)
         redrawn, objects = work.redrawn(), []
@@ -145,7 +165,7 @@ class ShapeJudge:
             outline = float(torn[own].sum() / max(float(edges[own].sum()), 3 * FLAT**2 * float(own.sum())))
             soft = self.calibration.soft(distance, outline)
             objects.append(Found(one.kind, one.colour, one.box, distance, outline, margin, soft))
-        return Seen(backdrop, tuple(objects), redrawn, canvas)
+        return Seen(backdrop, tuple(objects), redrawn)
 
 
 def judge(asked: Asked, seen: Seen) -> Verdict:
@@ -157,11 +177,10 @@ def judge(asked: Asked, seen: Seen) -> Verdict:
         reasons.append(f"{wanted} objects asked, {len(boxes)} stand there")
     torn = [o for o in seen.objects if not o.counts]
     distances, free = [], list(seen.objects)
-    for want in (want for want in asked.include for _ in range(want.count)):
-        best = min(free, key=lambda o: (o.kind != want.kind, o.colour != (want.colour or o.colour), o.distance), default=None)
-        distances.append(min(1.0, best.distance) if best else 1.0)
-        if best:
-            free.remove(best)
+    for want in asked.include:
+        named = sorted(free, key=lambda o: (o.kind != want.kind, o.colour != (want.colour or o.colour), o.distance))
+        taken, free = named[: want.count], named[want.count :]
+        distances += [min(1.0, o.distance) for o in taken] + [1.0] * (want.count - len(taken))
     soft = 0.0 if reasons else min((o.soft for o in seen.objects), default=1.0)
     reasons += [f"{o.kind}: distance {o.distance:.2f} to the nearest true render" for o in torn]
     return Verdict(soft >= 0.5, float(np.mean(distances)) if distances else None, soft, tuple(reasons))
@@ -184,6 +203,17 @@ def _one_each(found: Sequence[Detection]) -> list[Box]:
         if not any(overlap(one.box, box) > ALIKE for box in kept):
             kept.append(one.box)
     return kept
+
+
+def _unlike(boxes: Sequence[Box], known: Sequence[Box]) -> list[Box]:
+    """The boxes that neither one of the known ones nor all of those within are much like."""
+    out = []
+    for box in boxes:
+        inside = [k for k in known if _same(k, box)]
+        around = [(*np.min(inside, 0)[:2], *np.max(inside, 0)[2:])] if inside else []
+        if not any(overlap(box, other) > ALIKE for other in [*known, *around]):
+            out.append(box)
+    return out
 
 
 def patches(mask: np.ndarray) -> list[Box]:
@@ -289,15 +319,22 @@ class _Work:
         return within(box, beyond, self.height, self.width)
 
     def fit(self, boxes: Sequence[Box], classes: Sequence[str]) -> None:
-        """Adds the fits of these candidates; of two fits to one object that stays which explains more."""
+        """Adds the fits of these candidates; of fits to the same pixels those stay that explain most of them."""
         found = list(self.fits)
         for box in boxes:
             others = [b for b in [*boxes, *(f.box for f in self.fits)] if not _same(b, box)]
             found.append(self._fitted(box, self._own(box, others), classes))
         self.fits = []
-        for one in sorted(found, key=lambda f: -f.explained):
-            if not any(_same(one.box, f.box) for f in self.fits):
-                self.fits.append(one)
+        found.sort(key=lambda f: -f.explained)
+        while found:
+            best = found.pop(0)
+            rivals: list[_Fit] = []  # what else is told of these pixels: several objects side by side, say
+            for one in found:
+                if _same(one.box, best.box) and not any(_same(one.box, r.box) for r in rivals):
+                    rivals.append(one)
+            if sum(r.explained for r in rivals) <= best.explained or len(rivals) < 2:
+                self.fits.append(best)
+                found = [one for one in found if not _same(one.box, best.box)]
 
     def _own(self, box: Box, others: Sequence[Box]) -> np.ndarray:
         own = self.free.copy()

@@ -31,11 +31,16 @@ from . import geneval
 from .damage import DAMAGES, damaged
 from .eye import Eye
 from .mini_bench import GENEVAL, scenes_of, size_of
-from .shape import CALIBRATION, Calibration, Found, Seen, ShapeJudge, judge
-from .sources import Size, from_pipeline
+from .shape import CALIBRATION, Calibration, ShapeJudge, judge
+from .sources import Size, Source, from_pipeline
 
 FIRST_SEED = 2_300_000_000  # of the calibration's scenes, none of which Mini-Bench asks for
 TASKS = (*GENEVAL, "row")
+TRUE = ("render", "vae")
+SIZES = ((64, 64), (96, 96), (128, 128))
+BATCH = 20  # pictures drawn at once
+EDGE = 0.02  # objects whose soft score lies within this of 0 or 1 are not around the threshold
+UNFITTED = Calibration(1.0, 1.0, 1.0)  # while there is none
 QUANTILES = (0.05, 0.5, 0.95)
 CLIPPED = 1.5  # distances beyond are all alike
 RIDGE = 1e-3  # keeps the regression finite where the two sides do not overlap
@@ -54,37 +59,36 @@ def logistic(features: np.ndarray, right: np.ndarray) -> Calibration:
 
 
 class Examined:
-    """Pictures of one origin ("render", "vae", a damage, "drawn") as the judge sees them."""
+    """Pictures of one origin and size, as the judge sees them."""
 
     def __init__(self, scenes: Sequence[Scene], pictures: Sequence[np.ndarray], eye: Eye, shapes: ShapeJudge):
         self.scenes, self.pictures = scenes, pictures
         self.seen = [shapes.look(p, d) for p, d in zip(pictures, eye.look(pictures))]
 
-    def objects(self) -> list[Found]:
-        return [one for seen in self.seen for one in seen.objects]
+    def features(self) -> np.ndarray:
+        """(distance, outline) of every object, [n, 2]."""
+        return np.array([(o.distance, o.outline) for seen in self.seen for o in seen.objects])
 
     def measured(self, calibration: Calibration) -> dict:
-        """Shares accepted of objects and of pictures (the mean of GenEval's six tasks), and quantiles."""
-        objects = self.objects()
-        soft = [calibration.soft(o.distance, o.outline) for o in objects]
-        right: dict[str, list[bool]] = {}
+        """Share of objects that are true shapes, of pictures that are right (mean of GenEval's six tasks), and quantiles."""
+        features, right = self.features(), {task: [] for task in GENEVAL}
         for scene, seen in zip(self.scenes, self.seen):
-            right.setdefault(scene.task, []).append(judge(geneval.asked(scene), seen.judged_by(calibration)).right)
+            if scene.task in right:
+                right[scene.task].append(judge(geneval.asked(scene), seen.judged_by(calibration)).right)
         return {
-            "objects": len(objects),
-            "accepted": round(float(np.mean([s >= 0.5 for s in soft])), 4),
-            "six": round(float(np.mean([np.mean(right[task]) for task in GENEVAL])), 4),
-            **{
-                name: [round(float(v), 4) for v in np.quantile([getattr(o, name) for o in objects], QUANTILES)]
-                for name in ("distance", "outline")
-            },
+            "objects": len(features),
+            "accepted": round(float(np.mean([calibration.soft(*f) >= 0.5 for f in features])), 4),
+            "six": round(float(np.mean([np.mean(marks) for marks in right.values()])), 4),
+            "distance": np.quantile(features[:, 0], QUANTILES).round(4).tolist(),
+            "outline": np.quantile(features[:, 1], QUANTILES).round(4).tolist(),
         }
 
 
-def examined(options: argparse.Namespace, size: Size, model: object, eye: Eye, shapes: ShapeJudge) -> dict[str, Examined]:
-    """Everything of one size. Errors: those of drawing."""
-    source = from_pipeline(options.model, options.steps)
-    scenes = [s for t in TASKS for s in scenes_of(t, options.per_task, source.classes or CORE, side=size, first=FIRST_SEED)]
+def examine(
+    source: Source, size: Size, per_task: int, guidance: float, eye: Eye, shapes: ShapeJudge
+) -> dict[str, Examined]:
+    """True renders, reconstructions, each kind of damage and what is drawn, of the same scenes."""
+    scenes = [s for task in TASKS for s in scenes_of(task, per_task, shapes.classes, side=size, first=FIRST_SEED)]
     renders = [World().render(scene) for scene in scenes]
     pictures = {"render": renders, "vae": source.reconstruct(renders)}
     for how in DAMAGES:
@@ -92,8 +96,86 @@ def examined(options: argparse.Namespace, size: Size, model: object, eye: Eye, s
             damaged(p, backdrop(s.background, s.variant, *size), [t.box for t in s.things], how, 1.0, s.seed)
             for s, p in zip(scenes, renders)
         ]
-    prompts = [scene.caption for scene in scenes]
-    pictures["drawn"] = []
-    for i in range(0, len(prompts), 20):
-        pictures["drawn"] += source.draw(prompts[i : i + 20], range(i, i + 20), options.guidance, size)
-    return {name: Examined(scenes, made, eye, shapes) for name, made in pictures.items()}
+    prompts, drawn = [scene.caption for scene in scenes], []
+    for i in range(0, len(prompts), BATCH):
+        part = prompts[i : i + BATCH]
+        drawn += source.draw(part, list(range(i, i + len(part))), guidance, size)
+    return {name: Examined(scenes, made, eye, shapes) for name, made in {**pictures, "drawn": drawn}.items()}
+
+
+def sheet(found: dict[str, Examined], calibration: Calibration, path: Path, count: int = 64, cell: int = 110) -> None:
+    """The objects around the threshold, surest first: as they are, and the true render that they are held against."""
+    near = []
+    for origin, one in found.items():
+        for picture, seen in zip(one.pictures, one.seen):
+            redrawn = np.clip(seen.redrawn + 0.5, 0, 255).astype(np.uint8)
+            near += [(calibration.soft(o.distance, o.outline), origin, o, picture, redrawn) for o in seen.objects]
+    near = sorted((n for n in near if EDGE < n[0] < 1 - EDGE), key=lambda n: -n[0])
+    near = [near[i] for i in np.unique(np.linspace(0, len(near) - 1, min(count, len(near))).round().astype(int))]
+    columns, wide = 8, 2 * cell + 6
+    canvas = Image.new("RGB", (columns * wide, math.ceil(len(near) / columns) * (cell + 14)), "white")
+    pen = ImageDraw.Draw(canvas)
+    for i, (soft, origin, one, *both) in enumerate(near):
+        x, y = i % columns * wide, i // columns * (cell + 14)
+        half = 0.62 * max(one.box[2] - one.box[0], one.box[3] - one.box[1])
+        cx, cy = (one.box[0] + one.box[2]) / 2, (one.box[1] + one.box[3]) / 2
+        around = tuple(round(v) for v in (cx - half, cy - half, cx + half, cy + half))
+        for k, pixels in enumerate(both):
+            part = Image.fromarray(pixels).crop(around).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(part, (x + k * cell, y))
+        pen.text(
+            (x, y + cell + 1), f"{soft:.2f} {origin} {one.kind} {one.distance:.2f} {one.outline:.2f}", fill="black"
+        )
+    write_atomic(path, lambda temporary: canvas.save(temporary, "PNG"))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="mini", help="whose VAE and pictures (default: mini)")
+    parser.add_argument(
+        "--sizes", nargs="+", type=size_of, metavar="HxW", default=SIZES, help="default: 64, 96, 128 square"
+    )
+    parser.add_argument("--per-task", type=int, default=6, help="pictures per task, size and origin (default: 6)")
+    parser.add_argument("--guidance", type=float, default=3.0, help="of the drawn pictures (default: 3)")
+    parser.add_argument("--steps", type=int, default=20, help="sampling steps (default: 20)")
+    parser.add_argument("--calibrate", action="store_true", help=f"fit the threshold and write {CALIBRATION.name}")
+    parser.add_argument("--sheet", type=Path, help="picture of the objects around the threshold to write")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+
+
+def run(options: argparse.Namespace) -> int:
+    torch.set_num_threads(options.threads)
+    source, eye = from_pipeline(options.model, options.steps), Eye.load()
+    shapes = ShapeJudge(source.classes or CORE, calibration=UNFITTED if options.calibrate else None)
+    found = {}
+    for size in options.sizes:
+        for origin, one in examine(source, size, options.per_task, options.guidance, eye, shapes).items():
+            found[f"{origin} {size[0]}x{size[1]}"] = one
+    calibration = shapes.calibration
+    if options.calibrate:
+        sides = [
+            [one.features() for name, one in found.items() if name.split()[0] in w] for w in (TRUE, tuple(DAMAGES))
+        ]
+        right = np.repeat([True, False], [sum(map(len, side)) for side in sides])
+        calibration = logistic(np.concatenate([*sides[0], *sides[1]]), right)
+    measured = {name: one.measured(calibration) for name, one in found.items()}
+    print(
+        f"soft = sigmoid({calibration.bias} - {calibration.distance_weight} distance - {calibration.outline_weight} outline)"
+    )
+    print(f"{'':18s} objects  true shapes  right, mean of six  distance and outline at {QUANTILES}")
+    for name, row in measured.items():
+        print(
+            f"{name:18s} {row['objects']:7d}  {row['accepted']:11.3f}  {row['six']:18.3f}  {row['distance']} {row['outline']}"
+        )
+    if options.sheet:
+        sheet(found, calibration, options.sheet)
+    if options.calibrate:
+        how = {
+            "command": "python -m train evaluate shape --calibrate",
+            "model": options.model,
+            "per_task": options.per_task,
+            "first_prompt_seed": FIRST_SEED,
+            "guidance": options.guidance,
+            "quantiles": QUANTILES,
+        }
+        write_text(CALIBRATION, json.dumps({**vars(calibration), "how": how, "measured": measured}, indent=1) + "\n")
+    return 0
