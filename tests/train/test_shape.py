@@ -78,12 +78,8 @@ def test_larger_pictures_are_judged_too(shapes, side):
 def test_reconstructions_are_right_and_near(shapes, eye):
     source = from_pipeline("mini", 1)
     scenes = [mini_bench.scenes_of(task, 2, FEW, side=96)[i] for task in ("colors", "position") for i in (0, 1)]
-    ruled = [
-        verdict(shapes, p, s, d)
-        for s, p, d in zip(
-            scenes, pictures := source.reconstruct([World().render(s) for s in scenes]), eye.look(pictures)
-        )
-    ]
+    pictures = source.reconstruct([World().render(scene) for scene in scenes])
+    ruled = [verdict(shapes, p, s, d) for s, p, d in zip(scenes, pictures, eye.look(pictures))]
     assert all(v.right for v in ruled), ruled
     assert 0.001 < np.mean([v.distance for v in ruled]) < 0.08
 
@@ -185,10 +181,10 @@ def test_errors(shapes, tmp_path):
 
 def test_calibration_parts_what_can_be_parted():
     rng = np.random.default_rng(0)
-    true, torn = rng.uniform(0, 0.12, (200, 2)), rng.uniform(0.25, 0.9, (50, 2))
+    true, torn = rng.uniform(0, 0.12, (200, 2)), rng.uniform(0.2, 0.9, (50, 2))
     fitted = logistic(np.concatenate([true, torn]), np.repeat([True, False], [200, 50]))
-    assert all(fitted.soft(*one) > 0.5 for one in true)
-    assert all(fitted.soft(*one) < 0.5 for one in torn)
+    assert np.mean([fitted.soft(*one) > 0.5 for one in true]) > 0.98
+    assert np.mean([fitted.soft(*one) < 0.5 for one in torn]) > 0.98
     shipped = Calibration.load()
     assert shipped.soft(0, 0) > 0.9
     assert shipped.soft(0.25, 0.6) < 0.1

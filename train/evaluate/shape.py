@@ -3,7 +3,8 @@
 A detector names an object whose outline is torn, that shows a lattice, or that floats beside a copy of itself. This judge
 redraws the picture from true renders and measures what is left. It has no learned weights.
 
-1. Backdrop: the world's own where one fits, else the surroundings filled in (`surroundings.py`).
+1. Backdrop: the world's own where one fits, else the surroundings filled in (`surroundings.py`): in the end of what the fitted
+   objects cover alone, so that over an unknown backdrop a halo is no fault, only what is missing or wrong within.
 2. Candidates: a detector's boxes, and later every patch that the redrawn picture leaves unexplained, so that a duplicate the
    detector overlooks is found as well (over an unknown backdrop the boxes alone).
 3. Class and colour: the candidate at about COARSE pixels against every class in every colour, size and shift composited
@@ -44,7 +45,7 @@ from ..data.sprites import colours_of, fitted_size, sprite
 from . import geneval
 from .eye import SIGN, overlap
 from .geneval import Asked, Detection
-from .surroundings import Box, surroundings, within
+from .surroundings import Box, filled, surroundings, within
 
 CALIBRATION = Path(__file__).parent / "assets" / "shape.json"
 COARSE, SIZES, REACH = (
@@ -62,6 +63,7 @@ ALIKE = 0.6  # two detected boxes whose intersection over union exceeds this are
 SAME = 0.45  # two boxes whose intersection over union exceeds this are one object; so is one that lies inside the other
 INSIDE = 0.75  # by this share of the smaller
 FLAT = 5.0  # of 255 per pixel: the least slope that an outline is measured against
+STRETCH = 0.04  # of the longer side: by how much width and height may leave a class's own proportions
 STRAY = 45.0  # of 255, root mean square over channels: what the redrawn picture leaves unexplained
 LEAST = 6  # pixels: nothing smaller is an object
 PATCH = 0.012  # of the picture: the least unexplained patch that is an object or a piece of one
@@ -150,10 +152,12 @@ class ShapeJudge:
         pixels = picture.astype(np.float32)
         backdrop, canvas = surroundings(pixels, [*boxes, *signs])
         work = _Work(pixels, canvas, signs)
-        whole = [] if backdrop is None else _unlike(work.unexplained(), boxes)
+        whole = [] if backdrop is None else _wider(work.unexplained(), boxes)
         work.fit([*boxes, *whole], self.classes)
         if backdrop is not None:
             work.fit(work.unexplained(), self.classes)
+        else:
+            canvas = work.canvas = filled(pixels, ~work.covered())
         redrawn, objects = work.redrawn(), []
         torn, edges = _slopes(pixels - redrawn), _slopes(redrawn)
         for k, one in enumerate(work.fits):
@@ -205,13 +209,13 @@ def _one_each(found: Sequence[Detection]) -> list[Box]:
     return kept
 
 
-def _unlike(boxes: Sequence[Box], known: Sequence[Box]) -> list[Box]:
-    """The boxes that neither one of the known ones nor all of those within are much like."""
+def _wider(boxes: Sequence[Box], known: Sequence[Box]) -> list[Box]:
+    """The boxes that hold known ones, and that neither one of these nor all of them together are much like."""
     out = []
     for box in boxes:
         inside = [k for k in known if _same(k, box)]
         around = [(*np.min(inside, 0)[:2], *np.max(inside, 0)[2:])] if inside else []
-        if not any(overlap(box, other) > ALIKE for other in [*known, *around]):
+        if inside and not any(overlap(box, other) > ALIKE for other in inside + around):
             out.append(box)
     return out
 
@@ -355,6 +359,13 @@ class _Work:
             paint(out, one.kind, one.colour, one.box)
         return out
 
+    def covered(self) -> np.ndarray:
+        """bool [H, W]: what the fits hide or shade."""
+        white = np.full_like(self.canvas, 255.0)
+        for one in self.fits:
+            paint(white, one.kind, one.colour, one.box)
+        return (white != 255).any(-1)
+
     def unexplained(self) -> list[Box]:
         """Boxes of what differs from the redrawn picture outside every fit's window."""
         differs = np.sqrt(((self.picture - self.redrawn()) ** 2).mean(-1)) > STRAY
@@ -432,12 +443,15 @@ class _Window:
                 return self.fit(kind, colour, here)
 
     def refined(self, fit: _Fit) -> _Fit:
-        """Each edge by itself, pixel by pixel, and every colour of the class."""
+        """Each edge by itself, pixel by pixel and by no more than STRETCH of the longer side, and every colour of the class."""
         kind, here = fit.kind, fit.box
+        most = max(1, round(STRETCH * max(here[2] - here[0], here[3] - here[1])))
+        size = here[2] - here[0], here[3] - here[1]
         colour = min(colours_of(kind), key=lambda c: self.error(kind, c, here))
         while True:
             moved = [tuple(v + d * (i == edge) for i, v in enumerate(here)) for edge in range(4) for d in (-1, 1)]
             moved += [(here[0] + i, here[1] + j, here[2] + i, here[3] + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+            moved = [b for b in moved if max(abs(b[2] - b[0] - size[0]), abs(b[3] - b[1] - size[1])) <= most]
             best = min(moved, key=lambda b: self.error(kind, colour, b))
             if self.error(kind, colour, best) >= self.error(kind, colour, here):
                 return self.fit(kind, colour, here)

@@ -43,7 +43,7 @@ EDGE = 0.02  # objects whose soft score lies within this of 0 or 1 are not aroun
 UNFITTED = Calibration(1.0, 1.0, 1.0)  # while there is none
 QUANTILES = (0.05, 0.5, 0.95)
 CLIPPED = 1.5  # distances beyond are all alike
-RIDGE = 1e-3  # keeps the regression finite where the two sides do not overlap
+RIDGE = 1e-4  # keeps the regression finite where the two sides do not overlap
 
 
 def logistic(features: np.ndarray, right: np.ndarray) -> Calibration:
