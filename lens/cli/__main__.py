@@ -303,7 +303,7 @@ def _device(text: str | None) -> Any:
 
 
 def _model_name(source: str) -> str:
-    """How a recipe names the weights; see `pictures.Recipe`."""
+    """How a recipe names the weights; see `image_file.Recipe`."""
     if source in EMBEDDED or not Path(source).is_dir():
         return source
     return Path(source).resolve().name

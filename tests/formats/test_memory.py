@@ -27,7 +27,7 @@ import json, sys
 from pathlib import Path
 import torch
 import lens
-from lens import checkpoint
+from lens.formats import released
 
 def status(key):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(key))
@@ -35,7 +35,7 @@ def status(key):
 torch.zeros(1000, 1000) @ torch.zeros(1000, 10)  # thread pools and buffers of the library
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
 before = status("VmRSS")
-model = checkpoint.load_transformer(Path(sys.argv[1]), getattr(torch, sys.argv[2]), "cpu")
+model = released.load_transformer(Path(sys.argv[1]), getattr(torch, sys.argv[2]), "cpu")
 peak, after = status("VmHWM") - before, status("VmRSS") - before
 size = sum(p.numel() * p.element_size() for p in model.parameters())
 values = [float(p.double().mean()) for p in list(model.parameters())[::40]]

@@ -84,10 +84,11 @@ def test_file_size_limit_stands_for_a_full_disk(tmp_path):
 import resource, signal, sys
 from pathlib import Path
 import torch
-from lens import LensConfig, LensTransformer2DModel, checkpoint
+from lens import LensConfig, LensTransformer2DModel
+from lens.formats import released
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
-checkpoint.save_transformer(LensTransformer2DModel({SMALL!r}), Path(sys.argv[1]))
+released.save_transformer(LensTransformer2DModel({SMALL!r}), Path(sys.argv[1]))
 """
     done = subprocess.run([sys.executable, "-c", child, str(folder)], capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -104,7 +105,7 @@ def test_killed_while_saving(tmp_path):
     child = """
 import sys, time
 from pathlib import Path
-from lens.checkpoint import write_atomic
+from lens.formats.files import write_atomic
 def write(temporary):
     with open(temporary, "wb") as file:
         file.write(b"x" * 1000)

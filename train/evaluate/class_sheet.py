@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw
 
-from lens.checkpoint import write_atomic
+from lens.formats.files import write_atomic
 
 from ..data import grammar
 from ..data.kinds import CORE, KINDS

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from lens.checkpoint import write_atomic
+from lens.formats.files import write_atomic
 
 from ..checkpointing import write_text
 from ..data.backdrops import backdrop
