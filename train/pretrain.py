@@ -22,7 +22,7 @@ OUT holds pretrain.pt (the state), log.jsonl and its copy for TensorBoard, and a
 save. `with_text`, `without_text`: loss on fixed unseen scenes, times and noise with the averaged weights; `text_explains` is
 the share of the latter that the caption takes away.
 
-A recipe with SLOTS trains the MMDiT alone, on shards and on any number of processes (train/flow.py). Mini's has a loop of its
+A recipe with SLOTS trains the MMDiT alone, on shards and on any number of processes (train/pretrain_on_shards.py). Mini's has a loop of its
 own, below: its encoder trains along, at another rate and with a second loss, and scenes that are drawn on the fly know no end.
 """
 
@@ -32,23 +32,27 @@ import argparse
 import contextlib
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lens import checkpoint
 
-from . import adapters, configs, flow
-from . import encoder as text_stage
-from .checkpointing import load_state, save_state
-from .codec import Latents
+from . import configs
+from . import pretrain_on_shards as flow
 from .data.stream import Source, Stream, bucket_at, draw
-from .generator import Mini, Painter, draw_sheet, fused_rows
-from .logging import JsonLog
-from .loop import Averaged, Clock, Ema, device_of, duration, positive, rate
-from .validation import validate
-from .warm_start import rebase_latents
+from .evaluate.flow_loss import validate
+from .loop import lora as adapters
+from .loop.checkpoints import load_state, save_state
+from .loop.clock import Clock, duration, positive
+from .loop.ema import Averaged, Ema
+from .loop.log import JsonLog
+from .loop.method import rate
+from .loop.ranks import device_of
+from .networks import text_path
+from .networks.codec import Latents
+from .networks.generator import Mini, Painter, draw_sheet, fused_rows, shaped
+from .networks.warm_start import rebase_latents
 
 
 def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
@@ -83,30 +87,9 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
         if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
             raise ValueError(f"pretrain --init {source}: its MMDiT has {'; '.join(other)}")
         model.transformer.load_state_dict(transformer.state_dict())
-        model.encoder.load_state_dict(text_stage.weights_of_folder(encoder_config, source))
+        model.encoder.load_state_dict(text_path.weights_of_folder(encoder_config, source))
     else:
         model.load_state_dict(load_state(source, "pretrain")["ema"]["average"])
-
-
-def shaped(config: ModuleType, state: dict[str, Any] | None, init: Path | None) -> ModuleType:
-    """The recipe with the MMDiT that a state was trained with, or that of the folder a training starts from."""
-    given = (state or {}).get("settings", {}).get("MODEL")
-    if state is None and init is not None and init.is_dir():
-        path = init / "transformer" / "config.json"
-        values = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
-        given = {name: values[name] for name in config.MODEL}
-    return configs.override(config, [f"MODEL={given!r}"]) if given else config
-
-
-def adapters_of(state: dict[str, Any] | None, text: str | None) -> adapters.Lora | None:
-    """The LoRA of a training: that of its state, or of `--lora`. Errors: ValueError where they differ."""
-    asked = adapters.parse(text) if text else None
-    if state is None:
-        return asked
-    held = state["settings"].get("LORA")
-    if asked and held != str(asked):
-        raise ValueError(f"--lora {asked}: this training has {held or 'none'}")
-    return adapters.parse(held) if held else None
 
 
 def expect_finite(loss: Tensor, step: int) -> None:
@@ -119,13 +102,13 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / f"{stage}.pt"
     device = device_of(options.device)
     encoder_config = configs.load(options.config, "encoder")
-    tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
+    tokenizer = text_path.tokenizer_of(encoder_config.TOKENIZER)
     fresh = not path.is_file()
     state = None if fresh else load_state(path, stage)
-    config, lora = shaped(config, state, options.init), adapters_of(state, options.lora)
+    config, lora = shaped(config, state, options.init), adapters.of_training(state, options.lora)
     if lora and fresh and options.init is None:
         raise ValueError(adapters.NO_BASE)
-    model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
+    model = Mini(config, encoder_config, text_path.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
     latents = Latents(options.vae, device)
     if latents.vae is not None and device.type == "cpu":  # a released folder's encoder is slow there
@@ -138,7 +121,7 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
             share = rebase_latents(model.transformer, options.init, Latents(options.vae), world, config.SIDE)
             log(step=0, latents_carried_over=share)
     if fresh and (options.encoder or not options.init):
-        trained = text_stage.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
+        trained = text_path.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
         model.encoder.load_state_dict(trained.state_dict())
     if lora:
         model.requires_grad_(False)
@@ -254,24 +237,6 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     stream.close()
 
 
-def load_trained(
-    config: ModuleType, name: str, path: Path, stage: str = "pretrain", lora_to: Path | None = None
-) -> Mini:
-    """Averaged weights of a state file, adapters merged; `lora_to`: the folder to write these to, where there are any."""
-    encoder_config, state = configs.load(name, "encoder"), load_state(path, stage)
-    model, lora = (
-        Mini(shaped(config, state, None), encoder_config, text_stage.build(encoder_config)),
-        adapters_of(state, None),
-    )
-    if lora:
-        adapters.attach(model.transformer, lora)
-    model.load_state_dict(state["ema"]["average"], strict=True)
-    if lora and lora_to:
-        adapters.save(model.transformer, lora, lora_to)
-    adapters.merge(model.transformer)
-    return model
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
     parser.add_argument(
@@ -328,7 +293,7 @@ def run(options: argparse.Namespace) -> int:
         return flow.run(options, config, "pretrain")
     torch.set_num_threads(options.threads)
     if options.export:
-        from .shipping import export
+        from .export import export
 
         export(config, options)
     else:

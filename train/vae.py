@@ -14,7 +14,7 @@ variance) is the *codec*. Then
     encoder:  minimise  |E(x) - codec(x)|^2  and a posterior width equal to the codec's noise
 
 are two independent regressions. Nothing downstream waits for them: a generator trained on codec(x) stays valid while the
-decoder keeps improving. Where there is a GPU, encoder and decoder are trained together (train/joint.py) and the encoder's
+decoder keeps improving. Where there is a GPU, encoder and decoder are trained together (train/networks/joint.py) and the encoder's
 posterior mode is the latent space. Latents of a picture: c channels per 8x8 pixels; patchified (c p1 p2) to 4c per token
 and normalised with BatchNorm statistics measured once over STATISTICS_SCENES scenes. A folder holds one of the two.
 """
@@ -32,33 +32,23 @@ import torch.nn as nn
 from lens import checkpoint
 
 from . import configs
-from .checkpointing import folder_tensors, load_state, save_state
-from .codec import Latents, autoencoder, held_out_pictures, probe, psnr, sheet, to_model, train_codec
 from .data.kinds import CORE
 from .data.world import World
-from .joint import train_joint
-from .logging import JsonLog
-from .loop import Clock, Ema, device_of, duration, keyed, rate
+from .loop.checkpoints import folder_tensors, load_state, save_state
+from .loop.clock import Clock, duration
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.log import JsonLog
+from .loop.method import rate
+from .loop.ranks import device_of
+from .networks.codec import Half, Latents, autoencoder, held_out_pictures, probe, psnr, sheet, to_model, train_codec
+from .networks.joint import train_joint
 from .objectives.autoencoding import detail_at, reconstruction_loss, regression_loss
 
 
 def build(config: ModuleType) -> nn.Module:
     """An AutoencoderKLFlux2 with weights drawn from the recipe's seed."""
     return autoencoder(config.MODEL, config.SEED)
-
-
-class Half(nn.Module):
-    """The decoder or the encoder of a VAE with its 1x1 convolution, so that each has its own optimiser and state."""
-
-    def __init__(self, vae: nn.Module, part: str):
-        super().__init__()
-        self.part = part
-        self.body = vae.decoder if part == "decoder" else vae.encoder
-        self.point = vae.post_quant_conv if part == "decoder" else vae.quant_conv
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Decoder: [n, c, h, w] -> [n, 3, 8h, 8w]. Encoder: the reverse, 2c channels of moments."""
-        return self.body(self.point(x)) if self.part == "decoder" else self.point(self.body(x))
 
 
 @torch.no_grad()

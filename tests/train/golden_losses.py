@@ -1,6 +1,6 @@
 """Every stage for a few steps of a recipe small enough for seconds, by its command: the values its loop goes backward from.
 
-    python -m tests.train.golden_losses        # write tests/golden/losses.json anew, where a change of numbers is meant
+python -m tests.train.golden_losses        # write tests/golden/losses.json anew, where a change of numbers is meant
 """
 
 import contextlib

@@ -8,12 +8,15 @@ import torch
 
 from lens import checkpoint
 from lens.config import LensConfig
-from train import configs, flow, parallel
-from train.checkpointing import read_state
+from train import configs
+from train import pretrain_on_shards as flow
 from train.data.buckets import Bucket
-from train.denoiser import Denoiser
-from train.loop import Clock, Halted, keyed
-from train.trainer import Trainer
+from train.loop import ranks
+from train.loop.checkpoints import read_state
+from train.loop.clock import Clock, Halted
+from train.loop.keys import keyed
+from train.loop.trainer import Trainer
+from train.networks.denoiser import Denoiser
 
 SHAPE = {
     "num_layers": 2,
@@ -77,12 +80,12 @@ def model_on(group, settings):
     """Wrapped; no weight is zero, so that every part of it has a gradient."""
     with torch.device("meta"):
         model = Denoiser(LensConfig(**settings.MODEL), flow.DTYPES[settings.COMPUTE], settings.RECOMPUTE).train()
-    wrapped = parallel.wrap(model, group, settings.RESHARD) if group.shard > 1 else None
-    parallel.materialise(model, group.device, settings.SEED)
+    wrapped = ranks.wrap(model, group, settings.RESHARD) if group.shard > 1 else None
+    ranks.materialise(model, group.device, settings.SEED)
     for name, parameter in model.named_parameters():
         whole = torch.randn(parameter.shape, generator=keyed(5, name)) * 0.1
-        parallel.place(parameter, whole + float(parameter.dim() == 1 and "norm" in name))
-    return wrapped if wrapped is not None else parallel.wrap(model, group)
+        ranks.place(parameter, whole + float(parameter.dim() == 1 and "norm" in name))
+    return wrapped if wrapped is not None else ranks.wrap(model, group)
 
 
 def trainer_on(group, out, init=None, **changes):
@@ -96,7 +99,7 @@ def trainer_on(group, out, init=None, **changes):
 
 def checkpoint_in(folder):
     """A model in the released layout, none of whose weights is zero."""
-    model = model_on(parallel.Ranks(torch.device("cpu")), recipe())
+    model = model_on(ranks.Ranks(torch.device("cpu")), recipe())
     checkpoint.save_transformer(model, folder / "transformer", torch.float32)
     return folder / "transformer"
 
@@ -165,7 +168,7 @@ def adapters_both_ways(group, out, init, changes, state):
 def resume_and_go_on(group, out, count, again=None, init=None, changes=None):
     """A saved state, and after `count` more steps."""
     trainer = trainer_on(group, out, init, **(changes or {}))
-    for p in parallel.bare(trainer.model).parameters():
+    for p in ranks.bare(trainer.model).parameters():
         torch.nn.init.zeros_(p.data)
     state = trainer.resume(trainer.checkpoints.latest())
     before = weights(trainer)
@@ -179,14 +182,14 @@ def resume_and_go_on(group, out, count, again=None, init=None, changes=None):
 
 
 def clip_norms(group, out):
-    """The norm of random gradients by `parallel.norm`, and of the same, whole, by torch."""
+    """The norm of random gradients by `ranks.norm`, and of the same, whole, by torch."""
     trainer = trainer_on(group, out / str(group.rank))
     found = []
     for name, p in trainer.parameters.items():
         p.grad = torch.zeros_like(p)
-        parallel.place(p.grad, torch.randn(p.shape, generator=keyed(9, name)))
+        ranks.place(p.grad, torch.randn(p.shape, generator=keyed(9, name)))
         found.append(p.grad)
-    mine = parallel.norm(found, group).item()
+    mine = ranks.norm(found, group).item()
     full = torch.nn.utils.get_total_norm([torch.from_numpy(whole(g)).double() for g in found]).item()
     return mine, full
 

@@ -15,11 +15,14 @@ from lens.config import LensConfig
 from lens.modulation import modulate
 from lens.packing import plan
 from tests.reference_model import ReferenceLens, relative
-from train import adapters, configs, pretrain, shipping
-from train.checkpointing import folder_tensors, load_state, save_state
-from train.codec import Latents
-from train.denoiser import Denoiser
-from train.loop import keyed
+from train import configs, pretrain
+from train import export as shipping
+from train.loop import lora as adapters
+from train.loop.checkpoints import folder_tensors, load_state, save_state
+from train.loop.keys import keyed
+from train.networks import generator
+from train.networks.codec import Latents
+from train.networks.denoiser import Denoiser
 
 SHIPPED = Path(__file__).parents[2] / "lens" / "mini" / "base"
 CONFIG = json.loads((SHIPPED / "transformer" / "config.json").read_text())
@@ -261,7 +264,7 @@ def test_fine_tuning_takes_the_architecture_from_the_checkpoint(train, tmp_path)
     assert "transformer.blocks.2.image.qkv.weight" not in tuned["model"]
     moved = tuned["model"]["transformer.blocks.0.image.qkv.weight"] - small.blocks[0].image.qkv.weight
     assert 0 < moved.abs().max() < 0.1
-    model = pretrain.load_trained(train.config, "mini", path)
+    model = generator.load_trained(train.config, "mini", path)
     assert len(model.transformer.blocks) == 2
     batch_of_one = modulate(model.transformer, torch.tensor([0.5]))
     assert batch_of_one.blocks.shape[1] == 2

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from train import configs, eye
-from train.checkpointing import load_state
+from train import configs
+from train import detector as eye
 from train.data.backdrops import backdrop
 from train.data.kinds import KINDS, PALETTE
 from train.data.world import World
 from train.evaluate import geneval, oracle
 from train.evaluate.copies import copies
-from train.evaluate.eye import ASSET, SIGN, Eye, Targets, loss, overlap, without_overlaps
+from train.evaluate.detector import ASSET, SIGN, Eye, Targets, loss, overlap, without_overlaps
 from train.evaluate.geneval import Detection
+from train.loop.checkpoints import load_state
 
 SEED = 2_300_000_000  # of no other test, benchmark or training
 

@@ -14,7 +14,7 @@ from lens.pictures import read_recipe
 from train.__main__ import main
 from train.data.world import World
 from train.evaluate import gallery, gallery_page, mini_bench, ocr
-from train.evaluate.eye import SIGN
+from train.evaluate.detector import SIGN
 from train.evaluate.gallery_page import Card, Class, Page, Share, Stage, Task, curve, facts, lines, render, tally, tick
 from train.evaluate.geneval import Detection
 from train.evaluate.scores import read_scores

@@ -13,12 +13,17 @@ from types import ModuleType
 import pytest
 import torch
 
-from train import configs, encoder, pretrain, shipping, vae
-from train.checkpointing import folder_tensors, load_state, save_state
-from train.codec import VALIDATION_SEED, Latents
-from train.generator import Mini
-from train.logging import JsonLog, read_log
-from train.loop import Clock, Ema, duration, keyed, rate
+from train import configs, pretrain, vae
+from train import export as shipping
+from train import text_encoder as encoder
+from train.loop.checkpoints import folder_tensors, load_state, save_state
+from train.loop.clock import Clock, duration
+from train.loop.ema import Ema
+from train.loop.keys import keyed
+from train.loop.log import JsonLog, read_log
+from train.loop.method import rate
+from train.networks.codec import VALIDATION_SEED, Latents
+from train.networks.generator import Mini
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,12 +17,12 @@ from lens.modulation import modulate
 from lens.packing import plan
 from tests.train import processes, small_training
 from tests.train.small_training import batches, distance, micro, same, state_of, trainer_on, weights
-from train.logging import JsonLog
-from train.loop import Clock, Halted
+from train.loop.clock import Clock, Halted
+from train.loop.log import JsonLog
+from train.loop.ranks import Ranks, bare
+from train.loop.trainer import Trainer
 from train.objectives.flow_matching import REDUCTIONS
 from train.objectives.velocity import noise, times
-from train.parallel import Ranks, bare
-from train.trainer import Trainer
 
 ALONE = Ranks(torch.device("cpu"))
 

@@ -10,12 +10,13 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from lens.vae import patchify
-from train import codec, configs, joint, vae
-from train.checkpointing import load_state, save_state
-from train.codec import Latents, LinearCodec, psnr, to_model
+from train import configs, vae
 from train.data.labels import CLASSES, COLOURS, labelled, token_labels
 from train.data.world import Scene, Thing, World
-from train.logging import JsonLog, read_log
+from train.loop.checkpoints import load_state, save_state
+from train.loop.log import JsonLog, read_log
+from train.networks import codec, joint
+from train.networks.codec import Latents, LinearCodec, psnr, to_model
 from train.objectives.autoencoding import (
     TokenHead,
     detail_at,
@@ -270,7 +271,7 @@ def test_a_half_is_carried_over_to_another_basis(tiny_codecs):
         z = whole.encode(x).latent_dist.mode()
         picture, wanted = whole.decode(z).sample, Turned().latents(x)
         for part, given, expected in (("decoder", wanted, picture), ("encoder", x, wanted)):
-            half = vae.Half(whole, part)
+            half = codec.Half(whole, part)
             half.point = torch.nn.Conv2d(half.point.in_channels, half.point.out_channels, 1)
             half.point.load_state_dict((whole.post_quant_conv if part == "decoder" else whole.quant_conv).state_dict())
             assert vae.rebase(half, whole, Turned(), 64, scenes=64) > 0.999

@@ -9,7 +9,7 @@ from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.modulation import modulate
 from lens.packing import plan
-from train.warm_start import latent_map, rebase
+from train.networks.warm_start import latent_map, rebase
 
 
 def test_the_map_is_found_and_its_share_told():

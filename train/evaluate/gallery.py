@@ -29,13 +29,13 @@ from lens import __version__, checkpoint, pictures
 from lens.text_encoder import DEFAULT_CHAT_DATE
 
 from .. import configs
-from ..checkpointing import write_text
 from ..data import grammar
 from ..data.translations import LANGUAGES
 from ..data.world import Scene, World
-from ..logging import read_log
+from ..loop.checkpoints import write_text
+from ..loop.log import read_log
 from . import geneval, ocr
-from .eye import Eye
+from .detector import Eye
 from .gallery_page import Card, Class, Page, Stage, Task, facts, lines, render
 from .mini_bench import Judges, scenes_of
 from .scores import Scores, read_scores

@@ -20,13 +20,15 @@ import torch.nn.functional as F
 from lens import checkpoint
 from lens.vae import patchify, unpatchify
 
-from .checkpointing import load_state, save_state
-from .data.kinds import CORE
-from .data.labels import CLASSES, COLOURS, labelled
-from .data.world import World
-from .logging import JsonLog
-from .loop import Clock, keyed, rate
-from .objectives.autoencoding import TokenHead, head_accuracy, head_loss
+from ..data.kinds import CORE
+from ..data.labels import CLASSES, COLOURS, labelled
+from ..data.world import World
+from ..loop.checkpoints import load_state, save_state
+from ..loop.clock import Clock
+from ..loop.keys import keyed
+from ..loop.log import JsonLog
+from ..loop.method import rate
+from ..objectives.autoencoding import TokenHead, head_accuracy, head_loss
 
 VALIDATION_SEED = 1_000_000_000  # scenes from here on are never trained on
 
@@ -64,6 +66,20 @@ def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(keyed(seed, "vae init").initial_seed())
         return AutoencoderKLFlux2(**shape).train()
+
+
+class Half(nn.Module):
+    """The decoder or the encoder of a VAE with its 1x1 convolution, so that each has its own optimiser and state."""
+
+    def __init__(self, vae: nn.Module, part: str):
+        super().__init__()
+        self.part = part
+        self.body = vae.decoder if part == "decoder" else vae.encoder
+        self.point = vae.post_quant_conv if part == "decoder" else vae.quant_conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Decoder: [n, c, h, w] -> [n, 3, 8h, 8w]. Encoder: the reverse, 2c channels of moments."""
+        return self.body(self.point(x)) if self.part == "decoder" else self.point(self.body(x))
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> float:

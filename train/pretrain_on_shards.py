@@ -28,19 +28,21 @@ from lens.config import LensConfig
 from lens.ops import attention_backends
 from lens.resolution import bucket_size
 
-from . import adapters, configs, cost, parallel
-from .checkpointing import Checkpoints, read_state
+from . import configs, cost
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import Encode, Loader
 from .data.shards import ShardSet
-from .denoiser import Denoiser
-from .held_out import HeldOut, unseen
-from .loop import Clock, positive
+from .loop import lora as adapters
+from .loop import ranks
+from .loop.checkpoints import Checkpoints, read_state
+from .loop.clock import Clock, positive
+from .loop.ranks import Ranks
+from .loop.sheets import Sheets, released_decoder
+from .loop.trainer import Trainer, averaged_names, plain
+from .loop.validation import HeldOut, unseen
+from .networks.denoiser import Denoiser
 from .objectives.velocity import FlowMatching
-from .parallel import Ranks
-from .sheets import Sheets, released_decoder
-from .trainer import Trainer, averaged_names, plain
 
 ALONE = Ranks(torch.device("cpu"))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -104,14 +106,14 @@ def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Modu
         if lora:
             adapters.attach(model, lora, model.compute)
     # sharded while they weigh nothing: no process ever holds the whole
-    wrapped = parallel.wrap(model, group, recipe.RESHARD) if group.shard > 1 else None
+    wrapped = ranks.wrap(model, group, recipe.RESHARD) if group.shard > 1 else None
     if init is not None:
-        parallel.load_released(model, init, group.device)
+        ranks.load_released(model, init, group.device)
     else:
-        parallel.materialise(model, group.device, recipe.SEED)
+        ranks.materialise(model, group.device, recipe.SEED)
     if lora:
         adapters.start(model, recipe.SEED)
-    return wrapped if wrapped is not None else parallel.wrap(model, group, recipe.RESHARD)
+    return wrapped if wrapped is not None else ranks.wrap(model, group, recipe.RESHARD)
 
 
 def networks(
@@ -127,7 +129,7 @@ def networks(
     if options.encoder is not None:
         if options.vae is None:
             raise ValueError("--encoder: expected --vae, the folder of the VAE stage, beside it")
-        from .generator import Painter
+        from .networks.generator import Painter
 
         found = encoders.mini("mini", options.vae, options.encoder, group.device)
         return *found, Painter(options.vae, "mini")
@@ -244,7 +246,7 @@ def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
         return 0
     if options.data is None:
         raise ValueError(f"{stage}: expected --data SHARDS for {recipe.__name__.removeprefix('train.configs.')}")
-    with parallel.ranks(options.device, options.shard, most=recipe.SHARD) as group:
+    with ranks.join(options.device, options.shard, most=recipe.SHARD) as group:
         return train(options, recipe, stage, group)
 
 

@@ -17,11 +17,11 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from .data import encoders
-from .data.buckets import Bucket, BucketLaw, BucketSampler
-from .data.loader import Encode, Loader
-from .data.shards import ShardSet
-from .parallel import Ranks
+from ..data import encoders
+from ..data.buckets import Bucket, BucketLaw, BucketSampler
+from ..data.loader import Encode, Loader
+from ..data.shards import ShardSet
+from .ranks import Ranks
 from .trainer import Losses
 
 

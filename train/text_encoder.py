@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -31,39 +30,20 @@ from torch import Tensor
 from lens import checkpoint
 
 from . import configs
-from .checkpointing import folder_tensors, load_state, save_state
 from .data import grammar, questions
-from .data.stream import start_worker, undisturbed
 from .data.world import World
-from .logging import JsonLog
-from .loop import Clock, Ema, device_of, duration, keyed, rate
+from .loop.checkpoints import load_state, save_state
+from .loop.clock import Clock, duration
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.log import JsonLog
+from .loop.method import rate
+from .loop.ranks import device_of
+from .loop.workers import start_worker, undisturbed
+from .networks.text_path import build, encode_packed, load_trained, tokenizer_of, weights_of_folder
 from .objectives import language
-from .text_path import CaptionTokenizer, encode_batch, encode_packed, rebase_vocabulary
 
-__all__ = ["CaptionTokenizer", "build", "encode_batch", "load_trained", "tokenizer_of", "weights_of_folder"]
-
-ROOT = Path(__file__).resolve().parents[1]
 VALIDATION_SEED = 1_000_000_000
-
-
-def build(config: ModuleType) -> nn.Module:
-    """A fresh GptOssForCausalLM of the recipe; weights depend on the recipe's seed alone."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    document = json.loads((ROOT / config.TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
-    rows = len(document["model"]["vocab"]) + len(document["added_tokens"])
-    parsed = GptOssConfig(vocab_size=rows, pad_token_id=None, bos_token_id=None, eos_token_id=None, **config.MODEL)
-    parsed._attn_implementation = "eager"
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed(config.SEED, "encoder init").initial_seed())
-        model = GptOssForCausalLM(parsed).float()
-        nn.init.normal_(model.model.embed_tokens.weight, std=config.EMBEDDING_STD)
-    return model.train()
-
-
-@functools.lru_cache(maxsize=4)
-def tokenizer_of(folder: str) -> CaptionTokenizer:
-    return CaptionTokenizer(ROOT / folder)
 
 
 @functools.lru_cache(maxsize=4)
@@ -138,11 +118,6 @@ def losses(
     packed, _ = encode_packed(model, batch.ids, prefix, layers)
     probe, accuracy = readers(packed, batch.asked)
     return language.next_token(model, packed[:, -1], batch), probe, accuracy
-
-
-def weights_of_folder(config: ModuleType, folder: Path) -> dict[str, Tensor]:
-    """Text encoder of a checkpoint folder in the released layout, its vocabulary carried over to the recipe's tokenizer."""
-    return rebase_vocabulary(folder_tensors(folder / "text_encoder"), folder / "tokenizer", ROOT / config.TOKENIZER)
 
 
 def train(
@@ -230,14 +205,6 @@ def train(
         if step % config.SAVE_EVERY == 0:
             save()
     save()
-
-
-def load_trained(config: ModuleType, path: Path) -> nn.Module:
-    """The averaged model of an encoder state file."""
-    average = load_state(path, "encoder")["ema"]["average"]
-    model = build(config)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in average.items() if k.startswith("model.")})
-    return model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

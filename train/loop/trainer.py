@@ -25,13 +25,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from . import configs, parallel
-from .checkpointing import Checkpoints, read_state
-from .data.buckets import Bucket
-from .logging import JsonLog, Progress
-from .loop import Clock, Ema, Halted, local, rate
-from .objectives import flow_matching
-from .parallel import Ranks
+from .. import configs
+from ..data.buckets import Bucket
+from ..objectives import flow_matching
+from . import ranks
+from .checkpoints import Checkpoints, read_state
+from .clock import Clock, Halted
+from .ema import Ema
+from .log import JsonLog, Progress
+from .method import rate
+from .ranks import Ranks, local
 from .window import BINS, HEAD, Window
 
 # of a row of the log, on the terminal
@@ -55,9 +58,9 @@ Losses = Callable[
 
 
 class Trainer:
-    """model: as `parallel.wrap` gave it. losses: the objective. sheet: draws the averaged model's pictures into a file.
+    """model: as `ranks.wrap` gave it. losses: the objective. sheet: draws the averaged model's pictures into a file.
 
-    held_out: the averaged model -> its losses on what is never trained on (train/held_out.py).
+    held_out: the averaged model -> its losses on what is never trained on (train/loop/validation.py).
     """
 
     def __init__(
@@ -79,9 +82,9 @@ class Trainer:
         self.recipe, self.group, self.model, self.losses, self.out = recipe, group, model, losses, out
         self.buckets, self.stage, self.sheet, self.flops, self.peak = buckets, stage, sheet, flops, peak
         self.held_out = held_out
-        self.parameters = {n: p for n, p in parallel.bare(model).named_parameters() if p.requires_grad}
+        self.parameters = {n: p for n, p in ranks.bare(model).named_parameters() if p.requires_grad}
         self.optimizer = optimizer_of(recipe, self.parameters)
-        self.ema = Ema(parallel.bare(model), recipe.EMA, trained_only=True)
+        self.ema = Ema(ranks.bare(model), recipe.EMA, trained_only=True)
         self.checkpoints = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
         self.checkpoints.take_over()
         self.step = self.skipped = self.skipped_in_a_row = 0
@@ -108,7 +111,7 @@ class Trainer:
             waited += time.perf_counter() - asked
             count, tokens = len(batch.lengths), batch.bucket.tokens
             weight = flow_matching.micro_batch_weight(recipe.LOSS_REDUCTION, count, tokens)
-            with parallel.accumulating(self.model, index + 1 == own):
+            with ranks.accumulating(self.model, index + 1 == own):
                 losses, times = self.losses(self.model, batch)
                 # gradients are averaged over ranks: the world makes a sum of it, whose denominator comes with the clip
                 flow_matching.reduced(losses, recipe.LOSS_REDUCTION, tokens, 1 / group.world).backward()
@@ -123,7 +126,7 @@ class Trainer:
             self._sort(sums[len(HEAD) :], losses, times, batch.bucket)
             taken.append({"slot": batch.slot, "bucket": batch.bucket.name, "keys": list(batch.keys)})
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = parallel.norm(gradients, group)
+        norm = ranks.norm(gradients, group)
         sums[: len(HEAD)] += torch.tensor([head[name] for name in HEAD], dtype=torch.float64).to(group.device)
         sums[HEAD.index("broken")] += ~torch.isfinite(norm + sums[1])
         sums[HEAD.index("stop")] += float(stop)
@@ -177,12 +180,12 @@ class Trainer:
         recipe, scale = self.recipe, 1 / found["weight"]
         found["clipped"] = float(found["grad_norm"] > recipe.CLIP)
         factor = scale * min(1.0, recipe.CLIP / (found["grad_norm"] + 1e-6))
-        parallel.scale_(gradients, torch.tensor(factor, dtype=torch.float32, device=self.group.device))
+        ranks.scale_(gradients, torch.tensor(factor, dtype=torch.float32, device=self.group.device))
         found["lr"] = rate(self.step, recipe.LR, recipe.WARMUP, recipe.STEPS, recipe.DECAY)
         for options in self.optimizer.param_groups:
             options["lr"] = found["lr"]
         self.optimizer.step()
-        self.ema.update(parallel.bare(self.model))
+        self.ema.update(ranks.bare(self.model))
         self.skipped_in_a_row = 0
 
     def _skip(self, found: dict[str, float], taken: list[dict[str, Any]]) -> None:
@@ -204,7 +207,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything a state holds that is a tensor, by name: weights, averages, moments."""
-        whole = parallel.bare(self.model)
+        whole = ranks.bare(self.model)
         found = {f"model.{name}": p.detach() for name, p in whole.named_parameters()}
         found |= {f"ema.{name}": value for name, value in self.ema.average.items()}
         for name, p in self.parameters.items():
@@ -235,8 +238,8 @@ class Trainer:
 
     def start_from(self, folder: Path) -> None:
         """The averaged weights of a state of any stage; optimiser, averages and step are those of a fresh training."""
-        self.checkpoints.load(folder, averaged_names(parallel.bare(self.model)))
-        self.ema = Ema(parallel.bare(self.model), self.recipe.EMA, trained_only=True)
+        self.checkpoints.load(folder, averaged_names(ranks.bare(self.model)))
+        self.ema = Ema(ranks.bare(self.model), self.recipe.EMA, trained_only=True)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -319,7 +322,7 @@ def averaged_names(model: nn.Module) -> dict[str, Tensor]:
 
 def revision() -> str:
     """The commit that trains, with a + where files differ from it; "" outside of a checkout."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     try:
         answer = [
             subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()

@@ -23,20 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .checkpointing import folder_tensors, load_state, save_state
+from ..data.labels import labelled
+from ..loop.checkpoints import folder_tensors, load_state, save_state
+from ..loop.clock import Clock
+from ..loop.ema import Ema
+from ..loop.keys import keyed
+from ..loop.log import JsonLog
+from ..loop.method import rate
+from ..loop.ranks import device_of
+from ..loop.workers import start_worker, undisturbed
+from ..objectives.autoencoding import detail_at, head_accuracy, head_loss, kl_loss, moments_of, reconstruction_loss
 from .codec import VALIDATION_SEED, autoencoder, head_of, psnr, sheet, statistics, to_model
-from .data.labels import labelled
-from .data.stream import start_worker, undisturbed
-from .logging import JsonLog
-from .loop import Clock, Ema, device_of, keyed, rate
-from .objectives.autoencoding import (
-    detail_at,
-    head_accuracy,
-    head_loss,
-    kl_loss,
-    moments_of,
-    reconstruction_loss,
-)
 
 
 class Joint(nn.Module):

@@ -26,16 +26,19 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .checkpointing import load_state, save_state, write_text
-from .codec import LinearCodec, to_model
 from .data.kinds import KINDS, PALETTE
-from .data.stream import start_worker, undisturbed
 from .data.world import Scene, World
 from .evaluate import oracle
 from .evaluate.copies import copies
-from .evaluate.eye import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss
-from .logging import JsonLog
-from .loop import Clock, Ema, duration, keyed, rate
+from .evaluate.detector import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss
+from .loop.checkpoints import load_state, save_state, write_text
+from .loop.clock import Clock, duration
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.log import JsonLog
+from .loop.method import rate
+from .loop.workers import start_worker, undisturbed
+from .networks.codec import LinearCodec, to_model
 
 VALIDATION_SEED = 1_000_000_000
 CALIBRATION = 20  # batches whose statistics go with the averaged weights

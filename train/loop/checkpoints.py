@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lens import checkpoint
 
-from .loop import Halted
-from .parallel import Ranks
+from .clock import Halted
+from .ranks import Ranks
 
 FORMAT = 1
 

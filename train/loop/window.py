@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .data.buckets import Bucket
-from .parallel import Ranks
+from ..data.buckets import Bucket
+from .ranks import Ranks
 
 if TYPE_CHECKING:
     from .trainer import Trainer
