@@ -170,7 +170,7 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "device_of", lambda _name: torch.device("cpu"))
     pretrain.train(recipe, options)
     state = load_state(tmp_path / "out" / "pretrain.pt", "pretrain")
-    assert (state["step"], state["window"], state["position"]) == (2, 0, 2)
+    assert (state["step"], state["data"]) == (2, {"window": 0, "position": 2})
     assert (tmp_path / "out" / "sheet_000002.png").is_file()
 
     (tmp_path / "encoder").mkdir()

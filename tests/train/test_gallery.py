@@ -160,8 +160,8 @@ def test_log_facts_over_sittings_and_a_repeated_step():
     rows = [
         {"step": 10, "loss": 2.0, "rate": 5.0, "seconds": 60.0},
         {"step": 20, "loss": 1.0, "rate": 5.0, "seconds": 120.0},
-        {"step": 20, "loss": 0.9, "rate": 10.0, "seconds": 30.0, "text_explains": 0.6},
-        {"step": 1500, "loss": float("nan"), "rate": 10.0, "seconds": 60.0},
+        {"step": 20, "loss": 0.9, "samples": 300.0, "seconds": 30.0, "text_explains": 0.6},
+        {"step": 1500, "loss": float("nan"), "samples": 600.0, "seconds": 60.0},
     ]
     assert facts(rows) == [
         ("steps", "1,500"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from .ranks import local
@@ -32,33 +35,20 @@ class Ema:
             self._pairs = (module, [a for a, _ in pairs], [v for _, v in pairs])
         torch._foreach_lerp_(self._pairs[1], self._pairs[2], 1 - d)
 
-    def state(self) -> dict:
-        return {"decay": self.decay, "updates": self.updates, "average": self.average}
-
-    def load(self, state: dict) -> None:
-        if state["average"].keys() != self.average.keys():
-            raise ValueError("Ema.load: parameter names differ from this module's")
-        self.updates = state["updates"]
-        for name, value in state["average"].items():
-            self.average[name].copy_(value)
+    @contextmanager
+    def in_place_of(self, module: torch.nn.Module) -> Iterator[None]:
+        """Inside, the parameters of the module have their averages; those without one stay."""
+        pairs = [(local(p.detach()), local(self.average[n])) for n, p in module.named_parameters() if n in self.average]
+        live = [p.clone() for p, _ in pairs]
+        for p, average in pairs:
+            p.copy_(average)
+        try:
+            yield
+        finally:
+            for (p, _), value in zip(pairs, live):
+                p.copy_(value)
 
     @torch.no_grad()
     def copy_to(self, module: torch.nn.Module) -> None:
         for name, p in module.named_parameters():
             p.copy_(self.average[name])
-
-
-class Averaged:
-    """`with Averaged(ema, model):` runs a block on the averaged weights."""
-
-    def __init__(self, ema: Ema, model: torch.nn.Module):
-        self.ema, self.model = ema, model
-
-    def __enter__(self) -> None:
-        self.live = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.ema.copy_to(self.model)
-
-    @torch.no_grad()
-    def __exit__(self, *_: object) -> None:
-        for name, p in self.model.named_parameters():
-            p.copy_(self.live[name])
