@@ -21,8 +21,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lens import checkpoint
 from lens.config import LensConfig
+from lens.formats.files import read_json, write_json
+from lens.formats.released import load_transformer, read_index, released_index, save_transformer
 from lens.model import LensTransformer2DModel
 
 from . import configs
@@ -137,7 +138,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         raise ValueError(
             f"pretrain --init: {folder}, expected a checkpoint folder in the released layout to start from"
         )
-    model = checkpoint.load_transformer(folder / "transformer", torch.float32, "cpu")
+    model = load_transformer(folder / "transformer", torch.float32, "cpu")
     if _config_of(config, model) != model.config:
         model = widened(model, _config_of(config, model), keyed(config.SEED, "widened"))
     model.requires_grad_(True).train()
@@ -202,13 +203,13 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
     recipe as run and the log, under the recipe's own name, join those of the stages before."""
     state, folder = load_state(options.out / f"{STAGE}.pt", STAGE), options.export
     source, name = Path(state["init"]), options.config.rpartition("/")[2]
-    start = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
+    start = load_transformer(source / "transformer", torch.float32, "cpu")
     model = LensTransformer2DModel(_config_of(config, start))
     model.load_state_dict(state["ema"]["average"])
     if folder.resolve() != source.resolve():
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
-    checkpoint.save_transformer(model, folder / "transformer", torch.bfloat16)
-    about, rows = checkpoint.read_index(source)["lens"], read_log(options.out / "log.jsonl")
+    save_transformer(model, folder / "transformer", torch.bfloat16)
+    about, rows = read_index(source)["lens"], read_log(options.out / "log.jsonl")
     about |= {
         "base_resolution": config.SIDE,
         "max_resolution": max(max(size) for size in config.SIZES),
@@ -216,11 +217,11 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
         "trained_steps": about["trained_steps"] + state["step"],
         "validation": {"mean_over_times": next(row["validation"] for row in reversed(rows) if "validation" in row)},
     }
-    checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
+    write_json(folder / "model_index.json", released_index(about))
     recipe = {field: value for field, value in configs.fields(config).items() if field != "SIZES"}
     recipe["SIZES"] = {f"{height}x{width}": share for (height, width), share in config.SIZES.items()}
-    earlier = checkpoint.read_json(source / "recipe.json")
-    checkpoint.write_json(folder / "recipe.json", earlier | {name: recipe | state["settings"]})
+    earlier = read_json(source / "recipe.json")
+    write_json(folder / "recipe.json", earlier | {name: recipe | state["settings"]})
     write_text(folder / f"{name}.jsonl", (options.out / "log.jsonl").read_text(encoding="utf-8"))
 
 

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lens import LensTransformer2DModel, ops
 from lens.cli import __main__ as cli
+from lens.doctor import ops as doctor_ops
 from lens.doctor import report, selftest
 from lens.doctor.findings import BROKEN, NOTE, OK
 from lens.doctor.ops import OPS
@@ -176,7 +177,7 @@ def test_a_neighbour_that_changes_bits_is_a_fault_where_none_may(monkeypatch, pr
 @pytest.mark.parametrize("yes", [True, False])
 def test_batch_invariance_of_a_gpu_is_told_with_its_way(monkeypatch, yes):
     monkeypatch.setattr(batch_invariance, "report", lambda device: (yes, "by ours"))
-    monkeypatch.setattr(backend, "report", lambda device: [])
+    monkeypatch.setattr(doctor_ops, "report", lambda device: [])
     (finding,) = report.op_backends(torch.device("cuda"))
     assert (finding.name, finding.status, finding.detail) == ("batch invariant", OK if yes else NOTE, "by ours")
 

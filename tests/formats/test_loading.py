@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lens
 from lens import LensConfig, LensTransformer2DModel
 from lens.formats.files import CheckpointError
 from lens.formats.hub import EMBEDDED, resolve, variant_hint
 from lens.formats.names import released_names
-from lens.formats.released import __file__, load_transformer, released_config, save_transformer, transformer_config
+from lens.formats.released import load_transformer, released_config, save_transformer, transformer_config
 from lens.formats.safetensors import save_tensors
 from lens.formats.text_encoder import load_text_encoder, packed_experts
 from tests.small_pipeline import FOLDER, fresh, same_bits, shared
@@ -489,7 +490,7 @@ def test_embedded_names_come_first(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mini-rl").mkdir()
     for name, folder in EMBEDDED.items():
-        shipped = Path(__file__).parent / "mini" / folder
+        shipped = Path(lens.__file__).parent / "mini" / folder
         if (shipped / "model_index.json").is_file():
             assert resolve(name) == shipped
         else:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lens import modulation, ops, packing
+from lens import ops, packing
 from lens.engine import schedule_table
 from lens.engine.schedule_table import evict
 from tests.reference_model import ReferenceLens, reference_sample, relative
@@ -111,7 +111,7 @@ def test_dead_text_branch_is_skipped(monkeypatch):
 def test_one_table_per_schedule(monkeypatch):
     pipe, made = fresh(), []
     original = schedule_table.table
-    monkeypatch.setattr(modulation, "table", lambda m, t: made.append(len(t)) or original(m, t))
+    monkeypatch.setattr(schedule_table, "table", lambda m, t: made.append(len(t)) or original(m, t))
     first = pipe(PROMPTS, seed=1, guidance_scale=4.0, **SMALL).images
     assert made == [2]
     again = pipe(PROMPTS, seed=1, guidance_scale=4.0, **SMALL).images
