@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import lens
+from lens.doctor.ops import report
 from lens.ops import backend
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +154,7 @@ def card(device: torch.device) -> dict[str, Any]:
         "commit": commit(),
         "python": platform.python_version(),
         "nvcc": nvcc[1] if nvcc else "none",
-        "kernels": {op: kind for op, kind, _ in backend.report(device.type)},
+        "kernels": {op: kind for op, kind, _ in report(device.type)},
         "targets": getattr(backend._extension, "cuda_targets", "") if device.type == "cuda" else "",
         "settings": {k: v for k, v in sorted(os.environ.items()) if k.startswith("LENS_") and "DIR" not in k},
     }

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from lens.checkpoint import write_json
+from lens.formats.files import write_json
 
 from . import machine
 from .case import Case

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lens.checkpoint import write_atomic
+from lens.formats.files import write_atomic
 
 from .case import Case, Disagreement
 from .measure import compare_results

@@ -11,14 +11,15 @@ from functools import partial
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from lens.checkpoint import write_atomic
 from lens.config import LensConfig
+from lens.cost import step_flops
+from lens.formats.files import write_atomic
 
 from .case import OURS
 from .machine import ROOT
 from .result import Result, load_folder, time_text
-from .roofline import H100_BF16, PAPER_SECONDS, SAME_CHIP, step_flops
-from .suites.throughput import CALLS
+from .roofline import H100_BF16, PAPER_SECONDS, SAME_CHIP
+from .work.throughput import CALLS
 
 RESULTS = ROOT / "bench" / "results"
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"

@@ -14,13 +14,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lens.checkpoint import write_atomic
-from lens.ops import _invariance, attention_backends, linear_backends
+from lens.engine import batch_invariance
+from lens.formats.files import write_atomic
+from lens.ops.attention import choice as attention_choice
+from lens.ops.linear import choice as linear_choice
 
+from .case import OURS
 from .machine import ROOT
 from .report import RESULTS, put
 from .result import NoResult, Result, Row, load
-from .suites.step import INVARIANT, OURS
+from .suites.step import INVARIANT
 
 # of the shape classes of attention_backends.Need, the case that stands for each
 SHAPES = {
@@ -51,7 +54,7 @@ def _source(result: Result, row: Row, folder: Path) -> Entry:
 
 def attention_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
     """Every candidate that ran, at the case of each shape class."""
-    names, found = {c.name for c in (*attention_backends.CANDIDATES, *attention_backends.BACKWARDS)}, []
+    names, found = {c.name for c in (*attention_choice.CANDIDATES, *attention_choice.BACKWARDS)}, []
     for (case, subject), row in result.rows.items():
         if case in SHAPES and subject in names:
             key = {"arch": result.identity["capability"], "shape": SHAPES[case], "backend": subject}
@@ -63,7 +66,7 @@ def linear_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
     """Both ways of every product as a block calls it (with the norm that follows), at every number of rows."""
     found = []
     for (case, subject), row in result.rows.items():
-        if case.startswith("gemm/") and subject in linear_backends.BACKENDS and row.more.get("block"):
+        if case.startswith("gemm/") and subject in linear_choice.BACKENDS and row.more.get("block"):
             key = {"arch": result.identity["capability"], "product": row.more["product"], "rows": row.more["rows"]}
             found.append({**key, "backend": subject, **_told(result, row, folder)})
     return found
@@ -73,7 +76,7 @@ def invariance_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
     """The price at every case that decides the default, where both subjects ran, ours multiplied, nothing was forced
     and the step without chose its products by measured rates: beside the library alone invariance could look cheap."""
     found = []
-    for case in _invariance.CASES:
+    for case in batch_invariance.CASES:
         plain, invariant = result.rows.get((case, OURS)), result.rows.get((case, INVARIANT))
         if plain is None or invariant is None or invariant.more["products"] != "ours":
             continue
@@ -113,9 +116,9 @@ def committed_results(folder: Path = RESULTS) -> list[Path]:
 def tables(
     results: list[Path],
     check: bool = False,
-    attention: Path = attention_backends.TABLE,
-    linear: Path = linear_backends.TABLE,
-    invariance: Path = _invariance.TABLE,
+    attention: Path = attention_choice.TABLE,
+    linear: Path = linear_choice.TABLE,
+    invariance: Path = batch_invariance.TABLE,
     folder: Path = ROOT,
 ) -> list[Path]:
     """Write the tables; the changed files. check: change nothing, ValueError where one is stale. NoResult for a file

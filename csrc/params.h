@@ -266,7 +266,7 @@ struct JointAttentionParams {
   void* stream;
 };
 
-// out = x + gate_b * (a weight^T + bias) for samples of equal length: csrc/cutlass, in the bench
+// out = x + gate_b * (a weight^T + bias) for samples of equal length: bench/cutlass, in the bench
 // alone
 struct CutlassLinearGatedResidualParams {
   const void* a;       // [B, S, K]

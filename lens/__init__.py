@@ -5,9 +5,17 @@
 import torch  # noqa: F401  isort: skip
 
 from .config import LensConfig
+from .formats.files import CheckpointError
 from .model import LensTransformer2DModel
 from .pipeline import LensPipeline, LensPipelineOutput
 
 __version__ = "0.1.0"
 
-__all__ = ["LensConfig", "LensPipeline", "LensPipelineOutput", "LensTransformer2DModel", "__version__"]
+__all__ = [
+    "CheckpointError",
+    "LensConfig",
+    "LensPipeline",
+    "LensPipelineOutput",
+    "LensTransformer2DModel",
+    "__version__",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,19 +12,26 @@ from . import sampler
 from .packing import expect_tensors, pad_features
 
 if TYPE_CHECKING:
-    from .engine import Run
-    from .pipeline import Batch
+    from .engine.job import Job
+    from .engine.run import Run
 
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "noise_pred")
 
 
-def shown(name: str, batch: Batch, run: Run, offsets: Tensor) -> Any:
+def check_names(names: Any) -> tuple[str, ...]:
+    """The tensors a callback asks for; ValueError for one that there is not."""
+    if not isinstance(names, Sequence) or not all(name in CALLBACK_TENSORS for name in names):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {names!r}")
+    return tuple(names)
+
+
+def shown(name: str, job: Job, run: Run, offsets: Tensor) -> Any:
     """The tensor ``name`` of the step that ``run`` just took, as callbacks see it."""
     if name == "latents":
-        return batch.shaped(run.x)
+        return job.shaped(run.x)
     if name == "noise_pred":
-        return batch.shaped(sampler.guided(*run.velocities, batch.guidance, offsets))
-    text = batch.text if name == "prompt_embeds" else batch.negative
+        return job.shaped(sampler.guided(*run.velocities, job.guidance, offsets))
+    text = job.text if name == "prompt_embeds" else job.negative
     return None if text is None else pad_features(text.features)[0]
 
 
@@ -49,11 +57,11 @@ def _same(a: Any, b: Any) -> bool:
     return False
 
 
-def packed(name: str, value: Any, batch: Batch, like: Tensor) -> Tensor:
+def packed(name: str, value: Any, job: Job, like: Tensor) -> Tensor:
     """What a callback returned, [B, I, C] or a list, checked -> packed rows [R, C]."""
     name = f"callback_on_step_end: {name}"
     parts = [part.to(like.device, like.dtype) for part in expect_tensors(name, value)]
-    expected, got = [(n, like.shape[1]) for n in batch.lengths], [tuple(part.shape) for part in parts]
+    expected, got = [(n, like.shape[1]) for n in job.lengths], [tuple(part.shape) for part in parts]
     if got != expected:
         raise ValueError(f"{name} must have shapes {expected}, got {got}")
     rows = torch.cat(parts)

@@ -69,6 +69,12 @@ class LensConfig:
         """Hidden width of the SwiGLU: int(D / 3 * 8) (4096 at 1536, 341 at 128)."""
         return int(self.inner_dim / 3 * 8)
 
+    @property
+    def block_gemms(self) -> dict[str, tuple[int, int]]:
+        """(input, output) columns of every GEMM of a stream in a block."""
+        d, f = self.inner_dim, self.mlp_hidden_dim
+        return {"qkv": (d, 3 * d), "w13": (d, 2 * f), "out": (d, d), "w2": (f, d)}
+
     @classmethod
     def tiny(cls) -> LensConfig:
         """Three blocks of width 128: the shape of the golden test checkpoint."""

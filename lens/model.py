@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import LensConfig
-from .modulation import Modulation, TimeEmbedding, concatenate, modulate
-from .ops import _invariance, linear_fused
-from .ops.linear_fused import ON_DEVICE, linear
+from .modulation import Modulation, TimeEmbedding, concatenate
+from .ops.linear import fused as linear_fused
+from .ops.linear.fused import ON_DEVICE, linear
 from .packing import Packing, expect_tensors, plan, valid_rows
 
 BLOCK_EPS = 1e-6  # RMSNorm of the blocks, of q and k, and the final LayerNorm
@@ -71,16 +71,15 @@ def init_parameter(name: str, parameter: Tensor, generator: torch.Generator, std
 class LensTransformer2DModel(nn.Module):
     """Velocity of image tokens under a prompt.
 
-    ``batch_invariant``: a sample's bits do not depend on its neighbours. None (default) leaves it to
-    ``ops/_invariance.py``: on a CPU outside training. Row kernels never look at neighbours, nor do matrix products of
-    our own; the library's then run sample by sample.
+    ``batch_invariant``: outside training a sample's bits do not depend on its neighbours. True for a model made on a CPU;
+    a pipeline decides for its device, see ``engine/batch_invariance.py``. Row kernels never look at neighbours, nor do
+    our own GEMMs; the library's then run sample by sample.
     """
 
     def __init__(self, config: LensConfig):
         super().__init__()
         width, features = config.inner_dim, len(config.selected_layer_index)
         self.config = config
-        self.batch_invariant: bool | None = None
         self.image_in = nn.Linear(config.in_channels, width)
         self.text_norms = nn.ParameterList(torch.ones(config.enc_hidden_dim) for _ in range(features))
         self.text_in = nn.Linear(features * config.enc_hidden_dim, width)
@@ -88,6 +87,7 @@ class LensTransformer2DModel(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.final_modulation = nn.Linear(width, 2 * width)
         self.image_out = nn.Linear(width, config.in_channels)
+        self.batch_invariant = self.device.type == "cpu"
 
     def layers(self) -> list[Block]:
         """The blocks in order."""
@@ -103,15 +103,15 @@ class LensTransformer2DModel(nn.Module):
 
     @property
     def invariant(self) -> bool:
-        """``batch_invariant``, or the default in its place."""
-        return _invariance.default(self) if self.batch_invariant is None else self.batch_invariant
+        """``batch_invariant``, and not in training."""
+        return self.batch_invariant and not self.training
 
     def _groups(self, packing: Packing) -> linear_fused.Lengths:
         """Of each stream: the rows of the samples that must have the bits they have alone, or None."""
         if not self.invariant:
             return None, None
         # a captured step serves texts of other lengths, on pictures of one size
-        return packing.image_lengths, packing.text_lengths if packing.places is None else ON_DEVICE
+        return packing.image_lengths, packing.text_lengths if packing.layout is None else ON_DEVICE
 
     def init_weights(self, generator: torch.Generator, std: float = 0.02) -> None:
         """Fresh weights for training, one parameter after another; see ``init_parameter``."""
@@ -126,6 +126,20 @@ class LensTransformer2DModel(nn.Module):
             return self.text_in(torch.cat([F.rms_norm(x, (x.shape[-1],), w, TEXT_EPS) for x, w in layers], dim=-1))
 
         return linear(project, torch.cat(list(features), dim=-1), lengths if self.invariant else None)
+
+    def modulate(self, timestep: Tensor) -> Modulation:
+        """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one GEMM per block and stream for all rows."""
+        k, config = len(timestep), self.config
+        temb = F.silu(self.time_embedding(timestep))
+        projections = [p for block in self.layers() for p in (block.image.modulation, block.text.modulation)]
+        if any(p.weight.is_meta for p in projections):
+            raise RuntimeError(
+                "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
+                "before can be drawn; reload the transformer for a new one"
+            )
+        blocks = torch.stack([p(temb.to(p.weight.device)).to(temb.device) for p in projections], dim=1)
+        final = self.final_modulation(temb).view(k, 2, config.inner_dim)
+        return Modulation(blocks.view(k, config.num_layers, 2, 6, config.inner_dim), final)
 
     def denoise(
         self,
@@ -148,7 +162,7 @@ class LensTransformer2DModel(nn.Module):
         normed = [
             ops.rms_norm_modulate(x[s], stream.norm1, scale, shift, offsets[s], BLOCK_EPS)
             for s, stream in enumerate(layers[0].streams())
-            for shift, scale in [modulation.of(0, s)[:2]]
+            for shift, scale in [modulation.for_block(0, s)[:2]]
         ]
         for index, block in enumerate(layers):
             following = layers[index + 1] if index + 1 < len(layers) else None
@@ -172,12 +186,12 @@ class LensTransformer2DModel(nn.Module):
                 *lengths,
                 *offsets,
                 text_queries=TEXT in live,
-                places=packing.places,
+                layout=packing.layout,
                 norms=block.norms(),
                 invariant=invariant,
             )
             del q, k, v  # three rows of the width for every token, while the MLP needs the most
-            _, _, gate1, shift2, scale2, gate2 = zip(*(modulation.of(index, s) for s in live))
+            _, _, gate1, shift2, scale2, gate2 = zip(*(modulation.for_block(index, s) for s in live))
             x, normed = linear_fused.linear_gated_residual_norm_modulate(
                 x[: len(live)],
                 attention[: len(live)],
@@ -196,7 +210,7 @@ class LensTransformer2DModel(nn.Module):
             if following is None:
                 x = linear_fused.linear_gated_residual(x, hidden, w2, gate2, offsets, groups, "w2")
             else:
-                shift1, scale1 = zip(*(modulation.of(index + 1, s)[:2] for s in live))
+                shift1, scale1 = zip(*(modulation.for_block(index + 1, s)[:2] for s in live))
                 norm1 = [s.norm1 for s in following.streams()]
                 x, normed = linear_fused.linear_gated_residual_norm_modulate(
                     x, hidden, w2, gate2, norm1, scale1, shift1, offsets, BLOCK_EPS, groups, "w2"
@@ -258,8 +272,8 @@ class LensTransformer2DModel(nn.Module):
         image_rows = ops.pack_tokens(hidden_states.to(self.dtype), image_index)
         features = [ops.pack_tokens(f.to(self.dtype), text_index) for f in encoder_hidden_states]
         text_rows = self.project_text(features, packing.text_lengths)
-        alone = self.invariant
-        modulation = concatenate([modulate(self, t[None]) for t in timestep]) if alone else modulate(self, timestep)
+        each = timestep.split(1) if self.invariant else [timestep]
+        modulation = concatenate([self.modulate(t) for t in each])
         velocity = self.denoise(image_rows, text_rows, modulation, packing, blocks_out)
         return ops.unpack_tokens(velocity, image_index, batch, length)
 

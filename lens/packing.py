@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from .ops._attention_places import DevicePlaces
+from .ops.attention.layout import DeviceLayout
 from .rope import image_positions, rope_table, text_positions
 
 Grid = tuple[int, int]  # (height, width) of a picture in tokens
@@ -34,7 +34,7 @@ class Packing:
     text_offsets: Tensor  # int32 [B+1]
     cos: Tensor  # float32 [RI+RT, H/2], joint layout
     sin: Tensor  # float32 [RI+RT, H/2], joint layout
-    places: DevicePlaces | None = None  # of a captured step, whose text lengths are not those above but the offsets'
+    layout: DeviceLayout | None = None  # of a captured step, whose text lengths are not those above but the offsets'
 
     @property
     def batch_size(self) -> int:
@@ -111,10 +111,10 @@ class Binned:
     def joint_offsets(self) -> Tensor:
         return self.image_offsets + self.text_offsets
 
-    def places(self, move: Callable[[Tensor], Tensor]) -> DevicePlaces:
+    def device_layout(self, move: Callable[[Tensor], Tensor]) -> DeviceLayout:
         """What attention is told; ``move`` makes the tensors' copies on the device."""
         image_rows, text_rows = (None, None) if self.in_one_piece else map(move, (self.image_rows, self.text_rows))
-        return DevicePlaces(image_rows, text_rows, self.image_lengths[0], self.longest, move(self.joint_offsets))
+        return DeviceLayout(image_rows, text_rows, self.image_lengths[0], self.longest, move(self.joint_offsets))
 
 
 def bin_texts(grid: Grid, text_index: Sequence[Tensor], size: int = TEXT_BIN) -> Binned:

@@ -11,26 +11,36 @@ import contextlib
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from . import arguments, callbacks, checkpoint, modulation, sampler, vae
-from .adapters import Adapters
-from .adapters import read as read_adapter
-from .arguments import Arguments, Embeds
+from . import callbacks, sampler, vae
 from .config import Defaults
-from .engine import Engine, Job, marked, with_text
+from .engine.batch_invariance import default as default_invariance
+from .engine.graphs import marked
+from .engine.job import Job, Text
+from .engine.overlap import Pending, host_lane_for
+from .engine.residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .engine.run import Engine
+from .engine.schedule_table import TableCache, evict
+from .formats.hub import fingerprint as fingerprint_of
+from .formats.hub import resolve, variant_hint
+from .formats.lora import Adapters
+from .formats.lora import read as read_adapter
+from .formats.names import released_names
+from .formats.released import check_fit, load_scheduler, load_transformer, placement, read_defaults
+from .formats.text_encoder import load_text_encoder, packed_experts
+from .formats.vae import load_vae
 from .model import LensTransformer2DModel
-from .modulation import Modulation, TableCache, concatenate
-from .overlap import host_lane_for
-from .packing import Grid, expect_tensors, offsets_of, pad_features, split_features
-from .residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .modulation import Modulation, concatenate
+from .packing import expect_tensors, offsets_of, pad_features, split_features
+from .request import Request
 from .sampler import Scheduler
-from .stream import Request, stream
+from .serving import stream
 from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
@@ -46,40 +56,6 @@ class LensPipelineOutput:
     seeds: list[int | None]
 
 
-@dataclass(frozen=True)
-class Text:
-    """Text of B samples, each by itself: features, positions of its valid tokens, projected rows."""
-
-    features: list[list[Tensor]]  # B lists of F tensors [T_b, E]
-    index: list[Tensor]  # B of int64 [T_b]
-    rows: list[Tensor]  # B of [T_b, D]
-
-
-@dataclass
-class Batch:
-    """What one call draws: B pictures, conditional and (with guidance) unconditional text, sigmas [B, steps + 1]."""
-
-    grids: list[Grid]
-    text: Text
-    negative: Text | None
-    guidance: float
-    sigma: Tensor
-    noise_keys: list[int]  # B seeds of the noise of stochastic steps, where the scheduler takes such
-
-    @property
-    def lengths(self) -> list[int]:
-        return [h * w for h, w in self.grids]
-
-    @property
-    def same_size(self) -> bool:
-        return len(set(self.grids)) == 1
-
-    def shaped(self, rows: Tensor) -> Any:
-        """Packed rows [R, C] -> [B, I, C], or a list of [I, C] where sizes are mixed. Always a copy."""
-        parts = [part.clone() for part in rows.split(self.lengths)]
-        return torch.stack(parts) if self.same_size else parts
-
-
 class LensPipeline:
     """``LensPipeline.from_pretrained("mini")("a red apple").images[0]``"""
 
@@ -91,7 +67,10 @@ class LensPipeline:
         scheduler: Scheduler,
         defaults: Defaults,
         fingerprint: str | None = None,
+        batch_invariant: bool | None = None,
     ):
+        """batch_invariant: None decides by the device, see ``engine/batch_invariance.py``; later it is the attribute of
+        the transformer that counts."""
         self.transformer = transformer
         self.text_encoder = text_encoder
         self.codec = codec
@@ -100,6 +79,8 @@ class LensPipeline:
         self.fingerprint = fingerprint
         self.engine = Engine()
         self.places: Places | None = None  # where the parts live, if not simply on one device
+        self._batch_invariant = batch_invariant
+        self._set_batch_invariance(self.device)
         self._tables = TableCache()
         self._adapters = Adapters(transformer)
 
@@ -124,12 +105,12 @@ class LensPipeline:
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
-        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.checkpoint.CheckpointError, which names the file, the key and what was expected.
+        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
-        device, dtype = checkpoint.placement(device, dtype)
-        root = checkpoint.resolve(source)
-        defaults = checkpoint.read_defaults(root, variant, checkpoint.spoken_name(source))
-        scheduler = checkpoint.load_scheduler(root / "scheduler")
+        device, dtype = placement(device, dtype)
+        root = resolve(source)
+        defaults = read_defaults(root, variant, variant_hint(source))
+        scheduler = load_scheduler(root / "scheduler")
         tokenizer = ChatTokenizer(root / "tokenizer")
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
         parked = Places(policy, device) if isinstance(policy, Residency) else None
@@ -140,15 +121,15 @@ class LensPipeline:
                 return "cpu" if residency == "auto" else device
             return "cpu" if parked.residency.tier(part) != "resident" else device
 
-        transformer = checkpoint.load_transformer(root / "transformer", dtype, host("transformer"))
+        transformer = load_transformer(root / "transformer", dtype, host("transformer"))
         layers = transformer.config.selected_layer_index
-        packed = checkpoint.packed_experts(root / "text_encoder")
+        packed = packed_experts(root / "text_encoder")
         home = device if packed else host("text_encoder")  # packed experts are counted, or refused, where they lie
-        model = checkpoint.load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
+        model = load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
         encoder = TextEncoder(tokenizer, model, layers)
-        codec = vae.PixelCodec(checkpoint.load_vae(root / "vae", dtype, host("vae")))
-        checkpoint.check_fit(root, transformer.config, encoder.width, codec.channels)
-        pipe = cls(transformer, encoder, codec, scheduler, defaults, checkpoint.fingerprint(root))
+        codec = vae.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
+        check_fit(root, transformer.config, encoder.width, codec.channels)
+        pipe = cls(transformer, encoder, codec, scheduler, defaults, fingerprint_of(root))
         if policy is not None:
             pipe.live(policy, device)
         return pipe
@@ -203,14 +184,20 @@ class LensPipeline:
         sizes, parts = self.sizes(), self.parts()
         fixed = [part for part, module in parts.items() if immovable(module)]
         policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
+        if device != self.device:
+            self._set_batch_invariance(device)
         places = Places(policy, device)
         for part, module in parts.items():
             places.add(part, module)
         if policy.modulation == "host":
-            modulation.evict(self.transformer, "cpu")
+            evict(self.transformer, "cpu")
         self.engine.weights_move = policy.transformer != "resident"
         self.places = places
         return policy
+
+    def _set_batch_invariance(self, device: torch.device) -> None:
+        asked = self._batch_invariant
+        self.transformer.batch_invariant = default_invariance(self.transformer, device) if asked is None else asked
 
     @contextlib.contextmanager
     def stage(self, name: str, needed: bool = True) -> Iterator[None]:
@@ -254,30 +241,34 @@ class LensPipeline:
             if id(sample) not in rows:
                 own = [f.to(self.device, self.dtype) for f in sample]
                 rows[id(sample)] = self.transformer.project_text(own, [len(own[0])])
-        return Text(features, index, [rows[id(sample)] for sample in features])
+        return Text([rows[id(sample)] for sample in features], index, features)
 
-    def _features(self, text: list[str] | list[str | None] | Embeds, given: Arguments) -> _Features:
-        """Text of P prompts -> features of B samples."""
-        config = self.transformer.config
-        if isinstance(text, Embeds):
+    def _features(self, request: Request, negative: bool) -> _Features:
+        """One of the two texts of P prompts -> features of B samples."""
+        config, name = self.transformer.config, "negative_prompt" if negative else "prompt"
+        given: Sequence[Tensor] | None = getattr(request, f"{name}_embeds")
+        if given is not None:
             layers, width = len(config.selected_layer_index), config.enc_hidden_dim
-            samples, index = split_features(text.name, text.features, text.mask, layers, width)
+            mask: Tensor | None = getattr(request, f"{name}_mask")
+            samples, index = split_features(f"{name}_embeds", given, mask, layers, width)
             if len(samples) == 1:
-                samples, index = samples * given.count, index * given.count
-            if len(samples) != given.count:
+                samples, index = samples * request.count, index * request.count
+            if len(samples) != request.count:
                 raise ValueError(
-                    f"{text.name} must hold one prompt or one per prompt ({given.count}), got {len(samples)}"
+                    f"{name}_embeds must hold one prompt or one per prompt ({request.count}), got {len(samples)}"
                 )
-            return _repeat(samples, given.each), _repeat(index, given.each)
-        written = [p for p in text if p is not None]
-        encoded: dict[str | None, list[Tensor]] = dict(zip(written, self.text_encoder.encode(written, *given.encoding)))
+            return _repeat(samples, request.num_images_per_prompt), _repeat(index, request.num_images_per_prompt)
+        texts = request.texts(negative)
+        written = [p for p in texts if p is not None]
+        encoded: dict[str | None, list[Tensor]] = dict(
+            zip(written, self.text_encoder.encode(written, *request.encoding))
+        )
         nothing = torch.zeros(0, config.enc_hidden_dim, device=self.device, dtype=self.dtype)
         encoded[None] = [nothing] * len(config.selected_layer_index)
-        return _repeat([encoded[p] for p in text], given.each), None
+        return _repeat([encoded[p] for p in texts], request.num_images_per_prompt), None
 
     # ------------------------------------------------------------------------------------------------ call
 
-    @torch.no_grad()
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -318,41 +309,54 @@ class LensPipeline:
         again); embeddings, for the steps to come, where another T means that all T tokens are valid.
         Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
-        size = (height, width, base_resolution, aspect_ratio, sizes)
-        given = arguments.resolve(
-            self.defaults,
-            prompt,
-            negative_prompt,
-            prompt_embeds,
-            prompt_mask,
-            negative_prompt_embeds,
-            negative_prompt_mask,
-            size,
-            num_inference_steps,
-            guidance_scale,
-            num_images_per_prompt,
-            (max_sequence_length, truncation, chat_date),
-            output_type,
-            callback_on_step_end_tensor_inputs,
+        request = Request(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            height=height,
+            width=width,
+            base_resolution=base_resolution,
+            aspect_ratio=aspect_ratio,
+            sizes=sizes,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            num_images_per_prompt=num_images_per_prompt,
+            seed=seed,
+            generator=generator,
+            latents=latents,
+            prompt_embeds=prompt_embeds,
+            prompt_mask=prompt_mask,
+            negative_prompt_embeds=negative_prompt_embeds,
+            negative_prompt_mask=negative_prompt_mask,
+            max_sequence_length=max_sequence_length,
+            truncation=truncation,
+            output_type=output_type,
+            chat_date=chat_date,
         )
-        shapes = [(h * w, self.transformer.config.in_channels) for h, w in given.grids]
-        draw, seeds = sampler.plan_noise(shapes, seed, generator, latents)
+        output = self.draw(request, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        return output if return_dict else (output.images,)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        request: Request,
+        callback_on_step_end: Callback | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+    ) -> LensPipelineOutput:
+        """A call whose arguments are a `Request`."""
+        shown = callbacks.check_names(callback_on_step_end_tensor_inputs)
+        request = request.resolved(self.defaults)
+        shapes = [(h * w, self.transformer.config.in_channels) for h, w in request.grids]
+        draw, seeds = sampler.plan_noise(shapes, request.seed, request.generator, request.latents)
         drawn = host_lane_for(self.device).submit(lambda: [_pinned(n, self.device) for n in draw()], ())
-        with self.stage("encode", needed=given.written):
-            features = self._features(given.text, given)
-            unwanted = None if given.negative is None else self._features(given.negative, given)
+        read = any(text is not None for negative in (False, True) for text in request.texts(negative))
+        with self.stage("encode", needed=read):
+            features = self._features(request, negative=False)
+            unwanted = self._features(request, negative=True) if request.guided else None
         with self.stage("denoise"):
-            sigma, schedule, table = self._schedules([h * w for h, w in given.grids], given.steps)
             text, negative = self._text(*features), None if unwanted is None else self._text(*unwanted)
-            noise = drawn.result()
-            keys: list[int] = []
-            if self.scheduler.stochastic_sampling:
-                keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
-            batch = Batch(given.grids, text, negative, given.guidance, sigma, keys)
-            job = self._job(batch, noise, schedule, table)
-            final = self._denoise(batch, job, callback_on_step_end, given.shown)
-        images = self._finish(final, batch, given.output_type)
-        return LensPipelineOutput(images, seeds) if return_dict else (images,)
+            job = self._job(request, text, negative, drawn, seeds)
+            final = self._denoise(job, callback_on_step_end, shown)
+        return LensPipelineOutput(self._finish(final, job, request.output_type), seeds)
 
     def stream(
         self,
@@ -374,7 +378,7 @@ class LensPipeline:
     # ------------------------------------------------------------------------------------------------ denoise
 
     def prepare(self, image_tokens: int, num_inference_steps: int) -> None:
-        """Make and keep the modulation table of a schedule, so that ``lens.modulation.evict`` may drop its weights."""
+        """Make and keep the modulation table of a schedule, so that ``lens.engine.schedule_table.evict`` may drop its weights."""
         with self.stage("denoise"):
             self._schedules([image_tokens], num_inference_steps, prepared=True)
 
@@ -387,58 +391,70 @@ class LensPipeline:
         which = torch.tensor([tokens.index(n) for n in lengths])
         return torch.stack(sigmas)[which], which * steps, table
 
-    def _job(self, batch: Batch, noise: list[Tensor], schedule: Tensor, table: Modulation) -> Job:
-        """What the engine draws."""
-        text, negative = batch.text, batch.negative
+    def _job(
+        self,
+        request: Request,
+        text: Text,
+        negative: Text | None,
+        drawn: Pending[list[Tensor]],
+        seeds: Sequence[int | None],
+    ) -> Job:
+        """What the engine draws. drawn: the starting noise, which a thread may still be at."""
+        assert request.num_inference_steps is not None, "of a request that was not resolved"
+        assert request.guidance_scale is not None, "of a request that was not resolved"
+        sigma, first, table = self._schedules([h * w for h, w in request.grids], request.num_inference_steps)
+        noise = drawn.result()
+        keys = None
+        if self.scheduler.stochastic_sampling:
+            keys = [sampler.noise_key(n) if s is None else s for n, s in zip(noise, seeds)]
         return Job(
-            grids=batch.grids,
-            text=text.rows,
-            text_index=text.index,
-            negative=None if negative is None else negative.rows,
-            negative_index=None if negative is None else negative.index,
-            guidance=batch.guidance,
-            sigma=batch.sigma,
-            first=schedule,
+            grids=request.grids,
+            text=text,
+            negative=negative,
+            guidance=request.guidance_scale,
+            sigma=sigma,
+            first=first,
             table=table,
             x=torch.cat([n.to(self.device, non_blocking=True) for n in noise]),
-            stochastic=self.scheduler.stochastic_sampling,
+            noise_keys=keys,
         )
 
-    def _denoise(self, batch: Batch, job: Job, callback: Callback | None, wanted: tuple[str, ...]) -> list[Tensor]:
-        offsets = offsets_of(batch.lengths, self.device)
+    def _denoise(self, job: Job, callback: Callback | None, wanted: tuple[str, ...]) -> list[Tensor]:
+        offsets = offsets_of(job.lengths, self.device)
         run = self.engine.start(self.transformer, job)
         try:
-            for i in range(batch.sigma.shape[1] - 1):
-                run.step(self._step_noise(batch, i))
+            for i in range(job.steps):
+                run.step(self._step_noise(job, i))
                 if callback is None:
                     continue
-                shown = {name: callbacks.shown(name, batch, run, offsets) for name in wanted}
-                t = 1000 * (batch.sigma[0, i] if batch.same_size else batch.sigma[:, i])
+                shown = {name: callbacks.shown(name, job, run, offsets) for name in wanted}
+                t = 1000 * (job.sigma[0, i] if job.same_size else job.sigma[:, i])
                 given = callbacks.replaced(
                     callback(self, i, t, {k: callbacks.copied(v) for k, v in shown.items()}), shown
                 )
                 if "noise_pred" in given:
-                    run.retake(callbacks.packed("noise_pred", given["noise_pred"], batch, run.x))
+                    run.retake(callbacks.packed("noise_pred", given["noise_pred"], job, run.x))
                 if "latents" in given:
-                    run.x.copy_(callbacks.packed("latents", given["latents"], batch, run.x))
+                    run.x.copy_(callbacks.packed("latents", given["latents"], job, run.x))
                 if any(name.endswith("embeds") for name in given):
-                    for name, field in (("prompt_embeds", "text"), ("negative_prompt_embeds", "negative")):
-                        if name in given:
-                            setattr(batch, field, self._new_text(name, given[name], getattr(batch, field)))
-                    if i + 2 == batch.sigma.shape[1]:
+                    if "prompt_embeds" in given:
+                        job = replace(job, text=self._new_text("prompt_embeds", given["prompt_embeds"], job.text))
+                    if (name := "negative_prompt_embeds") in given:
+                        job = replace(job, negative=self._new_text(name, given[name], job.negative))
+                    if i + 1 == job.steps:
                         continue  # no step is left to read them, nor a row of the table to begin with
-                    job = with_text(job, run.x, i + 1, batch.text, batch.negative)
+                    job = job.resumed(run.x, i + 1)
                     run.close()
                     run = self.engine.start(self.transformer, job)
-            return list(run.x.clone().split(batch.lengths))
+            return list(run.x.clone().split(job.lengths))
         finally:
             run.close()
 
-    def _step_noise(self, batch: Batch, step: int) -> Tensor | None:
-        if not self.scheduler.stochastic_sampling:
+    def _step_noise(self, job: Job, step: int) -> Tensor | None:
+        if job.noise_keys is None:
             return None
         channels = self.transformer.config.in_channels
-        return torch.cat([sampler.step_noise(k, step, n, channels) for k, n in zip(batch.noise_keys, batch.lengths)])
+        return torch.cat([sampler.step_noise(k, step, n, channels) for k, n in zip(job.noise_keys, job.lengths)])
 
     def _new_text(self, name: str, features: Any, old: Text | None) -> Text:
         """Features a callback returned: of the old T, their masks hold on; of another T, all tokens are valid."""
@@ -456,17 +472,17 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ pixels
 
-    def _finish(self, rows: list[Tensor], batch: Batch, output_type: str) -> Any:
+    def _finish(self, rows: list[Tensor], job: Job, output_type: str) -> Any:
         self._expect_finite("final latents", rows)
         if output_type == "latent":
-            return batch.shaped(torch.cat(rows))
+            return job.shaped(torch.cat(rows))
         with self.stage("decode"):
-            pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, batch.grids)]
+            pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, job.grids)]
         self._expect_finite("decoded pixels", pictures)
         if output_type == "pil":
             return [vae.to_pil(p) for p in pictures]
         arrays = [vae.to_numpy(p) for p in pictures]
-        return np.stack(arrays) if batch.same_size else arrays
+        return np.stack(arrays) if job.same_size else arrays
 
     def _expect_finite(self, what: str, found: list[Tensor]) -> None:
         """Errors: FloatingPointError naming the weights that are to blame, of which only now all are read."""
@@ -483,7 +499,7 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
     for part, module in parts.items():
         for name, p in module.named_parameters():
             if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
-                own = checkpoint.released_names(name) if part == "transformer" else [name]
+                own = released_names(name) if part == "transformer" else [name]
                 yield from (f"{part}/{key}" for key in own)
 
 

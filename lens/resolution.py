@@ -75,12 +75,12 @@ def check_size(height: int, width: int, max_trained: int) -> tuple[int, int]:
     """Refuse sizes that tokens cannot tile; warn outside 1:2 to 2:1 and above the largest trained base squared."""
     height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
-        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=6)
+        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=7)
     if height * width > max_trained**2:
         warnings.warn(
             f"{height}x{width} is larger than the largest size this model was trained at "
             f"({max_trained}x{max_trained}); composition may repeat or drift",
-            stacklevel=6,  # the caller of the pipeline
+            stacklevel=7,  # the caller of the pipeline
         )
     return height, width
 

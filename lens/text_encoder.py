@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import CheckpointError, read_json
+from .formats.files import CheckpointError, read_json
 
 PREFIX_TOKENS = 97  # a constant of the pipeline, whatever the tokenizer
 DEFAULT_CHAT_DATE = "2026-05-23"  # the template prints a date; frozen so that pictures do not drift from day to day

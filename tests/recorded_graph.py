@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lens.ops import attention_backends
-from lens.ops.attention_backends import Candidate
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.choice import Candidate
 
 FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "nonzero", "_unique2", "masked_select", "item", "is_nonzero")
 Call = tuple[Any, tuple[Any, ...], dict[str, Any], list[Tensor]]
@@ -80,7 +80,7 @@ class RecordedGraph:
 
 
 class RecordingDriver:
-    """``lens.graphs.Driver`` for the CPU."""
+    """``lens.engine.graphs.Driver`` for the CPU."""
 
     def __init__(self) -> None:
         self.graphs: list[RecordedGraph] = []
@@ -137,5 +137,5 @@ OFFSETS_ALONE = Candidate(
 
 def offsets_alone(monkeypatch: Any, candidate: Candidate = OFFSETS_ALONE) -> None:
     """Within the test, attention of captured steps is computed by ``varlen``."""
-    monkeypatch.setattr(attention_backends, "CANDIDATES", [candidate])
-    attention_backends.choose.cache_clear()
+    monkeypatch.setattr(attention_choice, "CANDIDATES", [candidate])
+    attention_choice.choose.cache_clear()

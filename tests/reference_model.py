@@ -257,7 +257,8 @@ def reference_sample(
 def as_lens(reference: ReferenceLens, config: dict) -> LensTransformer2DModel:
     """The same weights in the packed model, by the names of the released files."""
     from lens import LensTransformer2DModel
-    from lens.checkpoint import released_names, transformer_config
+    from lens.formats.names import released_names
+    from lens.formats.released import transformer_config
 
     model, state = LensTransformer2DModel(transformer_config(config)), reference.state_dict()
     model.load_state_dict({ours: torch.cat([state[k] for k in released_names(ours)]) for ours in model.state_dict()})

@@ -8,8 +8,8 @@ from types import ModuleType
 
 import torch
 
-from bench.roofline import product, step_flops, table_flops, text_projection_flops
 from lens.config import LensConfig
+from lens.cost import gemm_flops, step_flops, table_flops, text_projection_flops
 
 from .data.buckets import Bucket, BucketLaw
 from .loop import lora as adapters
@@ -50,7 +50,9 @@ def training_flops(config: LensConfig, image: int, texts: Sequence[int], lora: L
         return 3.0 * forward
     width, rows = config.inner_dim, (image * len(texts), sum(texts))
     step = step_flops(config, [image] * len(texts), texts)
-    ahead = product(rows[0], config.in_channels, width) + product(sum(rows), width, 3 * width)  # the first block's qkv
+    ahead = gemm_flops(rows[0], config.in_channels, width) + gemm_flops(
+        sum(rows), width, 3 * width
+    )  # the first block's qkv
     own = sum(6 * n * r for n, r in zip(adapter_parameters(config, lora), rows))
     first = sum(2 * lora.r * width * r for r in rows)  # nor does what the first adapters read
     return forward + step["gemm"] - ahead + 2.0 * step["attention"] + own - first

@@ -1,4 +1,4 @@
-"""Stage "eye": the judge of classes, boxes and colours (train/evaluate/eye.py), trained on scenes with exact boxes.
+"""Stage "eye": the judge of classes, boxes and colours (train/evaluate/detector.py), trained on scenes with exact boxes.
 
     python -m train eye --config mini --out runs/eye --stop-after 9m       # again to resume, bit-equal on a CPU
     python -m train eye --config mini --out runs/eye --vae runs/vae        # reconstructions join the copies
@@ -7,7 +7,7 @@
 
 Scenes of both splits and of every class and task are drawn on the fly (a generator's held-out pairs are no secret to its
 judge; the benchmark's seeds are), together with copies as a generator might draw them: bent, blurred, shrunk and enlarged,
-reconstructed from disturbed latents, noisy, of another tone. The loss is stated in train/evaluate/eye.py. What is
+reconstructed from disturbed latents, noisy, of another tone. The loss is stated in train/evaluate/detector.py. What is
 exported are averaged weights and the normalisation statistics that belong to them.
 """
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing, nullcontext
 from multiprocessing import get_context
@@ -111,7 +111,7 @@ def codec_of(folder: Path) -> LinearCodec:
 Drawn = tuple[int, list[Scene], np.ndarray]  # a step and what it sees
 
 
-def drawn(config: ModuleType, step: int, workers: int) -> Iterator[Drawn]:
+def drawn(config: ModuleType, step: int, workers: int) -> Generator[Drawn, None, None]:
     """Step after step; with workers, drawn ahead by other processes. The same pictures either way."""
     if not workers:
         while True:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from lens import checkpoint
+from lens.formats.files import read_json, write_json
+from lens.formats.released import read_index, released_index, released_scheduler, save_transformer
+from lens.formats.text_encoder import save_text_encoder
 from lens.sampler import Scheduler
 
 from . import configs
@@ -41,21 +43,21 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
     """
     folder: Path = options.export
     before = options.vae.parent if (options.vae / "config.json").is_file() else None
-    earlier = checkpoint.read_json(before / "recipe.json") if before else {}
+    earlier = read_json(before / "recipe.json") if before else {}
     logs = {path.name: path.read_text(encoding="utf-8") for path in before.glob("*.jsonl")} if before else {}
-    done = checkpoint.read_index(before)["lens"]["trained_steps"] if before else 0
+    done = read_index(before)["lens"]["trained_steps"] if before else 0
     tokenizer = ROOT / configs.load(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
         write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
     model = load_trained(config, options.config, options.out / f"{stage}.pt", stage, folder / "lora")
-    checkpoint.save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
-    checkpoint.save_text_encoder(model.encoder, folder / "text_encoder")
+    save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
+    save_text_encoder(model.encoder, folder / "text_encoder")
     if not before:
         vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
     elif (folder / "vae").resolve() != options.vae.resolve():
         shutil.copytree(options.vae, folder / "vae", dirs_exist_ok=True)
     scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
-    checkpoint.write_json(folder / "scheduler" / "scheduler_config.json", checkpoint.released_scheduler(scheduler))
+    write_json(folder / "scheduler" / "scheduler_config.json", released_scheduler(scheduler))
     last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
     state, world = load_state(options.out / f"{stage}.pt", stage), configs.world(options.config)
     about = {
@@ -71,10 +73,10 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
         "trained_steps": done + state["step"],
         "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
     }
-    checkpoint.write_json(folder / "model_index.json", checkpoint.released_index(about))
+    write_json(folder / "model_index.json", released_index(about))
     written = recipe(options.config, stage) | earlier
     written[stage] |= state.get("settings", {})  # as run, where options replaced the recipe's numbers
-    checkpoint.write_json(folder / "recipe.json", written)
+    write_json(folder / "recipe.json", written)
     for name, text in logs.items():
         write_text(folder / name, text)
     encoder = options.encoder.parent if options.encoder else options.out.parent / "encoder"

@@ -36,11 +36,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
-from lens import checkpoint
+from lens.formats.released import load_transformer
 
-from . import configs
+from . import configs, pretrain_on_pool
 from . import pretrain_on_shards as flow
 from .data.stream import Batch, Source, Stream, bucket_at, draw
 from .evaluate.flow_loss import validate
@@ -54,7 +53,7 @@ from .loop.ranks import Ranks, device_of
 from .loop.trainer import Trainer
 from .networks import text_path
 from .networks.codec import Latents
-from .networks.generator import Mini, Painter, draw_sheet, fused_rows, shaped
+from .networks.generator import Mini, Painter, Past, draw_sheet, fused_rows, shaped
 from .networks.text_path import CaptionTokenizer
 from .networks.warm_start import rebase_latents
 
@@ -65,7 +64,7 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
     Errors: ValueError where the folder's MMDiT has another shape than the recipe's.
     """
     if source.is_dir():
-        transformer = checkpoint.load_transformer(source / "transformer", torch.float32, "cpu")
+        transformer = load_transformer(source / "transformer", torch.float32, "cpu")
         ours, theirs = vars(model.shape), vars(transformer.config)
         if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
             raise ValueError(f"pretrain --init {source}: its MMDiT has {'; '.join(other)}")
@@ -91,22 +90,22 @@ class TrainMini(Method):
         lora: adapters.Lora | None,
     ):
         self.config, self.options, self.model, self.stream = config, options, model, stream
-        self.tokenizer, self.lora, self.past = tokenizer, lora, None
+        self.tokenizer, self.lora = tokenizer, lora
+        self.past: Past | None = None
         self.compute = model if model.device.type == "cpu" else model.rounded
         self.kinds = tuple(str(base) for base in config.BUCKETS) if stream.mixed else ()
         joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
         self.joint = 0 if lora else joint  # beside adapters the encoder stays the checkpoint's
         self.rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
-        self.networks = {
-            "transformer": self._network(model.transformer, self.rates["LR"]),
-            "encoder": self._network(model.encoder, self.rates["ENCODER_LR"]),
-        }
+        self.averages = {name: Ema(getattr(model, name), config.EMA) for name in ("transformer", "encoder")}
+        self.networks = {name: self._network(name, rate) for name, rate in zip(self.averages, self.rates.values())}
         self.place = {"window": 0, "position": 0}
 
-    def _network(self, module: nn.Module, lr: float) -> Network:
+    def _network(self, name: str, lr: float) -> Network:
+        module = getattr(self.model, name)
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         optimizer = adamw(trained, lr, self.config.BETAS, self.config.WEIGHT_DECAY) if trained else None
-        return Network(module, optimizer, Ema(module, self.config.EMA))
+        return Network(module, optimizer, self.averages[name])
 
     def plan(self, stage: str) -> Plan:
         config, options = self.config, self.options
@@ -157,8 +156,7 @@ class TrainMini(Method):
     def after(self, step: int) -> None:
         """From its last step on the encoder stands still at its average, which the text features are then those of."""
         if step + 1 == self.joint:
-            network = self.networks["encoder"]
-            network.ema.copy_to(network.module)
+            self.averages["encoder"].copy_to(self.model.encoder)
             self.past = None
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -286,6 +284,8 @@ def run(options: argparse.Namespace) -> int:
     config = configs.override(configs.load(options.config, "pretrain"), options.set)
     if flow.serves(config, options):
         return flow.run(options, config, "pretrain")
+    if pretrain_on_pool.serves(config):
+        return pretrain_on_pool.run(options, config)
     torch.set_num_threads(options.threads)
     if options.export:
         from .export import export

@@ -24,9 +24,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lens import checkpoint
 from lens.config import LensConfig
-from lens.ops import attention_backends
+from lens.formats.files import read_json
+from lens.formats.released import save_transformer, transformer_config
+from lens.ops.attention import choice as attention_choice
 from lens.resolution import bucket_size
 
 from . import configs, cost
@@ -213,7 +214,7 @@ def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
     elif options.init is not None and not options.init.is_dir():
         raise ValueError(f"--init {options.init}: no such folder; expected a checkpoint folder, or a state step_...")
     elif (path := released_config(options.init)) is not None:
-        recipe.MODEL = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
+        recipe.MODEL = vars(transformer_config(read_json(path), str(path)))
     elif asked and not options.dry_run:
         raise ValueError(adapters.NO_BASE)
     if asked:
@@ -270,7 +271,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     if lora:
         adapters.save(model, lora, options.export / "lora")
         adapters.merge(model)
-    checkpoint.save_transformer(model, options.export / "transformer", torch.bfloat16)
+    save_transformer(model, options.export / "transformer", torch.bfloat16)
     made = f" and {options.export / 'lora'}" if lora else ""
     print(f"{folder.name} is exported: {options.export / 'transformer'}{made}")
 
@@ -410,7 +411,7 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
             f"buckets; {group.world} processes on {group.device.type}; into {out}",
             flush=True,
         )
-    context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_backends.use(recipe.ATTENTION)
+    context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_choice.use(recipe.ATTENTION)
     with context:
         batches = encode.ahead(loader.batches(start, group.rank, group.world))
         trainer.run(batches, clock, loader.state, options.steps)

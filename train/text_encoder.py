@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import functools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from lens import checkpoint
+from lens.formats.text_encoder import save_text_encoder
 
 from . import configs
 from .data import grammar, questions
@@ -91,7 +91,7 @@ class Maker:
         return language.Batch(ids, begins, asked)
 
 
-def batches(make: Maker, step: int, workers: int) -> Iterator[language.Batch]:
+def batches(make: Maker, step: int, workers: int) -> Generator[language.Batch, None, None]:
     """`make(step)`, `make(step + 1)`, ... without end; with workers, processes of their own stay a few steps ahead."""
     if not workers:
         while True:
@@ -232,7 +232,7 @@ def run(options: argparse.Namespace) -> int:
         torch.set_float32_matmul_precision("high")  # TF32: weights and sums stay float32
     config = configs.load(options.config, "encoder")
     if options.export:
-        checkpoint.save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)
+        save_text_encoder(load_trained(config, options.out / "encoder.pt"), options.export)
     elif options.accept:
         from .evaluate import linear_probe
 

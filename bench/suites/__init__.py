@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Sequence
 
 from ..case import Case
-from .scale import RELEASED, TINY, Scale
+from ..work.scale import RELEASED, TINY, Scale
 
 SUITES = ("step", "e2e", "ops", "attention", "gemm", "train")
 

@@ -2,7 +2,7 @@
 
 Lengths are those of the joint sequences, "8x512" or "4511,4096". Ways: forward; training, the forward pass that writes
 logarithms; backward, both passes, by one library where it can; gradients, the backward pass alone from a result and
-logarithms that are given. Ours is what `lens.ops.attention_backends` chooses; its candidates, those without a rate too,
+logarithms that are given. Ours is what `lens.ops.attention.choice` chooses; its candidates, those without a rate too,
 are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads to the
 longest and adds one. What cannot serve a call here is left out with its own reason. The first case has lens-hopper in all
 its modes beside each other, told by the launcher's arguments.
@@ -20,23 +20,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lens import ops
-from lens.ops import _attention_hopper, attention_backends
-from lens.ops._attention_bound import HeadNorms, score_bound
-from lens.ops._samples import Samples
+from lens.cost import attention_flops
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention import hopper
+from lens.ops.attention.hopper import HeadNorms, score_bound
+from lens.ops.attention.layout import Samples
 
 from ..case import OURS, Case, Subject, Work, generator, wider
-from ..roofline import attention, moved
-from .scale import Scale
+from ..roofline import moved
+from ..work.scale import Scale
 
 MASKED = "sdpa_masked"
-SUBJECTS = (OURS, *(c.name for c in attention_backends.CANDIDATES), MASKED)
+SUBJECTS = (OURS, *(c.name for c in attention_choice.CANDIDATES), MASKED)
 OWN = "lens-hopper"
 MODES = {  # of it: whether the scores' bound is known, which saves the running maximum; polynomials of four exponentials
     f"{OWN}-{shift}{'-polynomial' * polynomial}": (shift == "fixed", polynomial)
     for shift in ("fixed", "running")
     for polynomial in (0, 1)
 }
-GRADIENTS = (OURS, *(c.name for c in attention_backends.BACKWARDS))
+GRADIENTS = (OURS, *(c.name for c in attention_choice.BACKWARDS))
 BOUND = {torch.bfloat16: 2e-2, torch.float32: 1e-5}
 Triple = tuple[Tensor, Tensor, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -116,24 +118,24 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: 
         places = image_offsets, text_offsets, sum(images)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            made = _attention_hopper.forward(q, k, v, *places, True, heads[1] ** -0.5, bound, polynomial, False)
+            made = hopper.forward(q, k, v, *places, True, heads[1] ** -0.5, bound, polynomial, False)
             return joined(*made[:2])
 
         return call
 
     def forced(name: str) -> Attend:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            with attention_backends.use(name):
+            with attention_choice.use(name):
                 return ours(q, k, v)
 
         return call
 
-    need, left_out = attention_backends.need_of(device, dtype, heads[1], max(joint), backward=recorded), {}
+    need, left_out = attention_choice.need_of(device, dtype, heads[1], max(joint), backward=recorded), {}
     if way == "gradients":
         return of_gradients(scale, joint, inputs, need)
     subjects = {OURS: Subject(graphless(ours, way), grad=recorded)}
     subjects[MASKED] = Subject(graphless(masked(joint), way), grad=recorded)
-    for candidate in attention_backends.CANDIDATES:
+    for candidate in attention_choice.CANDIDATES:
         if why := candidate.missing(need):
             left_out[candidate.name] = why
         else:
@@ -149,7 +151,7 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: 
         with torch.enable_grad():
             return graphless(exact, way)(*(t.to(wider(dtype)) for t in (q, k, v)))
 
-    flops = sum(attention(n, n, c.inner_dim) for n in joint)
+    flops = sum(attention_flops(n, n, c.inner_dim) for n in joint)
     rows = moved(inputs[0]) // 3
     return Work(
         inputs=inputs,
@@ -163,7 +165,7 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: 
     )
 
 
-def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need: attention_backends.Need) -> Work:
+def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need: attention_choice.Need) -> Work:
     """Every library's backward pass from the same result, which is its own gradient, and the same logarithms."""
     channels, dtype, device = scale.config.attention_head_dim, inputs[0][0].dtype, inputs[0][0].device
     offsets = torch.tensor([0, *joint]).cumsum(0).to(device, torch.int32)
@@ -177,13 +179,13 @@ def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need:
 
     def by(name: str, *given: Tensor) -> Any:
         q, k, v, out, lse = given
-        library = next(b for b in attention_backends.BACKWARDS if b.name == name)
+        library = next(b for b in attention_choice.BACKWARDS if b.name == name)
         assert library.call is not None
         return library.call(library.load(True), out, q, k, v, out, lse, samples)
 
-    subjects = {OURS: Subject(lambda *given: by(attention_backends.choose(need).gradients, *given))}
+    subjects = {OURS: Subject(lambda *given: by(attention_choice.choose(need).gradients, *given))}
     left_out = {}
-    for library in attention_backends.BACKWARDS:
+    for library in attention_choice.BACKWARDS:
         if why := library.missing(dataclasses.replace(need, backward=False)):
             left_out[library.name] = why
         else:
@@ -199,7 +201,7 @@ def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need:
         subjects=subjects,
         oracle=oracle,
         bound=2 * BOUND[dtype],
-        flops=2.5 * sum(attention(n, n, scale.config.inner_dim) for n in joint),
+        flops=2.5 * sum(attention_flops(n, n, scale.config.inner_dim) for n in joint),
         bytes=8 * moved(inputs[0]) // 3,
         left_out=left_out,
         note="the backward pass alone, as 2.5 forwards",

@@ -15,15 +15,15 @@ import torch
 from torch import Tensor
 
 from lens import LensPipeline
+from lens.cost import step_flops, step_traffic_bytes
 from lens.text_encoder import PREFIX_TOKENS
 from lens.vae import PixelCodec
 
 from ..case import OURS, Case, LeftOut, Subject, Work
-from ..comparators import compiled
-from ..roofline import step_bytes, step_flops
-from . import host, throughput
-from .drawing import BOUND, Drawing, NoEncoder, way
-from .scale import Grid, Scale
+from ..work import host, throughput
+from ..work.comparators import compiled
+from ..work.drawing import BOUND, Drawing, NoEncoder, way
+from ..work.scale import Grid, Scale
 
 SUBJECTS = {
     "total": (OURS, "exact_compiled", "reference_eager"),
@@ -172,7 +172,7 @@ def _mini(device: torch.device) -> Work:
         oracle=lambda thing: draw(thing, 1)[0],
         bound=1e-6 if device.type == "cpu" else 0.2,
         flops=20 * sum(step_flops(config, images, texts).values()),
-        bytes=20 * step_bytes(config, images, texts, pipe.dtype.itemsize),
+        bytes=20 * step_traffic_bytes(config, images, texts, pipe.dtype.itemsize),
         select=lambda pictures: pictures[0],
         note="FLOPs of the transformer alone, 12 text tokens assumed",
     )

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lens.cost import gemm_flops, gemm_traffic_bytes
+
 from ..case import OURS, Case, Subject, Work, generator, wider
-from ..roofline import product, row_product
-from . import linear
-from .scale import Scale
+from ..work import linear
+from ..work.scale import Scale
 
 SUBJECTS = (OURS, "matmul")
 BOUND = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
@@ -54,7 +55,7 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
         [(normal(n, k, gain=1 / math.sqrt(k)), normal(n, gain=0.02) if bias else None) for _ in range(times)]
         for _, k, n, bias in layers
     ]
-    size = sum(row_product(m, k, n, dtype.itemsize, bias) for m, k, n, bias in layers) * times
+    size = sum(gemm_traffic_bytes(m, k, n, dtype.itemsize, bias) for m, k, n, bias in layers) * times
     sets = min(8, max(2, math.ceil(200e6 / size))) if device.type == "cuda" else 1
     inputs = [tuple(normal(m, k) for m, k, _, _ in layers) for _ in range(sets)]
 
@@ -78,7 +79,7 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
         subjects={OURS: Subject(ours), "matmul": Subject(matmul)},
         oracle=oracle,
         bound=BOUND[dtype],
-        flops=times * sum(product(m, k, n) for m, k, n, _ in layers),
+        flops=times * sum(gemm_flops(m, k, n) for m, k, n, _ in layers),
         bytes=size,
         data=[w for stream in weights for w, _ in stream],
     )

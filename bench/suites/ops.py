@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from lens import ops
+from lens.cost import attention_flops
 from lens.ops import reference
 
 from ..case import DTYPES, OURS, Case, Subject, Work, generator, tensors, wider
-from ..comparators import compiled
-from ..roofline import attention, moved
-from .scale import Scale
+from ..roofline import moved
+from ..work.comparators import compiled
+from ..work.scale import Scale
 
 SUBJECTS = (OURS, "spec_eager", "spec_compiled")
 BOUND = {torch.bfloat16: 1.5e-2, torch.float32: 2e-5}
@@ -151,7 +152,7 @@ def work_of(stem: str, s: Shape, named: dict[str, Any], outputs: Any, backward: 
     out = moved(outputs)
     flops = 0
     if stem == "joint_attention":
-        flops = sum(attention(i + t, i + t, s.width) for i, t in zip(s.images, s.texts))
+        flops = sum(attention_flops(i + t, i + t, s.width) for i, t in zip(s.images, s.texts))
     if stem == "pack_tokens":
         there = 2 * out + moved(named["rows"])  # rows that are not picked are not read
     else:

@@ -4,17 +4,18 @@ batches.
 step/<side>/<cfg | single | b4 | b8>/text<tokens>/<dtype>. Text projection and the modulation table are made before, where
 a subject can (ours, exact); the reference computes both at every step, as it does. `ours_batch_invariant` is ours under
 batch_invariant: the ratio of both is its price, which `python -m bench tables` takes from the cases that
-`lens.ops._invariance` names.
+`lens.engine.batch_invariance` names.
 """
 
 from __future__ import annotations
 
 import torch
 
+from lens.cost import step_flops, step_traffic_bytes
+
 from ..case import OURS, Case, Subject, Work
-from ..roofline import step_bytes, step_flops
-from .denoiser import STEP_BOUND, Denoiser, checked
-from .scale import Scale
+from ..work.denoiser import STEP_BOUND, Denoiser, checked
+from ..work.scale import Scale
 
 INVARIANT = "ours_batch_invariant"
 SUBJECTS = (OURS, INVARIANT, "ours_op_by_op", "exact_compiled", "reference_eager", "reference_compiled")
@@ -42,7 +43,7 @@ def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.devi
         oracle=lambda *arguments: d.reference(index, wide=True)(*arguments),
         bound=STEP_BOUND[scale.dtype],
         flops=sum(flops.values()),
-        bytes=step_bytes(scale.config, d.images, d.texts, scale.dtype.itemsize),
+        bytes=step_traffic_bytes(scale.config, d.images, d.texts, scale.dtype.itemsize),
         data=checked(inputs, d.model),
         note=f"{flops['gemm'] / 1e12:.4g} TFLOP in products, {flops['attention'] / 1e12:.4g} in attention",
     )

@@ -17,17 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lens.cost import step_flops, step_traffic_bytes, text_projection_flops
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.packing import plan
 from train.networks.denoiser import Denoiser
 
-from .. import weights
 from ..case import OURS, Case, Subject, Work, generator, wider
-from ..comparators import Exact, Reference
-from ..roofline import step_bytes, step_flops, text_projection_flops
-from .denoiser import features_of
-from .scale import Scale
+from ..work import weights
+from ..work.comparators import Exact, Reference
+from ..work.denoiser import features_of
+from ..work.scale import Scale
 
 SUBJECTS = (OURS, "ours_selective", "ours_block", "exact_compiled", "reference_eager")
 BOUND = {torch.bfloat16: 0.15, torch.float32: 2e-3}
@@ -58,7 +57,7 @@ def ways(model: LensTransformer2DModel, scale: Scale, size: int, batch: int, tex
 
     def ours(x: Tensor, time: Tensor, features: list[Tensor]) -> Tensor:
         rows = model.project_text([f.flatten(0, 1) for f in features], texts)
-        return model.denoise(x.flatten(0, 1).to(model.dtype), rows, modulate(model, time), packing).view_as(x)
+        return model.denoise(x.flatten(0, 1).to(model.dtype), rows, model.modulate(time), packing).view_as(x)
 
     def exact(compile: bool, recompute: bool) -> Callable[..., Tensor]:
         way = Exact(model, compile, recompute)
@@ -66,7 +65,7 @@ def ways(model: LensTransformer2DModel, scale: Scale, size: int, batch: int, tex
 
         def velocity(x: Tensor, time: Tensor, features: list[Tensor]) -> Tensor:
             rows = model.project_text([f.flatten(0, 1) for f in features], texts)
-            table = modulate(model, time)
+            table = model.modulate(time)
             blocks, final = table.blocks.permute(1, 2, 3, 0, 4), table.final.transpose(0, 1)
             return way(x.flatten(0, 1).to(model.dtype), rows, blocks, final, tables, lengths).view_as(x)
 
@@ -132,7 +131,7 @@ def prepare(scale: Scale, size: int, batch: int, device: torch.device) -> Work:
         oracle=oracle,
         bound=BOUND[scale.dtype],
         flops=3.0 * forward,
-        bytes=3.0 * step_bytes(config, images, texts, item) + 8.0 * item * every,  # AdamW: w, m, v, gradient
+        bytes=3.0 * step_traffic_bytes(config, images, texts, item) + 8.0 * item * every,  # AdamW: w, m, v, gradient
         data=[p for p in model.parameters() if p.dim() > 1],
         note="FLOPs as three forwards; attention's backward counted as two",
         more={"tokens": batch * (tokens + text)},

@@ -4,7 +4,7 @@
 """
 
 from lens.ops import backend, reference
-from lens.ops._attention_bound import HeadNorms
+from lens.ops.attention.hopper import HeadNorms
 from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
 from lens.ops.guidance_step import guidance_step

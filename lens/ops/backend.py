@@ -11,7 +11,7 @@ module says so once, with the reason. LENS_OPS_BACKEND=reference | compiled, or 
 forced backend that cannot run raises. LENS_CPU_ISA=base | avx2 | avx512, or `use_isa(...)`, does the same for the
 instruction set of the CPU kernels.
 
-`joint_attention` needs no extension: its "cpu" is PyTorch's kernel, its "cuda" what attention_backends.py chooses.
+`joint_attention` needs no extension: its "cpu" is PyTorch's kernel, its "cuda" what attention/choice.py chooses.
 """
 
 from __future__ import annotations
@@ -31,17 +31,6 @@ from lens.ops.checks import dense_rows
 from lens.ops.reference import arithmetic_dtype
 
 CHOICES = ("auto", "reference", "compiled", "cpu", "cuda")
-OPS = (
-    "pack_tokens",
-    "unpack_tokens",
-    "rms_norm_modulate",
-    "qk_norm_rope",
-    "joint_attention",
-    "gated_residual",
-    "gated_residual_norm_modulate",
-    "swiglu",
-    "guidance_step",
-)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -209,34 +198,6 @@ def rows_and_tables(x: Tensor, **tables: Tensor) -> dict[str, Any]:
 def split_chunks(rows: int) -> int:
     """Slots of a column sum over all rows; see csrc/params.h."""
     return -(-rows // extension("split_chunks").split_rows)
-
-
-def report(device: str | None = None) -> list[tuple[str, str, str]]:
-    """One row (op, backend, reason) per op for tensors on `device` ("cpu" or "cuda"; default: cuda if usable)."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for op in OPS:
-        try:
-            backend = choose(op, torch.empty(0, device=device))
-            reason = _reason(op, backend, device)
-        except RuntimeError as error:
-            backend, reason = "none", str(error)
-        rows.append((op, backend, reason))
-    return rows
-
-
-def _reason(op: str, backend: str, device: str) -> str:
-    if _choice != "auto":
-        return f"forced to {_choice}"
-    if backend == "reference":
-        return unavailable(device)
-    if op == "joint_attention":
-        if backend == "cpu":
-            return "torch's flash attention, per sample or group of equal samples"
-        from lens.ops import attention_backends  # rests on this module
-
-        return "by candidate: " + attention_backends.summary()
-    return f"lens._C, {isa()} kernels" if backend == "cpu" else "lens._C, CUDA kernels"
 
 
 _checked(_choice, "LENS_OPS_BACKEND")

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lens.ops import attention_backends, backend, linear_backends
-from lens.ops._attention_hopper import POLYNOMIAL
-from lens.ops.linear_fused import plain
+from lens.ops import backend
+from lens.ops.attention.hopper import POLYNOMIAL
+from lens.ops.linear import choice as linear_choice
 
 if TYPE_CHECKING:
-    from lens.model import LensTransformer2DModel
-    from lens.packing import Packing
+    pass
 
 OWN_ATTENTION = "lens-hopper"
 
@@ -72,42 +71,10 @@ def denoise_step(
         F=hidden,
         C=image_rows.shape[1],
         polynomial=POLYNOMIAL,
-        cluster=linear_backends.cluster(),
+        cluster=linear_choice.cluster(),
         scale=head_dim**-0.5,
         eps=eps,
     )
 
 
 denoise_step.register_fake(lambda *_: None)
-
-
-def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
-    """Why steps of this plan run op by op; "" where they are one call."""
-    invariant = model.invariant
-    if linear_backends.idle(alone=invariant and model.device.type == "cuda"):
-        return "the library multiplies"  # nearly always, and said without a look at anything else
-    if model.training:
-        return "the model is in training"
-    if why := backend.without("denoise_step"):
-        return why
-    config, lengths = model.config, list(zip(packing.image_lengths, packing.text_lengths))
-    if config.in_channels % 64:
-        return f"needs image tokens in multiples of 64 channels, got {config.in_channels}"
-    layers = [model.image_in, model.image_out]
-    layers += [layer for b in model.layers() for s in b.streams() for layer in (s.qkv, s.out, s.w13, s.w2)]
-    needs = linear_backends.needs(
-        config,
-        model.device,
-        model.dtype,
-        0 if invariant else sum(i + t for i, t in lengths),
-        plain=all(map(plain, layers)),
-        alone=invariant,
-    )
-    by_library = [need.product for need in needs if linear_backends.choose(need) != "fused"]
-    if by_library:
-        return f"the library multiplies {', '.join(by_library)}"
-    longest = max((i + t for i, t in lengths), default=0) if packing.places is None else packing.places.longest
-    captured, head_dim = packing.places is not None, config.attention_head_dim
-    need = attention_backends.need_of(model.device, model.dtype, head_dim, longest, captured, invariant=invariant)
-    chosen = attention_backends.choose(need).name
-    return "" if chosen == OWN_ATTENTION else f"attention is {chosen}'s"

@@ -1,4 +1,4 @@
-"""Attention of every sample over its own [image | text] rows; attention_backends.py says who does the work."""
+"""Attention of every sample over its own [image | text] rows; attention/choice.py says who does the work."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lens.ops import _attention_cpu, attention_backends, backend, checks, reference
-from lens.ops._attention_bound import HeadNorms
-from lens.ops._attention_places import DevicePlaces, in_place
-from lens.ops._samples import Samples
+from lens.ops import backend, checks, reference
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention import cpu as attention_cpu
+from lens.ops.attention.hopper import HeadNorms
+from lens.ops.attention.layout import DeviceLayout, Samples
 
 MANY = 16  # samples from which on a GPU gathers rows instead of cutting and joining pieces
 
@@ -25,7 +26,7 @@ def joint_attention(
     text_offsets: Tensor,
     text_queries: bool = True,
     scale: float | None = None,
-    places: DevicePlaces | None = None,
+    layout: DeviceLayout | None = None,
     norms: HeadNorms | None = None,
     invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ def joint_attention(
     image_offsets, text_offsets: int32 [B + 1], the same on the device
     text_queries: False leaves out the text rows of q; text_out is then [0, N * H]
     scale: H^-0.5 by default
-    places: with it the offsets alone say where samples lie, and of the lengths only the totals count
+    layout: with it the offsets alone say where samples lie, and of the lengths only the totals count
     norms: the weights of the norms that q and k come from; they bound the scores, which saves a kernel the maxima
     invariant: a sample's bits must not depend on the others of the call; on a CPU they never do
     Raises ValueError for shapes, dtypes, devices, lengths or (CPU, eager) offsets that do not fit. Differentiable.
@@ -54,11 +55,13 @@ def joint_attention(
     if sum(image_lengths) + sum(text_lengths) != q.shape[0]:
         total = f"{sum(image_lengths)} + {sum(text_lengths)}"
         checks.refuse(op, f"image_lengths and text_lengths must add up to RI + RT = {q.shape[0]}, got {total}")
-    _expect_offsets("image_offsets", image_offsets, image_lengths, q, places is None)
-    _expect_offsets("text_offsets", text_offsets, text_lengths, q, places is None)
+    _expect_offsets("image_offsets", image_offsets, image_lengths, q, layout is None)
+    _expect_offsets("text_offsets", text_offsets, text_lengths, q, layout is None)
     offsets, scale = (image_offsets, text_offsets), q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if places is not None:
-        return in_place(q, k, v, sum(image_lengths), *offsets, text_queries, scale, places, norms, invariant)
+    if layout is not None:
+        return attend_with_device_lengths(
+            q, k, v, sum(image_lengths), *offsets, text_queries, scale, layout, norms, invariant
+        )
     chosen = backend.choose(op, q)
     if chosen == "reference":
         return reference.joint_attention(q, k, v, image_lengths, text_lengths, *offsets, text_queries, scale)
@@ -68,20 +71,20 @@ def joint_attention(
     if sum(query_lengths) == 0:
         return q[:0].flatten(1), q[:0].flatten(1)
     if chosen == "cuda":
-        need = attention_backends.need_of_call(q, k, v, max(joint_lengths), False, invariant)
-        if (streams := attention_backends.streams(need)) is not None:
+        need = attention_choice.need_of_call(q, k, v, max(joint_lengths), False, invariant)
+        if (streams := attention_choice.streams(need)) is not None:
             return streams(q, k, v, *offsets, sum(image_lengths), max(joint_lengths), text_queries, scale, norms)
     if not text_queries:
         q = _split_streams(q, image_lengths, text_lengths, *offsets)[0]
     if chosen == "cpu":
         recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        out = _attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
+        out = attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
     else:
         joint_offsets = image_offsets + text_offsets
         query_offsets = joint_offsets if text_queries else image_offsets
         longest = max(query_lengths), max(joint_lengths)
         samples = Samples(query_offsets, joint_offsets, *longest, scale, query_lengths, joint_lengths, invariant)
-        out = attention_backends.run(q, k, v, samples)
+        out = attention_choice.run(q, k, v, samples)
     out = out.flatten(1)
     return _split_streams(out, image_lengths, text_lengths, *offsets) if text_queries else (out, out[:0])
 
@@ -116,3 +119,33 @@ def _gather_streams(x: Tensor, image_rows: int, image_offsets: Tensor, text_offs
     host busier than the device."""
     rows = reference.joint_rows(image_offsets, text_offsets, image_rows, x.shape[0] - image_rows)
     return x.index_select(0, rows[:image_rows]), x.index_select(0, rows[image_rows:])
+
+
+def attend_with_device_lengths(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    images: int,
+    image_offsets: Tensor,
+    text_offsets: Tensor,
+    text_queries: bool,
+    scale: float,
+    layout: DeviceLayout,
+    norms: HeadNorms | None,
+    invariant: bool,
+) -> tuple[Tensor, Tensor]:
+    """`joint_attention` without one look at a length: what a captured step replays for other texts of the same total."""
+    need = attention_choice.need_of_call(q, k, v, layout.longest, True, invariant)
+    if (streams := attention_choice.streams(need)) is not None:
+        offsets = image_offsets, text_offsets
+        return streams(q, k, v, *offsets, images, layout.longest, text_queries, scale, norms)
+    longest = layout.longest if text_queries else layout.longest_image
+    query_offsets = layout.joint_offsets if text_queries else image_offsets
+    if not text_queries:
+        q = q[:images] if layout.image_rows is None else q.index_select(0, layout.image_rows)
+    samples = Samples(query_offsets, layout.joint_offsets, longest, layout.longest, scale, invariant=invariant)
+    out = attention_choice.run(q, k, v, samples).flatten(1)
+    if not text_queries:
+        return out, out[:0]
+    image = out[:images] if layout.image_rows is None else out.index_select(0, layout.image_rows)
+    return image, out[images:] if layout.text_rows is None else out.index_select(0, layout.text_rows)

@@ -3,9 +3,9 @@
 import torch
 
 from bench.suites import attention
-from bench.suites.scale import TINY
-from lens.ops import attention_backends
-from lens.ops.attention_backends import Candidate
+from bench.work.scale import TINY
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.choice import Candidate
 
 
 def exact(module, dout, q, k, v, out, lse, samples):
@@ -28,14 +28,14 @@ def exact(module, dout, q, k, v, out, lse, samples):
 def test_a_library_that_is_right_passes_and_one_that_cannot_run_is_left_out(monkeypatch):
     here = Candidate("here", exact, device="cpu", arch=((0, 0), (0, 0)), dtypes=(TINY.dtype,), head_dim=(1, 512))
     away = Candidate("away", exact)
-    monkeypatch.setattr(attention_backends, "BACKWARDS", [here, away])
+    monkeypatch.setattr(attention_choice, "BACKWARDS", [here, away])
     work = attention.prepare(TINY, [(9, 4), (9, 0), (6, 2)], "gradients", torch.device("cpu"))
     assert work.left_out == {"away": "runs on cuda, not on cpu"}
     assert list(work.subjects) == ["ours", "here"]
     got, expected = (call(*work.inputs[1]) for call in (work.subjects["here"].call, work.oracle))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=work.bound, rtol=work.bound)
-    monkeypatch.setattr(attention_backends, "choose", lambda need: attention_backends.Choice(here))
+    monkeypatch.setattr(attention_choice, "choose", lambda need: attention_choice.Choice(here))
     for a, b in zip(work.subjects["ours"].call(*work.inputs[1]), got, strict=True):
         assert torch.equal(a, b)
     heads = TINY.config.num_attention_heads * TINY.config.attention_head_dim

@@ -5,15 +5,17 @@ import dataclasses
 import pytest
 import torch
 
-from bench import comparators
 from bench.case import ConstantData, distance
 from bench.measure import measure
 from bench.suites import SUITES, attention, cases
-from bench.suites.denoiser import STEP_BOUND, Denoiser
-from bench.suites.e2e import BOUND, Drawing, _denoise
-from bench.suites.scale import TINY
+from bench.suites.e2e import _denoise
+from bench.work import comparators
+from bench.work.denoiser import STEP_BOUND, Denoiser
+from bench.work.drawing import BOUND, Drawing
+from bench.work.scale import TINY
 from lens import ops
-from lens.ops import attention_backends, linear_backends
+from lens.ops.attention import choice as attention_choice
+from lens.ops.linear import choice as linear_choice
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "matmul": 1e11}
@@ -47,22 +49,22 @@ def test_a_step_is_by_measured_rates_where_every_product_has_both(monkeypatch):
 
     def lines(arch: str, *products: str, rows: int = 47, status: str = "measured") -> list[dict]:
         shared = dict(arch=arch, rows=rows, tflops=1, status=status, source="x")
-        return [dict(shared, product=p, backend=b) for p in products for b in linear_backends.BACKENDS]
+        return [dict(shared, product=p, backend=b) for p in products for b in linear_choice.BACKENDS]
 
     for table, by in (
-        (lines("0.0", *linear_backends.PRODUCTS), True),
-        (lines("0.0", *linear_backends.PRODUCTS)[:-1], False),
+        (lines("0.0", *linear_choice.PRODUCTS), True),
+        (lines("0.0", *linear_choice.PRODUCTS)[:-1], False),
         (lines("0.0", "qkv"), False),
-        (lines("9.0", *linear_backends.PRODUCTS), False),
-        (lines("0.0", *linear_backends.PRODUCTS, rows=48), False),
-        (lines("0.0", *linear_backends.PRODUCTS, status="predicted"), False),
+        (lines("9.0", *linear_choice.PRODUCTS), False),
+        (lines("0.0", *linear_choice.PRODUCTS, rows=48), False),
+        (lines("0.0", *linear_choice.PRODUCTS, status="predicted"), False),
     ):
-        monkeypatch.setattr(linear_backends, "table", lambda table=table: table)
+        monkeypatch.setattr(linear_choice, "table", lambda table=table: table)
         assert d.who(False)()["by_measured_rates"] == by
 
 
 def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
-    from lens.engine import Engine
+    from lens.engine.run import Engine
 
     def start(*_):
         raise RuntimeError("capture failed")
@@ -173,11 +175,11 @@ def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):
         return *ops.reference.joint_attention(q, k, v, *places, text_queries, scale), None
 
     monkeypatch.setattr(attention._attention_hopper, "forward", forward)
-    own = next(c for c in attention_backends.CANDIDATES if c.name == attention.OWN)
+    own = next(c for c in attention_choice.CANDIDATES if c.name == attention.OWN)
     left_out = case.prepare(CPU).left_out
     assert {left_out[name] for name in attention.MODES} == {left_out[attention.OWN]}
     able = dataclasses.replace(own, device="cpu", arch=((0, 0), (0, 0)), dtypes=(torch.float32,), kernel="")
-    monkeypatch.setattr(attention_backends, "CANDIDATES", [able])
+    monkeypatch.setattr(attention_choice, "CANDIDATES", [able])
     work = case.prepare(CPU)
     with torch.no_grad():
         for name in attention.MODES:

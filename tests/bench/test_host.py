@@ -9,12 +9,12 @@ import time
 import pytest
 import torch
 
-from bench import first_picture
 from bench.result import table
 from bench.suites import cases
-from bench.suites.drawing import Drawing
-from bench.suites.host import FirstPicture, HostClock, Watched, goal
-from bench.suites.scale import RELEASED, TINY
+from bench.work import first_picture
+from bench.work.drawing import Drawing
+from bench.work.host import FirstPicture, HostClock, Watched, goal
+from bench.work.scale import RELEASED, TINY
 from lens import sampler
 from tests.bench.results import result, row
 
@@ -109,7 +109,7 @@ def test_a_first_picture_comes_from_a_process_of_its_own_and_is_timed_once_for_e
     assert len(calls) == 1, "the call that was compared is the first that was timed"
     first.timed()
     assert len(calls) == 2
-    assert calls[0][:3] == [sys.executable, "-m", "bench.first_picture"]
+    assert calls[0][:3] == [sys.executable, "-m", "bench.work.first_picture"]
     assert {"denoise", "encode"} <= set(first.subject().told()["stages"])
 
 

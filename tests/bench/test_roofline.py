@@ -5,14 +5,25 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import roofline, weights
-from bench.comparators import Reference
+from bench import roofline
 from bench.suites.gemm import prepare as prepare_gemm
 from bench.suites.ops import SHAPES, STEMS, arguments, work_of
-from bench.suites.scale import TINY
+from bench.work import weights
+from bench.work.comparators import Reference
+from bench.work.scale import TINY
 from lens import ops
 from lens.config import LensConfig
-from lens.modulation import table
+from lens.cost import (
+    attention_flops,
+    decoder_flops,
+    encoder_flops,
+    gemm_flops,
+    step_flops,
+    step_traffic_bytes,
+    table_flops,
+    text_projection_flops,
+)
+from lens.engine.schedule_table import table
 from lens.ops import backend
 from lens.packing import plan
 
@@ -39,16 +50,15 @@ def test_a_step_counts_what_the_profiler_counts(model, grids, texts):
     modulation = table(model, torch.rand(len(grids)))
     with backend.use("reference"):  # attention as two counted products
         total = counted(lambda: model.denoise(rows, text, modulation, packing))
-    dead = sum(texts) * roofline.product(1, CONFIG.inner_dim, CONFIG.inner_dim)  # text queries of the last block
-    assert sum(roofline.step_flops(CONFIG, images, texts).values()) + dead == total
+    dead = sum(texts) * gemm_flops(1, CONFIG.inner_dim, CONFIG.inner_dim)  # text queries of the last block
+    assert sum(step_flops(CONFIG, images, texts).values()) + dead == total
 
 
 def test_table_and_text_projection_count_what_the_profiler_counts(model):
-    from lens.modulation import modulate
 
-    assert roofline.table_flops(CONFIG, 3) == counted(lambda: modulate(model, torch.rand(3)))
+    assert table_flops(CONFIG, 3) == counted(lambda: model.modulate(torch.rand(3)))
     features = [torch.randn(9, CONFIG.enc_hidden_dim) for _ in range(4)]
-    assert roofline.text_projection_flops(CONFIG, 9) == counted(lambda: model.project_text(features, [9]))
+    assert text_projection_flops(CONFIG, 9) == counted(lambda: model.project_text(features, [9]))
 
 
 def test_the_reference_step_counts_what_the_profiler_counts(model):
@@ -62,8 +72,8 @@ def test_the_reference_step_counts_what_the_profiler_counts(model):
 def test_the_released_step_is_the_known_one():
     """The published accounting: 17.7 TFLOP for a sample with 300 text tokens, 675 for 20 guided steps."""
     config = LensConfig()
-    one = sum(roofline.step_flops(config, [4096], [300]).values())
-    both = 20 * sum(roofline.step_flops(config, [4096] * 2, [300, 0]).values())
+    one = sum(step_flops(config, [4096], [300]).values())
+    both = 20 * sum(step_flops(config, [4096] * 2, [300, 0]).values())
     assert one / 1e12 == pytest.approx(17.6, abs=0.15)
     assert both / 1e12 == pytest.approx(675, rel=0.005)
 
@@ -78,13 +88,13 @@ def test_the_encoder_counts_what_the_profiler_counts():
     pairs = {"sliding_attention": window, "full_attention": tokens * (tokens + 1) // 2}
     spared = 4 * q * sum(tokens**2 - pairs[kind] for kind in config.layer_types[:2])
     total = counted(lambda: encoder(input_ids=torch.arange(tokens)[None], use_cache=False))
-    assert roofline.encoder_flops(config, tokens, 2) == total - spared
+    assert encoder_flops(config, tokens, 2) == total - spared
 
 
 def test_the_decoder_counts_what_the_profiler_counts():
     vae = weights.autoencoder(CPU, torch.float32, True)
-    ours = roofline.decoder_flops(vae.config, (2, 3))
-    mid = roofline.attention(4 * 6, 4 * 6, vae.config.block_out_channels[-1])
+    ours = decoder_flops(vae.config, (2, 3))
+    mid = attention_flops(4 * 6, 4 * 6, vae.config.block_out_channels[-1])
     total = counted(lambda: vae.decode(torch.randn(1, vae.config.latent_channels, 4, 6)))
     assert total in (ours, ours - mid)  # the counter knows the CPU's attention kernel, or does not
 
@@ -115,8 +125,8 @@ def test_a_step_reads_every_weight_that_a_step_needs_once(model):
     """The blocks without their modulation, and both ends; what is computed once per prompt or schedule is not read."""
     needed = [p for name, p in model.blocks.named_parameters() if "modulation" not in name]
     needed += [model.image_in.weight, model.image_out.weight]
-    assert roofline.step_bytes(CONFIG, [], [], 4) == roofline.moved(needed)
-    one, more = (roofline.step_bytes(CONFIG, [n], [5], 2) - roofline.step_bytes(CONFIG, [], [5], 2) for n in (1, 7))
+    assert step_traffic_bytes(CONFIG, [], [], 4) == roofline.moved(needed)
+    one, more = (step_traffic_bytes(CONFIG, [n], [5], 2) - step_traffic_bytes(CONFIG, [], [5], 2) for n in (1, 7))
     assert more == 7 * one
 
 

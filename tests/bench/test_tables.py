@@ -7,17 +7,19 @@ import pytest
 from bench import __main__ as bench
 from bench import tables
 from bench.suites import cases
-from lens.ops import _invariance, attention_backends, linear_backends
+from lens.engine import batch_invariance
+from lens.ops.attention import choice as attention_choice
+from lens.ops.linear import choice as linear_choice
 from tests.bench.results import result, row
 from tests.bench.test_compare import as_file
 
-ATTENTION, LINEAR = attention_backends.TABLE, linear_backends.TABLE
+ATTENTION, LINEAR = attention_choice.TABLE, linear_choice.TABLE
 
 
 @pytest.fixture
 def places(tmp_path):
     """Copies of the tables, and what points to them."""
-    originals = {"attention": ATTENTION, "linear": LINEAR, "invariance": _invariance.TABLE}
+    originals = {"attention": ATTENTION, "linear": LINEAR, "invariance": batch_invariance.TABLE}
     copies = {name: tmp_path / original.name for name, original in originals.items()}
     for name, original in originals.items():
         copies[name].write_text(original.read_text())
@@ -95,23 +97,23 @@ def test_both_tables_are_read_by_what_chooses_by_them(tmp_path, places, monkeypa
 
     rows = [*attention(("torch-cudnn-varlen", 640)), *products(700, 600)]
     tables.tables([as_file(tmp_path / "all.json", result(*rows, capability="9.0"))], **places)
-    monkeypatch.setattr(attention_backends, "TABLE", places["attention"])
-    monkeypatch.setattr(linear_backends, "TABLE", places["linear"])
-    monkeypatch.setattr(linear_backends, "missing", lambda need: "")
-    caches = (attention_backends.table, attention_backends.choose, linear_backends.table, linear_backends.choose)
+    monkeypatch.setattr(attention_choice, "TABLE", places["attention"])
+    monkeypatch.setattr(linear_choice, "TABLE", places["linear"])
+    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
+    caches = (attention_choice.table, attention_choice.choose, linear_choice.table, linear_choice.choose)
     try:
         for cache in caches:
             cache.cache_clear()
-        need = attention_backends.Need("cuda", (9, 0), torch.bfloat16, 64, False, True, 4511)
-        assert attention_backends.choose(need).name == "torch-cudnn-varlen"
-        products_need = linear_backends.Need("w13", "cuda", (9, 0), torch.bfloat16, 8607, 1536, 8192)
-        assert linear_backends.decide(products_need)[0] == "fused"
+        need = attention_choice.Need("cuda", (9, 0), torch.bfloat16, 64, False, True, 4511)
+        assert attention_choice.choose(need).name == "torch-cudnn-varlen"
+        products_need = linear_choice.Need("w13", "cuda", (9, 0), torch.bfloat16, 8607, 1536, 8192)
+        assert linear_choice.decide(products_need)[0] == "fused"
     finally:
         for cache in caches:
             cache.cache_clear()
 
 
-FIRST = _invariance.CASES[0]
+FIRST = batch_invariance.CASES[0]
 
 
 def priced(case, plain, invariant, products="ours", rates=True, **forced):
@@ -123,22 +125,22 @@ def priced(case, plain, invariant, products="ours", rates=True, **forced):
 
 
 def test_the_price_of_batch_invariance_decides_its_default_once_every_case_is_measured(tmp_path, places, monkeypatch):
-    monkeypatch.setattr(_invariance, "TABLE", places["invariance"])
+    monkeypatch.setattr(batch_invariance, "TABLE", places["invariance"])
     prices = {"step/1024/cfg/text415/bf16": (60, 60.6), "step/1024/b4/text200/bf16": (120, 121.8)}
     prices["step/1024/b8/text200/bf16"] = (240, 241.2)
     try:
         for k, (case, (plain, invariant)) in enumerate(prices.items()):
             made = result(*priced(case, plain, invariant), capability="9.0")
             assert tables.tables([as_file(tmp_path / f"{k}.json", made)], **places) == [places["invariance"]]
-            _invariance.table.cache_clear()
-            assert (_invariance.price((9, 0)) is None) == (k < 2)
-        assert _invariance.price((9, 0)) == 0.015
+            batch_invariance.table.cache_clear()
+            assert (batch_invariance.price((9, 0)) is None) == (k < 2)
+        assert batch_invariance.price((9, 0)) == 0.015
         first = entries(places["invariance"], arch="9.0")[0]
         assert first["source"] == "step/1024/cfg/text415/bf16, NVIDIA H200, 0.json, commit c"
-        assert [e["case"] for e in entries(places["invariance"])] == list(_invariance.CASES)
+        assert [e["case"] for e in entries(places["invariance"])] == list(batch_invariance.CASES)
         assert [e["price"] for e in entries(places["invariance"])] == [0.01, 0.015, 0.005]
     finally:
-        _invariance.table.cache_clear()
+        batch_invariance.table.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -212,5 +214,5 @@ def test_the_cases_of_the_tables_exist():
     assert [c.id for c in cases(("attention",)) if c.id in tables.SHAPES]
     assert len([c for c in cases(("attention",)) if c.id in tables.SHAPES]) == len(tables.SHAPES)
     classes = {f"{length}{which}" for length in ("long", "short") for which in ("", " training", " backward")}
-    assert set(_invariance.CASES) <= {c.id for c in cases(("step",)) if "ours_batch_invariant" in c.subjects}
+    assert set(batch_invariance.CASES) <= {c.id for c in cases(("step",)) if "ours_batch_invariant" in c.subjects}
     assert set(tables.SHAPES.values()) == classes

@@ -18,7 +18,13 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lens import LensPipeline, __version__, checkpoint, cli, cli_request, cli_terminal, pictures
+from lens import LensPipeline, __version__, image_file, pipeline
+from lens.cli import __main__ as cli
+from lens.cli import request as cli_request
+from lens.cli import terminal
+from lens.formats import released
+from lens.formats.hub import EMBEDDED, fingerprint
+from lens.formats.released import read_index
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
 FAST = ["--model", str(DEV), "--variant", "lens", "--steps", "2", "--size", "32x32"]
@@ -35,7 +41,7 @@ EXPECTED_RECIPE = {
     "model": "dev",
     "dtype": "float32",
     "version": __version__,
-    "fingerprint": checkpoint.fingerprint(DEV),
+    "fingerprint": fingerprint(DEV),
     "loras": (),
 }
 
@@ -99,9 +105,9 @@ def test_a_lora_is_drawn_with_and_stands_in_the_recipe(apple, lora, tmp_path):
     pipe.load_lora(lora, 0.75)
     expected = pipe("a dog", height=32, width=32, num_inference_steps=2, seed=3).images[0]
     assert np.array_equal(pixels(styled), np.asarray(expected))
-    recipe = pictures.read_recipe(styled)
+    recipe = image_file.read_recipe(styled)
     assert recipe.loras == tuple(pipe.loras) == (("style.safetensors", pipe.loras[0][1], 0.75),)
-    assert "loras" not in json.loads(pictures.read_recipe(plain).to_json())
+    assert "loras" not in json.loads(image_file.read_recipe(plain).to_json())
 
     refused = generate("--like", styled, "-o", again)
     assert refused.exit_code == 2
@@ -156,7 +162,7 @@ def test_the_picture_is_the_librarys_and_carries_its_recipe(apple):
         chat_date="2025-01-31", truncation="prompt",
     ).images[0]  # fmt: skip
     assert np.array_equal(pixels(apple), np.asarray(expected))
-    assert asdict(pictures.read_recipe(apple)) == EXPECTED_RECIPE
+    assert asdict(image_file.read_recipe(apple)) == EXPECTED_RECIPE
     with Image.open(apple) as image:
         assert json.loads(image.text["lens"])["size"] == [48, 32]  # plain JSON under one key
 
@@ -166,7 +172,7 @@ def test_prompts_images_per_prompt_and_seeds_are_prompt_major(tmp_path):
     assert [p.name for p in paths] == [
         "000-a-dog-5.png", "001-a-dog-6.png", "002-zwei-äpfel-猫-7.png", "003-zwei-äpfel-猫-8.png",
     ]  # fmt: skip
-    recipes = [pictures.read_recipe(p) for p in paths]
+    recipes = [image_file.read_recipe(p) for p in paths]
     assert [(r.prompt, r.seed) for r in recipes] == [
         ("a dog", 5),
         ("a dog", 6),
@@ -178,15 +184,15 @@ def test_prompts_images_per_prompt_and_seeds_are_prompt_major(tmp_path):
 
 def test_a_list_of_seeds_sets_the_number_of_pictures(tmp_path):
     paths = written(generate("a dog", "a cat", "-s", "9,2,9,1", "-o", tmp_path))
-    assert [(r.prompt, r.seed) for r in map(pictures.read_recipe, paths)] == [
+    assert [(r.prompt, r.seed) for r in map(image_file.read_recipe, paths)] == [
         ("a dog", 9), ("a dog", 2), ("a cat", 9), ("a cat", 1),
     ]  # fmt: skip
 
 
 def test_without_a_seed_each_run_draws_its_own_and_reports_it(tmp_path):
     first, second = (written(generate("a dog", "-o", tmp_path / name))[0] for name in "ab")
-    assert pictures.read_recipe(first).seed != pictures.read_recipe(second).seed
-    assert str(pictures.read_recipe(first).seed) in first.name
+    assert image_file.read_recipe(first).seed != image_file.read_recipe(second).seed
+    assert str(image_file.read_recipe(first).seed) in first.name
 
 
 @pytest.mark.parametrize("ending", ["\n", "\r\n"])
@@ -196,7 +202,7 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path, ending):
     from_file = written(generate("--file", tmp_path / "prompts.txt", "-s", 1, "-o", tmp_path / "a"))
     from_stdin = written(generate("-f", "-", "-s", 1, "-o", tmp_path / "b", stdin=text))
     for paths in (from_file, from_stdin):
-        assert [pictures.read_recipe(p).prompt for p in paths] == ["a red apple", "a pear # 2"]
+        assert [image_file.read_recipe(p).prompt for p in paths] == ["a red apple", "a pear # 2"]
 
 
 @pytest.mark.parametrize(
@@ -209,8 +215,8 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path, ending):
     ],
 )
 def test_sizes(tmp_path, monkeypatch, flags, height_width):
-    index = {**checkpoint.read_index(DEV), "lens": {"variant": "lens", "base_resolution": 64, "max_resolution": 64}}
-    monkeypatch.setattr(checkpoint, "read_index", lambda root: index)
+    index = {**read_index(DEV), "lens": {"variant": "lens", "base_resolution": 64, "max_resolution": 64}}
+    monkeypatch.setattr(released, "read_index", lambda root: index)
     result = generate("a dog", *flags, "--steps", 1, "-m", DEV, "-o", tmp_path / "x.png", fast=False)
     (path,) = written(result)
     assert pixels(path).shape[:2] == height_width
@@ -243,16 +249,16 @@ def test_batches_hold_few_large_or_several_small_pictures():
 def test_names(tmp_path):
     paths = written(generate("a dog", "b", "-s", 4, "--name", "{seed:04d}_{prompt}.PNG", "-o", tmp_path))
     assert [p.name for p in paths] == ["0004_a-dog.PNG", "0005_b.PNG"]
-    assert pictures.slug("") == "picture"
-    assert pictures.slug("../../etc/passwd") == "etc-passwd"
-    assert pictures.slug("word " * 100) == "word-word-word-word-word-word-word-word"
-    assert pictures.slug("a " * 30) == "-".join("a" * 20)
-    assert pictures.slug("x" * 50) == "x" * 40
+    assert image_file.slug("") == "picture"
+    assert image_file.slug("../../etc/passwd") == "etc-passwd"
+    assert image_file.slug("word " * 100) == "word-word-word-word-word-word-word-word"
+    assert image_file.slug("a " * 30) == "-".join("a" * 20)
+    assert image_file.slug("x" * 50) == "x" * 40
 
 
 def test_today_is_written_into_the_recipe_as_a_date(tmp_path):
     (path,) = written(generate("a dog", "--chat-date", "today", "-o", tmp_path / "x.png"))
-    assert len(pictures.read_recipe(path).chat_date) == len("2026-05-23")
+    assert len(image_file.read_recipe(path).chat_date) == len("2026-05-23")
 
 
 def test_quiet_prints_paths_alone(tmp_path):
@@ -268,7 +274,7 @@ def test_the_summary_says_under_which_conditions(tmp_path):
 
 
 def test_progress_counts_every_step_of_every_batch(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_terminal, "_PLAIN_PROGRESS_SECONDS", 0.0)
+    monkeypatch.setattr(terminal, "_PLAIN_PROGRESS_SECONDS", 0.0)
     result = generate("a dog", "a cat", "--batch-size", 1, "-o", tmp_path)
     assert [line for line in result.stderr.splitlines() if line.startswith("step")] == [
         f"step {k}/4" for k in (1, 2, 3, 4)
@@ -276,7 +282,7 @@ def test_progress_counts_every_step_of_every_batch(tmp_path, monkeypatch):
 
 
 def test_progress_on_a_terminal_is_a_bar(tmp_path, monkeypatch):
-    monkeypatch.setattr(cli_terminal, "console", cli_terminal.Console(stderr=True, force_terminal=True, width=80))
+    monkeypatch.setattr(terminal, "console", terminal.Console(stderr=True, force_terminal=True, width=80))
     result = generate("a dog", "-o", tmp_path / "x.png")
     assert result.exit_code == 0
     assert "drawing" in result.stderr
@@ -331,18 +337,18 @@ def test_like_redraws_one_picture_of_a_mixed_batch(tmp_path):
 )
 def test_a_flag_overrides_its_part_of_the_recipe(apple, tmp_path, flags, changed):
     (path,) = written(run("generate", *flags, "--like", apple, "--model", DEV, "-o", tmp_path / "x.png"))
-    assert asdict(pictures.read_recipe(path)) == {**EXPECTED_RECIPE, **changed}
+    assert asdict(image_file.read_recipe(path)) == {**EXPECTED_RECIPE, **changed}
     if set(changed) - {"truncation", "chat_date"}:  # which need not move an 8-bit value of this checkpoint
         assert pixels(path).tobytes() != pixels(apple).tobytes()
 
 
 def test_like_finds_embedded_weights_by_name_and_refuses_others(apple, tmp_path, monkeypatch):
-    monkeypatch.setitem(checkpoint.EMBEDDED, "mini", str(DEV))
-    recipe = replace(pictures.read_recipe(apple), model="mini")
+    monkeypatch.setitem(EMBEDDED, "mini", str(DEV))
+    recipe = replace(image_file.read_recipe(apple), model="mini")
     with Image.open(apple) as image:
-        pictures.save_png(image, tmp_path / "mini.png", recipe)
-        pictures.save_png(image, tmp_path / "other.png", replace(recipe, fingerprint="f" * 64))
-        pictures.save_png(image, tmp_path / "old.png", replace(recipe, version="0.0.1"))
+        image_file.save_png(image, tmp_path / "mini.png", recipe)
+        image_file.save_png(image, tmp_path / "other.png", replace(recipe, fingerprint="f" * 64))
+        image_file.save_png(image, tmp_path / "old.png", replace(recipe, version="0.0.1"))
     (again,) = written(run("generate", "--like", tmp_path / "mini.png", "-o", tmp_path / "again.png"))
     assert np.array_equal(pixels(again), pixels(apple))
     refused = run("generate", "--like", tmp_path / "other.png", "-o", tmp_path / "no.png")
@@ -410,22 +416,22 @@ def test_the_sheet_shows_every_pixel_enlarged_and_a_caption(tmp_path):
         left = 12 + k * (160 + 12)
         assert np.array_equal(page[12 : 12 + 128, left : left + 128], enlarged)
         assert (page[12 + 128 :, left : left + 160] < 100).any()  # ink of the caption
-    with pytest.raises(pictures.RecipeError, match="no recipe"):
-        pictures.read_recipe(sheet)
+    with pytest.raises(image_file.RecipeError, match="no recipe"):
+        image_file.read_recipe(sheet)
 
 
 @pytest.mark.parametrize(("side", "shown"), [(64, 192), (96, 192), (128, 128), (512, 512), (1024, 512), (1440, 480)])
 def test_the_sheet_brings_pictures_to_a_visible_size(side, shown):
-    page = pictures.contact_sheet([Image.new("RGB", (side, side), (200, 0, 0))], ["x"])
+    page = image_file.contact_sheet([Image.new("RGB", (side, side), (200, 0, 0))], ["x"])
     red = (np.asarray(page) == (200, 0, 0)).all(-1)
     assert (red.any(0).sum(), red.any(1).sum()) == (shown, shown)
 
 
 def test_captions_wrap_at_words_and_only_then_inside_them():
-    assert pictures._wrapped("a bb ccc dddd\nseed 3", 6, len) == ["a bb", "ccc", "dddd", "seed 3"]
-    assert pictures._wrapped("abcdefghij k", 4, len) == ["abcd", "efgh", "ij k"]
-    assert pictures._wrapped("", 4, len) == [""]
-    assert pictures._wrapped("ab", 0, len) == ["a", "b"]
+    assert image_file._wrapped("a bb ccc dddd\nseed 3", 6, len) == ["a bb", "ccc", "dddd", "seed 3"]
+    assert image_file._wrapped("abcdefghij k", 4, len) == ["abcd", "efgh", "ij k"]
+    assert image_file._wrapped("", 4, len) == [""]
+    assert image_file._wrapped("ab", 0, len) == ["a", "b"]
 
 
 # ------------------------------------------------------------------------------------------------ refusals
@@ -574,7 +580,7 @@ def test_interrupt_exits_130_and_keeps_what_was_saved(tmp_path):
     left = sorted(tmp_path.iterdir())
     assert Path(first) in left
     assert len(left) < 8
-    assert all(p.suffix == ".png" and pictures.read_recipe(p).steps == 60 for p in left)
+    assert all(p.suffix == ".png" and image_file.read_recipe(p).steps == 60 for p in left)
 
 
 # ------------------------------------------------------------------------------------------------ help
@@ -600,9 +606,9 @@ def test_version():
 
 @pytest.mark.parametrize("model", ["../../etc", "./dev", "stranger/weights", "dev"])
 def test_a_recipe_opens_no_path_and_fetches_nothing(apple, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(checkpoint, "resolve", lambda source: pytest.fail(f"{source} was opened"))
+    monkeypatch.setattr(pipeline, "resolve", lambda source: pytest.fail(f"{source} was opened"))
     with Image.open(apple) as image:
-        pictures.save_png(image, tmp_path / "a.png", replace(pictures.read_recipe(apple), model=model))
+        image_file.save_png(image, tmp_path / "a.png", replace(image_file.read_recipe(apple), model=model))
     result = generate("--like", tmp_path / "a.png", fast=False)
     assert result.exit_code == 2, result.output
     assert "give it with --model" in " ".join(result.stderr.split())

@@ -11,7 +11,7 @@ from PIL import Image
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from lens import cli
+from lens.cli import __main__ as cli
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

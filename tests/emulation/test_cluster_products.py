@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from lens.ops import linear_backends, linear_fused
+from lens.ops.linear import choice as linear_choice
+from lens.ops.linear import fused as linear_fused
 from tests.emulation import emulator
 from tests.emulation import test_linear_fused_kernels as kernels
 from tests.ops.harness import same_bits
@@ -64,12 +65,12 @@ def test_refusals(emulated, monkeypatch, cluster, multiprocessors):
 
 @torch.no_grad()
 def test_forced_from_python(emulated, monkeypatch):
-    monkeypatch.setattr(linear_backends, "missing", lambda need: "")
+    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
     monkeypatch.setattr(emulated, "multiprocessors", 4)
     rows, layer = torch.randn(200, 64).bfloat16(), torch.nn.Linear(64, 128, bias=False, dtype=torch.bfloat16)
     results = []
     for blocks in (1, 2):
-        with linear_backends.use("fused"), linear_backends.in_clusters(blocks):
+        with linear_choice.use("fused"), linear_choice.in_clusters(blocks):
             results += linear_fused.linear_swiglu([rows], [layer])
         assert emulated.library.lens_emulation_cluster() == blocks
     assert same_bits(*results)

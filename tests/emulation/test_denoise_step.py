@@ -11,16 +11,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens import LensConfig, LensTransformer2DModel, engine
-from lens.graphs import GraphCache
+from lens import LensConfig, LensTransformer2DModel
+from lens.engine import run as engine
+from lens.engine.denoise_step_buffers import DenoiseStep, bounds
+from lens.engine.graphs import GraphCache
+from lens.engine.job import Job, Text
+from lens.engine.step import State, free_state, why_not
 from lens.modulation import Modulation
-from lens.ops import attention_backends, backend, denoise_step, linear_backends
-from lens.ops._attention_bound import score_bound
-from lens.ops._denoise_memory import DenoiseStep, bounds
+from lens.ops import backend, denoise_step
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.hopper import score_bound
+from lens.ops.linear import choice as linear_choice
 from lens.packing import Grid, Packing, plan
-from lens.step import State, free_state
+from tests.engine.test_engine import job
 from tests.ops.harness import same_bits
-from tests.pipeline.test_engine import job
 from tests.recorded_graph import Recorder, RecordingDriver, launches
 
 # heads of 64, columns in multiples of 64 (512 hidden), two blocks: one whose text goes on, one whose text ends
@@ -74,7 +78,7 @@ def drawn(grids: list[Grid], texts: list[int], config: LensConfig, device: str) 
 
 
 def plainly(model: LensTransformer2DModel, given: Inputs) -> Tensor:
-    with backend.use("reference"), linear_backends.use("library"):
+    with backend.use("reference"), linear_choice.use("library"):
         return model.denoise(given.image, given.text, given.modulation, given.packing)
 
 
@@ -119,11 +123,11 @@ def whole(model: LensTransformer2DModel, given: Inputs) -> Tensor:
 @pytest.fixture
 def forced(monkeypatch):
     """Everything is forced to our kernels, as on a machine that has them."""
-    monkeypatch.setattr(linear_backends, "missing", lambda need: "")
+    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
     monkeypatch.setattr(backend, "without", lambda kernel: "")
-    own = dataclasses.replace(attention_backends.CANDIDATES[0], name=denoise_step.OWN_ATTENTION)
-    monkeypatch.setattr(attention_backends, "choose", lambda need: own)
-    with linear_backends.use("fused"):
+    own = dataclasses.replace(attention_choice.CANDIDATES[0], name=denoise_step.OWN_ATTENTION)
+    monkeypatch.setattr(attention_choice, "choose", lambda need: own)
+    with linear_choice.use("fused"):
         yield
 
 
@@ -172,7 +176,7 @@ def test_clusters_are_forced_in_every_product(emulated, ours, monkeypatch):
     given, got = inputs("no text"), []
     with torch.no_grad():
         for blocks, launched in ((0, 10), (1, 0), (2, 10)):
-            with linear_backends.in_clusters(blocks):
+            with linear_choice.in_clusters(blocks):
                 got.append(whole(ours, given))
             assert emulated.library.lens_emulation_cluster_launches() == launched
     assert same_bits(got[0], got[1])
@@ -182,12 +186,20 @@ def test_clusters_are_forced_in_every_product(emulated, ours, monkeypatch):
 # ---- in a step
 
 
-def drawing(texts: tuple[int, int]) -> engine.Job:
+def drawing(texts: tuple[int, int]) -> Job:
     """A guided job: three steps, the second is next."""
     made = job(CONFIG, (5, 7), texts, steps=3)
     table = Modulation(made.table.blocks.bfloat16() * 0.5, made.table.final.bfloat16() * 0.5)
-    rows = {name: [t.bfloat16() for t in getattr(made, name)] for name in ("text", "negative")}
-    return dataclasses.replace(made, table=table, step=1, **rows)
+    return rounded(dataclasses.replace(made, table=table, step=1))
+
+
+def rounded(given: Job, device: str = "cpu") -> Job:
+    """The job with its texts in bfloat16 on a device."""
+    texts = {}
+    for name in ("text", "negative"):
+        text = getattr(given, name)
+        texts[name] = Text([rows.to(device, torch.bfloat16) for rows in text.rows], text.index)
+    return dataclasses.replace(given, **texts)
 
 
 def storages(tensors: Iterable[Tensor]) -> set[int]:
@@ -197,7 +209,7 @@ def storages(tensors: Iterable[Tensor]) -> set[int]:
 def stepped(model: LensTransformer2DModel, state: State, dtype: torch.dtype) -> Tensor:
     """The velocity of the state's step by the model, op by op, told on the host what only the device knows."""
     lengths = [o.diff().tolist() for o in (state.packing.image_offsets, state.packing.text_offsets)]
-    packing = dataclasses.replace(state.packing, image_lengths=lengths[0], text_lengths=lengths[1], places=None)
+    packing = dataclasses.replace(state.packing, image_lengths=lengths[0], text_lengths=lengths[1], layout=None)
     given = Inputs(packing, state.x.repeat(2, 1), state.text, state.table.rows(state.first + state.index))
     return plainly(model, given.to(dtype))
 
@@ -279,7 +291,7 @@ def test_a_sample_has_the_same_bits_alone_and_in_company(emulated, forced, case,
     def drawn_by(given: Inputs) -> Tensor:
         emulated.calls.clear()
         if way == "one call":
-            assert denoise_step.why_not(ours, given.packing) == ""
+            assert why_not(ours, given.packing) == ""
             return whole(ours, given)
         return ours.denoise(given.image, given.text, given.modulation, given.packing)
 
@@ -291,23 +303,21 @@ def test_a_sample_has_the_same_bits_alone_and_in_company(emulated, forced, case,
             assert ("denoise_step" in emulated.calls) == (way == "one call")
 
 
-def accompanied(alone: engine.Job) -> engine.Job:
+def accompanied(alone: Job) -> Job:
     """The job with a second picture, whose text is three times as long."""
-    longer = alone.text[0].repeat(3, 1) * 0.5
+    longer, unwanted = alone.text.rows[0].repeat(3, 1) * 0.5, alone.negative
     return dataclasses.replace(
         alone,
         grids=alone.grids * 2,
-        text=[*alone.text, longer],
-        text_index=[*alone.text_index, torch.arange(len(longer))],
-        negative=(alone.negative or []) * 2,
-        negative_index=(alone.negative_index or []) * 2,
+        text=Text([*alone.text.rows, longer], [*alone.text.index, torch.arange(len(longer))]),
+        negative=unwanted and Text(unwanted.rows * 2, unwanted.index * 2),
         sigma=alone.sigma.repeat(2, 1),
         first=alone.first.repeat(2),
         x=torch.cat([alone.x, -alone.x]),
     )
 
 
-def velocities(runs: engine.Engine, model: LensTransformer2DModel, given: engine.Job, rows: int) -> list[Tensor]:
+def velocities(runs: engine.Engine, model: LensTransformer2DModel, given: Job, rows: int) -> list[Tensor]:
     """Of the first picture in a captured step, with its text and without."""
     run = runs.start(model, given)
     try:
@@ -334,20 +344,20 @@ def test_when_a_step_is_one_call(forced, monkeypatch):
     packing, ours = inputs("no text").packing, model()
 
     def why() -> str:
-        linear_backends.choose.cache_clear()
-        return denoise_step.why_not(ours, packing)
+        linear_choice.choose.cache_clear()
+        return why_not(ours, packing)
 
     assert why() == ""
-    with linear_backends.use("library"):
+    with linear_choice.use("library"):
         assert why() == "the library multiplies"
     hook = ours.layers()[1].text.w2.register_forward_hook(lambda *_: None)
-    monkeypatch.setattr(linear_backends, "missing", lambda need: "" if need.plain else "a layer is no plain Linear")
+    monkeypatch.setattr(linear_choice, "missing", lambda need: "" if need.plain else "a layer is no plain Linear")
     with pytest.raises(RuntimeError, match="fused was asked for but cannot run: a layer is no plain Linear"):
         why()
     hook.remove()
     assert why() == ""
     with monkeypatch.context() as patched:
-        patched.setattr(attention_backends, "choose", lambda need: attention_backends.CANDIDATES[-1])
+        patched.setattr(attention_choice, "choose", lambda need: attention_choice.CANDIDATES[-1])
         assert why() == "attention is torch-sdpa's"
     with monkeypatch.context() as patched:
         patched.setattr(backend, "without", lambda kernel: f"lens._C was built without {kernel}")

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens.ops import _attention_hopper, backend
+from lens.ops import backend
+from lens.ops.attention import hopper as own
 from tests.emulation import emulator
 from tests.ops.harness import error, offsets_of, same_bits
 
@@ -56,7 +57,7 @@ def attend(qkv, images, texts, bound=INFINITE, polynomial=0, text_queries=True, 
     """(image_out, text_out, lse) of the kernel."""
     places = offsets_of(images), offsets_of(texts), sum(images)
     with torch.no_grad():
-        return _attention_hopper.forward(*qkv, *places, text_queries, scale, bound, polynomial, True)
+        return own.forward(*qkv, *places, text_queries, scale, bound, polynomial, True)
 
 
 def expected(qkv, images, texts, scale=0.125, rounded=False):

@@ -4,14 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from lens.ops import backend, linear_backends, linear_fused
+from lens.ops import backend
+from lens.ops.linear import choice as linear_choice
+from lens.ops.linear import fused as linear_fused
 from tests.ops.test_linear_fused import IMAGES, against_spec, by_op, inputs, layers, typed
 
 
 @pytest.fixture
 def fused(emulated, monkeypatch):
-    monkeypatch.setattr(linear_backends, "missing", lambda need: "")
-    with linear_backends.use("fused"):
+    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
+    with linear_choice.use("fused"):
         yield emulated
 
 

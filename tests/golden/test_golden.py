@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from lens import LensConfig, LensPipeline
-from lens.checkpoint import load_transformer
+from lens.formats.released import load_transformer
 from tests.reference_model import ReferenceLens, reference_sample, reference_sigmas, relative
 
 ROOT = Path(__file__).parent

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lens import ops
-from lens.ops import attention_backends, reference
-from lens.ops._samples import Samples
-from lens.ops.attention_backends import BACKWARDS, CANDIDATES, Choice
+from lens.ops import reference
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.choice import BACKWARDS, CANDIDATES, Choice
+from lens.ops.attention.layout import Samples
 from tests.ops.harness import error, offsets_of, same_bits
 
 pytestmark = pytest.mark.gpu
@@ -29,7 +30,7 @@ def arguments() -> tuple:
 
 @pytest.mark.parametrize("candidate", GIVING, ids=lambda c: c.name)
 def test_logarithms_are_natural_of_scaled_scores_without_padding(candidate):
-    need = attention_backends.usual()
+    need = attention_choice.usual()
     if why := candidate.missing(need):
         pytest.skip(why)
     q, k, v = draw(3, 64)
@@ -50,9 +51,9 @@ def test_logarithms_are_natural_of_scaled_scores_without_padding(candidate):
 @pytest.mark.parametrize("text_queries", [True, False])
 @pytest.mark.parametrize(("forward", "backward"), PAIRS)
 def test_gradients_of_any_library_for_any_forward_pass(forward, backward, text_queries):
-    with attention_backends.use(forward), attention_backends.use_backward(backward):
+    with attention_choice.use(forward), attention_choice.use_backward(backward):
         try:
-            chosen = attention_backends.choose(attention_backends.usual(backward=True))
+            chosen = attention_choice.choose(attention_choice.usual(backward=True))
         except RuntimeError as why:
             pytest.skip(str(why))
         assert (chosen.name, chosen.gradients) == (forward, backward)
@@ -74,8 +75,8 @@ def test_what_trains_on_torch_alone_and_unforced_is_the_same_bits_every_time(nam
     images, texts = [2048, 2048], [100, 0]
     leaves = [x.requires_grad_() for x in draw(8, 64, images=images, texts=texts)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
-    with attention_backends.use(name):
-        chosen: Choice = attention_backends.choose(attention_backends.usual(backward=True))
+    with attention_choice.use(name):
+        chosen: Choice = attention_choice.choose(attention_choice.usual(backward=True))
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets))
     weight = torch.randn_like(out)
     first = torch.autograd.grad(out, leaves, weight, retain_graph=True)

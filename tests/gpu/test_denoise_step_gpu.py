@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 
 from lens import LensConfig, LensTransformer2DModel
-from lens.graphs import CudaDriver
-from lens.ops import attention_backends, backend, denoise_step, linear_backends
-from lens.ops._denoise_memory import DenoiseStep
+from lens.engine.denoise_step_buffers import DenoiseStep
+from lens.engine.graphs import CudaDriver
+from lens.engine.step import why_not
+from lens.ops import backend
+from lens.ops.attention import choice as attention_choice
 from lens.ops.denoise_step import OWN_ATTENTION
+from lens.ops.linear import choice as linear_choice
 from tests.emulation import test_denoise_step as steps
 from tests.emulation.test_denoise_step import CONFIG, SAMPLES, Inputs, plainly, relative
 from tests.ops.harness import same_bits
@@ -36,13 +39,19 @@ def hopper():
         pytest.fail(why)
 
 
+def on_device(config: LensConfig) -> LensTransformer2DModel:
+    made = steps.model(config=config).to(DEVICE)
+    made.batch_invariant = False
+    return made
+
+
 @pytest.fixture(scope="module")
 def released():
-    return steps.model(config=RELEASED).to(DEVICE), steps.drawn(*PAIR, RELEASED, DEVICE)
+    return on_device(RELEASED), steps.drawn(*PAIR, RELEASED, DEVICE)
 
 
 def small(case: str) -> tuple[LensTransformer2DModel, Inputs]:
-    return steps.model().to(DEVICE), steps.drawn(*SAMPLES[case], CONFIG, DEVICE)
+    return on_device(CONFIG), steps.drawn(*SAMPLES[case], CONFIG, DEVICE)
 
 
 def run(step: DenoiseStep, given: Inputs) -> Tensor:
@@ -66,7 +75,7 @@ def against_model(model: LensTransformer2DModel, given: Inputs) -> None:
 
 def test_narrow_model():
     """Small enough for the sanitizer: what every kernel of a step reads and writes in the one workspace."""
-    against_model(steps.model().to(DEVICE), steps.drawn([(5, 7)], [9], CONFIG, DEVICE))
+    against_model(on_device(CONFIG), steps.drawn([(5, 7)], [9], CONFIG, DEVICE))
 
 
 @pytest.mark.parametrize("case", SAMPLES)
@@ -87,8 +96,8 @@ def test_tile_model_from_a_thread_of_its_own():
 
 def test_tile_model_is_one_call_where_both_are_forced():
     model, given = small("unequal text")
-    with linear_backends.use("fused"), attention_backends.use(OWN_ATTENTION):
-        assert denoise_step.why_not(model, given.packing) == ""
+    with linear_choice.use("fused"), attention_choice.use(OWN_ATTENTION):
+        assert why_not(model, given.packing) == ""
 
 
 # ---- two blocks of the released width

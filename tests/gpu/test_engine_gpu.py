@@ -9,17 +9,23 @@ import time
 import pytest
 import torch
 
-from lens import LensConfig, LensPipeline, LensTransformer2DModel, checkpoint, engine, ops, packing, residency
+from lens import LensConfig, LensPipeline, LensTransformer2DModel, ops, packing
 from lens.config import Defaults
-from lens.engine import Engine, advance
-from lens.graphs import CudaDriver, GraphCache
+from lens.cost import step_buffer_bytes, step_workspace_bytes
+from lens.engine import run
+from lens.engine.graphs import CudaDriver, GraphCache
+from lens.engine.residency import PRESETS
+from lens.engine.run import Engine
+from lens.engine.step import advance
+from lens.formats.released import load_scheduler, load_transformer
+from lens.formats.text_encoder import load_text_encoder
 from lens.modulation import Modulation
-from lens.ops import attention_backends
-from lens.ops._attention_places import DevicePlaces
-from lens.residency import PRESETS
-from lens.stream import Request
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.layout import DeviceLayout
+from lens.request import Request
 from lens.text_encoder import ChatTokenizer, TextEncoder
-from tests.pipeline.test_engine import job
+from tests.emulation.test_denoise_step import rounded
+from tests.engine.test_engine import job
 from tests.reference_model import relative
 from tests.small_pipeline import FOLDER, fresh
 
@@ -43,15 +49,15 @@ def attention_inputs(shape, grad=False):
 
 
 def runnable(name: str, **changes) -> None:
-    candidate = next(c for c in attention_backends.CANDIDATES if c.name == name)
-    if why := candidate.missing(attention_backends.usual(**changes)):
+    candidate = next(c for c in attention_choice.CANDIDATES if c.name == name)
+    if why := candidate.missing(attention_choice.usual(**changes)):
         pytest.skip(f"{name} {why}")
 
 
 # a private op that reads out of bounds takes the process's device with it: LENS_TEST_PRIVATE=1 runs it, and it alone
 PRIVATE = {"torch-cudnn-varlen"}
 CANDIDATES = [
-    c for c in attention_backends.CANDIDATES if (c.name in PRIVATE) == bool(os.environ.get("LENS_TEST_PRIVATE"))
+    c for c in attention_choice.CANDIDATES if (c.name in PRIVATE) == bool(os.environ.get("LENS_TEST_PRIVATE"))
 ]
 NAMES = [c.name for c in CANDIDATES]
 MASKED = {"torch-varlen", "flash-attn-2"}  # tiles of V are read up to the sample's end; others read them whole
@@ -63,7 +69,7 @@ MASKED = {"torch-varlen", "flash-attn-2"}  # tiles of V are read up to the sampl
 def test_attention_library_against_the_spec(name, shape, text_queries):
     runnable(name)
     qkv, image, text, offsets = attention_inputs(shape)
-    with torch.no_grad(), attention_backends.use(name):
+    with torch.no_grad(), attention_choice.use(name):
         got = ops.joint_attention(*qkv, image, text, *offsets, text_queries)
         again = ops.joint_attention(*qkv, image, text, *offsets, text_queries)
     exact = ops.reference.joint_attention(*(x.float() for x in qkv), image, text, *offsets, text_queries)
@@ -77,10 +83,10 @@ def test_attention_library_with_lengths_on_the_device(name):
     runnable(name, device_lengths=True)
     qkv, image, text, offsets = attention_inputs("ragged")
     rows = ops.reference.joint_rows(*offsets, sum(image), sum(text))
-    places = DevicePlaces(rows[: sum(image)], rows[sum(image) :], 400, 500, offsets[0] + offsets[1])
+    places = DeviceLayout(rows[: sum(image)], rows[sum(image) :], 400, 500, offsets[0] + offsets[1])
     other = [0, sum(image), 0, 0, 0], [0, 0, 0, 0, sum(text)]
-    with torch.no_grad(), attention_backends.use(name):
-        got = ops.joint_attention(*qkv, *other, *offsets, places=places)
+    with torch.no_grad(), attention_choice.use(name):
+        got = ops.joint_attention(*qkv, *other, *offsets, layout=places)
     exact = ops.reference.joint_attention(*(x.float() for x in qkv), image, text, *offsets)
     for a, e in zip(got, exact, strict=True):
         assert relative(a.float(), e) <= 8e-3
@@ -97,7 +103,7 @@ def test_attention_library_gradients_and_their_bits(name, shape):
         out = torch.cat(op(*inputs, image, text, *offsets))
         return torch.autograd.grad((out.float() * weight).sum(), inputs)
 
-    with attention_backends.use(name):
+    with attention_choice.use(name):
         first, second = gradients(ops.joint_attention, qkv), gradients(ops.joint_attention, qkv)
     exact = gradients(ops.reference.joint_attention, [x.detach().float().requires_grad_() for x in qkv])
     for a, b, e in zip(first, second, exact, strict=True):
@@ -110,11 +116,11 @@ def test_attention_library_gradients_and_their_bits(name, shape):
 
 def without_decoder(dtype: torch.dtype) -> LensPipeline:
     """The small pipeline for latents: its autoencoder would need diffusers."""
-    transformer = checkpoint.load_transformer(FOLDER / "transformer", dtype, "cuda")
+    transformer = load_transformer(FOLDER / "transformer", dtype, "cuda")
     layers = transformer.config.selected_layer_index
-    model = checkpoint.load_text_encoder(FOLDER / "text_encoder", dtype, "cuda", max(layers) + 1)
+    model = load_text_encoder(FOLDER / "text_encoder", dtype, "cuda", max(layers) + 1)
     encoder = TextEncoder(ChatTokenizer(FOLDER / "tokenizer"), model, layers)
-    scheduler = checkpoint.load_scheduler(FOLDER / "scheduler")
+    scheduler = load_scheduler(FOLDER / "scheduler")
     return LensPipeline(transformer, encoder, None, scheduler, Defaults("lens", 20, 5.0))
 
 
@@ -152,15 +158,15 @@ def test_rows_that_fill_a_bin_change_no_bit_of_a_picture(pipe, monkeypatch, name
     runnable(name, device_lengths=True)
     if name not in MASKED and value != value:
         pytest.skip(f"{name} multiplies what lies behind a sample by zero: the engine's fill is finite for its sake")
-    load = engine.load
+    load = run.load
 
     def filled(model, state, given, binned):
         load(model, state, given, binned)
         state.text[sum(len(t) for t in given.all_texts) :].fill_(value)
 
-    with attention_backends.use(name):
+    with attention_choice.use(name):
         expected = pipe(PROMPTS, negative_prompt="blurry", **SMALL).images
-        monkeypatch.setattr(engine, "load", filled)
+        monkeypatch.setattr(run, "load", filled)
         assert torch.equal(pipe(PROMPTS, negative_prompt="blurry", **SMALL).images, expected)
 
 
@@ -219,11 +225,11 @@ def released():
     config = dataclasses.replace(LensConfig(), num_layers=12)
     with torch.device("cuda"):
         model = LensTransformer2DModel(config).eval().to(torch.bfloat16).requires_grad_(False)
+    model.batch_invariant = False
     given = job(dataclasses.replace(config, num_layers=1), (64, 64), (0, 300), steps=20)
     blocks = torch.randn(20, 12, 2, 6, 1536, device="cuda", dtype=torch.bfloat16) * 0.1
     table = Modulation(blocks, torch.randn(20, 2, 1536, device="cuda", dtype=torch.bfloat16) * 0.1)
-    texts = {k: [t.to("cuda", torch.bfloat16) for t in getattr(given, k)] for k in ("text", "negative")}
-    return model, dataclasses.replace(given, table=table, x=given.x.cuda(), **texts)
+    return model, rounded(dataclasses.replace(given, table=table, x=given.x.cuda()), "cuda")
 
 
 @torch.no_grad()
@@ -231,9 +237,9 @@ def test_predicted_memory_of_a_step_is_the_measured_peak(released):
     model, given = released
     binned = packing.bin_texts((64, 64), given.all_indices)
     before = torch.cuda.memory_allocated()
-    state = engine.fixed_state(model, given, binned)
-    engine.load(model, state, given, binned)
-    buffers = residency.buffer_bytes(model.config, 8192, binned.rows, 2)
+    state = run.fixed_state(model, given, binned)
+    run.load(model, state, given, binned)
+    buffers = step_buffer_bytes(model.config, 8192, binned.rows, 2)
     assert torch.cuda.memory_allocated() - before == pytest.approx(buffers, rel=0.1, abs=8 << 20)
     advance(model, state)
     torch.cuda.synchronize()
@@ -242,7 +248,7 @@ def test_predicted_memory_of_a_step_is_the_measured_peak(released):
     advance(model, state)
     torch.cuda.synchronize()
     measured = torch.cuda.max_memory_allocated() - held
-    assert measured == pytest.approx(residency.step_bytes(model.config, 8192, binned.rows), rel=0.12)
+    assert measured == pytest.approx(step_workspace_bytes(model.config, 8192, binned.rows), rel=0.12)
 
 
 @torch.no_grad()

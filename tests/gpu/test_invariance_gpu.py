@@ -8,20 +8,24 @@ import pytest
 import torch
 
 from lens import LensConfig, LensTransformer2DModel
-from lens.engine import Engine, Job
-from lens.graphs import CudaDriver, GraphCache
+from lens.engine import batch_invariance
+from lens.engine.graphs import CudaDriver, GraphCache
+from lens.engine.job import Job
+from lens.engine.run import Engine
 from lens.modulation import Modulation
-from lens.ops import _invariance, attention_backends, backend, denoise_step, linear_backends
+from lens.ops import backend, denoise_step
+from lens.ops.attention import choice as attention_choice
+from lens.ops.linear import choice as linear_choice
 from tests.emulation import test_denoise_step as steps
-from tests.emulation.test_denoise_step import CONFIG, SAMPLES, accompanied, velocities
+from tests.emulation.test_denoise_step import CONFIG, SAMPLES, accompanied, rounded, velocities
+from tests.engine.test_engine import job
 from tests.ops.harness import same_bits
-from tests.pipeline.test_engine import job
 
 pytestmark = pytest.mark.gpu
 RELEASED = LensConfig(num_layers=2)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ours_alone = pytest.mark.skipif(not HOPPER, reason="our products need an sm_90")
-INVARIANT = [c.name for c in attention_backends.CANDIDATES if not c.varies]
+INVARIANT = [c.name for c in attention_choice.CANDIDATES if not c.varies]
 
 
 def invariant_model(config: LensConfig = CONFIG) -> LensTransformer2DModel:
@@ -34,13 +38,12 @@ def drawing(config: LensConfig, grid: tuple[int, int], tokens: int) -> Job:
     """A guided picture, its second step next, the text-free half first."""
     made = job(config, grid, (0, tokens), steps=3)
     table = Modulation(*(t.bfloat16().cuda() * 0.5 for t in (made.table.blocks, made.table.final)))
-    rows = {name: [t.bfloat16().cuda() for t in getattr(made, name)] for name in ("text", "negative")}
-    return dataclasses.replace(made, table=table, step=1, x=made.x.cuda(), **rows)
+    return rounded(dataclasses.replace(made, table=table, step=1, x=made.x.cuda()), "cuda")
 
 
 def runnable(name: str) -> None:
-    candidate = next(c for c in attention_backends.CANDIDATES if c.name == name)
-    if why := candidate.missing(attention_backends.usual(invariant=True)):
+    candidate = next(c for c in attention_choice.CANDIDATES if c.name == name)
+    if why := candidate.missing(attention_choice.usual(invariant=True)):
         pytest.skip(f"{name} {why}")
 
 
@@ -70,8 +73,8 @@ def test_samples_of_other_sizes(name, case):
     """Not captured: two sizes beside each other; nothing but the attention is forced."""
     runnable(name)
     given, model = steps.drawn(*SAMPLES[case], CONFIG, "cuda"), invariant_model()
-    assert _invariance.of_model(model) == ""
-    with torch.no_grad(), attention_backends.use(name):
+    assert batch_invariance.why_library_gemm_of_model(model) == ""
+    with torch.no_grad(), attention_choice.use(name):
         together = model.denoise(given.image, given.text, given.modulation, given.packing)
         for k in range(2):
             one = steps.sample(given, k)
@@ -81,12 +84,12 @@ def test_samples_of_other_sizes(name, case):
 
 
 @ours_alone
-@pytest.mark.parametrize("name", [c.name for c in attention_backends.CANDIDATES if not c.varies and c.device_lengths])
+@pytest.mark.parametrize("name", [c.name for c in attention_choice.CANDIDATES if not c.varies and c.device_lengths])
 def test_released_width_captured(name):
     """1024 x 1024 in one bin of text and beside a longer one; by lens-hopper the step is one call."""
     runnable(name)
     model, runs = invariant_model(RELEASED), Engine(GraphCache(CudaDriver(), 8 << 30))
-    with attention_backends.use(name):
+    with attention_choice.use(name):
         assert runs.why_not_captured(model, [(64, 64)]) == ""
         in_company(drawing(RELEASED, (64, 64), 50), model, runs)
         run = runs.start(model, drawing(RELEASED, (64, 64), 50))
@@ -99,13 +102,13 @@ def test_the_choice_does_not_look_at_the_batch():
     model = invariant_model(RELEASED)
     for rows in (1, 600, 4511):
         needs = [
-            attention_backends.need_of(model.device, model.dtype, 64, rows, device_lengths, invariant=True)
+            attention_choice.need_of(model.device, model.dtype, 64, rows, device_lengths, invariant=True)
             for device_lengths in (True, False)
         ]
-        assert len({attention_backends.choose(need).name for need in needs}) == 1
+        assert len({attention_choice.choose(need).name for need in needs}) == 1
     assert all(
-        linear_backends.choose(need) == "fused"
-        for need in linear_backends.needs(RELEASED, model.device, model.dtype, 0, alone=True)
+        linear_choice.choose(need) == "fused"
+        for need in linear_choice.needs(RELEASED.block_gemms, 64, model.device, model.dtype, 0, alone=True)
     )
 
 
@@ -114,7 +117,7 @@ def test_the_choice_does_not_look_at_the_batch():
 
 def test_by_the_library_it_is_captured_for_exact_lengths():
     model = invariant_model(RELEASED)
-    with linear_backends.use("library"):
+    with linear_choice.use("library"):
         runs = Engine(GraphCache(CudaDriver(), 8 << 30))
         assert "sample by sample (qkv: forced)" in runs.why_not_captured(model, [(32, 32)])
         runs.text_bin = 1

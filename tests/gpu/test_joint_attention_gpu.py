@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from lens import ops
-from lens.ops import _attention_hopper, attention_backends, reference
+from lens.ops import reference
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention import hopper
 from tests.ops.harness import error, offsets_of, same_bits
 
 INFINITE = float("inf")
@@ -34,12 +36,12 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture(autouse=True)
-def hopper():
+def on_hopper():
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the device is no sm_90")
-    with attention_backends.use("lens-hopper"):
+    with attention_choice.use("lens-hopper"):
         try:
-            attention_backends.choose(attention_backends.usual())
+            attention_choice.choose(attention_choice.usual())
         except RuntimeError as error:
             pytest.fail(str(error))
 
@@ -53,7 +55,7 @@ def draw(images: list[int], texts: list[int], heads: int) -> list[Tensor]:
 def attend(qkv, images, texts, bound=INFINITE, polynomial=0, text_queries=True):
     places = offsets_of(images).cuda(), offsets_of(texts).cuda(), sum(images)
     with torch.no_grad():
-        return _attention_hopper.forward(*qkv, *places, text_queries, 0.125, bound, polynomial, True)
+        return hopper.forward(*qkv, *places, text_queries, 0.125, bound, polynomial, True)
 
 
 def expected(qkv, images, texts, rounded=False):
@@ -128,10 +130,10 @@ def test_one_graph_serves_other_lengths():
     images, texts = offsets_of([300, 212]).cuda(), offsets_of([200, 0]).cuda()
     arguments = (512, True, 0.125, INFINITE, 1, False)
     with torch.no_grad():
-        _attention_hopper.forward(*qkv, images, texts, *arguments)
+        hopper.forward(*qkv, images, texts, *arguments)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            image, text, _ = _attention_hopper.forward(*qkv, images, texts, *arguments)
+            image, text, _ = hopper.forward(*qkv, images, texts, *arguments)
     for lengths in (([300, 212], [200, 0]), ([1, 511], [63, 137]), ([512, 0], [0, 200])):
         for held, new in zip((images, texts), lengths, strict=True):
             held.copy_(offsets_of(new))
@@ -142,12 +144,12 @@ def test_one_graph_serves_other_lengths():
 
 
 @pytest.mark.parametrize("text_queries", [True, False])
-@pytest.mark.parametrize("gradients", [b.name for b in attention_backends.BACKWARDS])
+@pytest.mark.parametrize("gradients", [b.name for b in attention_choice.BACKWARDS])
 def test_gradients_by_attention_library_against_float64(gradients, text_queries):
     images, texts, heads = SHAPES["ragged"]
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
-    with attention_backends.use("lens-hopper"), attention_backends.use_backward(served(gradients)):
+    with attention_choice.use("lens-hopper"), attention_choice.use_backward(served(gradients)):
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets, text_queries))
         got = torch.autograd.grad(out, leaves, torch.ones_like(out))
     wide = [x.detach().double().requires_grad_() for x in leaves]
@@ -158,9 +160,9 @@ def test_gradients_by_attention_library_against_float64(gradients, text_queries)
 
 def served(gradients: str) -> str:
     """The name where it can run after ours; otherwise the test is left out with the reason."""
-    with attention_backends.use_backward(gradients):
+    with attention_choice.use_backward(gradients):
         try:
-            chosen = attention_backends.choose(attention_backends.usual(backward=True))
+            chosen = attention_choice.choose(attention_choice.usual(backward=True))
         except RuntimeError as error:
             if gradients == "torch-flash":
                 raise
@@ -169,12 +171,12 @@ def served(gradients: str) -> str:
     return gradients
 
 
-@pytest.mark.parametrize("gradients", [b.name for b in attention_backends.BACKWARDS if b.repeatable])
+@pytest.mark.parametrize("gradients", [b.name for b in attention_choice.BACKWARDS if b.repeatable])
 def test_gradients_by_attention_library_are_the_same_bits_every_time(gradients):
     images, texts, heads = [2048, 2048], [100, 0], 8
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
-    with attention_backends.use("lens-hopper"), attention_backends.use_backward(served(gradients)):
+    with attention_choice.use("lens-hopper"), attention_choice.use_backward(served(gradients)):
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets))
         weight = torch.randn_like(out)
         first = torch.autograd.grad(out, leaves, weight, retain_graph=True)

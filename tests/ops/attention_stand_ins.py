@@ -9,13 +9,10 @@ import torch
 from torch import Tensor
 
 from lens import ops
-from lens.ops import (
-    _attention_cuda,
-    _attention_gradients,
-    attention_backends,
-    backend,
-)
-from lens.ops.attention_backends import BACKWARDS, CANDIDATES, Candidate, choose
+from lens.ops import backend
+from lens.ops.attention import backward, forward
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.choice import BACKWARDS, CANDIDATES, Candidate, choose
 
 BY_NAME = {c.name: c for c in CANDIDATES}
 
@@ -261,10 +258,10 @@ def torch_cudnn_backward(
 
 
 TORCH = {
-    (_attention_cuda, "torch_flash_forward"): torch_flash_forward,
-    (_attention_cuda, "torch_cudnn_forward"): torch_cudnn_forward,
-    (_attention_gradients, "torch_flash_backward"): torch_flash_backward,
-    (_attention_gradients, "torch_cudnn_backward"): torch_cudnn_backward,
+    (forward, "torch_flash_forward"): torch_flash_forward,
+    (forward, "torch_cudnn_forward"): torch_cudnn_forward,
+    (backward, "torch_flash_backward"): torch_flash_backward,
+    (backward, "torch_cudnn_backward"): torch_cudnn_backward,
 }
 
 
@@ -283,8 +280,8 @@ def on_cpu(monkeypatch, name: str) -> None:
     monkeypatch.setattr(backend, "launch", launch)
     for (module, op), stand_in in TORCH.items():
         monkeypatch.setattr(module, op, stand_in)
-    gradients = {op: stand_in for (module, op), stand_in in TORCH.items() if module is _attention_gradients}
-    assert set(gradients) <= set(vars(_attention_gradients)), "the adapters call what is replaced"
-    monkeypatch.setattr(attention_backends, "CANDIDATES", [runs_here(BY_NAME[name])])
-    monkeypatch.setattr(attention_backends, "BACKWARDS", [runs_here(b) for b in BACKWARDS])
+    gradients = {op: stand_in for (module, op), stand_in in TORCH.items() if module is backward}
+    assert set(gradients) <= set(vars(backward)), "the adapters call what is replaced"
+    monkeypatch.setattr(attention_choice, "CANDIDATES", [runs_here(BY_NAME[name])])
+    monkeypatch.setattr(attention_choice, "BACKWARDS", [runs_here(b) for b in BACKWARDS])
     choose.cache_clear()

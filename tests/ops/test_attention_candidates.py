@@ -10,18 +10,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from lens import ops
-from lens.ops import (
-    _attention_cuda,
-    _attention_gradients,
-    _attention_hopper,
-    attention_backends,
-    backend,
-)
-from lens.ops._attention_bound import HeadNorms, known_bound, score_bound
-from lens.ops._attention_places import DevicePlaces
-from lens.ops._attention_repeatable import repeatable
-from lens.ops._samples import Samples
-from lens.ops.attention_backends import BACKWARDS, CANDIDATES, Candidate, Choice, choose, use
+from lens.ops import backend
+from lens.ops.attention import backward, forward, hopper
+from lens.ops.attention import choice as attention_choice
+from lens.ops.attention.choice import BACKWARDS, CANDIDATES, Candidate, Choice, choose, use
+from lens.ops.attention.hopper import HeadNorms, known_bound, score_bound
+from lens.ops.attention.layout import DeviceLayout, Samples, repeatable
 from tests.ops.attention_stand_ins import (
     BY_NAME,
     IMAGES,
@@ -82,12 +76,12 @@ def test_device_lengths(monkeypatch, cudnn_op, name):
     q, k, v = inputs()
     rows = ops.reference.joint_rows(offsets_of(IMAGES), offsets_of(TEXTS), sum(IMAGES), sum(TEXTS))
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
-    places = DevicePlaces(rows[: sum(IMAGES)], rows[sum(IMAGES) :], 18, 18, joint)
+    places = DeviceLayout(rows[: sum(IMAGES)], rows[sum(IMAGES) :], 18, 18, joint)
     other = [0, 0, sum(IMAGES), 0], [sum(TEXTS), 0, 0, 0]
     offsets = offsets_of(IMAGES), offsets_of(TEXTS)
     for text_queries in (True, False):
         with torch.no_grad():
-            got = ops.joint_attention(q, k, v, *other, *offsets, text_queries, places=places)
+            got = ops.joint_attention(q, k, v, *other, *offsets, text_queries, layout=places)
             expected = ops.reference.joint_attention(q, k, v, IMAGES, TEXTS, *offsets, text_queries)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -111,8 +105,8 @@ def test_gradients_of_every_library_for_every_forward_pass(monkeypatch, name, gr
         image, text = op(*arguments)
         return torch.autograd.grad((image[:14] * weight).sum() + text.square().sum(), tensors)
 
-    with use(name), attention_backends.use_backward(gradients_of or None):
-        chosen = choose(attention_backends.need_of_call(*tensors, 10, False))
+    with use(name), attention_choice.use_backward(gradients_of or None):
+        chosen = choose(attention_choice.need_of_call(*tensors, 10, False))
         assert (chosen.name, chosen.gradients) == (name, gradients_of or chosen.gradients)
         assert (chosen.backward is not None) == bool(gradients_of)
         found = gradients(ops.joint_attention)
@@ -127,7 +121,7 @@ def test_no_gradient_of_a_gradient(monkeypatch):
     for name in ("flash-attn-4", "lens-hopper"):
         on_cpu(monkeypatch, name)
         q, k, v = inputs(torch.float64, grad=True)
-        with use(name), attention_backends.use_backward("flash-attn-2"):
+        with use(name), attention_choice.use_backward("flash-attn-2"):
             out = torch.cat(ops.joint_attention(q, k, v, IMAGES, TEXTS, offsets_of(IMAGES), offsets_of(TEXTS)))
             (dq,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
             with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -144,9 +138,9 @@ def test_libraries_get_channels_side_by_side(monkeypatch):
 
     real = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs(torch.float64)]
     assert {x.stride(-1) for x in real} == {2}
-    monkeypatch.setattr(attention_backends, "choose", lambda need: Choice(Candidate("any", attend)))
+    monkeypatch.setattr(attention_choice, "choose", lambda need: Choice(Candidate("any", attend)))
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
-    out = attention_backends.run(*real, Samples(joint, joint, 10, 10, 0.3))
+    out = attention_choice.run(*real, Samples(joint, joint, 10, 10, 0.3))
     assert seen == [1, 1, 1]
     torch.testing.assert_close(torch.autograd.grad(out.sum(), real), (real[1], real[0], torch.ones_like(out)))
 
@@ -159,7 +153,7 @@ def test_what_stands_in_for_torchs_flash_splits_no_keys_under_batch_invariance(m
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: replaced)
     module = types.SimpleNamespace(varlen_attn=lambda *_, **options: given.append(options) or torch.zeros(1))
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
-    _attention_cuda.torch_varlen(*inputs(), Samples(joint, joint, 10, 10, 8**-0.5, invariant=invariant), module)
+    forward.torch_varlen(*inputs(), Samples(joint, joint, 10, 10, 8**-0.5, invariant=invariant), module)
     assert given == [{"num_splits": 1} if replaced and invariant else {}]
 
 
@@ -176,15 +170,15 @@ def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
     q, k, v = inputs()
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
     samples = Samples(joint, joint, 10, 10, 0.3)
-    plain = _attention_cuda.flash_attn_3(q, k, v, samples, module)
+    plain = forward.flash_attn_3(q, k, v, samples, module)
     torch.testing.assert_close(plain, true_attention(q, k, v, joint, joint, 0.3))
     if gives:
-        out, lse = _attention_cuda.flash_attn_3(q, k, v, samples, module, logarithms=True)
+        out, lse = forward.flash_attn_3(q, k, v, samples, module, logarithms=True)
         assert torch.equal(out, plain)
         torch.testing.assert_close(lse, true_logarithms(q, k, joint, joint, 0.3))
     else:
         with pytest.raises(RuntimeError, match="this release of flash_attn_interface gives no logarithms"):
-            _attention_cuda.flash_attn_3(q, k, v, samples, module, logarithms=True)
+            forward.flash_attn_3(q, k, v, samples, module, logarithms=True)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -201,7 +195,7 @@ def test_one_call_per_sample_records_no_gradient_of_cudnn(monkeypatch, grad):
     lengths = [i + t for i, t in zip(IMAGES, TEXTS)]
     samples = Samples(offsets_of(lengths), offsets_of(lengths), 10, 10, 0.3, lengths, lengths)
     before = torch.backends.cuda.cudnn_sdp_enabled()
-    _attention_cuda.torch_sdpa(*inputs(grad=grad), samples, None)
+    forward.torch_sdpa(*inputs(grad=grad), samples, None)
     assert seen == [(before and not grad, True, True)] * len(lengths)
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
 
@@ -240,7 +234,7 @@ def test_the_stand_ins_take_what_torch_takes(stand_in):
 def test_equal_samples_share_a_call_of_cudnn_and_lengths_come_from_the_device_where_need_be(monkeypatch):
     lengths, calls = [4, 2, 4, 4], []
     monkeypatch.setattr(
-        _attention_gradients,
+        backward,
         "torch_cudnn_backward",
         lambda *given, **more: calls.append(given[0].shape[0]) or torch_cudnn_backward(*given, **more),
     )
@@ -249,9 +243,7 @@ def test_equal_samples_share_a_call_of_cudnn_and_lengths_come_from_the_device_wh
     lse, out = true_logarithms(q, k, offsets, offsets, 0.3), true_attention(q, k, v, offsets, offsets, 0.3)
     expected = true_gradients(dout, q, k, v, out, lse, offsets, offsets, 0.3)
     for known in (lengths, None):
-        got = _attention_gradients.torch_cudnn(
-            None, dout, q, k, v, out, lse, Samples(offsets, offsets, 4, 4, 0.3, known, known)
-        )
+        got = backward.torch_cudnn(None, dout, q, k, v, out, lse, Samples(offsets, offsets, 4, 4, 0.3, known, known))
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(a, b)
     assert calls == [3, 1, 3, 1]
@@ -284,7 +276,7 @@ def test_no_score_exceeds_the_bound_and_one_comes_close():
 def test_the_bound_is_remembered_until_a_weight_changes(monkeypatch):
     norms = HeadNorms(*(torch.ones(64) for _ in range(4)))
     assert known_bound(norms, 0.125) == pytest.approx(8.08)
-    monkeypatch.setattr(_attention_hopper.known_bound.__globals__["torch"], "stack", None)  # nothing is computed again
+    monkeypatch.setattr(hopper.known_bound.__globals__["torch"], "stack", None)  # nothing is computed again
     assert known_bound(norms, 0.125) == pytest.approx(8.08)
     monkeypatch.undo()
     norms.text_k[3] = 2.0
@@ -320,7 +312,7 @@ def test_contracts_of_our_op(monkeypatch, text_queries):
     arguments = (q, k, v, *places, sum(IMAGES), text_queries, 0.3, float("inf"), 0, True)
     torch.library.opcheck(torch.ops.lens.joint_attention_hopper.default, arguments)
     with pytest.raises(ValueError, match=r"scale must be positive for lens-hopper, got -0.1"):
-        _attention_hopper.forward(q, k, v, *places, sum(IMAGES), text_queries, -0.1, float("inf"), 0, True)
+        hopper.forward(q, k, v, *places, sum(IMAGES), text_queries, -0.1, float("inf"), 0, True)
 
 
 def test_torch_kernels_are_told_to_be_repeatable():

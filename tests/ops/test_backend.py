@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lens import ops
+from lens.doctor.ops import OPS, report
 from lens.ops import backend
 from tests.ops import harness
 
@@ -22,8 +23,8 @@ CALL = "print(ops.swiglu(torch.ones(1, 2)).item() > 0.7, ops.backend.report('cpu
 
 
 def test_the_compiled_kernel_runs_by_default():
-    rows = backend.report("cpu")
-    assert [op for op, _, _ in rows] == list(backend.OPS)
+    rows = report("cpu")
+    assert [op for op, _, _ in rows] == list(OPS)
     assert {chosen for _, chosen, _ in rows} == {"cpu"}
     assert all(reason for _, _, reason in rows)
     assert f"lens._C, {backend.isa()} kernels" in {reason for _, _, reason in rows}
@@ -31,7 +32,7 @@ def test_the_compiled_kernel_runs_by_default():
 
 def test_every_public_op_is_reported():
     named = {name for name in ops.__all__ if name not in ("backend", "reference", "HeadNorms")}  # an argument's type
-    assert named == set(backend.OPS)
+    assert named == set(OPS)
 
 
 def test_use_forces_and_restores(monkeypatch):
@@ -41,7 +42,7 @@ def test_use_forces_and_restores(monkeypatch):
     ops.swiglu(h)
     with backend.use("reference"):
         ops.swiglu(h)
-        assert {chosen for _, chosen, _ in backend.report("cpu")} == {"reference"}
+        assert {chosen for _, chosen, _ in report("cpu")} == {"reference"}
         with backend.use("compiled"):
             ops.swiglu(h)
         ops.swiglu(h)
@@ -65,7 +66,7 @@ def test_a_forced_backend_that_cannot_run_raises():
     with backend.use("compiled"), pytest.raises(RuntimeError, match="no compiled kernels for device type meta"):
         ops.swiglu(torch.ones(1, 2, device="meta"))
     with backend.use("cuda"):
-        assert all(chosen == "none" and "cannot run on cpu" in why for _, chosen, why in backend.report("cpu"))
+        assert all(chosen == "none" and "cannot run on cpu" in why for _, chosen, why in report("cpu"))
 
 
 def test_isa():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lens import ops
-from lens.ops import _samples
+from lens.ops.attention import layout
 from tests.ops import harness
 from tests.ops.harness import DTYPES, Inputs, Maker, compiled, offsets_of, same_bits
 
@@ -105,10 +105,8 @@ def test_same_bits_from_run_to_run():
 def test_equal_samples_share_a_call(monkeypatch):
     """Two groups of two samples: two calls where a gradient is recorded, four in inference."""
     calls = []
-    gather = _samples.gather
-    monkeypatch.setattr(
-        _samples, "gather", lambda x, starts, rows: calls.append(len(starts)) or gather(x, starts, rows)
-    )
+    gather = layout.gather
+    monkeypatch.setattr(layout, "gather", lambda x, starts, rows: calls.append(len(starts)) or gather(x, starts, rows))
     made = harness.cast(inputs(*CASES["equal but apart"]), torch.float32)
     with compiled():
         ops.joint_attention(**made)

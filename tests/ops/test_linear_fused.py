@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lens.ops import backend, linear_backends, linear_fused, reference
-from lens.ops.linear_backends import Need
+from lens.doctor import ops as doctor
+from lens.ops import backend, reference
+from lens.ops.linear import choice as linear_choice
+from lens.ops.linear import fused as linear_fused
+from lens.ops.linear.choice import Need
 from tests.ops.harness import DTYPES, Maker, cast, error, offsets_of, same_bits
 
 HEADS, HEAD, HIDDEN = 2, 64, 128
@@ -190,9 +193,9 @@ def able(monkeypatch):
     """A build with every kernel, on a machine that has the GPU for them."""
     monkeypatch.setattr(backend, "unavailable", lambda device: "")
     monkeypatch.setattr(backend, "without", lambda kernel: "")
-    linear_backends.choose.cache_clear()
+    linear_choice.choose.cache_clear()
     yield monkeypatch
-    linear_backends.choose.cache_clear()
+    linear_choice.choose.cache_clear()
 
 
 def entries(status: str, fused: float) -> list[dict]:
@@ -215,8 +218,8 @@ def entries(status: str, fused: float) -> list[dict]:
     ],
 )
 def test_measured_rates_decide(able, status, fused, rows, expected):
-    able.setattr(linear_backends, "table", lambda: entries(status, fused))
-    chosen, why = linear_backends.decide(at(rows))
+    able.setattr(linear_choice, "table", lambda: entries(status, fused))
+    chosen, why = linear_choice.decide(at(rows))
     assert chosen == expected
     assert why
 
@@ -239,61 +242,61 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSALS, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
 def test_what_ours_cannot_serve(able, changes, message):
-    able.setattr(linear_backends, "table", lambda: entries("measured", 900))
-    assert linear_backends.decide(at())[0] == "fused"
-    chosen, why = linear_backends.decide(at(**changes))
+    able.setattr(linear_choice, "table", lambda: entries("measured", 900))
+    assert linear_choice.decide(at())[0] == "fused"
+    chosen, why = linear_choice.decide(at(**changes))
     assert chosen == "library"
     assert message in why
-    with linear_backends.use("fused"), pytest.raises(RuntimeError, match="fused was asked for but cannot run") as told:
-        linear_backends.choose(at(**changes))
+    with linear_choice.use("fused"), pytest.raises(RuntimeError, match="fused was asked for but cannot run") as told:
+        linear_choice.choose(at(**changes))
     assert message in str(told.value)
-    assert str(told.value).startswith(f"lens.{linear_backends.PRODUCTS[at(**changes).product]}: ")
+    assert str(told.value).startswith(f"lens.{linear_choice.PRODUCTS[at(**changes).product]}: ")
 
 
 def test_forced(able, monkeypatch):
-    able.setattr(linear_backends, "table", lambda: entries("measured", 900))
-    with linear_backends.use("library"):
-        assert linear_backends.choose(at()) == "library"
-    able.setattr(linear_backends, "table", lambda: entries("measured", 1))
-    with linear_backends.use("fused"):
-        assert linear_backends.choose(at(alone=True)) == "fused"
+    able.setattr(linear_choice, "table", lambda: entries("measured", 900))
+    with linear_choice.use("library"):
+        assert linear_choice.choose(at()) == "library"
+    able.setattr(linear_choice, "table", lambda: entries("measured", 1))
+    with linear_choice.use("fused"):
+        assert linear_choice.choose(at(alone=True)) == "fused"
         made = typed(inputs([3], [2]), torch.float32)
         with pytest.raises(RuntimeError, match=r"lens.linear_swiglu: fused was asked for but cannot run: runs on cuda"):
             linear_fused.linear_swiglu(made["normed"], layers(made["w13"]))
-    assert linear_backends.forced() is None
-    with pytest.raises(ValueError, match="must be library or fused, got 'quick'"), linear_backends.use("quick"):
+    assert linear_choice.forced() is None
+    with pytest.raises(ValueError, match="must be library or fused, got 'quick'"), linear_choice.use("quick"):
         pass
-    monkeypatch.setattr(linear_backends._forcing, "name", "quick")
+    monkeypatch.setattr(linear_choice._forcing, "name", "quick")
     with pytest.raises(RuntimeError, match="LENS_LINEAR must be library or fused, got 'quick'"):
-        linear_backends.choose(at(rows=1))
+        linear_choice.choose(at(rows=1))
 
 
 @pytest.mark.parametrize("table", [entries("measured", 1), entries("measured", 900), entries("predicted", 1), []])
 def test_under_batch_invariance_ours_serves_wherever_it_can_whatever_rows_and_rates(able, table):
-    able.setattr(linear_backends, "table", lambda: table)
+    able.setattr(linear_choice, "table", lambda: table)
     for rows in (0, 1, 8192, 9000):
-        chosen, why = linear_backends.decide(at(rows, alone=True))
+        chosen, why = linear_choice.decide(at(rows, alone=True))
         assert (chosen, why) == ("fused", "batch-invariant: a row's bits depend on that row alone")
-    chosen, why = linear_backends.decide(at(alone=True, arch=(8, 0)))
+    chosen, why = linear_choice.decide(at(alone=True, arch=(8, 0)))
     assert (chosen, why) == ("library", "fused needs compute capability 9.0, this is 8.0")
-    with linear_backends.use("library"):
-        assert linear_backends.choose(at(alone=True)) == "library"
+    with linear_choice.use("library"):
+        assert linear_choice.choose(at(alone=True)) == "library"
 
 
 def test_batch_invariance_wakes_the_choice(able):
     """Nothing measured, nothing forced: the library serves unseen, but not those who must not depend on their batch."""
-    able.setattr(linear_backends, "measured", lambda: False)
-    assert linear_backends.idle()
-    assert not linear_backends.idle(alone=True)
+    able.setattr(linear_choice, "measured", lambda: False)
+    assert linear_choice.idle()
+    assert not linear_choice.idle(alone=True)
     with backend.use("reference"):
-        assert linear_backends.idle(alone=True)
+        assert linear_choice.idle(alone=True)
 
 
 def test_a_need_that_must_not_depend_on_its_batch_has_no_rows(monkeypatch):
     """The products of both streams and of one ask for the same, however many rows and samples there are."""
     asked = []
-    monkeypatch.setattr(linear_backends, "idle", lambda alone=False: False)
-    monkeypatch.setattr(linear_backends, "choose", lambda need: asked.append(need) or "library")
+    monkeypatch.setattr(linear_choice, "idle", lambda alone=False: False)
+    monkeypatch.setattr(linear_choice, "choose", lambda need: asked.append(need) or "library")
     for lengths in ([2], [2, 3]):
         x = torch.randn(sum(lengths), 8)
         linear_fused.linear_swiglu([x, x[:2]], [torch.nn.Linear(8, 4, bias=False)] * 2, (lengths, [2]))
@@ -317,34 +320,34 @@ def test_lengths_that_only_the_device_knows_are_refused_by_the_library():
 def test_a_build_without_the_kernels_says_so(monkeypatch):
     monkeypatch.setattr(backend, "unavailable", lambda device: "")
     monkeypatch.setattr(backend, "_extension", object())
-    assert linear_backends.missing(at()) == "lens._C was built without linear_swiglu"
+    assert linear_choice.missing(at()) == "lens._C was built without linear_swiglu"
 
 
 def test_the_table_is_whole_and_nothing_in_it_is_claimed_as_measured():
     """A measured line needs a committed result; until there is one, the library is the default everywhere."""
-    products = {(e["product"], e["backend"]) for e in linear_backends.table() if e["arch"] == "9.0"}
-    assert products == {(p, b) for p in linear_backends.PRODUCTS for b in linear_backends.BACKENDS}
-    assert linear_backends.measured() == any(e["status"] == "measured" for e in linear_backends.table())
+    products = {(e["product"], e["backend"]) for e in linear_choice.table() if e["arch"] == "9.0"}
+    assert products == {(p, b) for p in linear_choice.PRODUCTS for b in linear_choice.BACKENDS}
+    assert linear_choice.measured() == any(e["status"] == "measured" for e in linear_choice.table())
 
 
 def test_a_table_without_a_source_is_refused(tmp_path, monkeypatch):
     bad = tmp_path / "linear_table.json"
     bad.write_text(json.dumps({"entries": [{**entries("measured", 1)[0], "source": ""}]}))
-    monkeypatch.setattr(linear_backends, "TABLE", bad)
-    linear_backends.table.cache_clear()
+    monkeypatch.setattr(linear_choice, "TABLE", bad)
+    linear_choice.table.cache_clear()
     try:
         with pytest.raises(ValueError, match="rate with its source expected"):
-            linear_backends.table()
+            linear_choice.table()
     finally:
-        linear_backends.table.cache_clear()
+        linear_choice.table.cache_clear()
 
 
 def test_the_report_names_every_product(able):
-    able.setattr(linear_backends, "capability", lambda index: (9, 0))
-    rows = linear_backends.report()
-    assert [name for name, _, _ in rows] == list(linear_backends.PRODUCTS)
+    able.setattr(linear_choice, "capability", lambda index: (9, 0))
+    rows = doctor.gemms()
+    assert [name for name, _, _ in rows] == list(linear_choice.PRODUCTS)
     assert all(by == "library" and "not measured against each other yet" in why for _, by, why in rows)
-    with linear_backends.use("fused"):
-        assert {by for _, by, _ in linear_backends.report()} == {"fused"}
-        able.setattr(linear_backends, "capability", lambda index: (8, 0))
-        assert all(by == "none" and "needs compute capability" in why for _, by, why in linear_backends.report())
+    with linear_choice.use("fused"):
+        assert {by for _, by, _ in doctor.gemms()} == {"fused"}
+        able.setattr(linear_choice, "capability", lambda index: (8, 0))
+        assert all(by == "none" and "needs compute capability" in why for _, by, why in doctor.gemms())

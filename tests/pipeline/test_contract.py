@@ -15,7 +15,7 @@ from PIL import Image
 
 from lens import LensPipeline, LensPipelineOutput, pipeline, sampler, vae
 from lens.config import Defaults
-from lens.overlap import HostThread
+from lens.engine.overlap import HostThread
 from lens.sampler import Scheduler
 from tests.reference_model import relative
 from tests.small_pipeline import FOLDER, counted, fresh, same_bits, shared

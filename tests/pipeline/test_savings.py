@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lens import modulation, ops, packing
+from lens import ops, packing
+from lens.engine import schedule_table
+from lens.engine.schedule_table import evict
 from tests.reference_model import ReferenceLens, reference_sample, relative
 from tests.small_pipeline import FOLDER, counted, fresh, same_bits, shared
 
@@ -108,8 +110,8 @@ def test_dead_text_branch_is_skipped(monkeypatch):
 
 def test_one_table_per_schedule(monkeypatch):
     pipe, made = fresh(), []
-    original = modulation.table
-    monkeypatch.setattr(modulation, "table", lambda m, t: made.append(len(t)) or original(m, t))
+    original = schedule_table.table
+    monkeypatch.setattr(schedule_table, "table", lambda m, t: made.append(len(t)) or original(m, t))
     first = pipe(PROMPTS, seed=1, guidance_scale=4.0, **SMALL).images
     assert made == [2]
     again = pipe(PROMPTS, seed=1, guidance_scale=4.0, **SMALL).images
@@ -133,9 +135,9 @@ def test_table_equals_the_modulation_of_each_step():
     """A table's rows have the bits of one step computed by itself, and of the padded call."""
     model = shared().transformer
     times = torch.linspace(1, 0.05, 7)
-    table = modulation.table(model, times)
+    table = schedule_table.table(model, times)
     for k, t in enumerate(times):
-        one = modulation.modulate(model, t[None])
+        one = model.modulate(t[None])
         assert torch.equal(table.blocks[k : k + 1], one.blocks)
         assert torch.equal(table.final[k : k + 1], one.final)
 
@@ -150,7 +152,7 @@ def test_eviction(device):
     pipe.prepare(image_tokens=6, num_inference_steps=2)
     blocks = pipe.transformer.layers()
     weights = [p for b in blocks for s in b.streams() for p in s.modulation.parameters()]
-    assert modulation.evict(pipe.transformer, device) == sum(p.numel() * p.element_size() for p in weights)
+    assert evict(pipe.transformer, device) == sum(p.numel() * p.element_size() for p in weights)
     assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, expected)
     pipe(PROMPTS[0], height=32, width=32, num_inference_steps=3)  # prepared
     if device == "cpu":
@@ -173,7 +175,7 @@ def test_prepared_tables_survive_threads():
     """Two threads on one prepared, evicted pipeline: looking a table up never takes it away from the other."""
     pipe = fresh()
     pipe.prepare(image_tokens=6, num_inference_steps=2)
-    modulation.evict(pipe.transformer, "meta")
+    evict(pipe.transformer, "meta")
     errors = []
 
     def look() -> None:

@@ -12,7 +12,7 @@ import torch
 
 import lens.sampler
 from lens import resolution
-from lens.checkpoint import released_scheduler, scheduler_config
+from lens.formats.released import released_scheduler, scheduler_config
 from lens.sampler import Scheduler, conditioning_time
 from tests.reference_model import reference_sigmas
 

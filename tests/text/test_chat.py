@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lens import text_encoder
-from lens.checkpoint import CheckpointError
+from lens.formats.files import CheckpointError
 from lens.text_encoder import ANALYSIS, HARMONY_TEMPLATE, SYSTEM, ChatTokenizer
 from tests.small_pipeline import FOLDER, counted, shared
 

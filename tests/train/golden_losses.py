@@ -62,7 +62,19 @@ CHANGES = {
         "VALIDATION": 2,
     },
     "world": {},
+    "pretrain_128": {
+        "SIZES": {(64, 64): 0.5, (48, 96): 0.5},
+        "BATCH": 4,
+        "POOL": {"chunk": 16, "kept": 2, "reuse": 1},
+        "COMPILED": False,
+        "STRAIGHTEN": 64,
+        "WARMUP": 2,
+        "STEPS": 6,
+        "DECAY": 2,
+        "VALIDATION": 2,
+    },
 }
+AS_THEY_ARE = ("BUCKETS", "SIZES")  # tables that CHANGES replaces whole
 
 
 @contextlib.contextmanager
@@ -70,11 +82,11 @@ def recipes(name="tiny"):
     """Inside, `--config tiny` is Mini's recipe with CHANGES."""
     made = {f"train.configs.{name}": ModuleType(name)}
     for stage, changes in CHANGES.items():
-        module = ModuleType(f"train.configs.{name}.{stage}")
-        module.__dict__.update({k: v for k, v in vars(configs.load("mini", stage)).items() if k.isupper()})
+        module, source = ModuleType(f"train.configs.{name}.{stage}"), f"mini/{stage}"
+        module.__dict__.update({k: v for k, v in vars(configs.load(source, stage)).items() if k.isupper()})
         for field, value in changes.items():
             old = getattr(module, field)
-            merged = {**old, **value} if isinstance(old, dict) and field != "BUCKETS" else value
+            merged = {**old, **value} if isinstance(old, dict) and field not in AS_THEY_ARE else value
             setattr(module, field, merged)
         made[module.__name__] = module
     sys.modules.update(made)
@@ -115,13 +127,14 @@ def commands(out):
         "pretrain": f"pretrain {networks} --out {base}",
         "mixed_resolution": f"mixed_resolution --vae {vae} --init {base / 'pretrain.pt'} --out {out / 'mixed'}",
         "lora": f"pretrain --vae {vae} --init {base / 'pretrain.pt'} --lora r=4 --steps 4 --out {out / 'lora'}",
+        "pool": f"pretrain --init {SHIPPED} --out {out / 'pool'}",
         "eye": f"eye --vae {vae} --out {out / 'eye'}",
     }
 
 
-def run(command):
+def run(stage, command):
     with recipes() as name, watched() as seen:
-        assert main([*command.split(), "--config", name]) == 0
+        assert main([*command.split(), "--config", f"{name}/pretrain_128" if stage == "pool" else name]) == 0
     return seen
 
 
@@ -138,7 +151,7 @@ def on_shards(out):
 
 
 def all_losses(out):
-    found = {stage: run(command) for stage, command in commands(out).items()}
+    found = {stage: run(stage, command) for stage, command in commands(out).items()}
     return found | {"on_shards": on_shards(out)}
 
 

@@ -6,8 +6,8 @@ from types import ModuleType
 import numpy as np
 import torch
 
-from lens import checkpoint
 from lens.config import LensConfig
+from lens.formats.released import save_transformer
 from train import configs
 from train import pretrain_on_shards as flow
 from train.data.buckets import Bucket
@@ -107,7 +107,7 @@ def the_network(trainer):
 def checkpoint_in(folder):
     """A model in the released layout, none of whose weights is zero."""
     model = model_on(ranks.Ranks(torch.device("cpu")), recipe())
-    checkpoint.save_transformer(model, folder / "transformer", torch.float32)
+    save_transformer(model, folder / "transformer", torch.float32)
     return folder / "transformer"
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import lens.adapters
-from lens import LensTransformer2DModel, checkpoint
+import lens.formats.lora
+from lens import LensTransformer2DModel
 from lens.config import LensConfig
-from lens.modulation import modulate
+from lens.formats.released import load_transformer, save_transformer, transformer_config
 from lens.packing import plan
 from tests.reference_model import ReferenceLens, relative
 from tests.train.clocks import StopAfter
@@ -32,8 +32,8 @@ LORA = adapters.Lora(4, 6.0, "all")
 
 def base(kind=LensTransformer2DModel, **options):
     """Mini's shipped weights in either of our models, float32."""
-    model = kind(checkpoint.transformer_config(CONFIG), **options)
-    model.load_state_dict(checkpoint.load_transformer(SHIPPED / "transformer", torch.float32, "cpu").state_dict())
+    model = kind(transformer_config(CONFIG), **options)
+    model.load_state_dict(load_transformer(SHIPPED / "transformer", torch.float32, "cpu").state_dict())
     return model
 
 
@@ -79,7 +79,7 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
     assert relative(ours, plain) > 0.01
 
     inference = base().eval()
-    lens.adapters.Adapters(inference).add(lens.adapters.read(tmp_path), 1.0)
+    lens.formats.lora.Adapters(inference).add(lens.formats.lora.read(tmp_path), 1.0)
     assert relative(forward(inference), ours) < 1e-5
     adapters.merge(model)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in inference.named_parameters()]
@@ -221,12 +221,12 @@ def test_a_lora_trains_alone_resumes_and_is_exported_twice(train, tmp_path):
     out = tmp_path / "export"
     options = argparse.Namespace(config="mini", out=tmp_path / "whole", vae=SHIPPED / "vae", encoder=None, export=out)
     shipping.export(train.config, options)
-    found = lens.adapters.read(out / "lora")
+    found = lens.formats.lora.read(out / "lora")
     assert len(found.pairs) == 4 * 6
     assert {pair.factor for pair in found.pairs.values()} == {2.0}
-    by_hand = checkpoint.load_transformer(SHIPPED / "transformer", torch.bfloat16, "cpu")
-    lens.adapters.Adapters(by_hand).add(found, 1.0)
-    merged = checkpoint.load_transformer(out / "transformer", torch.bfloat16, "cpu")
+    by_hand = load_transformer(SHIPPED / "transformer", torch.bfloat16, "cpu")
+    lens.formats.lora.Adapters(by_hand).add(found, 1.0)
+    merged = load_transformer(out / "transformer", torch.bfloat16, "cpu")
     assert all(torch.equal(p, q) for p, q in zip(merged.parameters(), by_hand.parameters()))
     assert json.loads((out / "recipe.json").read_text())["pretrain"]["LORA"] == "r=4,alpha=8,targets=attention"
     assert load_file(out / "lora" / "adapter_model.safetensors")  # a plain file
@@ -235,10 +235,10 @@ def test_a_lora_trains_alone_resumes_and_is_exported_twice(train, tmp_path):
 def test_fine_tuning_takes_the_architecture_from_the_checkpoint(train, tmp_path):
     """A folder with two blocks where the recipe has six; every weight but the encoder's trains, also after a stop."""
     folder = tmp_path / "two"
-    small = LensTransformer2DModel(LensConfig(**{**vars(checkpoint.transformer_config(CONFIG)), "num_layers": 2}))
+    small = LensTransformer2DModel(LensConfig(**{**vars(transformer_config(CONFIG)), "num_layers": 2}))
     state = base().state_dict()
     small.load_state_dict({name: state[name] for name in small.state_dict()})
-    checkpoint.save_transformer(small, folder / "transformer")
+    save_transformer(small, folder / "transformer")
     for part in ("text_encoder", "tokenizer"):
         (folder / part).symlink_to(SHIPPED / part)
     for name in ("model_index.json", "recipe.json"):
@@ -254,7 +254,7 @@ def test_fine_tuning_takes_the_architecture_from_the_checkpoint(train, tmp_path)
     assert 0 < moved.abs().max() < 0.1
     model = generator.load_trained(train.config, "mini", path)
     assert len(model.transformer.blocks) == 2
-    batch_of_one = modulate(model.transformer, torch.tensor([0.5]))
+    batch_of_one = model.transformer.modulate(torch.tensor([0.5]))
     assert batch_of_one.blocks.shape[1] == 2
 
 

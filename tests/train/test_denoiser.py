@@ -7,10 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import roofline
 from lens.config import LensConfig
+from lens.cost import gemm_flops, step_flops
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.packing import plan
 from train import cost
 from train.loop import lora as adapters
@@ -42,9 +41,7 @@ def plain(request):
     """`lens.model`: velocity and gradients."""
     model = filled(LensTransformer2DModel(CONFIG))
     x, features, t, packing = inputs(request.param)
-    v = model.denoise(
-        x, model.project_text(list(features.unbind(1)), packing.text_lengths), modulate(model, t), packing
-    )
+    v = model.denoise(x, model.project_text(list(features.unbind(1)), packing.text_lengths), model.modulate(t), packing)
     v.pow(2).mean().backward()
     return model, request.param, v.detach(), {n: p.grad for n, p in model.named_parameters()}
 
@@ -156,6 +153,6 @@ def test_the_flops_of_adapters_are_those_a_step_does(lora):
     with FlopCounterMode(display=False) as counter:
         model(*inputs(texts)).pow(2).mean().backward()
     own = cost.training_flops(CONFIG, image, texts, lora)
-    attention = 3 * roofline.step_flops(CONFIG, [image] * 3, texts)["attention"]
-    unread = 2 * roofline.product(sum(texts), width, width)  # text queries of the last block: computed, not needed
+    attention = 3 * step_flops(CONFIG, [image] * 3, texts)["attention"]
+    unread = 2 * gemm_flops(sum(texts), width, width)  # text queries of the last block: computed, not needed
     assert counter.get_total_flops() == own - attention + unread

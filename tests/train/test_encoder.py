@@ -11,8 +11,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from lens import checkpoint
-from lens.checkpoint import load_text_encoder
+from lens.formats.text_encoder import load_text_encoder, save_text_encoder
 from lens.text_encoder import PREFIX_TOKENS, TextEncoder
 from train import configs
 from train import text_encoder as stage
@@ -93,7 +92,7 @@ def test_gradients_equal_those_through_transformers(model, tokenizer):
 
 
 def test_released_folder_gives_the_pipeline_the_same_features(model, tokenizer, tmp_path):
-    checkpoint.save_text_encoder(model, tmp_path)
+    save_text_encoder(model, tmp_path)
     loaded = load_text_encoder(tmp_path, torch.float32, "cpu")
     encoder = TextEncoder(tokenizer.chat, loaded, CONFIG.LAYERS)
     rounded = stage.build(CONFIG)

@@ -13,9 +13,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from PIL import Image
 
-from lens import LensTransformer2DModel, adapters, checkpoint
-from lens.adapters import Adapters
+from lens import LensTransformer2DModel
 from lens.config import LensConfig
+from lens.formats import lora
+from lens.formats.lora import Adapters
+from lens.formats.released import load_transformer, save_transformer
 from train import __main__ as commands
 from train.__main__ import main
 
@@ -79,7 +81,7 @@ def test_the_averages_are_exported_in_the_released_layout(shards, trained, tmp_p
     assert (
         main(["mixed_resolution", "--config", "mini/on_shards", "--out", str(trained), "--export", str(tmp_path)]) == 0
     )
-    model = checkpoint.load_transformer(tmp_path / "transformer", torch.float32, "cpu")
+    model = load_transformer(tmp_path / "transformer", torch.float32, "cpu")
     found, _ = tensors(trained)
     for name, p in model.named_parameters():
         want = found.get(f"ema.{name}", found[f"model.{name}"])
@@ -89,10 +91,10 @@ def test_the_averages_are_exported_in_the_released_layout(shards, trained, tmp_p
 
 def test_a_lora_by_the_command_resumes_and_is_exported_twice(shards, tmp_path):
     """From a checkpoint of two blocks where the recipe has six: the architecture is the checkpoint's."""
-    stored = checkpoint.load_transformer(SHIPPED / "transformer", torch.float32, "cpu")
+    stored = load_transformer(SHIPPED / "transformer", torch.float32, "cpu")
     two = LensTransformer2DModel(LensConfig(**{**vars(stored.config), "num_layers": 2}))
     two.load_state_dict({name: stored.state_dict()[name] for name in two.state_dict()})
-    checkpoint.save_transformer(two, tmp_path / "two" / "transformer")
+    save_transformer(two, tmp_path / "two" / "transformer")
     start = ["--init", str(tmp_path / "two")]
     whole, parts, out = (tmp_path / name for name in ("whole", "parts", "export"))
     assert main(words(shards, whole, 2, *start, "--lora", "r=4,targets=all")) == 0
@@ -111,9 +113,9 @@ def test_a_lora_by_the_command_resumes_and_is_exported_twice(shards, tmp_path):
         main(words(shards, parts, 2, "--lora", "r=5"))
 
     assert main(["mixed_resolution", "--config", "mini/on_shards", "--out", str(whole), "--export", str(out)]) == 0
-    by_hand = checkpoint.load_transformer(tmp_path / "two" / "transformer", torch.bfloat16, "cpu")
-    Adapters(by_hand).add(adapters.read(out / "lora"), 1.0)
-    merged = checkpoint.load_transformer(out / "transformer", torch.bfloat16, "cpu")
+    by_hand = load_transformer(tmp_path / "two" / "transformer", torch.bfloat16, "cpu")
+    Adapters(by_hand).add(lora.read(out / "lora"), 1.0)
+    merged = load_transformer(out / "transformer", torch.bfloat16, "cpu")
     assert all(torch.equal(p, q) for p, q in zip(merged.parameters(), by_hand.parameters(), strict=True))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lens.pictures import read_recipe
+from lens.image_file import read_recipe
 from train.__main__ import main
 from train.data.world import World
 from train.evaluate import gallery, gallery_page, mini_bench, ocr

@@ -8,10 +8,11 @@ from itertools import pairwise
 import pytest
 
 from train.data import dense, dense_phrases, grammar, phrases, translations
-from train.data.grammar import LANGUAGES, OTHER, STYLES, can_say, caption, is_unusual, words
+from train.data.grammar import OTHER, STYLES, can_say, caption, is_unusual, words
 from train.data.kinds import KINDS, PALETTE
 from train.data.layout import place_of, size_of
 from train.data.phrases import NUMBERS
+from train.data.translations import LANGUAGES
 from train.data.world import CAPTIONS, Scene, Thing, World
 
 NOUNS = {form.lower(): name for name, kind in KINDS.items() for form in (kind.noun, kind.plural, *kind.also)}

@@ -17,8 +17,9 @@ import torch
 from PIL import Image
 from scipy import stats
 
-from lens import LensPipeline, checkpoint
-from lens.modulation import modulate
+from lens import LensPipeline
+from lens.formats.released import load_transformer
+from lens.formats.vae import load_vae
 from lens.packing import plan
 from train.__main__ import main
 from train.data import encoders
@@ -379,7 +380,7 @@ def test_encoding_ahead_is_encoding(folder, device):
 def test_other_networks_than_the_shards_were_filled_with_are_refused(computed, networks):
     _, codec, _ = networks
     shards = ShardSet(computed / "computed")
-    other = encoders.ReleasedLatents(checkpoint.load_vae(MINI / "vae", torch.float32, "cpu"), "another")
+    other = encoders.ReleasedLatents(load_vae(MINI / "vae", torch.float32, "cpu"), "another")
     with pytest.raises(ValueError, match=r"the latents of .* were computed with"):
         Encode(other, None, "cpu", shards)
     assert Encode(codec, None, "cpu", shards).codec is codec
@@ -392,7 +393,7 @@ def test_other_networks_than_the_shards_were_filled_with_are_refused(computed, n
 def test_a_dropped_caption_is_the_models_no_text_output(computed, networks):
     """Its velocity is that of zero features with nothing valid, in the public call: by bits alone, to rounding in its batch."""
     _, codec, text = networks
-    model = checkpoint.load_transformer(MINI / "transformer", torch.float32, "cpu")
+    model = load_transformer(MINI / "transformer", torch.float32, "cpu")
     shards = ShardSet(computed / "computed")
     drawing = Loader(shards, BucketSampler(shards.sizes, BucketLaw(batch={64: 5}), 2, 1), text_dropout=0.4)
     batch = next(b for b in drawing.batches() if 0 in b.lengths and sum(b.lengths))
@@ -402,7 +403,7 @@ def test_a_dropped_caption_is_the_models_no_text_output(computed, networks):
     def velocity(rows, lengths, features):
         packing = plan([grid] * len(rows), lengths, model.config.axes_dims_rope)
         text_rows = model.project_text(list(features.unbind(1)), lengths)
-        out = model.denoise(batch.latents[rows].flatten(0, 1), text_rows, modulate(model, t[rows]), packing)
+        out = model.denoise(batch.latents[rows].flatten(0, 1), text_rows, model.modulate(t[rows]), packing)
         return out.view(len(rows), batch.bucket.tokens, -1)
 
     nothing, invalid = [torch.zeros(1, 6, text.shape[1])] * text.shape[0], torch.zeros(1, 6, dtype=torch.bool)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import lens.adapters
+import lens.formats.lora
 from tests.train import processes, small_training
 from tests.train.small_training import distance, same
 from train import pretrain_on_shards as flow
@@ -133,7 +133,7 @@ def adapters_alone(tmp_path_factory):
 def exported(out, to):
     """The pairs of the peft folder that one process writes of a state."""
     flow.export(argparse.Namespace(out=out, resume=None, export=to), small_training.recipe(**ADAPTERS))
-    return lens.adapters.read(to / "lora").pairs
+    return lens.formats.lora.read(to / "lora").pairs
 
 
 @pytest.mark.parametrize(("world", "shard"), LAYOUTS)

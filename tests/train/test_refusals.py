@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lens import LensTransformer2DModel, checkpoint
+from lens import LensTransformer2DModel
 from lens.config import LensConfig
+from lens.formats.released import load_transformer, save_transformer
 from train.__main__ import main
 
 SHIPPED = Path(__file__).parents[2] / "lens" / "mini" / "base"
@@ -30,9 +31,9 @@ def words(shards, out, *changes, init=SHIPPED):
 def other(tmp_path_factory):
     """A checkpoint of half the text features."""
     folder = tmp_path_factory.mktemp("other")
-    mini = checkpoint.load_transformer(SHIPPED / "transformer", torch.float32, "cpu").config
+    mini = load_transformer(SHIPPED / "transformer", torch.float32, "cpu").config
     model = LensTransformer2DModel(LensConfig(**{**vars(mini), "num_layers": 1, "enc_hidden_dim": 64}))
-    checkpoint.save_transformer(model, folder / "transformer")
+    save_transformer(model, folder / "transformer")
     return folder
 
 

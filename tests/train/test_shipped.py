@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lens import LensPipeline
-from lens.checkpoint import load_vae
+from lens.formats.vae import load_vae
 from lens.vae import PixelCodec, to_uint8
 from train.data.kinds import KINDS
 from train.data.world import TASKS, World

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.packing import plan
 from tests.train import processes, small_training
 from tests.train.small_training import batches, distance, micro, same, state_of, the_network, trainer_on, weights
@@ -49,7 +48,7 @@ def independent(trainer, reduction):
         packing = plan([batch.bucket.grid] * count, batch.lengths, config.axes_dims_rope)
         packing = dataclasses.replace(packing, cos=packing.cos.double(), sin=packing.sin.double())
         text = model.project_text(list(batch.features.double().unbind(1)), batch.lengths)
-        v = model.denoise(x.flatten(0, 1), text, modulate(model, t), packing).view_as(x)
+        v = model.denoise(x.flatten(0, 1), text, model.modulate(t), packing).view_as(x)
         if reduction == "rank_mean":
             total, denominator = total + F.mse_loss(v, eps - x0), denominator + 1
         elif reduction == "sample_mean":

@@ -312,7 +312,7 @@ def test_joint_resumes_bit_for_bit_and_serves_latents(tmp_path):
         assert torch.allclose(latents.decode(z), trained.pixels(z), atol=1e-5)
 
     vae.export(config, tmp_path / "whole", tmp_path / "vae")  # and it is the released layout
-    from lens.checkpoint import load_vae
+    from lens.formats.vae import load_vae
     from lens.vae import PixelCodec
 
     released = PixelCodec(load_vae(tmp_path / "vae", torch.float32, "cpu"))

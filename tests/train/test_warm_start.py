@@ -7,7 +7,6 @@ import torch
 
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.packing import plan
 from train.networks.warm_start import latent_map, rebase
 
@@ -41,7 +40,7 @@ def test_rebased_velocities_are_the_old_ones_in_the_new_basis():
 
     def velocity(model, x):
         rows = model.project_text(list(text.unbind(1)), packing.text_lengths)
-        return model.denoise(x, rows, modulate(model, t), packing)
+        return model.denoise(x, rows, model.modulate(t), packing)
 
     with torch.no_grad():
         torch.testing.assert_close(velocity(new, x) @ m, velocity(old, x @ m), atol=2e-4, rtol=1e-3)

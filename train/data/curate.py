@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lens import checkpoint
+from lens.formats.files import write_atomic, write_json
 
 from .kinds import KINDS
 
@@ -98,8 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if wrong else 0
     for name, image in images.items():
         save = functools.partial(image.save, format="WEBP", lossless=True, quality=100, method=6, exact=True)
-        checkpoint.write_atomic(ASSETS / f"{name}.webp", save)
-    checkpoint.write_json(ASSETS / "manifest.json", manifest)
+        write_atomic(ASSETS / f"{name}.webp", save)
+    write_json(ASSETS / "manifest.json", manifest)
     print(f"{len(images)} assets, {sum(f.stat().st_size for f in ASSETS.glob('*.webp'))} bytes")
     return 0
 

@@ -17,6 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from lens.formats import hub
+from lens.formats.files import read_json
+from lens.formats.released import transformer_config
+from lens.formats.text_encoder import load_text_encoder
+from lens.formats.vae import load_vae
+
 
 class Tokenizer(Protocol):
     def __call__(self, caption: str) -> list[int]:
@@ -127,14 +133,13 @@ def released(
     folder: Path, device: torch.device | str, dtype: torch.dtype = torch.float32
 ) -> tuple[ChatTokens, ReleasedLatents, ReleasedText]:
     """Tokenizer, codec (float32) and text encoder (`dtype`) of a checkpoint folder. Errors: as in loading."""
-    from lens import checkpoint
 
     path = folder / "transformer" / "config.json"
-    layers = checkpoint.transformer_config(checkpoint.read_json(path), str(path)).selected_layer_index
+    layers = transformer_config(read_json(path), str(path)).selected_layer_index
     tokenizer = ChatTokens(folder / "tokenizer")
-    model = checkpoint.load_text_encoder(folder / "text_encoder", dtype, device, max(layers) + 1)
-    vae = checkpoint.load_vae(folder / "vae", torch.float32, device)
-    marks = [checkpoint.fingerprint(folder / part)[:16] for part in ("vae", "text_encoder")]
+    model = load_text_encoder(folder / "text_encoder", dtype, device, max(layers) + 1)
+    vae = load_vae(folder / "vae", torch.float32, device)
+    marks = [hub.fingerprint(folder / part)[:16] for part in ("vae", "text_encoder")]
     return tokenizer, ReleasedLatents(vae, marks[0]), ReleasedText(model, layers, tokenizer, marks[1])
 
 

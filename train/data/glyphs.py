@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lens import checkpoint
+from lens.formats.files import write_atomic, write_json
 
 ASSETS = Path(__file__).parent / "assets" / "glyphs"
 FONT_SHA256 = "0d977336a6d5fba34eab8e3199eb218327161b5143749f802982c2bc34df0c96"  # DejaVu Sans Bold 2.37
@@ -125,8 +125,8 @@ def main(argv: list[str] | None = None) -> int:
         equal = json.loads((ASSETS / "glyphs.json").read_text()) == json.loads(json.dumps(record))
         print("equal" if equal else "different")
         return 0 if equal else 1
-    checkpoint.write_atomic(ASSETS / "glyphs.png", lambda temporary: image.save(temporary, "PNG", optimize=True))
-    checkpoint.write_json(ASSETS / "glyphs.json", record)
+    write_atomic(ASSETS / "glyphs.png", lambda temporary: image.save(temporary, "PNG", optimize=True))
+    write_json(ASSETS / "glyphs.json", record)
     print(f"{len(record['letters'])} letters, {(ASSETS / 'glyphs.png').stat().st_size} bytes")
     return 0
 

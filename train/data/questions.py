@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .backdrops import BACKGROUNDS
 from .kinds import KINDS, PALETTE
 from .mentions import mentions, said_background
-from .world import BACKGROUNDS, Scene
+from .world import Scene
 
 CLASSES = tuple(KINDS)
 COLOURS = (*PALETTE, None)

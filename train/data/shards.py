@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens import checkpoint
+from lens.formats.files import write_atomic, write_json
 
 from ..loop.checkpoints import write_text
 from ..loop.clock import Halted
@@ -110,7 +110,7 @@ def write_shard(
                 tar.write(sample.members())
                 keys.append(sample.key)
 
-    checkpoint.write_atomic(path, write)
+    write_atomic(path, write)
     places = {key: at for at, key in enumerate(keys)}
     parts: dict[str, list[list[int] | None]] = {}
     with tarfile.open(path) as tar, path.open("rb") as file:
@@ -285,5 +285,5 @@ def write_manifest(
         **settings,
         "buckets": buckets,
     }
-    checkpoint.write_json(folder / MANIFEST, manifest)
+    write_json(folder / MANIFEST, manifest)
     return manifest

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lens.checkpoint import write_atomic
+from lens.formats.files import write_atomic
 
 from .grammar import STYLES
 from .kinds import CORE

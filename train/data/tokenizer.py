@@ -27,7 +27,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from lens.checkpoint import write_atomic
+from lens.formats.files import write_atomic
 from lens.text_encoder import HARMONY_TEMPLATE, SYSTEM
 
 from ..loop.checkpoints import write_text

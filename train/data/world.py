@@ -25,9 +25,9 @@ import numpy as np
 
 from . import grammar, signs
 from .backdrops import BACKGROUNDS, SHARES, VARIANTS, allowed, backdrop, shadow
-from .kinds import CORE, KINDS, PALETTE
+from .kinds import CORE, KINDS, PAINTABLE, PALETTE
 from .layout import PLACES, Box, alone, arrangement, placed, with_sign
-from .sprites import PAINTABLE, colours_of, fitted_size, sprite
+from .sprites import colours_of, fitted_size, sprite
 
 TASKS = {
     "single_object": 0.12,

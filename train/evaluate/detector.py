@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from lens import checkpoint
+from lens.formats.files import write_atomic, write_json
 
 from .geneval import BEST, Detection
 
@@ -148,8 +148,8 @@ class Eye(nn.Module):
             name: value.half().contiguous() for name, value in self.state_dict().items() if value.is_floating_point()
         }
         content = save(tensors, metadata=header)
-        checkpoint.write_atomic(path, lambda temporary: temporary.write_bytes(content))
-        checkpoint.write_json(path.with_suffix(".json"), about)
+        write_atomic(path, lambda temporary: temporary.write_bytes(content))
+        write_json(path.with_suffix(".json"), about)
 
     @classmethod
     def load(cls, path: Path = ASSET) -> Eye:

@@ -25,7 +25,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lens import __version__, checkpoint, pictures
+from lens import __version__, image_file
+from lens.formats.hub import EMBEDDED, resolve
+from lens.formats.released import read_index
+from lens.formats.safetensors import Shard
 from lens.text_encoder import DEFAULT_CHAT_DATE
 
 from .. import configs
@@ -37,7 +40,8 @@ from ..loop.log import read_log
 from . import geneval, ocr
 from .detector import Eye
 from .gallery_page import Card, Class, Page, Stage, Task, facts, lines, render
-from .mini_bench import Judges, scenes_of
+from .judges import Judges
+from .mini_bench import scenes_of
 from .scores import Scores, read_scores
 
 if TYPE_CHECKING:
@@ -135,7 +139,7 @@ def drawn(pipe: LensPipeline, wishes: Sequence[Wish], model: str, steps: int) ->
             prompts, seeds = zip(*asked[i : i + BATCH])
             images = pipe(list(prompts), seed=list(seeds), num_inference_steps=steps, guidance_scale=guidance).images
             for prompt, seed, image in zip(prompts, seeds, images):
-                recipe = pictures.Recipe(
+                recipe = image_file.Recipe(
                     prompt=prompt, negative="", seed=seed, steps=steps, guidance=guidance,
                     size=(image.height, image.width), variant=pipe.defaults.variant, chat_date=DEFAULT_CHAT_DATE,
                     truncation="reference", model=model, dtype=str(pipe.dtype).removeprefix("torch."),
@@ -153,12 +157,12 @@ def drawn(pipe: LensPipeline, wishes: Sequence[Wish], model: str, steps: int) ->
     return out
 
 
-def png(image: Any, recipe: pictures.Recipe) -> bytes:
+def png(image: Any, recipe: image_file.Recipe) -> bytes:
     """A PNG file that carries its recipe, as `lens generate` writes them."""
     from PIL.PngImagePlugin import PngInfo
 
     info, out = PngInfo(), io.BytesIO()
-    info.add_itxt(pictures.RECIPE_KEY, recipe.to_json())
+    info.add_itxt(image_file.RECIPE_KEY, recipe.to_json())
     image.save(out, format="PNG", pnginfo=info, optimize=True)
     return out.getvalue()
 
@@ -255,11 +259,11 @@ def commands(model: str, config: str) -> list[str]:
 
 def card_of_model(root: Path, pipe: LensPipeline) -> dict[str, Any]:
     """Name and size of a checkpoint, from its files."""
-    shards = [checkpoint.Shard(path) for path in sorted(root.rglob("*.safetensors"))]
+    shards = [Shard(path) for path in sorted(root.rglob("*.safetensors"))]
     count = sum(math.prod(shape) for shard in shards for _, shape, *_ in shard.entries.values())
     size = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
     return {
-        "name": checkpoint.read_index(root).get("lens", {}).get("name", root.resolve().name),
+        "name": read_index(root).get("lens", {}).get("name", root.resolve().name),
         "parameters": f"{count / 1e6:.1f} million",
         "megabytes": f"{size / 2**20:.1f}",
         "fingerprint": pipe.fingerprint,
@@ -288,7 +292,7 @@ def run(options: argparse.Namespace) -> int:
     from lens import LensPipeline
 
     torch.set_num_threads(options.threads)
-    root = checkpoint.resolve(options.model)
+    root = resolve(options.model)
     pipe = LensPipeline.from_pretrained(options.model)
     guidance = pipe.defaults.guidance_scale
     scores = read_scores(root / "scores.json", list(ASKS), guidance)
@@ -296,7 +300,7 @@ def run(options: argparse.Namespace) -> int:
     judges = Judges(Eye.load(), scores.settings["classes"], reader, audit=False)
     wanted, start = contents(scores.settings, options.per_task, guidance), time.perf_counter()
     wishes = flat(wanted)
-    name = options.model if options.model in checkpoint.EMBEDDED else root.resolve().name
+    name = options.model if options.model in EMBEDDED else root.resolve().name
     made = drawn(pipe, wishes, name, scores.settings["steps"])
     spent = time.perf_counter() - start
     about = card_of_model(root, pipe) | {

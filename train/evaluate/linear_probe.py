@@ -24,7 +24,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lens import checkpoint
+from lens.formats.files import read_json
+from lens.formats.released import transformer_config
+from lens.formats.text_encoder import load_text_encoder
 
 from ..data import grammar, questions
 from ..data.world import Scene, World
@@ -124,8 +126,8 @@ def load(config: ModuleType, options: argparse.Namespace) -> tuple[nn.Module, Ca
     """Model, tokenizer and layers of a checkpoint folder, or of a state file of the encoder or the pretrain stage."""
     if options.model:
         path = options.model / "transformer" / "config.json"
-        layers = checkpoint.transformer_config(checkpoint.read_json(path), str(path)).selected_layer_index
-        model = checkpoint.load_text_encoder(options.model / "text_encoder", torch.float32, "cpu")
+        layers = transformer_config(read_json(path), str(path)).selected_layer_index
+        model = load_text_encoder(options.model / "text_encoder", torch.float32, "cpu")
         return model.eval(), CaptionTokenizer(options.model / "tokenizer"), layers
     path: Path = options.state or options.out / "encoder.pt"
     tokenizer = tokenizer_of(config.TOKENIZER)

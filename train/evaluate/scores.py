@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .gallery_page import Share
-from .mini_bench import wilson
+from .judges import wilson
 
 CEILINGS = {"vae": "through the VAE", "render": "true pictures"}
 

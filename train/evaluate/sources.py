@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from lens.formats.hub import resolve
+from lens.formats.released import read_index
+
 Pictures = list[np.ndarray]  # uint8 [H, W, 3]
 Size = tuple[int, int]  # (height, width) in pixels
 
@@ -30,11 +33,11 @@ class Source:
 
 def from_pipeline(model: str, steps: int) -> Source:
     """What LensPipeline loads: "mini", a folder in the released layout, ..."""
-    from lens import LensPipeline, checkpoint
+    from lens import LensPipeline
     from lens.vae import to_uint8
 
-    root = checkpoint.resolve(model)
-    about = checkpoint.read_index(root).get("lens", {})
+    root = resolve(model)
+    about = read_index(root).get("lens", {})
     pipe = LensPipeline.from_pretrained(model)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:

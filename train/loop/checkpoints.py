@@ -31,7 +31,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from lens import checkpoint
+from lens.formats.files import read_json, write_atomic, write_json
+from lens.formats.safetensors import open_shards
 
 from .clock import Halted
 from .ranks import Ranks
@@ -46,7 +47,7 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         with temporary.open("wb") as file:  # a file, not a path: torch.save would store the temporary's name inside
             torch.save({"format": FORMAT, **state}, file)
 
-    checkpoint.write_atomic(path, write)
+    write_atomic(path, write)
 
 
 def load_state(path: Path, expect: str) -> dict[str, Any]:
@@ -89,16 +90,18 @@ class StateFile:
 
     def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """tensors: "model.NAME", "ema.NAME", "optimizer.KEY.NAME"."""
-        model, average, optimizer = ({} for _ in range(3))
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
+        optimizer: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             kind, _, own = name.partition(".")
             if kind == "optimizer":
                 key, _, own = own.partition(".")
                 optimizer.setdefault(key, {})[own] = value
             else:
-                {"model": model, "ema": average}[kind][own] = value
+                parts[kind][own] = value
         save_state(
-            self.path, {"step": step, **about, "model": model, "ema": {"average": average}, "optimizer": optimizer}
+            self.path,
+            {"step": step, **about, "model": parts["model"], "ema": {"average": parts["ema"]}, "optimizer": optimizer},
         )
 
     def load(self, where: Path, tensors: Mapping[str, Tensor], expect: str) -> dict[str, Any]:
@@ -128,7 +131,7 @@ class StateFile:
 def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a released-layout folder (`transformer/`, `vae/`, ...), floats as float32. Errors as in loading."""
     out: dict[str, torch.Tensor] = {}
-    for key, shard in checkpoint.open_shards(folder).items():
+    for key, shard in open_shards(folder).items():
 
         def take(value: torch.Tensor, key: str = key) -> None:
             out[key] = value.float() if value.is_floating_point() else value.clone()
@@ -143,7 +146,7 @@ def write_text(path: Path, text: str) -> None:
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
 
-    checkpoint.write_atomic(path, write)
+    write_atomic(path, write)
 
 
 # ------------------------------------------------------------------------------------------------ many processes
@@ -184,13 +187,13 @@ class _Writer(dcp.FileSystemWriter):
         with self._said():
             super().finish(metadata, results)
             folder = Path(self.path)
-            checkpoint.write_json(folder / "state.json", self.state)
+            write_json(folder / "state.json", self.state)
             sums = {}
             for part in sorted(folder.glob("*.sha256")):
                 sums[part.stem] = part.read_text()
                 part.unlink()
             sums |= {name: _sha256(folder / name) for name in (".metadata", "state.json")}
-            checkpoint.write_json(folder / "checksums.json", sums)
+            write_json(folder / "checksums.json", sums)
             self.owner.publish(folder, self.name)
 
     @contextmanager
@@ -295,7 +298,7 @@ class Checkpoints:
             raise ValueError(
                 f"{folder}: a state of stage {state['stage']!r}, expected {expect!r}; --init takes its weights"
             )
-        sums = checkpoint.read_json(folder / "checksums.json")
+        sums = read_json(folder / "checksums.json")
         mine = sorted(sums)[self.group.rank :: self.group.world]
         damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
         _refuse([line for own in self.group.gather(damaged) for line in own])

@@ -22,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lens import adapters, checkpoint
+from lens.formats.files import write_atomic
+from lens.formats.lora import CONFIG, WEIGHTS, modules_of
 
 from .keys import keyed
 from .ranks import place
@@ -114,7 +115,7 @@ def attach(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> N
     could lose. None leaves them as they are. A model on the meta device stays there.
     """
     found: dict[str, list[str]] = {}
-    for module, (name, _, _) in adapters.modules_of(model).items():
+    for module, (name, _, _) in modules_of(model).items():
         if module.partition("transformer_blocks.")[2].partition(".")[2] in TARGETS[lora.targets]:
             found.setdefault(name.removesuffix(".weight"), []).append(module)
     places = {name: model.get_submodule(name) for name in found}
@@ -160,9 +161,7 @@ def save(model: nn.Module, lora: Lora, folder: Path) -> None:
         for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
             for side, value in (("A", down), ("B", up)):
                 tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.detach().float().cpu().contiguous()
-    checkpoint.write_atomic(
-        folder / adapters.WEIGHTS, lambda temporary: save_file(tensors, temporary, {"format": "pt"})
-    )
+    write_atomic(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -179,4 +178,4 @@ def save(model: nn.Module, lora: Lora, folder: Path) -> None:
         "target_modules": list(TARGETS[lora.targets]),
     }
     text = json.dumps(config, indent=2) + "\n"
-    checkpoint.write_atomic(folder / adapters.CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    write_atomic(folder / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))

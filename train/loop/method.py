@@ -66,6 +66,14 @@ class Network:
         self.parameters = {n: p for n, p in bare(module).named_parameters() if p in trained}
         self.base_rates = [group["lr"] for group in self.groups]
 
+    def step(self) -> None:
+        """One step of the optimiser, and of the average."""
+        if self.optimizer is None:
+            raise ValueError("a frozen network was given a turn")
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(bare(self.module))
+
     def tensors(self) -> dict[str, Tensor]:
         """Everything of it that a state holds: weights and buffers, averages, moments (in the optimiser's order)."""
         whole = bare(self.module)
@@ -75,8 +83,9 @@ class Network:
         if self.ema is not None:
             found |= {f"ema.{name}": value for name, value in self.ema.average.items()}
         names = {p: name for name, p in self.parameters.items()}
+        held = self.optimizer.state if self.optimizer is not None else {}
         for p in (p for group in self.groups for p in group["params"]):
-            found |= {f"optimizer.{key}.{names[p]}": value for key, value in self.optimizer.state[p].items()}
+            found |= {f"optimizer.{key}.{names[p]}": value for key, value in held[p].items()}
         return found
 
 

@@ -25,7 +25,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from lens import checkpoint
+from lens.formats.files import read_json
+from lens.formats.names import released_names
+from lens.formats.released import transformer_config
+from lens.formats.safetensors import load_parameters
 from lens.model import LensTransformer2DModel, init_parameter
 
 from ..networks.denoiser import Denoiser
@@ -202,7 +205,7 @@ def load_released(model: LensTransformer2DModel, folder: Path, device: torch.dev
 
     Errors: `CheckpointError` for missing, extra or misshapen keys, ValueError where the folder's model has another shape.
     """
-    found = checkpoint.transformer_config(checkpoint.read_json(folder / "config.json"), str(folder / "config.json"))
+    found = transformer_config(read_json(folder / "config.json"), str(folder / "config.json"))
     ours, theirs = vars(model.config), vars(found)
     if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
         raise ValueError(f"--init {folder}: its MMDiT has {'; '.join(other)}")
@@ -210,10 +213,10 @@ def load_released(model: LensTransformer2DModel, folder: Path, device: torch.dev
     with torch.device("meta"):  # as it is without adapters around its layers
         plain = LensTransformer2DModel(model.config)
     parameters = {name.replace(".base.", "."): p for name, p in model.named_parameters()}
-    checkpoint.load_parameters(
+    load_parameters(
         plain,
         folder,
-        checkpoint.released_names,
+        released_names,
         store=lambda _module, name, value, _parameter: place(parameters[name], value),
     )
 

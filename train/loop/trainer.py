@@ -113,7 +113,8 @@ class Trainer:
         with_losses = tuple(losses)
         gradients = {name: self._gradients(name, learners, with_losses) for name in with_losses}
         norms = {name: ranks.norm(own, group) for name, own in gradients.items()}
-        broken = ~torch.isfinite(sum(norms.values()) + sum(sums.of[f"loss {name}"][0] for name in with_losses))
+        numbers = torch.stack([*norms.values(), *(sums.of[f"loss {name}"][0] for name in with_losses)])
+        broken = ~torch.isfinite(numbers).all()
         sums.head |= {
             "stop": float(stop),
             "broken": broken.item(),
@@ -197,9 +198,7 @@ class Trainer:
             network = self.networks[name]
             for group, base in zip(network.groups, network.base_rates):
                 group["lr"] = learning_rate(self.step, base, plan.warmup, plan.steps, plan.decay)
-            network.optimizer.step()
-            if network.ema is not None:
-                network.ema.update(ranks.bare(network.module))
+            network.step()
         found["lr"] = self.networks[learners[0]].groups[0]["lr"]
         self.skipped_in_a_row = 0
         self.method.after(self.step)

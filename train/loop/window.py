@@ -77,7 +77,8 @@ class Window:
     """Steps since the last row of the log, added up. What was not finite counts as taken time and nothing else."""
 
     def __init__(self, kinds: Sequence[str], peak: float | None, group: Ranks):
-        self.kinds, self.peak, self.group, self.steps = kinds, peak, group, []
+        self.kinds, self.peak, self.group = kinds, peak, group
+        self.steps: list[dict[str, Any]] = []
         self.sums: dict[str, Tensor] = {}
 
     def add(self, found: dict[str, Any], sums: StepSums) -> None:

@@ -1,7 +1,7 @@
 """The latent space of Mini: an overlapped linear transform of pixels, whitened, and the statistics of its tokens.
 
 z = (W * x + b - mean) / std at stride 8, learned in a minute together with its transposed inverse (stage "vae"); a token is
-2x2 of these with channels in the order (c p1 p2), normalised by statistics measured once. See train/vae.py.
+2x2 of these with channels in the order (c p1 p2), normalised by statistics measured once. See train/vae/__init__.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lens import checkpoint
+from lens.formats.files import write_atomic
+from lens.formats.vae import load_vae
 from lens.vae import patchify, unpatchify
 
 from ..data.kinds import CORE
@@ -53,7 +54,7 @@ def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: in
             cells.append(torch.cat(list(picture.cpu()), 2))
     image = ((torch.cat(cells, 1) + 1) * 127.5).byte().permute(1, 2, 0).numpy()
     large = Image.fromarray(image).resize((image.shape[1] * 2, image.shape[0] * 2), Image.Resampling.NEAREST)
-    checkpoint.write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
+    write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
 def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
@@ -163,7 +164,7 @@ class Latents:
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.device, self.vae, self.codec = torch.device(device), None, None
         if (folder / "config.json").is_file():
-            self.vae = checkpoint.load_vae(folder, torch.float32, "cpu").requires_grad_(False).to(self.device)
+            self.vae = load_vae(folder, torch.float32, "cpu").requires_grad_(False).to(self.device)
             statistics = self.vae.bn
             self.mean, self.var = statistics.running_mean, statistics.running_var
             return

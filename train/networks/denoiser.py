@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lens import ops
 from lens.config import LensConfig
 from lens.model import BLOCK_EPS, IMAGE, TEXT, Block, LensTransformer2DModel, Stream
-from lens.modulation import SIX, Modulation
+from lens.modulation import MODULATION_ORDER, Modulation
 from lens.packing import Packing
 
 RECOMPUTE = ("none", "block", "selective")
@@ -77,7 +77,7 @@ class TrainedBlock(Block):
 
     def _run(self, carried: Carried, temb: Tensor, packing: Packing, last: bool) -> Carried:
         offsets, lengths = (packing.image_offsets, packing.text_offsets), (packing.image_lengths, packing.text_lengths)
-        tables = [s.modulation(temb).view(len(temb), len(SIX), -1).unbind(1) for s in self.streams()]
+        tables = [s.modulation(temb).view(len(temb), len(MODULATION_ORDER), -1).unbind(1) for s in self.streams()]
         x, normed = [], []
         for stream, table, (rows, *pending), place in zip(self.streams(), tables, carried, offsets):
             if pending:

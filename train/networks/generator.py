@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lens import checkpoint
 from lens.config import LensConfig
+from lens.formats.files import read_json
+from lens.formats.released import transformer_config
 from lens.model import LensTransformer2DModel
-from lens.modulation import modulate
 from lens.ops import reference
 from lens.packing import Packing, offsets_of, plan
 
@@ -186,7 +186,7 @@ class Mini(nn.Module):
             packing_of(grid, tuple(lengths), axes) if device.type == "cpu" else packing_on(grid, lengths, axes, device)
         )
         rows = model.project_text(list(packed.to(dtype).unbind(1)), packing.text_lengths)
-        out = model.denoise(x.flatten(0, 1).to(dtype), rows, modulate(model, t), packing)
+        out = model.denoise(x.flatten(0, 1).to(dtype), rows, model.modulate(t), packing)
         return out.view_as(x)
 
     def velocity(self, x: Tensor, t: Tensor, features: Sequence[Tensor], grid: tuple[int, int] | None = None) -> Tensor:
@@ -260,7 +260,7 @@ def shaped(config: ModuleType, state: dict[str, Any] | None, init: Path | None) 
     given = (state or {}).get("settings", {}).get("MODEL")
     if state is None and init is not None and init.is_dir():
         path = init / "transformer" / "config.json"
-        values = vars(checkpoint.transformer_config(checkpoint.read_json(path), str(path)))
+        values = vars(transformer_config(read_json(path), str(path)))
         given = {name: values[name] for name in config.MODEL}
     return configs.override(config, [f"MODEL={given!r}"]) if given else config
 

@@ -27,7 +27,7 @@ from types import ModuleType
 
 import torch
 
-from lens import checkpoint
+from lens.formats.vae import save_vae
 
 from .. import configs
 from ..loop.checkpoints import load_state
@@ -50,7 +50,7 @@ def export(config: ModuleType, out: Path, folder: Path) -> None:
             half.load_state_dict(load_state(out / f"{part}.pt", f"vae {part}")["ema"]["average"])
     vae.bn.running_mean.copy_(latents.mean)
     vae.bn.running_var.copy_(latents.var)
-    checkpoint.save_vae(vae, folder)
+    save_vae(vae, folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

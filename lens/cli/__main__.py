@@ -1,0 +1,363 @@
+"""lens generate | doctor: the command line.
+
+Exit codes: 0 done, 1 failed (a checkpoint, the disk, memory), 2 a mistake in the command, 130 interrupted. Paths of
+pictures go to stdout, one per line; progress and notices to stderr.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+from rich.markup import escape
+
+from .. import __version__, image_file, resolution
+from ..formats.files import CheckpointError
+from ..formats.hub import EMBEDDED
+from ..request import joined
+from ..text_encoder import DEFAULT_CHAT_DATE
+from . import request as cli_request
+from . import terminal
+from .request import UsageError
+
+if TYPE_CHECKING:
+    from ..pipeline import LensPipeline
+
+_SMALL_WORK = 64 * 256  # tokens of a picture times width of the model, up to which one CPU thread is enough
+
+app = typer.Typer(
+    name="lens",
+    help="Turn prompts into pictures with the Lens diffusion transformer.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+
+class Variant(str, Enum):
+    """Which released model the weights are: sets the default steps and guidance."""
+
+    lens = "lens"
+    turbo = "turbo"
+    base = "base"
+
+
+class DType(str, Enum):
+    """Number type of the weights and activations."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Truncation(str, Enum):
+    """What is cut from a prompt that is too long."""
+
+    reference = "reference"
+    prompt = "prompt"
+
+
+class Residence(str, Enum):
+    """Which parts of the model stay on the device."""
+
+    auto = "auto"
+    resident = "resident"
+    trimmed = "trimmed"
+    balanced = "balanced"
+    lean = "lean"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lens {__version__}")
+        raise typer.Exit
+
+
+VERSION = typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+
+
+@app.callback()
+def _root(version: Annotated[bool, VERSION] = False) -> None: ...
+
+
+# ------------------------------------------------------------------------------------------------ generate
+
+_what = partial(typer.Option, rich_help_panel="What to draw", show_default=False)
+_how = partial(typer.Option, rich_help_panel="How to draw it", show_default=False)
+_files = partial(typer.Option, rich_help_panel="Files", show_default=False)
+_where = partial(typer.Option, rich_help_panel="Model and machine", show_default=False)
+
+FILE = 'Prompts from a text file, one per line; # starts a comment line; "-" is stdin.'
+LIKE = "Redraw a picture from the recipe inside it; every other option overrides its part of the recipe."
+PER_PROMPT = "Pictures per prompt (default: 1, or as many as --seed lists)."
+SEED = "Starting noise: S gives picture k the seed S + k; a list, one to each (default: random, reported)."
+SIZE = "Height x width in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
+BASE = "Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect."
+GUIDANCE = "How strongly the prompt pulls; 1 turns guidance off and halves the work (default: the model's)."
+CHAT_DATE = f'Date written into the text encoder\'s chat, or "today" (default: {DEFAULT_CHAT_DATE}).'
+TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "prompt" the prompt (default: reference).'
+OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
+NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {image_file.DEFAULT_NAME})."
+SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
+MODEL = "mini, a folder in the released layout, or a hub id (default: mini)."
+LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; repeatable."
+LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
+VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
+DEVICE = '"cpu", "cuda" or "cuda:1" (default: cuda if usable, else cpu).'
+DTYPE = "Number type of weights and activations (default: bfloat16 on cuda, float32 on cpu)."
+RESIDENCY = "Where the parts live: resident, trimmed, balanced or lean, from fast to small; auto: the first that fits."
+BATCH = "Pictures drawn at once (default: up to 8, fewer when they are large)."
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts.")] = None,
+    file: Annotated[str | None, _what("--file", "-f", help=FILE)] = None,
+    negative: Annotated[str | None, _what("--negative", help="What the pictures should not show.")] = None,
+    like: Annotated[Path | None, _what("--like", metavar="PICTURE.png", help=LIKE)] = None,
+    images_per_prompt: Annotated[int | None, _what("--images-per-prompt", "-n", min=1, help=PER_PROMPT)] = None,
+    seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=SEED)] = None,
+    size: Annotated[list[str] | None, _how("--size", metavar="HxW", help=SIZE)] = None,
+    height: Annotated[int | None, _how("--height", help="Height in pixels; needs --width.")] = None,
+    width: Annotated[int | None, _how("--width", help="Width in pixels; needs --height.")] = None,
+    base: Annotated[int | None, _how("--base", help=BASE)] = None,
+    aspect: Annotated[str | None, _how("--aspect", metavar="W:H", help="From 1:2 to 2:1; needs --base.")] = None,
+    steps: Annotated[int | None, _how("--steps", min=1, help="Denoising steps (default: the model's).")] = None,
+    guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=GUIDANCE)] = None,
+    chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=CHAT_DATE)] = None,
+    truncation: Annotated[Truncation | None, _how("--truncation", help=TRUNCATION)] = None,
+    output: Annotated[Path | None, _files("--output", "-o", metavar="FILE.png|FOLDER", help=OUTPUT)] = None,
+    name: Annotated[str | None, _files("--name", help=NAME)] = None,
+    sheet: Annotated[Path | None, _files("--sheet", metavar="FILE.png", help="Also write a contact sheet.")] = None,
+    scale: Annotated[int | None, _files("--scale", min=1, max=64, help=SCALE)] = None,
+    model: Annotated[str | None, _where("--model", "-m", help=MODEL)] = None,
+    variant: Annotated[Variant | None, _where("--variant", help=VARIANT)] = None,
+    lora: Annotated[list[Path] | None, _where("--lora", metavar="FILE|FOLDER", help=LORA)] = None,
+    lora_scale: Annotated[list[float] | None, _where("--lora-scale", help=LORA_SCALE)] = None,
+    device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
+    dtype: Annotated[DType | None, _where("--dtype", help=DTYPE)] = None,
+    residency: Annotated[Residence | None, _where("--residency", help=RESIDENCY)] = None,
+    batch_size: Annotated[int | None, _where("--batch-size", min=1, help=BATCH)] = None,
+    quiet: Annotated[bool, _where("--quiet", "-q", help="Print the pictures' paths only.")] = False,
+) -> None:
+    """Draw pictures from prompts.
+
+    [bold]lens generate "a red apple" -o apple.png[/bold]
+
+    Every picture carries its recipe; [bold]lens generate --like apple.png[/bold] draws it again.
+    """
+    saved: list[Path] = []
+    with terminal.clean_exits(saved), terminal.notices(quiet):
+        recipe = image_file.read_recipe(like) if like is not None else None
+        lines = cli_request.parse(
+            prompts, file, negative, recipe, images_per_prompt, seed, (size, height, width, base, aspect)
+        )
+        chat_day = cli_request.chat_date(chat_date, recipe)
+        cut = truncation.value if truncation else recipe.truncation if recipe else Truncation.reference.value
+        if guidance is not None and not math.isfinite(guidance):
+            raise UsageError(f"--guidance must be a finite number, got {guidance}")
+        adapters = cli_request.loras(lora, lora_scale, recipe)
+        texts, seeds = [str(r.prompt) for r in lines], [cast(int, r.seed) for r in lines]
+        paths = cli_request.paths(output, name, texts, seeds)
+        if scale is not None and sheet is None:
+            raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
+        if sheet is not None and sheet.suffix.lower() != ".png":
+            raise UsageError(f"--sheet must name a .png file, got {str(sheet)!r}")
+        cli_request.make_folders([*paths, *([sheet] if sheet else [])])
+
+        began = time.perf_counter()
+        pipe = _load(model, variant, device, dtype, recipe, quiet, residency)
+        for adapter, factor in adapters:
+            pipe.load_lora(adapter, factor)
+        loaded = time.perf_counter()
+        if recipe is not None:
+            _same_checkpoint(recipe, pipe, like, explicit=model is not None)
+        # an explicit --variant brings its own steps and guidance; otherwise the recipe's hold
+        kept = recipe if variant is None else None
+        n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
+        strength = guidance if guidance is not None else kept.guidance if kept else pipe.defaults.guidance_scale
+        requests = [
+            replace(
+                r, num_inference_steps=n_steps, guidance_scale=strength, truncation=cut, chat_date=chat_day
+            ).resolved(pipe.defaults)
+            for r in lines
+        ]
+        sizes = [pair for r in requests for pair in r.sizes or ()]
+        if residency is not None and not quiet:
+            terminal.residency_plan(pipe, sizes, batch_size, strength)
+
+        drawn: list[Any] = []
+        batches = cli_request.batched(sizes, batch_size)
+        with (
+            _few_threads(pipe, sizes) as threads,
+            terminal.step_progress(len(batches) * n_steps, quiet) as advance,
+        ):
+            for batch in batches:
+                together = joined([requests[k] for k in batch], [seeds[k] for k in batch])
+                for k, image in zip(batch, pipe.draw(together, advance, ()).images):
+                    made = image_file.Recipe(
+                        prompt=texts[k],
+                        negative=str(lines[k].negative_prompt),
+                        seed=seeds[k],
+                        steps=n_steps,
+                        guidance=float(strength),
+                        size=sizes[k],
+                        variant=pipe.defaults.variant,
+                        chat_date=chat_day,
+                        truncation=cut,
+                        model=_model_name(model or (recipe.model if recipe else "mini")),
+                        dtype=str(pipe.dtype).removeprefix("torch."),
+                        version=__version__,
+                        fingerprint=pipe.fingerprint or "",
+                        loras=tuple(pipe.loras),
+                    )
+                    image_file.save_png(image, paths[k], made)
+                    saved.append(paths[k])
+                    typer.echo(paths[k])
+                    if sheet is not None:
+                        drawn.append(image)
+        seconds = time.perf_counter() - loaded
+        if sheet is not None:
+            captions = [f"{text}\nseed {number}" for text, number in zip(texts, seeds)]
+            image_file.save_png(image_file.contact_sheet(drawn, captions, scale), sheet)
+            typer.echo(sheet)
+        if not quiet:
+            terminal.summary(pipe, sizes, n_steps, strength, threads, seconds, loaded - began)
+
+
+# ------------------------------------------------------------------------------------------------ model
+
+
+def _load(
+    model: str | None,
+    variant: Variant | None,
+    device: str | None,
+    dtype: DType | None,
+    recipe: image_file.Recipe | None,
+    quiet: bool,
+    residency: Residence | None = None,
+) -> LensPipeline:
+    import torch
+
+    from ..pipeline import LensPipeline
+
+    source = model
+    if source is None:
+        source = recipe.model if recipe else "mini"
+        if recipe and source not in EMBEDDED:  # a file from elsewhere opens no path and fetches nothing
+            what = "the hub id" if "/" in source else "a folder named"
+            raise UsageError(f"the picture was drawn by weights in {what} {source!r}: give it with --model")
+    where = _device(device)
+    kind = variant.value if variant else recipe.variant if recipe else None
+    number_type = dtype.value if dtype else recipe.dtype if recipe else None
+    for value, known in ((kind, Variant), (number_type, DType)):
+        if value is not None and value not in known.__members__:
+            raise image_file.RecipeError(f"the recipe names {value!r}, expected one of {', '.join(known.__members__)}")
+    with terminal.console.status(f"loading {escape(source)}") if not quiet else terminal.nothing():
+        return LensPipeline.from_pretrained(
+            source,
+            variant=kind,
+            device=where,
+            dtype=getattr(torch, number_type) if number_type else None,
+            residency=residency.value if residency else None,
+        )
+
+
+def _device(text: str | None) -> Any:
+    import torch
+
+    if text is None:
+        return None
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f'--device must be "cpu", "cuda" or "cuda:N", got {text!r}')
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {text}: torch sees {torch.cuda.device_count()} CUDA devices here; `lens doctor` says why"
+        )
+    return device
+
+
+def _model_name(source: str) -> str:
+    """How a recipe names the weights; see `pictures.Recipe`."""
+    if source in EMBEDDED or not Path(source).is_dir():
+        return source
+    return Path(source).resolve().name
+
+
+def _same_checkpoint(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | None, explicit: bool) -> None:
+    """Other weights draw another picture: refused, unless the user named those weights himself."""
+    if pipe.fingerprint != recipe.fingerprint:
+        theirs, ours = recipe.fingerprint[:12], str(pipe.fingerprint)[:12]
+        what = f"{like} was drawn by other weights (fingerprint {theirs}, here {ours})"
+        if not explicit:
+            raise CheckpointError(f"{what}; --model names the weights to use")
+        warnings.warn(f"{what}: this will be another picture", stacklevel=2)
+    elif recipe.version != __version__:
+        warnings.warn(f"{like} was drawn by version {recipe.version}, this is {__version__}", stacklevel=2)
+    if [digest for _, digest, _ in pipe.loras] != [digest for _, digest, _ in recipe.loras]:
+        theirs = ", ".join(name for name, _, _ in recipe.loras) or "no LoRA"
+        warnings.warn(f"{like} was drawn with {theirs}, not with these: this will be another picture", stacklevel=2)
+
+
+@contextmanager
+def _few_threads(pipe: LensPipeline, sizes: Sequence[tuple[int, int]]) -> Iterator[int]:
+    """One CPU thread for work that more could not speed up, unless OMP_NUM_THREADS says otherwise.
+
+    Threads meet at every operation. Where one operation takes microseconds they bring nothing, and where the cores are
+    busy with something else each meeting waits for the scheduler: measured 100 times slower. Yields the number in use.
+    """
+    import torch
+
+    tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
+    small = tokens * pipe.transformer.config.inner_dim <= _SMALL_WORK
+    before = torch.get_num_threads()
+    if small and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    try:
+        yield torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
+# ------------------------------------------------------------------------------------------------ doctor
+
+
+@app.command()
+def doctor(
+    model: Annotated[str, typer.Option("--model", "-m", help="Weights for the picture of the self-test.")] = "mini",
+    device: Annotated[str | None, typer.Option("--device", help=DEVICE, show_default=False)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
+) -> None:
+    """Say what runs here, why, and whether it is right.
+
+    Devices, the compiled extension, each op's backend and the reason, packages, then a self-test of about ten seconds:
+    every op against its specification and one small picture. Exit code 1 when something is broken.
+    """
+    from ..doctor import findings as report
+    from ..doctor import report as examination
+
+    with terminal.clean_exits([]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with terminal.console.status("examining") if not as_json else terminal.nothing():
+            findings = examination.examine(model, _device(device))
+        typer.echo(report.as_json(findings) if as_json else report.as_text(findings))
+        if report.broken(findings):
+            raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app(prog_name="lens")

@@ -1,0 +1,62 @@
+"""Which kernel serves each op on a device, and why."""
+
+from __future__ import annotations
+
+import torch
+
+from lens.config import LensConfig
+from lens.ops import backend
+from lens.ops.attention import choice as attention_choice
+from lens.ops.linear import choice as linear_choice
+
+OPS = (
+    "pack_tokens",
+    "unpack_tokens",
+    "rms_norm_modulate",
+    "qk_norm_rope",
+    "joint_attention",
+    "gated_residual",
+    "gated_residual_norm_modulate",
+    "swiglu",
+    "guidance_step",
+)
+
+
+def report(device: str | None = None) -> list[tuple[str, str, str]]:
+    """One row (op, backend, reason) per op for tensors on `device` ("cpu" or "cuda"; default: cuda if usable)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    rows = []
+    for op in OPS:
+        try:
+            chosen = backend.choose(op, torch.empty(0, device=device))
+            reason = _reason(op, chosen, device)
+        except RuntimeError as error:
+            chosen, reason = "none", str(error)
+        rows.append((op, chosen, reason))
+    return rows
+
+
+def gemms() -> list[tuple[str, str, str]]:
+    """(GEMM, kernel, why) of the released model's guided 1024x1024 step on the current CUDA device; "none" where a
+    forced one cannot run."""
+    rows, config = [], LensConfig()
+    device = torch.device("cuda")
+    for need in linear_choice.needs(config.block_gemms, config.attention_head_dim, device, torch.bfloat16, 8192 + 415):
+        try:
+            chosen, why = linear_choice.decide(need)
+        except RuntimeError as error:
+            chosen, why = "none", str(error)
+        rows.append((need.product, chosen, why))
+    return rows
+
+
+def _reason(op: str, chosen: str, device: str) -> str:
+    if (forced := backend.forced()) is not None:
+        return f"forced to {forced}"
+    if chosen == "reference":
+        return backend.unavailable(device)
+    if op == "joint_attention":
+        if chosen == "cpu":
+            return "torch's flash attention, per sample or group of equal samples"
+        return "by candidate: " + attention_choice.summary()
+    return f"lens._C, {backend.isa()} kernels" if chosen == "cpu" else "lens._C, CUDA kernels"

@@ -1,0 +1,1 @@
+"""How a step runs: its buffers, its captured graph, the table of its schedule, where the weights live meanwhile."""

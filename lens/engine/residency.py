@@ -1,0 +1,222 @@
+"""Which part lives where: one policy for the text encoder, the transformer and the VAE, and the memory it will peak at.
+
+A picture passes three stages, and each needs one part: encode, denoise, decode. A part is "resident" (always on the
+device) or "on_demand" (its weights lie in host memory and visit the device for their stage). The modulation weights,
+a third of the transformer, may besides stay on the host for good: schedules are then computed there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lens.cost import decode_bytes, encode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
+
+from ..config import LensConfig
+
+TIERS = ("resident", "on_demand")
+STAGES = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
+ENCODER_BYTES = 12_800_000_000  # GPT-OSS-20B without its output layer, experts in MXFP4
+MARGIN = 0.92  # share of the free memory a plan may fill: the libraries' own buffers and the allocator's rounding
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where each part lives."""
+
+    text_encoder: str = "resident"
+    transformer: str = "resident"
+    vae: str = "resident"
+    modulation: str = "resident"  # or "host"; of a transformer that is resident
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            known = ("resident", "host") if field.name == "modulation" else TIERS
+            if (value := getattr(self, field.name)) not in known:
+                raise ValueError(f"Residency: {field.name} must be one of {', '.join(known)}, got {value!r}")
+        if self.modulation == "host" and self.transformer != "resident":
+            raise ValueError("Residency: modulation='host' needs a resident transformer; on demand it moves with it")
+
+    def tier(self, part: str) -> str:
+        return str(getattr(self, part))
+
+
+PRESETS = {
+    "resident": Residency(),
+    "trimmed": Residency(modulation="host"),
+    "balanced": Residency(text_encoder="on_demand", modulation="host"),
+    "lean": Residency("on_demand", "on_demand", "on_demand"),
+}  # from the fastest to the smallest
+NAMES = ("auto", *PRESETS)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Bytes: of each part's weights, and of what each stage needs besides."""
+
+    text_encoder: int
+    transformer: int  # with the modulation
+    modulation: int
+    vae: int
+    encode: int
+    denoise: int
+    decode: int
+
+
+def module_bytes(module: nn.Module) -> int:
+    """Parameters and buffers, shared ones once."""
+    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def work_bytes(
+    config: LensConfig, channels: tuple[int, ...], tokens: int, pictures: int, guided: bool
+) -> dict[str, int]:
+    """What the stages need for ``pictures`` of ``tokens`` image tokens each at once, in bfloat16; one is decoded."""
+    halves = 2 if guided else 1
+    rows, text = tokens * pictures * halves, 512 * pictures * halves
+    denoise = step_workspace_bytes(config, rows, text) + step_buffer_bytes(config, rows, text, halves)
+    encode = encode_bytes(config.enc_hidden_dim)
+    return {"encode": encode, "denoise": denoise, "decode": decode_bytes(channels, 256 * tokens)}
+
+
+def released_sizes(tokens: int = 4096, pictures: int = 1, guided: bool = True) -> Sizes:
+    """The released model in bfloat16, its text encoder's experts packed in 4 bits, its autoencoder of 84 M weights."""
+    config = LensConfig()
+    weights, modulation = transformer_parameters(config)
+    work = work_bytes(config, (128, 256, 512, 512), tokens, pictures, guided)
+    return Sizes(ENCODER_BYTES, 2 * weights, 2 * modulation, 2 * 84_046_115, **work)
+
+
+def predict(sizes: Sizes, residency: Residency) -> dict[str, int]:
+    """Bytes on the device in each stage: what is always there, the stage's own part, its work."""
+    weights = {p: getattr(sizes, p) for p in STAGES.values()}
+    if residency.modulation == "host":
+        weights["transformer"] -= sizes.modulation
+    always = sum(n for part, n in weights.items() if residency.tier(part) == "resident")
+    visiting = {stage: 0 if residency.tier(p) == "resident" else weights[p] for stage, p in STAGES.items()}
+    return {stage: always + visiting[stage] + getattr(sizes, stage) for stage in STAGES}
+
+
+def peak(sizes: Sizes, residency: Residency) -> int:
+    """The predicted peak in bytes."""
+    return max(predict(sizes, residency).values())
+
+
+def fits(sizes: Sizes, residency: Residency, free: int) -> bool:
+    return peak(sizes, residency) <= MARGIN * free
+
+
+def choose(name: str | Residency, sizes: Sizes, free: int | None, fixed: Sequence[str] = ()) -> Residency:
+    """A policy by name; "auto": the fastest that fits ``free`` bytes (None: any amount) and moves no ``fixed`` part.
+
+    MemoryError, with the plans, where none does.
+    """
+    if isinstance(name, Residency):
+        return name
+    if name in PRESETS:
+        return PRESETS[name]
+    if name != "auto":
+        raise ValueError(f"residency must be a Residency or one of {', '.join(NAMES)}, got {name!r}")
+    if free is None:
+        return PRESETS["resident"]
+    able = {n: r for n, r in PRESETS.items() if all(r.tier(part) == "resident" for part in fixed)}
+    for residency in able.values():
+        if fits(sizes, residency, free):
+            return residency
+    plans = ", ".join(f"{n} {peak(sizes, r) / 2**30:.1f} GiB" for n, r in able.items())
+    raise MemoryError(f"residency='auto': no plan fits {free / 2**30:.1f} GiB of free device memory: {plans}")
+
+
+# ---------------------------------------------------------------------------------------------------- moving
+
+
+class Places:
+    """Carries out a policy: parts on demand are on ``device`` inside ``using(part)`` and in host memory outside.
+
+    The host copy is the truth: leaving throws the device's copy away, so weights must not be changed inside. A part
+    that is used inside its own block stays until the outermost ends.
+    """
+
+    def __init__(self, residency: Residency, device: torch.device):
+        self.residency = residency
+        self.device = device
+        self._depth = dict.fromkeys(STAGES.values(), 0)
+        self._moving = threading.Lock()  # who finds a part in use must find all of it there
+        self._host: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, part: str, module: nn.Module) -> None:
+        """Put a part where it lives. ValueError where one that cannot move is wanted on demand."""
+        # weights that were left out when loading are on the meta device and stay there
+        tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if not t.is_meta}.values()
+        if self.residency.tier(part) == "resident":
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device)
+            return
+        if why := immovable(module):
+            raise ValueError(f"residency: {part} cannot be on_demand: {why}")
+        self._host[part] = [(tensor, self._park(tensor.data)) for tensor in tensors]
+        for tensor, host in self._host[part]:
+            tensor.data = host
+
+    def _park(self, tensor: Tensor) -> Tensor:
+        """A host copy, which the device fetches by itself."""
+        return tensor.cpu().pin_memory() if self.device.type == "cuda" else tensor.cpu()
+
+    def _visit(self, host: Tensor) -> Tensor:
+        return host.to(self.device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def using(self, part: str) -> Iterator[None]:
+        """The part on the device."""
+        moved = self._host.get(part, [])
+        try:
+            with self._moving:
+                self._depth[part] += 1
+                if self._depth[part] == 1:
+                    for tensor, host in moved:
+                        tensor.data = self._visit(host)
+            yield
+        finally:
+            with self._moving:
+                self._depth[part] -= 1
+                if self._depth[part] == 0:
+                    for tensor, host in moved:
+                        tensor.data = host
+
+
+def immovable(module: Any) -> str:
+    """Why a part's weights cannot visit the device, or ""."""
+    if getattr(module, "is_quantized", False) and getattr(module, "hf_quantizer", None) is not None:
+        return "its packed MXFP4 experts are held by their kernels, not as parameters"
+    return ""
+
+
+def free_bytes(device: torch.device, parts: Iterable[nn.Module]) -> int | None:
+    """Device memory that a plan may use: what is free, and what the parts hold already. None where it has no bound."""
+    if device.type != "cuda":
+        return None
+    held = (t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device)
+    return torch.cuda.mem_get_info(device)[0] + sum(t.numel() * t.element_size() for t in held)
+
+
+def describe(sizes: Sizes, residency: Residency) -> str:
+    """One line: where each part lives, then the predicted peak of each stage."""
+    where = ", ".join(f"{f.name} {residency.tier(f.name)}" for f in fields(residency))
+    stages = ", ".join(f"{stage} {n / 2**30:.2f}" for stage, n in predict(sizes, residency).items())
+    return f"{where}; predicted GiB: {stages}"
+
+
+def sizes_of(config: LensConfig, encoder: nn.Module, transformer: nn.Module, vae: Any, **work: Any) -> Sizes:
+    """Sizes of loaded parts; ``work`` as in ``work_bytes``."""
+    itemsize = next(transformer.parameters()).element_size()
+    modulation = transformer_parameters(config)[1] * itemsize
+    channels = tuple(vae.config.block_out_channels)
+    parts = module_bytes(encoder), module_bytes(transformer), modulation, module_bytes(vae)
+    return Sizes(*parts, **work_bytes(config, channels, **work))

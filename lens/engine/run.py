@@ -1,0 +1,181 @@
+"""Runs: a denoise step executed as it is, or replayed from a CUDA graph that was captured once for all of its shape."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..model import LensTransformer2DModel
+from ..ops import backend
+from ..ops.attention import choice as attention_choice
+from ..ops.denoise_step import OWN_ATTENTION
+from ..ops.linear import choice as linear_choice
+from ..packing import TEXT_BIN, Binned, Grid, bin_texts
+from . import batch_invariance
+from .forecast import forecast
+from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
+from .job import Job
+from .step import State, advance, capacity, euler, fixed_state, free_state, load
+
+
+class Run:
+    """A job on its way. ``x`` and ``velocities`` are views of buffers: copy what is kept beyond the next step."""
+
+    def __init__(self, model: LensTransformer2DModel, state: State, graph: Graph | None, cache: GraphCache[Any] | None):
+        self._model = model
+        self._state = state
+        self._graph = graph
+        self._cache = cache
+
+    @property
+    def captured(self) -> bool:
+        return self._graph is not None
+
+    @property
+    def x(self) -> Tensor:
+        return self._state.x
+
+    @property
+    def velocities(self) -> tuple[Tensor, Tensor | None]:
+        """(conditional, unconditional or None) of the last step, [R, C] each, before guidance."""
+        return self._state.velocities
+
+    def step(self, noise: Tensor | None = None) -> None:
+        """The next step; ``noise`` [R, C] where the job is stochastic."""
+        if self._state.noise is not None and noise is not None:
+            self._state.noise.copy_(noise)
+        with marked("lens step"):
+            if self._graph is None:
+                advance(self._model, self._state)
+            else:
+                self._graph.replay()
+
+    @torch.no_grad()
+    def retake(self, velocity: Tensor) -> None:
+        """Take the last step again along ``velocity`` [R, C], already guided."""
+        self._state.x.copy_(euler(self._state, velocity, None, 1.0, self._state.index - 1))
+
+    def close(self) -> None:
+        """Give the graphs back to other runs. ``x`` may be overwritten from then on."""
+        if self._cache is not None:
+            self._cache.release()
+            self._cache = None
+
+
+class Engine:
+    """Starts runs; keeps the captured steps. One per pipeline.
+
+    cache: where captured steps are kept; None makes one on the CUDA device of the model, with ``budget`` bytes
+    for graphs, their buffers and their workspace. LENS_GRAPHS=off turns capturing off.
+    text_bin: text rows of a captured step are rounded up to a multiple of it. 1 captures every combination of text
+    lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample. None:
+    64, or 1 for runs in which that is predicted to save more than it costs; see ``lens.engine.forecast``.
+    """
+
+    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30, text_bin: int | None = None):
+        if text_bin is not None and text_bin < 1:
+            raise ValueError(f"lens.Engine: text_bin must be positive, got {text_bin}")
+        self.cache = cache
+        self.budget = budget
+        self.text_bin = text_bin
+        self.weights_move = False  # they visit the device for each call: what was captured last time reads thin air
+
+    def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid]) -> str:
+        """Why steps of this batch run without a graph, or ""."""
+        if os.environ.get("LENS_GRAPHS") == "off":
+            return "LENS_GRAPHS=off"
+        if self.cache is None and model.device.type != "cuda":
+            return f"there are no graphs on {model.device.type}"
+        if self.weights_move:
+            return "the transformer's weights are on demand, elsewhere in memory each time"
+        if len(set(grids)) != 1:
+            return "sizes are mixed"
+        if model.training:
+            return "the model is in training"
+        if backend.forced() == "reference":
+            return "the reference ops read lengths on the host"
+        try:
+            invariant = model.invariant and self.text_bin != 1
+            if invariant and (why := batch_invariance.why_library_gemm_of_model(model)):
+                return (
+                    f"batch_invariant has the library multiply text sample by sample ({why}), by lengths the host must "
+                    "know: text_bin = 1 captures each combination of them"
+                )
+            attention_choice.choose(self._need(model, grids[0][0] * grids[0][1], self.text_bin != 1))
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    def _need(self, model: LensTransformer2DModel, longest: int, device_lengths: bool) -> attention_choice.Need:
+        head_dim = model.config.attention_head_dim
+        return attention_choice.need_of(
+            model.device, model.dtype, head_dim, longest, device_lengths, invariant=model.invariant
+        )
+
+    def bin_of(self, model: LensTransformer2DModel, job: Job) -> int:
+        """The multiple that this job's text rows are rounded up to; 1: exact lengths."""
+        if self.text_bin is not None:
+            return self.text_bin
+        grid = job.grids[0]
+        lengths = [grid[0] * grid[1] + len(index) for index in job.all_indices]
+        binned, exact = (self._need(model, max(lengths), device_lengths) for device_lengths in (True, False))
+        steps = job.steps - job.step
+        return 1 if forecast(model.config, lengths, binned, exact).lengths(steps) == "exact" else TEXT_BIN
+
+    @torch.no_grad()
+    def start(self, model: LensTransformer2DModel, job: Job) -> Run:
+        """A run at step ``job.step``; close it."""
+        if self.why_not_captured(model, job.grids):
+            return Run(model, free_state(model, job), None, None)
+        if self.cache is None or self.cache.device not in (None, model.device):  # the model may have moved
+            self.cache = GraphCache(CudaDriver(model.device), self.budget, model.device)
+        binned = bin_texts(job.grids[0], job.all_indices, self.bin_of(model, job))
+        if not self.cache.claim():  # the same buffers' worth of its own, the same kernels, the same bits
+            state = fixed_state(model, job, binned)
+            load(model, state, job, binned)
+            return Run(model, state, None, None)
+        try:
+            entry = self._entry(self.cache, model, job, binned)
+            load(model, entry.state, job, binned)
+        except BaseException:
+            self.cache.release()
+            raise
+        return Run(model, entry.state, entry.graph, self.cache)
+
+    def _entry(self, cache: GraphCache[State], model: LensTransformer2DModel, job: Job, binned: Binned) -> Entry[State]:
+        placed = self._placement(model)
+        cache.keep(
+            lambda key: isinstance(key, tuple) and key[0] == placed
+        )  # weights that moved left their graphs behind
+        attention = attention_choice.choose(self._need(model, binned.longest, not binned.exact)).name
+        # the bounds of our own attention's scores are numbers of the graph
+        norms = (
+            tuple(w._version for block in model.layers() for w in block.norms()) if attention == OWN_ATTENTION else ()
+        )
+        choices = backend.forced(), linear_choice.forced(), attention, norms, model.invariant
+        texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
+        if binned.exact:
+            texts = tuple(binned.text_lengths)
+        shape: Hashable = (job.grids[0], len(job.grids), job.halves, texts)
+        key = (placed, choices, shape, capacity(job), job.guidance, job.stochastic)
+        entry = cache.find(key)
+        if entry is None:
+            state = fixed_state(model, job, binned)
+            load(model, state, job, binned)
+            size = sum(t.numel() * t.element_size() for t in state.tensors())
+            entry = cache.add(key, state, size, lambda: advance(model, state))
+        return entry
+
+    def _placement(self, model: LensTransformer2DModel) -> int:
+        """Where the weights lie, and in which modules, as one number: a graph holds addresses and what was called."""
+        modules: list[Any] = [model]
+        for module in modules:  # grows as it is read
+            modules += [child for child in module._modules.values() if child is not None]
+        pointers = [
+            p.data_ptr() for m in modules for p in (*m._parameters.values(), *m._buffers.values()) if p is not None
+        ]
+        return hash((model.dtype, *map(id, modules), *pointers))

@@ -1,0 +1,1 @@
+"""Files: every layout that is read or written. Foreign names stop here."""

@@ -1,0 +1,206 @@
+"""The released layout <-> our model: configurations, the transformer, the scheduler, the index of a folder.
+
+A checkpoint is a folder in the released layout: model_index.json, transformer/, text_encoder/, tokenizer/, vae/,
+scheduler/. Our own metadata, where present, is the "lens" entry of model_index.json. Loading is strict and names what
+is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens.config import VARIANTS, Defaults, LensConfig
+from lens.formats.files import CheckpointError, read_json, write_json
+from lens.formats.names import released_names
+from lens.formats.safetensors import load_parameters, open_shards, save_tensors
+from lens.model import LensTransformer2DModel
+from lens.sampler import Scheduler
+
+# ------------------------------------------------------------------------------------------------ configurations
+
+# Switches of the released transformer that select the only architecture Lens ever shipped.
+_FIXED = {"gate_mlp": True, "rms_norm": True, "multi_layer_encoder_feature": True}
+# Switches of the released scheduler that would change a picture and that Lens does not have.
+_REFUSED = ("use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas", "invert_sigmas", "shift_terminal")
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+
+
+def transformer_config(values: dict[str, Any], source: str = "config.json") -> LensConfig:
+    """A released ``transformer/config.json``; unknown keys, another architecture, wrong sums raise, naming ``source``."""
+    name = values.get("_class_name", "LensTransformer2DModel")
+    if name != "LensTransformer2DModel":
+        raise CheckpointError(f"{source}: _class_name must be LensTransformer2DModel, got {name!r}")
+    known = {f.name for f in fields(LensConfig)}
+    ours: dict[str, Any] = {}
+    for key, value in values.items():
+        if key.startswith("_") or key == "inner_dim":
+            continue
+        if key in _FIXED:
+            if value != _FIXED[key]:
+                raise CheckpointError(
+                    f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens"
+                )
+        elif key in known:
+            ours[key] = tuple(value) if isinstance(value, list) else value
+        else:
+            raise CheckpointError(
+                f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}"
+            )
+    for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
+        if key not in ours:
+            raise CheckpointError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")
+    try:
+        config = LensConfig(**ours)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: {error}") from None
+    if values.get("inner_dim", config.inner_dim) != config.inner_dim:
+        raise CheckpointError(
+            f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {config.inner_dim}, "
+            f"got {values['inner_dim']}"
+        )
+    return config
+
+
+def released_config(config: LensConfig) -> dict[str, Any]:
+    """The inverse: ``transformer/config.json``, ready for json.dump."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(config).items()}
+    return {"_class_name": "LensTransformer2DModel", "inner_dim": config.inner_dim, **_FIXED, **values}
+
+
+def scheduler_config(values: dict[str, Any], source: str = "scheduler_config.json") -> Scheduler:
+    """A released ``scheduler_config.json``; what would change a picture and Lens does not have is refused."""
+    name = values.get("_class_name", _SCHEDULER)
+    if name != _SCHEDULER:
+        raise CheckpointError(f"{source}: _class_name must be {_SCHEDULER}, got {name!r}")
+    for key in _REFUSED:
+        if values.get(key):
+            raise CheckpointError(f"{source}: {key} is not supported, expected false or null, got {values[key]!r}")
+    for key, only in (("time_shift_type", "exponential"), ("num_train_timesteps", 1000)):
+        if values.get(key, only) != only:
+            raise CheckpointError(f"{source}: {key} must be {only!r}, got {values[key]!r}")
+    shift = values.get("shift", 1.0)
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+        raise CheckpointError(f"{source}: shift must be a positive number, got {shift!r}")
+    return Scheduler(
+        use_dynamic_shifting=bool(values.get("use_dynamic_shifting", False)),
+        shift=float(shift),
+        stochastic_sampling=bool(values.get("stochastic_sampling", False)),
+    )
+
+
+def released_scheduler(scheduler: Scheduler) -> dict[str, Any]:
+    """The inverse: ``scheduler_config.json``, ready for json.dump."""
+    fixed = {"num_train_timesteps": 1000, "time_shift_type": "exponential"}
+    return {"_class_name": _SCHEDULER, **fixed, **asdict(scheduler)}
+
+
+def released_index(about: dict[str, Any]) -> dict[str, Any]:
+    """``model_index.json`` of a checkpoint whose own metadata is ``about``."""
+    return {
+        "_class_name": "LensPipeline",
+        "scheduler": ["diffusers", _SCHEDULER],
+        "text_encoder": ["transformers", "GptOssForCausalLM"],
+        "tokenizer": ["transformers", "PreTrainedTokenizerFast"],
+        "transformer": ["lens", "LensTransformer2DModel"],
+        "vae": ["diffusers", "AutoencoderKLFlux2"],
+        "lens": about,
+    }
+
+
+# ------------------------------------------------------------------------------------------------ parts
+
+
+def placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where to load to, and as what: None means cuda and bfloat16 where usable, else cpu and float32."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", torch.cuda.current_device())
+    if dtype is None:
+        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"dtype must be torch.float32 or torch.bfloat16 (float16 overflows in this model), got {dtype}"
+        )
+    return chosen, dtype
+
+
+def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
+    """``transformer/`` of the released layout -> our model in eval mode."""
+    path = folder / "config.json"
+    parsed = transformer_config(read_json(path), str(path))
+    if parsed.num_layers > max(1000, len(open_shards(folder))):  # seen before so many blocks are built
+        raise CheckpointError(f"{path}: num_layers is {parsed.num_layers}, more than the keys stored in {folder}")
+    with torch.device("meta"):
+        model = LensTransformer2DModel(parsed)
+    load_parameters(model, folder, released_names, dtype, device)
+    model.batch_invariant = model.device.type == "cpu"  # as one that was made there
+    return model.eval()
+
+
+def load_scheduler(folder: Path) -> Scheduler:
+    """``scheduler/scheduler_config.json``."""
+    path = folder / "scheduler_config.json"
+    return scheduler_config(read_json(path), str(path))
+
+
+def check_fit(root: Path, config: LensConfig, encoder_width: int, token_channels: int) -> None:
+    """The transformer must fit the encoder it reads and the VAE it writes for."""
+    path = root / "transformer" / "config.json"
+    for key, expected in (("enc_hidden_dim", encoder_width), ("in_channels", token_channels)):
+        if getattr(config, key) != expected:
+            part = "text encoder's hidden_size" if key == "enc_hidden_dim" else "VAE's 4 * latent_channels"
+            raise CheckpointError(f"{path}: {key} must be the {part} = {expected}, got {getattr(config, key)}")
+
+
+def read_index(root: Path) -> dict[str, Any]:
+    """``model_index.json`` of a Lens checkpoint, or CheckpointError saying what the folder is instead."""
+    path = root / "model_index.json"
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: folder not found")
+    index = read_json(path)
+    if index.get("_class_name") != "LensPipeline":
+        raise CheckpointError(
+            f"{path}: _class_name must be LensPipeline, got {index.get('_class_name')!r}: another model"
+        )
+    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
+        if not (root / part).is_dir():
+            raise CheckpointError(f"{root / part}: folder not found, expected the released layout")
+    return index
+
+
+def read_defaults(root: Path, variant: str | None, name: str) -> Defaults:
+    """What a call uses where the caller says nothing, from ``model_index.json``, the caller's variant or the name."""
+    index, path = read_index(root), root / "model_index.json"
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
+    try:
+        return Defaults.choose(variant, index.get("lens"), name, str(path))
+    except ValueError as error:  # names the file
+        raise CheckpointError(str(error)) from None
+
+
+def released_tensors(model: LensTransformer2DModel, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """(released key, tensor) of every parameter, the inverse of loading."""
+    for name, value in model.state_dict().items():
+        if value.is_meta:
+            raise ValueError(
+                f"lens.formats.released: {name} was dropped by lens.engine.schedule_table.evict and cannot be saved"
+            )
+        keys = released_names(name)
+        for key, piece in zip(keys, value.chunk(len(keys)) if len(keys) > 1 else [value]):
+            yield key, piece.detach().to("cpu", dtype).contiguous()
+
+
+def save_transformer(model: LensTransformer2DModel, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Write ``transformer/`` in the released layout."""
+    save_tensors(folder, "diffusion_pytorch_model", dict(released_tensors(model, dtype)))
+    write_json(folder / "config.json", released_config(model.config))

@@ -1,0 +1,165 @@
+"""Who multiplies in a block: the library (cuBLASLt) and a row kernel after it, or our GEMM with the row op in itself.
+
+The library is the default. A shape uses ours only where linear_table.json holds measured rates of both for its
+architecture, product and rows, and ours is the higher: predictions are shown and decide nothing. A rate counts the
+product's FLOPs over the time of product and row op together. LENS_LINEAR=fused | library, or `use(name)`, forces a
+choice for every product; where `fused` cannot run, that raises.
+
+Under batch_invariant rows and rates do not count, for they are the whole batch's: ours wherever it can run, because a
+row's bits depend on that row alone; elsewhere the library, sample by sample. `lens/engine/batch_invariance.py` has the price.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lens.ops import backend
+from lens.ops.override import Override, capability, dotted, one_of, rates
+
+BACKENDS = ("library", "fused")
+PRODUCTS = {
+    "qkv": "linear_qkv_norm_rope",
+    "w13": "linear_swiglu",
+    "out": "linear_gated_residual",
+    "w2": "linear_gated_residual",
+}  # and the op that computes each
+TABLE = Path(__file__).with_name("linear_table.json")
+HEAD_DIM = 64  # of the one epilogue that knows heads
+_forcing = Override("LENS_LINEAR", "lens.ops.linear.choice", lambda: BACKENDS)
+forced, use = _forcing.forced, _forcing.use
+_cluster = 0
+
+
+def cluster() -> int:
+    """Blocks of ours that share a tile of the weight: 1, 2, or 0 for whatever the launcher predicts is quicker."""
+    return _cluster
+
+
+@contextlib.contextmanager
+def in_clusters(blocks: int) -> Iterator[None]:
+    """Launch ours in clusters of 1 or 2 blocks inside, op by op or a step in one call; the same bits. A captured step
+    keeps what it was captured with. RuntimeError where none fits the device."""
+    global _cluster
+    before, _cluster = _cluster, blocks
+    try:
+        yield
+    finally:
+        _cluster = before
+
+
+@dataclass(frozen=True)
+class Need:
+    """What one call asks for."""
+
+    product: str
+    device: str
+    arch: tuple[int, int]  # compute capability
+    dtype: torch.dtype
+    rows: int  # of all streams; 0 where nothing may depend on them
+    depth: int  # columns that are summed over
+    columns: int
+    head_dim: int = HEAD_DIM
+    plain: bool = True  # the layers are torch.nn.Linear, with nothing around or hooked to them
+    backward: bool = False  # a gradient is recorded
+    alone: bool = False  # a sample's bits must not depend on its batch
+
+
+def missing(need: Need) -> str:
+    """Why our kernel cannot serve the call, or ""."""
+    op = PRODUCTS[need.product]
+    if need.device != "cuda":
+        return f"runs on cuda, not on {need.device}"
+    if why := backend.unavailable("cuda") or backend.without(op):
+        return why
+    if need.arch != (9, 0):
+        return f"needs compute capability 9.0, this is {dotted(need.arch)}"
+    if need.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
+    if need.backward:
+        return "has no backward pass: training multiplies by the library"
+    if not need.plain:
+        return "a layer is no plain torch.nn.Linear"
+    if need.product == "qkv" and need.head_dim != HEAD_DIM:
+        return f"needs heads of {HEAD_DIM} channels, these have {need.head_dim}"
+    for what, size in (("input", need.depth), ("output", need.columns)):
+        if size % 64:
+            return f"needs {what} columns in multiples of 64, got {size}"
+    return ""
+
+
+@functools.cache
+def table() -> list[dict[str, Any]]:
+    """Entries of linear_table.json: arch, product, rows (at least), backend, tflops, status, source."""
+    return rates(TABLE, backend=BACKENDS, product=PRODUCTS)
+
+
+@functools.cache
+def measured() -> bool:
+    """Whether any rate of ours is measured: until then the library serves every call that is not forced."""
+    return any(e["status"] == "measured" and e["backend"] == "fused" for e in table())
+
+
+def idle(alone: bool = False) -> bool:
+    """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured.
+    alone: of those whose samples must not depend on their batch."""
+    return forced() != "fused" and (not (measured() or alone) or backend.forced() == "reference")
+
+
+def entry(name: str, need: Need) -> dict[str, Any] | None:
+    """The table's line of the most rows that the call reaches; None where it has none."""
+    key = dotted(need.arch), need.product, name
+    of = (e for e in table() if (e["arch"], e["product"], e["backend"]) == key)
+    return max((e for e in of if e["rows"] <= need.rows), key=lambda e: int(e["rows"]), default=None)
+
+
+def decide(need: Need) -> tuple[str, str]:
+    """(backend, why). RuntimeError where a forced one cannot run."""
+    why = missing(need)
+    if (name := forced()) is not None:
+        op = f"lens.{PRODUCTS[need.product]}"
+        if name not in BACKENDS:
+            raise RuntimeError(f"{op}: {_forcing.variable} must be {one_of(BACKENDS)}, got {name!r}")
+        if name == "fused" and why:
+            raise RuntimeError(f"{op}: fused was asked for but cannot run: {why}")
+        return name, "forced"
+    if why:
+        return "library", f"fused {why}"
+    if need.alone:
+        return "fused", "batch-invariant: a row's bits depend on that row alone"
+    ours, library = entry("fused", need), entry("library", need)
+    if ours is None or library is None:
+        return "library", f"no rates for {need.product} with {need.rows} rows in {TABLE.name}"
+    said = ", ".join(f"{e['backend']} {e['status']} {e['tflops']:g} TFLOP/s" for e in (ours, library))
+    if "predicted" in (ours["status"], library["status"]):
+        return "library", f"not measured against each other yet ({said})"
+    return ("fused" if ours["tflops"] > library["tflops"] else "library"), said
+
+
+@functools.lru_cache(maxsize=1024)
+def choose(need: Need) -> str:
+    """The backend that serves the call: "library" or "fused"."""
+    return decide(need)[0]
+
+
+_forcing.changed = choose.cache_clear
+
+
+def needs(
+    gemms: Mapping[str, tuple[int, int]],
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    rows: int,
+    **more: bool,
+) -> list[Need]:
+    """What the blocks of a model ask for with ``rows`` rows (0 with ``alone``), GEMM by GEMM: gemms holds the (input,
+    output) columns of each."""
+    arch = capability(device.index) if device.type == "cuda" else (0, 0)
+    return [Need(name, device.type, arch, dtype, rows, *gemms[name], head_dim, **more) for name in PRODUCTS]

@@ -1,0 +1,302 @@
+"""Plans of memory against counted bytes, and parts that visit the device: the same pictures, nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lens import LensConfig, LensTransformer2DModel, packing, pipeline
+from lens.cost import decode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
+from lens.engine import residency, run
+from lens.engine.residency import PRESETS, Places, Residency, Sizes
+from lens.modulation import Modulation
+from lens.ops import backend
+from lens.ops.attention import choice as attention_choice
+from tests.engine.test_engine import job
+from tests.recorded_graph import OFFSETS_ALONE, offsets_alone
+from tests.small_pipeline import fresh, same_bits, shared
+
+SMALL = dict(height=32, width=48, num_inference_steps=2, output_type="np", seed=1)
+
+
+class Peak(TorchDispatchMode):
+    """The most bytes alive at once that were made within the block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._given: set[int] = set()
+        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for t in pytree.tree_leaves((args, kwargs)):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self._live:
+                self._given.add(t.untyped_storage()._cdata)
+        out = func(*args, **(kwargs or {}))
+        self._live = {k: entry for k, entry in self._live.items() if not entry[0].expired()}
+        for t in pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (storage := t.untyped_storage())._cdata not in self._given:
+                self._live.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes()))
+        self.bytes = max(self.bytes, sum(size for _, size in self._live.values()))
+        return out
+
+
+@pytest.mark.parametrize("config", [LensConfig(), LensConfig.tiny(), LensConfig.mini()], ids=["lens", "tiny", "mini"])
+def test_parameters_by_formula(config):
+    with torch.device("meta"):
+        model = LensTransformer2DModel(config)
+    modulation = sum(p.numel() for b in model.layers() for s in b.streams() for p in s.modulation.parameters())
+    assert transformer_parameters(config) == (sum(p.numel() for p in model.parameters()), modulation)
+
+
+def test_the_released_numbers():
+    assert transformer_parameters(LensConfig()) == (4_104_225_152, 1_359_839_232)
+
+
+@pytest.mark.parametrize(("grid", "texts"), [((64, 64), (0, 300)), ((90, 90), (200, 415)), ((32, 32), (0, 64))])
+def test_a_step_by_formula(monkeypatch, grid, texts):
+    """Width and rows as released; the blocks reuse their memory, so three of them tell the peak of all."""
+    offsets_alone(monkeypatch, dataclasses.replace(OFFSETS_ALONE, device="meta", dtypes=(torch.bfloat16,)))
+    monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
+    config = dataclasses.replace(LensConfig(), num_layers=3)
+    with torch.device("meta"):
+        model = LensTransformer2DModel(config).eval().to(torch.bfloat16)
+        given = job(dataclasses.replace(config, num_layers=1), grid, texts)
+        blocks, final = torch.empty(32, 3, 2, 6, 1536), torch.empty(32, 2, 1536)
+        table = Modulation(blocks.to(torch.bfloat16), final.to(torch.bfloat16))
+    binned = packing.bin_texts(grid, [torch.arange(n) for n in texts])
+    state = run.fixed_state(model, dataclasses.replace(given, table=table), binned)
+    rows = 2 * grid[0] * grid[1]
+    with torch.no_grad(), Peak() as peak:
+        run.advance(model, state)
+    assert peak.bytes == pytest.approx(step_workspace_bytes(config, rows, binned.rows), rel=0.02)
+    held = sum(t.numel() * t.element_size() for t in state.tensors())
+    assert held == pytest.approx(step_buffer_bytes(config, rows, binned.rows, 2), rel=0.02)
+    attention_choice.choose.cache_clear()
+
+
+@pytest.mark.parametrize("side", [32, 64])
+def test_a_decode_by_formula(monkeypatch, side):
+    """The released autoencoder's shape; the middle's attention as a kernel without a matrix of weights."""
+    from diffusers import AutoencoderKLFlux2
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, k, v, **_: torch.empty_like(q))
+    with torch.device("meta"):
+        vae = AutoencoderKLFlux2().eval()
+        latents = torch.empty(1, vae.config.latent_channels, 2 * side, 2 * side)
+    channels = tuple(vae.config.block_out_channels)
+    with torch.no_grad(), Peak() as peak:
+        vae.decode(latents, return_dict=False)
+    assert peak.bytes == pytest.approx(decode_bytes(channels, 256 * side**2, itemsize=4), rel=0.02)
+
+
+# ------------------------------------------------------------------------------------------------ plans
+
+GIB = 2**30
+SIZES = Sizes(text_encoder=13, transformer=8, modulation=3, vae=1, encode=2, denoise=4, decode=6)
+
+
+def test_what_a_plan_predicts():
+    assert residency.predict(SIZES, PRESETS["resident"]) == {"encode": 24, "denoise": 26, "decode": 28}
+    assert residency.predict(SIZES, PRESETS["trimmed"]) == {"encode": 21, "denoise": 23, "decode": 25}
+    assert residency.predict(SIZES, PRESETS["balanced"]) == {"encode": 21, "denoise": 10, "decode": 12}
+    assert residency.predict(SIZES, PRESETS["lean"]) == {"encode": 15, "denoise": 12, "decode": 7}
+    assert [residency.peak(SIZES, r) for r in PRESETS.values()] == [28, 25, 21, 15]
+
+
+@pytest.mark.parametrize(("free", "name"), [(31, "resident"), (30, "trimmed"), (27, "balanced"), (17, "lean")])
+def test_auto_takes_the_first_that_fits(free, name):
+    assert residency.choose("auto", SIZES, free) == PRESETS[name]
+
+
+def test_auto_where_nothing_fits_or_nothing_bounds():
+    assert residency.choose("auto", SIZES, None) == PRESETS["resident"]
+    with pytest.raises(MemoryError, match=r"no plan fits 0\.0 GiB of free device memory: resident 0\.0 GiB"):
+        residency.choose("auto", SIZES, 16)
+    with pytest.raises(MemoryError):  # what cannot move is not asked to
+        residency.choose("auto", SIZES, 17, fixed=["text_encoder"])
+    assert residency.choose("auto", SIZES, 28, fixed=["text_encoder"]) == PRESETS["trimmed"]
+    own = Residency(vae="on_demand")
+    assert residency.choose(own, SIZES, 1) is own
+    with pytest.raises(ValueError, match="must be a Residency or one of auto, resident, trimmed, balanced, lean"):
+        residency.choose("small", SIZES, 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (dict(vae="host"), "Residency: vae must be one of resident, on_demand, got 'host'"),
+        (dict(modulation="on_demand"), "Residency: modulation must be one of resident, host"),
+        (dict(modulation="host", transformer="on_demand"), "needs a resident transformer"),
+    ],
+)
+def test_wrong_policies(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Residency(**wrong)
+
+
+def test_a_plan_in_words():
+    line = residency.describe(dataclasses.replace(SIZES, text_encoder=13 * GIB), PRESETS["lean"])
+    assert line.startswith("text_encoder on_demand, transformer on_demand, vae on_demand, modulation resident; ")
+    assert line.endswith("predicted GiB: encode 13.00, denoise 0.00, decode 0.00")
+
+
+# ------------------------------------------------------------------------------------------------ visits
+
+
+@pytest.fixture
+def visits(monkeypatch):
+    """On the CPU a visit is a copy; the list says what visited, by bytes."""
+    made = []
+    monkeypatch.setattr(Places, "_visit", lambda self, host: made.append(host.nbytes) or host.clone())
+    return made
+
+
+def addresses(module: nn.Module) -> list[int]:
+    return [t.data_ptr() for t in (*module.parameters(), *module.buffers()) if not t.is_meta]
+
+
+def test_a_part_visits_and_leaves(visits):
+    module = nn.BatchNorm1d(3)
+    module.left_out = nn.Parameter(torch.empty(2, device="meta"))
+    places = Places(Residency(vae="on_demand"), torch.device("cpu"))
+    places.add("vae", module)
+    places.add("transformer", nn.Linear(2, 2))
+    home = addresses(module)
+    with places.using("vae"):
+        away = addresses(module)
+        assert not set(away) & set(home)
+        with places.using("vae"), places.using("transformer"):
+            assert addresses(module) == away
+        assert addresses(module) == away
+    assert addresses(module) == home
+    with pytest.raises(ZeroDivisionError), places.using("vae"):
+        raise ZeroDivisionError
+    assert addresses(module) == home
+    assert len(visits) == 2 * len(home)
+    assert module.left_out.is_meta
+
+
+def test_what_cannot_move_is_said():
+    module = nn.Linear(2, 2)
+    module.is_quantized, module.hf_quantizer = True, object()
+    places = Places(Residency(text_encoder="on_demand"), torch.device("cpu"))
+    with pytest.raises(ValueError, match="text_encoder cannot be on_demand: its packed MXFP4 experts"):
+        places.add("text_encoder", module)
+
+
+@pytest.mark.parametrize("name", ["resident", "trimmed", "balanced", "lean"])
+def test_pictures_are_the_same_wherever_parts_live(visits, name):
+    pipe = fresh()
+    bytes_of = {part: residency.module_bytes(m) for part, m in pipe.parts().items()}
+    assert pipe.live(name) == PRESETS[name]
+    inside = []
+
+    def watch(p, i, t, tensors):
+        inside.append(sum(visits))
+
+    call = dict(prompt="a red apple", negative_prompt="blurry", **SMALL)
+    got = pipe(**call, callback_on_step_end=watch).images
+    assert same_bits(got, shared()(**call).images)
+    visiting = [part for part in bytes_of if PRESETS[name].tier(part) != "resident"]
+    assert sum(visits) == sum(bytes_of[part] for part in visiting)
+    assert inside == [sum(bytes_of[p] for p in visiting if p != "vae")] * 2  # the decoder has not come yet
+    assert pipe.engine.weights_move == (name == "lean")
+    assert same_bits(pipe(**call).images, got)
+
+
+@pytest.mark.parametrize(
+    ("call", "reads"),
+    [
+        (dict(), False),
+        (dict(negative_prompt="blurry"), True),
+        (dict(negative_prompt="blurry", guidance_scale=1.0), False),
+        (dict(embedded_negative=True), False),
+    ],
+    ids=["blank negative", "negative", "unread negative", "negative embeddings"],
+)
+def test_the_text_encoder_stays_away_where_no_prompt_is_read(visits, call, reads):
+    pipe = fresh()
+    features, mask = pipe.encode_text("a red apple")
+    call = dict(prompt_embeds=features, prompt_mask=mask, **{"guidance_scale": 4.0, **SMALL, **call})
+    if call.pop("embedded_negative", False):
+        call |= dict(negative_prompt_embeds=features, negative_prompt_mask=mask)
+    expected = pipe(**call).images
+    pipe.live(Residency(text_encoder="on_demand"))
+    assert same_bits(pipe(**call).images, expected)
+    assert sum(visits) == reads * residency.module_bytes(pipe.text_encoder.model)
+
+
+def test_loaded_to_where_it_lives(monkeypatch):
+    """A named policy is known before loading; its parts are on the host as soon as they are read."""
+
+    asked, parts = {}, ("transformer", "text_encoder", "vae")
+    for part in parts:
+        load = getattr(pipeline, f"load_{part}")
+
+        def spy(folder, dtype, device, *depth, part=part, load=load):
+            asked[part] = str(device)
+            return load(folder, dtype, "cpu", *depth)
+
+        monkeypatch.setattr(pipeline, f"load_{part}", spy)
+    fresh(residency="lean")
+    assert asked == dict.fromkeys(parts, "cpu")
+    monkeypatch.setattr(pipeline, "placement", lambda device, dtype: (torch.device("meta"), torch.float32))
+    monkeypatch.setattr(Places, "add", lambda *_: None)
+    fresh(residency=Residency(vae="on_demand"))
+    assert asked == {"transformer": "meta", "text_encoder": "meta", "vae": "cpu"}
+    fresh(residency="balanced")
+    assert asked == {"transformer": "meta", "text_encoder": "cpu", "vae": "meta"}
+    fresh(residency="auto")
+    assert asked == dict.fromkeys(parts, "cpu")
+    fresh()
+    assert asked == dict.fromkeys(parts, "meta")
+    monkeypatch.setattr(pipeline, "packed_experts", lambda folder: True)
+    for name in ("balanced", "auto"):  # their kernels hold them where they were loaded: counted, or refused, there
+        fresh(residency=name)
+        assert asked["text_encoder"] == "meta"
+
+
+def test_sizes_of_a_pipeline():
+    sizes = shared().sizes(image_tokens=24, pictures=2, guided=False)
+    assert sizes.transformer == 4 * transformer_parameters(shared().transformer.config)[0]
+    assert sizes.decode == decode_bytes(tuple(shared().codec.vae.config.block_out_channels), 256 * 24)
+    more = shared().sizes(image_tokens=24, pictures=4, guided=True)
+    assert more.denoise > sizes.denoise
+    assert more.decode == sizes.decode  # one picture is decoded at a time
+
+
+def test_who_comes_second_finds_all_of_a_part_there(monkeypatch):
+    """Threads may share a pipeline: the second must not compute while the first is still moving weights."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    places = Places(PRESETS["lean"], torch.device("cpu"))
+    places.add("vae", module)
+    host = [p.data_ptr() for p in module.parameters()]
+    begun, found = threading.Event(), []
+
+    def slowly(self, tensor):
+        begun.set()
+        time.sleep(0.02)
+        return tensor.clone()
+
+    def second():
+        begun.wait()
+        with places.using("vae"):
+            found.extend(p.data_ptr() for p in module.parameters())
+
+    monkeypatch.setattr(Places, "_visit", slowly)
+    thread = threading.Thread(target=second)
+    thread.start()
+    with places.using("vae"):
+        thread.join()
+    assert len(found) == 4
+    assert not set(found) & set(host)
+    assert [p.data_ptr() for p in module.parameters()] == host
