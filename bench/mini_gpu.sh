@@ -23,7 +23,7 @@ finished() { # FILE STAGE EXPRESSION of state and config, which says whether not
 import sys
 from pathlib import Path
 from train import configs
-from train.checkpointing import load_state
+from train.loop.checkpoints import load_state
 
 path, stage, expression, recipe = sys.argv[1:]
 state, config = load_state(Path(path), stage), configs.load(recipe, stage.split()[0])
@@ -35,7 +35,7 @@ compact() { # FROM TO STAGE: the state without what only a resumed training need
   "$PY" - "$@" <<'PYTHON'
 import sys
 from pathlib import Path
-from train.checkpointing import load_state, save_state
+from train.loop.checkpoints import load_state, save_state
 
 source, target, stage = sys.argv[1:]
 state = load_state(Path(source), stage)

@@ -12,11 +12,11 @@ from pathlib import Path
 STAGES = {  # module, what it does
     "world": ("train.data.sheet", "draw a labelled contact sheet of the small world"),
     "vae": ("train.vae", "latents <-> pixels"),
-    "encoder": ("train.encoder", "the small GPT-OSS text encoder"),
+    "encoder": ("train.text_encoder", "the small GPT-OSS text encoder"),
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
-    "eye": ("train.eye", "the judge of classes, boxes and colours"),
+    "eye": ("train.detector", "the judge of classes, boxes and colours"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
     "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),
 }
@@ -62,7 +62,7 @@ def mistake(error: Exception) -> str | None:
 
 def misfortune(error: Exception) -> str | None:
     """What to tell where the machine or the numbers failed a command that was right; None for any other error."""
-    from .loop import FULL, Halted  # only now: torch takes its time
+    from .loop.clock import FULL, Halted  # only now: torch takes its time
 
     if isinstance(error, BrokenProcessPool):
         return "a worker process died (killed, or out of memory?); what was saved before is kept"

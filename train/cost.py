@@ -11,10 +11,10 @@ import torch
 from lens.config import LensConfig
 from lens.cost import gemm_flops, step_flops, table_flops, text_projection_flops
 
-from . import adapters
-from .adapters import Lora
 from .data.buckets import Bucket, BucketLaw
-from .denoiser import Denoiser
+from .loop import lora as adapters
+from .loop.lora import Lora
+from .networks.denoiser import Denoiser
 
 GPUS = {  # dense bfloat16 FLOP/s of the matrix units, bytes
     "a100": (312e12, 80e9),

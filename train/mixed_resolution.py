@@ -10,7 +10,7 @@ the checkpoint that training starts from, frozen, unless `--vae` names another; 
 
 OUT holds mixed_resolution.pt (the state), log.jsonl with the losses of every base, and a sheet per base at every save.
 `with_text_64` and so on: as in pretrain, of the square pictures of a base. A recipe with SLOTS trains on shards, on any number
-of processes: train/flow.py.
+of processes: train/pretrain_on_shards.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from . import configs, flow, pretrain
+from . import configs, pretrain
+from . import pretrain_on_shards as flow
 
 STAGE = "mixed_resolution"
 SHIPPED = Path("lens/mini/base")
@@ -39,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
     if options.vae is None:
         options.vae = (options.init or SHIPPED) / "vae"
     if options.export:
-        from .shipping import export
+        from .export import export
 
         export(config, options, STAGE)
     else:

@@ -22,55 +22,40 @@ OUT holds pretrain.pt (the state), log.jsonl and its copy for TensorBoard, and a
 save. `with_text`, `without_text`: loss on fixed unseen scenes, times and noise with the averaged weights; `text_explains` is
 the share of the latter that the caption takes away.
 
-A recipe with SLOTS trains the MMDiT alone, on shards and on any number of processes (train/flow.py). Mini's has a loop of its
-own, below: its encoder trains along, at another rate and with a second loss, and scenes that are drawn on the fly know no end.
+A recipe with SLOTS trains the MMDiT alone, on shards and on any number of processes (train/pretrain_on_shards.py). Mini's has
+two networks: its encoder trains along, at another rate and with a second loss.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lens.formats.files import read_json
-from lens.formats.released import load_transformer, transformer_config
+from lens.formats.released import load_transformer
 
-from . import adapters, configs, flow, pooled
-from . import encoder as text_stage
-from .checkpointing import load_state, save_state
-from .codec import Latents
-from .data.stream import Source, Stream, bucket_at, draw
-from .generator import Mini, Painter, draw_sheet, fused_rows
-from .logging import JsonLog
-from .loop import Averaged, Clock, Ema, device_of, duration, positive, rate
-from .validation import validate
-from .warm_start import rebase_latents
-
-
-def optimizer_of(config: ModuleType, model: Mini) -> torch.optim.Optimizer:
-    """AdamW over what trains; weight decay on matrices only; the encoder at its own rate."""
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
-    for name, parameter in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        groups.setdefault((name.split(".")[0], parameter.dim() > 1), []).append(parameter)
-    return torch.optim.AdamW(
-        [
-            {
-                "params": parameters,
-                "weight_decay": config.WEIGHT_DECAY if matrix else 0.0,
-                "base": config.LR if part == "transformer" else config.ENCODER_LR,
-                "part": part,
-            }
-            for (part, matrix), parameters in groups.items()
-        ],
-        lr=config.LR,
-        betas=config.BETAS,
-        fused=True,
-    )
+from . import configs, pretrain_on_pool
+from . import pretrain_on_shards as flow
+from .data.stream import Batch, Source, Stream, bucket_at, draw
+from .evaluate.flow_loss import validate
+from .loop import lora as adapters
+from .loop.checkpoints import StateFile, load_state
+from .loop.clock import Clock, duration, positive
+from .loop.ema import Ema
+from .loop.log import JsonLog
+from .loop.method import About, Losses, Method, Network, Plan, adamw
+from .loop.ranks import Ranks, device_of
+from .loop.trainer import Trainer
+from .networks import text_path
+from .networks.codec import Latents
+from .networks.generator import Mini, Painter, Past, draw_sheet, fused_rows, shaped
+from .networks.text_path import CaptionTokenizer
+from .networks.warm_start import rebase_latents
 
 
 def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
@@ -84,62 +69,142 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
         if other := [f"{name} {theirs[name]}, expected {ours[name]}" for name in ours if ours[name] != theirs[name]]:
             raise ValueError(f"pretrain --init {source}: its MMDiT has {'; '.join(other)}")
         model.transformer.load_state_dict(transformer.state_dict())
-        model.encoder.load_state_dict(text_stage.weights_of_folder(encoder_config, source))
+        model.encoder.load_state_dict(text_path.weights_of_folder(encoder_config, source))
     else:
         model.load_state_dict(load_state(source, "pretrain")["ema"]["average"])
 
 
-def shaped(config: ModuleType, state: dict[str, Any] | None, init: Path | None) -> ModuleType:
-    """The recipe with the MMDiT that a state was trained with, or that of the folder a training starts from."""
-    given = (state or {}).get("settings", {}).get("MODEL")
-    if state is None and init is not None and init.is_dir():
-        path = init / "transformer" / "config.json"
-        values = vars(transformer_config(read_json(path), str(path)))
-        given = {name: values[name] for name in config.MODEL}
-    return configs.override(config, [f"MODEL={given!r}"]) if given else config
+class TrainMini(Method):
+    """MMDiT and text encoder together. A batch: (scenes of one size, the base they belong to).
 
+    options: what the command says; it may replace steps and rates of the recipe. prefix: the chat's constant beginning.
+    """
 
-def adapters_of(state: dict[str, Any] | None, text: str | None) -> adapters.Lora | None:
-    """The LoRA of a training: that of its state, or of `--lora`. Errors: ValueError where they differ."""
-    asked = adapters.parse(text) if text else None
-    if state is None:
-        return asked
-    held = state["settings"].get("LORA")
-    if asked and held != str(asked):
-        raise ValueError(f"--lora {asked}: this training has {held or 'none'}")
-    return adapters.parse(held) if held else None
+    def __init__(
+        self,
+        config: ModuleType,
+        options: argparse.Namespace,
+        model: Mini,
+        stream: Stream,
+        tokenizer: CaptionTokenizer,
+        lora: adapters.Lora | None,
+    ):
+        self.config, self.options, self.model, self.stream = config, options, model, stream
+        self.tokenizer, self.lora = tokenizer, lora
+        self.past: Past | None = None
+        self.compute = model if model.device.type == "cpu" else model.rounded
+        self.kinds = tuple(str(base) for base in config.BUCKETS) if stream.mixed else ()
+        joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
+        self.joint = 0 if lora else joint  # beside adapters the encoder stays the checkpoint's
+        self.rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
+        self.averages = {name: Ema(getattr(model, name), config.EMA) for name in ("transformer", "encoder")}
+        self.networks = {name: self._network(name, rate) for name, rate in zip(self.averages, self.rates.values())}
+        self.place = {"window": 0, "position": 0}
 
+    def _network(self, name: str, lr: float) -> Network:
+        module = getattr(self.model, name)
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        optimizer = adamw(trained, lr, self.config.BETAS, self.config.WEIGHT_DECAY) if trained else None
+        return Network(module, optimizer, self.averages[name])
 
-def expect_finite(loss: Tensor, step: int) -> None:
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"pretrain: the loss is {loss.item()} at step {step}; the state before it is kept")
+    def plan(self, stage: str) -> Plan:
+        config, options = self.config, self.options
+        return Plan(
+            stage,
+            options.steps or config.STEPS,
+            config.WARMUP,
+            options.decay or config.DECAY,
+            clip=config.CLIP,
+            log_every=config.LOG_EVERY,
+            validate_every=config.VALIDATE_EVERY,
+            validate_first=self.stream.mixed,  # what it starts from
+            save_every=config.SAVE_EVERY,
+        )
+
+    def settings(self, plan: Plan) -> dict[str, Any]:
+        """What options change, and what an export asks for."""
+        found = {"STEPS": plan.steps, "DECAY": plan.decay, "JOINT_STEPS": self.joint, "MODEL": self.config.MODEL}
+        return found | self.rates | ({"LORA": str(self.lora)} if self.lora else {})
+
+    def batches(self) -> Iterator[tuple[Batch, str | None]]:
+        """From the place on; where it stands is told before each."""
+        for window, position, batch in self.stream.batches(**self.place):
+            index = window * self.config.WINDOW + position - 1
+            self.place = {"window": window, "position": position}
+            yield batch, str(bucket_at(self.config, index).base) if self.stream.mixed else None
+
+    def turn(self, step: int) -> tuple[str, ...]:
+        return ("transformer", "encoder") if step < self.joint else ("transformer",)
+
+    def about(self, batch: tuple[Batch, str | None]) -> About:
+        scenes, base = batch
+        count, tokens = scenes.latents.shape[:2]
+        seen = {"window": self.place["window"], "batch": self.place["position"] - 1}
+        return About(count, kind=base, image_tokens=count * tokens, text_tokens=sum(scenes.lengths), seen=seen)
+
+    def losses(self, batch: tuple[Batch, str | None], step: int) -> dict[str, Losses]:
+        config, joint = self.config, step < self.joint
+        if self.past is None or joint:  # the prefix changes as long as the encoder trains
+            self.past = self.model.past(self.tokenizer.prefix)
+        drawn = draw(config, batch[0], step)
+        language = joint and config.LM_WEIGHT > 0
+        flow, words = self.compute(drawn, self.past, language)
+        beside = {"beside": config.LM_WEIGHT * words, "terms": {"next_token": words}} if language else {}
+        return {"transformer": Losses(flow, times=drawn.t, **beside)}
+
+    @torch.no_grad()
+    def after(self, step: int) -> None:
+        """From its last step on the encoder stands still at its average, which the text features are then those of."""
+        if step + 1 == self.joint:
+            self.averages["encoder"].copy_to(self.model.encoder)
+            self.past = None
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        place = state.get("data", state)  # beside the rest in states of before
+        self.place = {name: place[name] for name in self.place}
+        self.after(state["step"] - 1)
+
+    def validate(self, step: int) -> dict[str, float]:
+        return validate(self.config, self.model, self.stream, self.tokenizer.prefix)
+
+    def draw(self, folder: Path, step: int) -> dict[str, Path]:
+        """A sheet, or one of every base: what the training draws with."""
+        painter, sheets = Painter(self.options.vae, self.options.config), {}
+        for side in self.config.BUCKETS if self.stream.mixed else (self.config.SIDE,):
+            name = f"sheet_{side}" if self.stream.mixed else "sheet"
+            sheets[name] = folder / f"{name}_{step:06d}.png"
+            draw_sheet(self.config, self.model, self.tokenizer, painter, sheets[name], side)
+        return sheets
 
 
 def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrain") -> None:
-    """The loop. State: both networks, optimiser, averages, step, place in the stream; settings, for the export."""
-    log, clock, path = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after), options.out / f"{stage}.pt"
-    device = device_of(options.device)
+    """Mini's training until its steps or the clock are over."""
+    log, clock, states = (
+        JsonLog(options.out / "log.jsonl"),
+        Clock(options.stop_after),
+        StateFile(options.out / f"{stage}.pt"),
+    )
+    device, before = device_of(options.device), states.latest()
     encoder_config = configs.load(options.config, "encoder")
-    tokenizer = text_stage.tokenizer_of(encoder_config.TOKENIZER)
-    fresh = not path.is_file()
-    state = None if fresh else load_state(path, stage)
-    config, lora = shaped(config, state, options.init), adapters_of(state, options.lora)
-    if lora and fresh and options.init is None:
+    tokenizer = text_path.tokenizer_of(encoder_config.TOKENIZER)
+    state = load_state(before, stage) if before else None
+    config, lora = shaped(config, state, options.init), adapters.of_training(state, options.lora)
+    if lora and state is None and options.init is None:
         raise ValueError(adapters.NO_BASE)
-    model = Mini(config, encoder_config, text_stage.build(encoder_config)).train()
+    model = Mini(config, encoder_config, text_path.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
     latents = Latents(options.vae, device)
     if latents.vae is not None and device.type == "cpu":  # a released folder's encoder is slow there
         share = latents.straighten(configs.world(options.config), config.SIDE)
         log(step=0, latents_by_one_convolution=share)
-    if fresh and options.init:
+    if state is None and options.init:
         start_from(model, options.init, encoder_config)
         if options.init.is_dir() and (options.init / "vae").resolve() != options.vae.resolve():
             world = configs.world(options.config)
             share = rebase_latents(model.transformer, options.init, Latents(options.vae), world, config.SIDE)
             log(step=0, latents_carried_over=share)
-    if fresh and (options.encoder or not options.init):
-        trained = text_stage.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
+    if state is None and (options.encoder or not options.init):
+        trained = text_path.load_trained(encoder_config, options.encoder or Path("runs/encoder/encoder.pt"))
         model.encoder.load_state_dict(trained.state_dict())
     if lora:
         model.requires_grad_(False)
@@ -147,14 +212,6 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
         adapters.attach(model.transformer, lora)
         adapters.start(model.transformer, config.SEED)
     model.to(device)
-    optimizer, step, window, position = optimizer_of(config, model), 0, 0, 0
-    if not fresh:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, window, position = state["step"], state["window"], state["position"]
-    ema = Ema(model, config.EMA)
-    if not fresh:
-        ema.load(state["ema"])
     stream = Stream(
         config,
         Source(options.config),
@@ -164,113 +221,13 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
         getattr(config, "FIRST_SEED", 0),
         stop=lambda: clock.asked,
     )
-    compute = model if device.type == "cpu" else model.rounded
-    steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
-    joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
-    joint = 0 if lora else joint  # the encoder stays the checkpoint's
-    rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
-    settings = {
-        "STEPS": steps,
-        "DECAY": decay,
-        "JOINT_STEPS": joint,
-        "MODEL": config.MODEL,
-        **rates,
-    }  # what options change
-    settings |= {"LORA": str(lora)} if lora else {}
-
-    def save() -> None:
-        if since:  # also between logs: broken weights must not replace the state before them
-            expect_finite(sums.sum(), step)
-        save_state(
-            path,
-            {
-                "stage": stage,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.state(),
-                "step": step,
-                "window": window,
-                "position": position,
-                "settings": settings,
-            },
-        )
-
-    def freeze() -> None:
-        model.encoder.requires_grad_(False)
-        for parameter in model.encoder.parameters():
-            parameter.grad = None
-
-    if step > joint:
-        freeze()
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    sums, since, seen, past = torch.zeros(2, dtype=torch.float64, device=device), 0, 0, None
-    by_base: dict[int, list[Tensor]] = {}
-    if fresh and stream.mixed:  # what it starts from
-        log(step=0, **validate(config, model, stream, tokenizer.prefix))
-    for next_window, next_position, batch in stream.batches(window, position) if step < steps else ():
-        if step >= steps or clock.over:
-            break
-        if step == joint:  # from here on the text features are those of the averaged encoder
-            with torch.no_grad():
-                for name, parameter in model.encoder.named_parameters():
-                    parameter.copy_(ema.average[f"encoder.{name}"])
-            freeze()
-        if past is None or step <= joint:  # the prefix changes as long as the encoder trains
-            past = model.past(tokenizer.prefix)
-        flow, words = compute(draw(config, batch, step), past, step < joint and config.LM_WEIGHT > 0)
-        loss = flow.mean()
-        if device.type == "cpu":  # a GPU is asked when its numbers are logged: looking at one makes the host wait
-            expect_finite(loss + words, step)
-        optimizer.zero_grad(set_to_none=True)
-        (loss + config.LM_WEIGHT * words).backward()
-        torch.nn.utils.clip_grad_norm_([p for p in parameters if p.grad is not None], config.CLIP)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, group["base"] * options.lr_scale, config.WARMUP, steps, decay)
-        optimizer.step()
-        ema.update(model)
-        step, window, position = step + 1, next_window, next_position
-        sums, since, seen = sums + torch.stack([loss, words]).detach().double(), since + 1, seen + len(flow)
-        if stream.mixed:
-            by_base.setdefault(bucket_at(config, step - 1).base, []).append(loss.detach())
-        if step % config.LOG_EVERY == 0:
-            expect_finite(sums.sum(), step)
-            total, language = (sums / since).tolist()
-            extra = {"next_token": language} if language else {}
-            extra |= {f"loss_{base}": torch.stack(losses).mean().item() for base, losses in sorted(by_base.items())}
-            by_base.clear()
-            if step % config.VALIDATE_EVERY == 0:
-                with Averaged(ema, model):
-                    extra |= validate(config, model, stream, tokenizer.prefix)
-            log(step=step, loss=total, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
-            sums, since = torch.zeros_like(sums), 0
-        if step % config.SAVE_EVERY == 0:
-            save()
-            for side in config.BUCKETS if stream.mixed else (config.SIDE,):
-                name = f"sheet_{side}" if stream.mixed else "sheet"
-                sheet = options.out / f"{name}_{step:06d}.png"
-                with Averaged(ema, model):
-                    draw_sheet(config, model, tokenizer, Painter(options.vae, options.config), sheet, side)
-                log.picture(name, sheet, step)
-    save()
-    stream.close()
-
-
-def load_trained(
-    config: ModuleType, name: str, path: Path, stage: str = "pretrain", lora_to: Path | None = None
-) -> Mini:
-    """Averaged weights of a state file, adapters merged; `lora_to`: the folder to write these to, where there are any."""
-    encoder_config, state = configs.load(name, "encoder"), load_state(path, stage)
-    model, lora = (
-        Mini(shaped(config, state, None), encoder_config, text_stage.build(encoder_config)),
-        adapters_of(state, None),
-    )
-    if lora:
-        adapters.attach(model.transformer, lora)
-    model.load_state_dict(state["ema"]["average"], strict=True)
-    if lora and lora_to:
-        adapters.save(model.transformer, lora, lora_to)
-    adapters.merge(model.transformer)
-    return model
+    with contextlib.closing(stream):
+        method = TrainMini(config, options, model, stream, tokenizer, lora)
+        plan = method.plan(stage)
+        trainer = Trainer(plan, method, states, options.out, Ranks(device), method.settings(plan))
+        if before:
+            trainer.resume(before)
+        trainer.run(method.batches(), clock, lambda _step: method.place)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -327,11 +284,11 @@ def run(options: argparse.Namespace) -> int:
     config = configs.override(configs.load(options.config, "pretrain"), options.set)
     if flow.serves(config, options):
         return flow.run(options, config, "pretrain")
-    if pooled.serves(config):
-        return pooled.run(options, config)
+    if pretrain_on_pool.serves(config):
+        return pretrain_on_pool.run(options, config)
     torch.set_num_threads(options.threads)
     if options.export:
-        from .shipping import export
+        from .export import export
 
         export(config, options)
     else:

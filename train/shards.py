@@ -40,14 +40,15 @@ from typing import Any
 
 import torch
 
-from .checkpointing import write_text
 from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
 from .data.pictures import fitted
 from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
 from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
-from .data.stream import start_worker, undisturbed
-from .loop import FULL, Halted, device_of, positive
+from .loop.checkpoints import write_text
+from .loop.clock import FULL, Halted, positive
+from .loop.ranks import device_of
+from .loop.workers import start_worker, undisturbed
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

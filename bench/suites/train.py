@@ -3,7 +3,7 @@
 Every subject steps the same weights with the same optimiser; its learning rate is 0, which costs the same time and
 leaves the weights as they were, so that all results can be compared. The reference recomputes its blocks in the
 backward pass, because what eager PyTorch keeps of them does not fit a card of 141 GB. `ours_selective` and `ours_block` are
-the trainer's model (train/denoiser.py) with that much computed again: MFU does not count it, `peak_bytes` shows what it saves.
+the trainer's model (train/networks/denoiser.py) with that much computed again: MFU does not count it, `peak_bytes` shows what it saves.
 "tokens" of a row, image and text, over its time is the throughput.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from lens.cost import step_flops, step_traffic_bytes, text_projection_flops
 from lens.model import LensTransformer2DModel
 from lens.packing import plan
-from train.denoiser import Denoiser
+from train.networks.denoiser import Denoiser
 
 from ..case import OURS, Case, Subject, Work, generator, wider
 from ..work import weights

@@ -31,7 +31,7 @@ from tests.ops.attention_stand_ins import (
     true_gradients,
     true_logarithms,
 )
-from train.denoiser import _keep
+from train.networks.denoiser import _keep
 
 
 @pytest.fixture

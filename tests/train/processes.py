@@ -5,10 +5,10 @@ import multiprocessing
 import os
 import socket
 
-from train.parallel import ranks
+from train.loop.ranks import join
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train.flow", "tests.train.processes"])
+_CONTEXT.set_forkserver_preload(["train.pretrain_on_shards", "tests.train.processes"])
 
 
 def _free_port():
@@ -24,7 +24,7 @@ def _work(rank, world, port, shard, function, arguments, results):
     if world > 1:
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in names.items()}, MASTER_ADDR="127.0.0.1")
-    with ranks("cpu", shard) as group:
+    with join("cpu", shard) as group:
         found = function(group, *arguments)
     results.put((rank, found))
 

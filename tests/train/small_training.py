@@ -8,12 +8,15 @@ import torch
 
 from lens.config import LensConfig
 from lens.formats.released import save_transformer
-from train import configs, flow, parallel
-from train.checkpointing import read_state
+from train import configs
+from train import pretrain_on_shards as flow
 from train.data.buckets import Bucket
-from train.denoiser import Denoiser
-from train.loop import Clock, Halted, keyed
-from train.trainer import Trainer
+from train.loop import ranks
+from train.loop.checkpoints import Checkpoints, read_state
+from train.loop.clock import Clock, Halted
+from train.loop.keys import keyed
+from train.loop.trainer import Trainer
+from train.networks.denoiser import Denoiser
 
 SHAPE = {
     "num_layers": 2,
@@ -77,26 +80,33 @@ def model_on(group, settings):
     """Wrapped; no weight is zero, so that every part of it has a gradient."""
     with torch.device("meta"):
         model = Denoiser(LensConfig(**settings.MODEL), flow.DTYPES[settings.COMPUTE], settings.RECOMPUTE).train()
-    wrapped = parallel.wrap(model, group, settings.RESHARD) if group.shard > 1 else None
-    parallel.materialise(model, group.device, settings.SEED)
+    wrapped = ranks.wrap(model, group, settings.RESHARD) if group.shard > 1 else None
+    ranks.materialise(model, group.device, settings.SEED)
     for name, parameter in model.named_parameters():
         whole = torch.randn(parameter.shape, generator=keyed(5, name)) * 0.1
-        parallel.place(parameter, whole + float(parameter.dim() == 1 and "norm" in name))
-    return wrapped if wrapped is not None else parallel.wrap(model, group)
+        ranks.place(parameter, whole + float(parameter.dim() == 1 and "norm" in name))
+    return wrapped if wrapped is not None else ranks.wrap(model, group)
 
 
-def trainer_on(group, out, init=None, **changes):
+def trainer_on(group, out, init=None, parts=(), peak=None, **changes):
     """init: the folder of a checkpoint to start from, by the stage's own way."""
     settings = recipe(**changes)
-    losses = flow.FlowMatching(settings, LensConfig(**settings.MODEL))
+    objective = flow.FlowMatching(settings, LensConfig(**settings.MODEL))
     out.mkdir(parents=True, exist_ok=True)
     model = model_on(group, settings) if init is None else flow.build(settings, group, init)
-    return Trainer(settings, group, model, losses, out, BUCKETS)
+    states = Checkpoints(out / "checkpoints", group, settings.KEEP_LAST, settings.KEEP_EVERY)
+    method = flow.OnShards(settings, model, objective, BUCKETS, **dict(parts))
+    return Trainer(method.plan("pretrain"), method, states, out, group, configs.fields(settings), peak)
+
+
+def the_network(trainer):
+    (network,) = trainer.networks.values()
+    return network
 
 
 def checkpoint_in(folder):
     """A model in the released layout, none of whose weights is zero."""
-    model = model_on(parallel.Ranks(torch.device("cpu")), recipe())
+    model = model_on(ranks.Ranks(torch.device("cpu")), recipe())
     save_transformer(model, folder / "transformer", torch.float32)
     return folder / "transformer"
 
@@ -115,13 +125,13 @@ def gradients_of_a_step(trainer, group):
     """The gradient as the optimiser would see it without a clip, by name; nothing is changed."""
     caught = {}
 
-    def catch(_, found):
-        found["clipped"] = found["lr"] = 0.0
-        names = [n for n, p in trainer.parameters.items() if p.grad is not None]
-        caught.update({n: whole(trainer.parameters[n].grad) / found["weight"] for n in names})
+    def catch(_gradients, _learners, found):
+        parameters = the_network(trainer).parameters
+        names = [n for n, p in parameters.items() if p.grad is not None]
+        caught.update({n: whole(parameters[n].grad) / found["weight"] for n in names})
 
     trainer._apply = catch
-    found = trainer.take(batches(0, group.rank, group.world))
+    found = trainer.train_step(batches(0, group.rank, group.world))
     return caught, found["loss"], found["grad_norm"]
 
 
@@ -152,8 +162,8 @@ def resume_both(group, back, first):
 def steps_and_save(group, out, count, init=None, changes=None):
     """Some steps, saved; what the state holds, and the losses."""
     trainer, data = trainer_on(group, out, init, **(changes or {})), batches(0, group.rank, group.world)
-    losses = [trainer.take(data)["loss"] for _ in range(count)]
-    trainer.save(lambda step: {"step": step}, last=True)
+    losses = [trainer.train_step(data)["loss"] for _ in range(count)]
+    trainer.save(last=True)
     return weights(trainer), losses
 
 
@@ -165,28 +175,28 @@ def adapters_both_ways(group, out, init, changes, state):
 def resume_and_go_on(group, out, count, again=None, init=None, changes=None):
     """A saved state, and after `count` more steps."""
     trainer = trainer_on(group, out, init, **(changes or {}))
-    for p in parallel.bare(trainer.model).parameters():
+    for p in ranks.bare(the_network(trainer).module).parameters():
         torch.nn.init.zeros_(p.data)
-    state = trainer.resume(trainer.checkpoints.latest())
+    state = trainer.resume(trainer.states.latest())
     before = weights(trainer)
     data = batches(trainer.step, group.rank, group.world)
-    losses = [trainer.take(data)["loss"] for _ in range(count)]
+    losses = [trainer.train_step(data)["loss"] for _ in range(count)]
     if again is not None:
-        trainer.checkpoints.folder = again / "checkpoints"
+        trainer.states.folder = again / "checkpoints"
         trainer.saved = None
         trainer.save(lambda step: state["data"], last=True)
     return before, weights(trainer), losses
 
 
 def clip_norms(group, out):
-    """The norm of random gradients by `parallel.norm`, and of the same, whole, by torch."""
+    """The norm of random gradients by `ranks.norm`, and of the same, whole, by torch."""
     trainer = trainer_on(group, out / str(group.rank))
     found = []
-    for name, p in trainer.parameters.items():
+    for name, p in the_network(trainer).parameters.items():
         p.grad = torch.zeros_like(p)
-        parallel.place(p.grad, torch.randn(p.shape, generator=keyed(9, name)))
+        ranks.place(p.grad, torch.randn(p.shape, generator=keyed(9, name)))
         found.append(p.grad)
-    mine = parallel.norm(found, group).item()
+    mine = ranks.norm(found, group).item()
     full = torch.nn.utils.get_total_norm([torch.from_numpy(whole(g)).double() for g in found]).item()
     return mine, full
 
@@ -202,7 +212,7 @@ def data_ends_for_one(group, out):
     trainer = trainer_on(group, out)
     data = batches(0, group.rank, group.world, spoil=lambda batch: ending(batch, 2, 5))
     try:
-        trainer.run(data, lambda step: {"step": step}, Clock(None))
+        trainer.run(data, Clock(None))
     except Halted as error:
         return str(error), weights(trainer)
 
@@ -213,9 +223,9 @@ def hang_in_the_second_save(group, out, mark):
     import time
 
     trainer, data = trainer_on(group, out), batches(0, 0, 1)
-    trainer.take(data)
-    trainer.save(lambda step: {"step": step}, last=True)
-    trainer.take(data)
+    trainer.train_step(data)
+    trainer.save(last=True)
+    trainer.train_step(data)
     flush = os.fsync
 
     def stuck(handle):
@@ -224,7 +234,7 @@ def hang_in_the_second_save(group, out, mark):
         time.sleep(600)
 
     os.fsync = stuck
-    trainer.save(lambda step: {"step": step}, last=True)
+    trainer.save(last=True)
 
 
 def train_until_told(group, out, kept):
@@ -233,7 +243,7 @@ def train_until_told(group, out, kept):
 
     signal.pthread_sigmask(signal.SIG_BLOCK, kept)
     trainer = trainer_on(group, out, STEPS=100_000)
-    trainer.run(batches(0, group.rank, group.world), lambda step: {"step": step}, Clock(None))
+    trainer.run(batches(0, group.rank, group.world), Clock(None))
     return trainer.step
 
 

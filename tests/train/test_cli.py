@@ -12,7 +12,7 @@ from PIL import Image
 from train import __main__ as commands
 from train.__main__ import STAGES, main
 from train.data.sheet import contact_sheet
-from train.loop import Halted
+from train.loop.clock import Halted
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,9 +11,10 @@ from lens.config import LensConfig
 from lens.cost import gemm_flops, step_flops
 from lens.model import LensTransformer2DModel
 from lens.packing import plan
-from train import adapters, cost
-from train.adapters import Lora
-from train.denoiser import RECOMPUTE, Denoiser
+from train import cost
+from train.loop import lora as adapters
+from train.loop.lora import Lora
+from train.networks.denoiser import RECOMPUTE, Denoiser
 
 CONFIG = LensConfig.tiny()
 TEXTS = {"texts": [5, 0, 7], "no texts": [0, 0, 0]}

@@ -11,13 +11,17 @@ import torch.nn.functional as F
 from lens.config import LensConfig
 from lens.ops import backend
 from lens.packing import plan
-from train import configs, encoder, generator, pretrain, shipping
-from train.checkpointing import load_state
-from train.codec import LinearCodec
+from train import configs, pretrain
+from train import export as shipping
+from train import text_encoder as encoder
 from train.data.kinds import KINDS
 from train.data.stream import Step
-from train.generator import Mini
-from train.loop import device_of, keyed
+from train.loop.checkpoints import load_state, save_state
+from train.loop.keys import keyed
+from train.loop.ranks import device_of
+from train.networks import generator, text_path
+from train.networks.codec import LinearCodec
+from train.networks.generator import Mini
 
 PREFIX = list(range(40, 60))
 LENGTHS = [7, 5, 5, 2, 0]
@@ -145,9 +149,9 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     encoder_config = configs.load("mini_gpu", "encoder")
     codec = LinearCodec(8, 16, 24)
     codec_state = {"model": codec.state_dict(), "shape": [8, 16, 24], "mean": torch.zeros(32), "var": torch.ones(32)}
-    pretrain.save_state(tmp_path / "codec.pt", {"stage": "vae codec", **codec_state})
+    save_state(tmp_path / "codec.pt", {"stage": "vae codec", **codec_state})
     average = {f"model.{k}": v for k, v in encoder.build(encoder_config).named_parameters()}
-    pretrain.save_state(tmp_path / "encoder.pt", {"stage": "encoder", "ema": {"average": average}})
+    save_state(tmp_path / "encoder.pt", {"stage": "encoder", "ema": {"average": average}})
     options = argparse.Namespace(
         config="mini_gpu",
         out=tmp_path / "out",
@@ -166,7 +170,7 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrain, "device_of", lambda _name: torch.device("cpu"))
     pretrain.train(recipe, options)
     state = load_state(tmp_path / "out" / "pretrain.pt", "pretrain")
-    assert (state["step"], state["window"], state["position"]) == (2, 0, 2)
+    assert (state["step"], state["data"]) == (2, {"window": 0, "position": 2})
     assert (tmp_path / "out" / "sheet_000002.png").is_file()
 
     (tmp_path / "encoder").mkdir()
@@ -187,7 +191,7 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     assert facts["classes"] == list(KINDS)
     assert set(facts["caption_styles"]) == {"geneval", "brief", "dense", "translated"}
     assert facts["trained_steps"] == 2
-    for file in (pretrain.text_stage.ROOT / encoder_config.TOKENIZER).iterdir():
+    for file in (text_path.ROOT / encoder_config.TOKENIZER).iterdir():
         assert (options.export / "tokenizer" / file.name).read_bytes() == file.read_bytes()
 
     again = Mini(recipe, encoder_config, encoder.build(encoder_config))  # another machine goes on from what was shipped

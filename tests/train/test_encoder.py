@@ -13,16 +13,17 @@ from tokenizers import Tokenizer
 
 from lens.formats.text_encoder import load_text_encoder, save_text_encoder
 from lens.text_encoder import PREFIX_TOKENS, TextEncoder
-from train import configs, text_path
-from train import encoder as stage
-from train.checkpointing import folder_tensors, save_state
+from train import configs
+from train import text_encoder as stage
 from train.data import grammar, questions
 from train.data.mentions import mentions, nouns_of, said_background
 from train.data.world import World
 from train.evaluate import linear_probe
+from train.loop.checkpoints import folder_tensors, save_state
+from train.networks import text_path
 from train.objectives import language
 
-SHIPPED = stage.ROOT / "lens" / "mini" / "base"
+SHIPPED = text_path.ROOT / "lens" / "mini" / "base"
 CONFIG = configs.load("mini", "encoder")
 
 
@@ -194,7 +195,7 @@ def test_a_background_is_asked_only_where_it_is_said():
 
 def test_vocabulary_moves_by_spelling(tmp_path):
     """Shared tokens keep their rows; a new one starts from the mean of its pieces, or at random; other tensors pass unchanged."""
-    target = stage.ROOT / CONFIG.TOKENIZER
+    target = text_path.ROOT / CONFIG.TOKENIZER
     weights = folder_tensors(SHIPPED / "text_encoder")
     moved = text_path.rebase_vocabulary(weights, SHIPPED / "tokenizer", target)
     old, new = (json.loads((f / "tokenizer.json").read_text()) for f in (SHIPPED / "tokenizer", target))
@@ -223,7 +224,7 @@ def test_vocabulary_moves_by_spelling(tmp_path):
 
 
 def test_foreign_rows_are_refused(tmp_path):
-    one, other = stage.ROOT / CONFIG.TOKENIZER, tmp_path
+    one, other = text_path.ROOT / CONFIG.TOKENIZER, tmp_path
     document = json.loads((one / "tokenizer.json").read_text())
     document["added_tokens"].append({**document["added_tokens"][0], "id": 9_999, "content": "<|new|>"})
     (other / "tokenizer.json").write_text(json.dumps(document))

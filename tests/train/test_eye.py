@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from train import configs, eye
-from train.checkpointing import load_state
+from tests.train.clocks import StopAfter
+from train import configs
+from train import detector as eye
 from train.data.backdrops import backdrop
 from train.data.kinds import KINDS, PALETTE
 from train.data.world import World
 from train.evaluate import geneval, oracle
 from train.evaluate.copies import copies
-from train.evaluate.eye import ASSET, SIGN, Eye, Targets, loss, overlap, without_overlaps
+from train.evaluate.detector import ASSET, SIGN, Eye, Targets, loss, overlap, without_overlaps
 from train.evaluate.geneval import Detection
+from train.loop.checkpoints import load_state
 
 SEED = 2_300_000_000  # of no other test, benchmark or training
 
@@ -127,16 +129,6 @@ def test_loss_by_hand():
     assert loss((heat, place, size, colour), targets)["box"].item() == pytest.approx(1.0, abs=1e-5)
 
 
-class CountingClock:
-    def __init__(self, steps):
-        self.left, self.elapsed = steps, 1.0
-
-    @property
-    def over(self):
-        self.left -= 1
-        return self.left < 0
-
-
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     config = configs.load("mini", "eye")
     small = argparse.Namespace(**{k: v for k, v in vars(config).items() if k.isupper()})
@@ -144,7 +136,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
     small.VALIDATION, small.SHAPE = 2, {"widths": (8, 8, 16, 16), "blocks": (1, 1, 1), "neck": 16}
     for name, stops in (("whole", [3]), ("parts", [1, 2])):
         for stop in stops:
-            monkeypatch.setattr(eye, "Clock", lambda _limit, stop=stop: CountingClock(stop))
+            monkeypatch.setattr(eye, "Clock", lambda _limit, stop=stop: StopAfter(stop))
             options = argparse.Namespace(
                 out=tmp_path / name, vae=None, stop_after=None, steps=3, decay=None, init=None, device="cpu", workers=0
             )
@@ -159,8 +151,8 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
             else zip(first.items(), second.items())
         )
         assert all(a == b and torch.equal(x, y) for (a, x), (b, y) in pairs), part
-    moments = [s["optimizer"]["state"] for s in (one, two)]
-    assert all(torch.equal(moments[0][i]["exp_avg"], moments[1][i]["exp_avg"]) for i in moments[0])
+    moments = [s["optimizer"]["exp_avg"] for s in (one, two)]
+    assert all(torch.equal(moments[0][name], moments[1][name]) for name in moments[0])
 
 
 def test_copies_keep_shape_and_differ():

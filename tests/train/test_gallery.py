@@ -15,7 +15,7 @@ from lens.image_file import read_recipe
 from train.__main__ import main
 from train.data.world import World
 from train.evaluate import gallery, gallery_page, mini_bench, ocr
-from train.evaluate.eye import SIGN
+from train.evaluate.detector import SIGN
 from train.evaluate.gallery_page import Card, Class, Page, Share, Stage, Task, curve, facts, lines, render, tally, tick
 from train.evaluate.geneval import Detection
 from train.evaluate.scores import read_scores
@@ -165,8 +165,8 @@ def test_log_facts_over_sittings_and_a_repeated_step():
     rows = [
         {"step": 10, "loss": 2.0, "rate": 5.0, "seconds": 60.0},
         {"step": 20, "loss": 1.0, "rate": 5.0, "seconds": 120.0},
-        {"step": 20, "loss": 0.9, "rate": 10.0, "seconds": 30.0, "text_explains": 0.6},
-        {"step": 1500, "loss": float("nan"), "rate": 10.0, "seconds": 60.0},
+        {"step": 20, "loss": 0.9, "samples": 300.0, "seconds": 30.0, "text_explains": 0.6},
+        {"step": 1500, "loss": float("nan"), "samples": 600.0, "seconds": 60.0},
     ]
     assert facts(rows) == [
         ("steps", "1,500"),

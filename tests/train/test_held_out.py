@@ -37,7 +37,7 @@ def words(folders, out, *more):
 
 
 def draw(purpose, step, sample, shape, kind):
-    """As train/loop.py says: a generator seeded by SHA-256 of "seed purpose step sample"."""
+    """As train/loop/keys.py says: a generator seeded by SHA-256 of "seed purpose step sample"."""
     digest = hashlib.sha256(f"{configs.load('mini/on_shards', '').SEED} {purpose} {step} {sample}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") // 2)
     return kind(shape, generator=generator)

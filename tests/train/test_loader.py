@@ -26,7 +26,7 @@ from train.data import encoders
 from train.data.buckets import Bucket, BucketLaw, BucketSampler
 from train.data.loader import TRIES, Batch, Encode, Loader
 from train.data.shards import IDS, LATENTS, Sample, ShardSet, array_of, write_manifest, write_shard
-from train.loop import Halted
+from train.loop.clock import Halted
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "lens/mini/base"
@@ -432,9 +432,10 @@ def test_what_does_not_fit_together_is_said(folder, tmp_path):
 
 def test_minis_stages_and_the_interface(tmp_path):
     """The codec of a "vae" folder and an encoder's state file serve as the released networks do."""
-    from train import configs, encoder
-    from train.checkpointing import save_state
-    from train.codec import LinearCodec
+    from train import configs
+    from train import text_encoder as encoder
+    from train.loop.checkpoints import save_state
+    from train.networks.codec import LinearCodec
 
     config = configs.load("mini", "encoder")
     model = encoder.build(config)

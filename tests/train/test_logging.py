@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train import logging
-from train.logging import JsonLog, read_log
+from train.loop import log as logging
+from train.loop.log import JsonLog, read_log
 
 
 @pytest.fixture

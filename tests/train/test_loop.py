@@ -2,7 +2,7 @@
 
 import torch
 
-from train.loop import Ema
+from train.loop.ema import Ema
 
 
 def test_the_running_average_follows_its_formula():

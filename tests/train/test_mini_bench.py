@@ -10,7 +10,7 @@ import pytest
 from train.data.kinds import CORE
 from train.data.world import TASKS, World, is_held_out
 from train.evaluate import mini_bench, ocr
-from train.evaluate.eye import Eye
+from train.evaluate.detector import Eye
 from train.evaluate.sources import Source, enlarged
 
 

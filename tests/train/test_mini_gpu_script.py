@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from train.__main__ import STAGES, main
-from train.checkpointing import load_state, save_state
+from train.loop.checkpoints import load_state, save_state
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "mini_gpu.sh"

@@ -9,9 +9,10 @@ import torch
 import lens.formats.lora
 from tests.train import processes, small_training
 from tests.train.small_training import distance, same
-from train import flow, parallel
+from train import pretrain_on_shards as flow
+from train.loop import ranks
+from train.loop.ranks import Ranks
 from train.objectives.flow_matching import REDUCTIONS
-from train.parallel import Ranks
 
 ALONE = Ranks(torch.device("cpu"))
 LAYOUTS = [  # processes, ranks that share one copy of the state
@@ -176,5 +177,5 @@ def test_adapters_beside_weights_in_bfloat16_train_alike(shard, adapters_alone, 
 
 def test_shards_that_do_not_divide_the_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="--shard: 3 does not divide the 4 processes"), parallel.ranks("cpu", 3):
+    with pytest.raises(ValueError, match="--shard: 3 does not divide the 4 processes"), ranks.ranks("cpu", 3):
         pass

@@ -9,12 +9,13 @@ import torch
 
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
-from train import configs, pooled
-from train.checkpointing import load_state
-from train.logging import read_log
-from train.padded import Padded
-from train.pool import Part, Pool
-from train.warm_start import widened
+from train import configs
+from train import pretrain_on_pool as pooled
+from train.data.pool import Part, Pool
+from train.loop.checkpoints import load_state
+from train.loop.log import read_log
+from train.networks.padded import Padded
+from train.networks.warm_start import widened
 
 CONFIG = LensConfig(
     num_layers=3,
@@ -159,7 +160,7 @@ def train(out, steps, **changes):
 
 
 def configs_root():
-    from train.encoder import ROOT
+    from train.networks.text_path import ROOT
 
     return ROOT
 

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from lens.config import LensConfig
-from train import adapters, configs, cost, flow
+from train import configs, cost
+from train import pretrain_on_shards as flow
 from train.__main__ import main
+from train.loop import lora as adapters
 from train.objectives.flow_matching import mu_of
 
 ROOT = Path(__file__).parents[2]

@@ -13,12 +13,18 @@ from types import ModuleType
 import pytest
 import torch
 
-from train import configs, encoder, pretrain, shipping, vae
-from train.checkpointing import folder_tensors, load_state, save_state
-from train.codec import VALIDATION_SEED, Latents
-from train.generator import Mini
-from train.logging import JsonLog, read_log
-from train.loop import Clock, Ema, duration, keyed, rate
+from tests.train.clocks import FOREVER, StopAfter
+from train import configs, pretrain, vae
+from train import export as shipping
+from train import text_encoder as encoder
+from train.loop.checkpoints import folder_tensors, load_state, save_state
+from train.loop.clock import Clock, duration
+from train.loop.ema import Ema
+from train.loop.keys import keyed
+from train.loop.log import JsonLog, read_log
+from train.loop.method import learning_rate
+from train.networks.codec import VALIDATION_SEED, Latents
+from train.networks.generator import Mini
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +42,7 @@ def recipe(stage, **changes):
 def codec(tmp_path_factory):
     out = tmp_path_factory.mktemp("vae")
     config = recipe("vae", CODEC={"scenes": 500, "steps": 3, "batch": 8}, STATISTICS_SCENES=500)
-    vae.train_codec(config, out, JsonLog(out / "log.jsonl"))
+    vae.train_codec(config, out, FOREVER)
     return out
 
 
@@ -66,21 +72,9 @@ def test_vae_halves(codec, tmp_path, part):
         (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
         for stop in stops:
             # the schedule belongs to the whole run; a stop is only the clock running out
-            clock = CountingClock(stop - (1 if len(stops) > 1 and stop == 4 else 0))
-            vae.train_half(config, part, out, JsonLog(out / "log.jsonl"), clock, None, 4)
+            clock = StopAfter(stop - (1 if len(stops) > 1 and stop == 4 else 0))
+            vae.train_half(config, part, out, clock, None, 4)
     assert_same_state(tmp_path / "whole" / f"{part}.pt", tmp_path / "parts" / f"{part}.pt", f"vae {part}")
-
-
-class CountingClock:
-    """Over after a number of questions, so that a stop falls on a known step."""
-
-    def __init__(self, steps):
-        self.left, self.elapsed, self.asked = steps, 1.0, False
-
-    @property
-    def over(self):
-        self.left -= 1
-        return self.left < 0
 
 
 def test_encoder(tmp_path, monkeypatch):
@@ -88,14 +82,14 @@ def test_encoder(tmp_path, monkeypatch):
     monkeypatch.setattr(encoder, "VALIDATION_SEED", 10)
     for name, stops in (("whole", [3]), ("parts", [1, 2])):
         for stop in stops:
-            encoder.train(config, tmp_path / name, JsonLog(tmp_path / name / "log.jsonl"), CountingClock(stop), None, 3)
+            encoder.train(config, tmp_path / name, StopAfter(stop), None, 3)
     assert_same_state(tmp_path / "whole" / "encoder.pt", tmp_path / "parts" / "encoder.pt", "encoder")
 
 
 @pytest.fixture(scope="module")
 def text_state(tmp_path_factory):
     out = tmp_path_factory.mktemp("encoder")
-    encoder.train(recipe("encoder", TRAIN={"batch": 4}), out, JsonLog(out / "log.jsonl"), CountingClock(1), None, 1)
+    encoder.train(recipe("encoder", TRAIN={"batch": 4}), out, StopAfter(1), None, 1)
     return out / "encoder.pt"
 
 
@@ -104,7 +98,7 @@ def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, mo
     config = recipe("pretrain", WINDOW=32, BATCHES=((0, 8),), WARMUP=2)
 
     def run(out, stop):
-        monkeypatch.setattr(pretrain, "Clock", lambda _limit: CountingClock(stop))
+        monkeypatch.setattr(pretrain, "Clock", lambda _limit: StopAfter(stop))
         options = argparse.Namespace(
             config="mini",
             out=out,
@@ -126,7 +120,7 @@ def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, mo
     for stop in (1, 4, 2, 99):
         run(tmp_path / "parts", stop)
     state = load_state(tmp_path / "whole" / "pretrain.pt", "pretrain")
-    assert (state["step"], state["window"], state["position"]) == (12, 2, 4)
+    assert (state["step"], state["data"]) == (12, {"window": 2, "position": 4})
     assert_same_state(tmp_path / "whole" / "pretrain.pt", tmp_path / "parts" / "pretrain.pt", "pretrain")
     frozen = [k for k in state["model"] if k.startswith("encoder.") and "lm_head" not in k]
     drift = [(state["model"][k] - state["ema"]["average"][k]).abs().max().item() for k in frozen]
@@ -141,7 +135,7 @@ def test_mixed_resolution_across_a_window_from_a_shipped_folder(tmp_path, monkey
     monkeypatch.setattr(Latents, "straighten", lambda self, world, side: straighten(self, world, side, 160))
 
     def run(out, stop):
-        monkeypatch.setattr(pretrain, "Clock", lambda _limit: CountingClock(stop))
+        monkeypatch.setattr(pretrain, "Clock", lambda _limit: StopAfter(stop))
         options = argparse.Namespace(
             config="mini",
             out=out,
@@ -165,15 +159,16 @@ def test_mixed_resolution_across_a_window_from_a_shipped_folder(tmp_path, monkey
     one, two = (tmp_path / name / "mixed_resolution.pt" for name in ("whole", "parts"))
     assert_same_state(one, two, "mixed_resolution")
     state = load_state(one, "mixed_resolution")
-    assert (state["step"], state["window"], state["position"]) == (7, 1, 3)
+    assert (state["step"], state["data"]) == (7, {"window": 1, "position": 3})
     stored = folder_tensors(shipped / "text_encoder")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert torch.equal(state["model"]["encoder." + name], stored[name])  # frozen from the first step on
     moved = state["model"]["transformer.image_in.weight"] - folder_tensors(shipped / "transformer")["img_in.weight"]
     assert 0 < moved.abs().max() < 0.05
-    start, *rest = read_log(tmp_path / "whole" / "log.jsonl")[1:]
-    assert set(start) >= {"with_text_64", "with_text_96", "text_explains"}  # what it starts from
-    assert not rest
+    rows = read_log(tmp_path / "whole" / "log.jsonl")[1:]
+    unseen = [row["step"] for row in rows if {"with_text_64", "with_text_96", "text_explains"} <= row.keys()]
+    assert unseen == [0, 7]  # what it starts from, and what it comes to
+    assert {"loss", "loss_of/64", "loss_of/96", "grad_norm", "eta_s"} <= rows[1].keys()
 
     out = tmp_path / "export"  # what it did not train comes from the folder it started from
     shipping.export(
@@ -291,7 +286,7 @@ def test_helpers():
     assert [duration(t) for t in ("90s", "9m", "1.5h", "30")] == [90, 540, 5400, 30]
     with pytest.raises(ValueError, match="9 minutes"):
         duration("9 minutes")
-    assert [rate(s, 1.0, 2, 10, 4) for s in (0, 1, 5, 8, 9, 10)] == [0.5, 1, 1, 0.5, 0.25, 0]
+    assert [learning_rate(s, 1.0, 2, 10, 4) for s in (0, 1, 5, 8, 9, 10)] == [0.5, 1, 1, 0.5, 0.25, 0]
     assert torch.equal(torch.rand(3, generator=keyed(1, "a", 2)), torch.rand(3, generator=keyed(1, "a", 2)))
     assert not torch.equal(torch.rand(3, generator=keyed(1, "a", 2)), torch.rand(3, generator=keyed(1, "a", 3)))
     module = torch.nn.Linear(1, 1, bias=False)
@@ -327,6 +322,6 @@ def test_every_stage_starts_from_the_shipped_weights(codec):
     out.mkdir()
     (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
     config = recipe("vae", DECODER={"batch": 2})
-    vae.train_half(config, "decoder", out, JsonLog(out / "log.jsonl"), Clock(None), shipped, 1)
+    vae.train_half(config, "decoder", out, FOREVER, shipped, 1)
     first = load_state(out / "decoder.pt", "vae decoder")["model"]["body.conv_in.weight"]
     assert (first - folder_tensors(shipped / "vae")["decoder.conv_in.weight"]).abs().max() < 0.01  # one small step away

@@ -15,7 +15,7 @@ from train.data.world import Thing, World
 from train.evaluate import geneval, mini_bench
 from train.evaluate.class_sheet import COLUMNS, cells, labels, sheet
 from train.evaluate.damage import DAMAGES, damaged
-from train.evaluate.eye import Eye
+from train.evaluate.detector import Eye
 from train.evaluate.geneval import Detection
 from train.evaluate.shape import CALIBRATION, Calibration, ShapeJudge, judge, paint
 from train.evaluate.shape_calibration import logistic

@@ -24,7 +24,7 @@ from train.data import pictures
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
 from train.data.sources import Picture, assign, fraction, key_of
-from train.loop import Halted
+from train.loop.clock import Halted
 from train.shards import completed
 
 ROOT = Path(__file__).resolve().parents[2]

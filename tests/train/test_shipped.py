@@ -10,12 +10,12 @@ import torch
 from lens import LensPipeline
 from lens.formats.vae import load_vae
 from lens.vae import PixelCodec, to_uint8
-from train.codec import psnr, to_model
 from train.data.kinds import KINDS
 from train.data.world import TASKS, World
 from train.evaluate import geneval
-from train.evaluate.eye import Eye, overlap
+from train.evaluate.detector import Eye, overlap
 from train.evaluate.mini_bench import scenes_of
+from train.networks.codec import psnr, to_model
 
 FOLDER = Path(__file__).parents[2] / "lens" / "mini" / "base"
 LIMIT = 24_000_000

@@ -9,9 +9,10 @@ import torch
 from scipy import stats
 
 from lens.packing import plan
-from train import configs, generator
+from train import configs
 from train.data.stream import Batch, Source, Stream, Workers, bucket_at, draw, law, padded
 from train.data.world import is_held_out
+from train.networks import generator
 from train.objectives import flow_matching
 
 

@@ -15,13 +15,15 @@ from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.packing import plan
 from tests.train import processes, small_training
-from tests.train.small_training import batches, distance, micro, same, state_of, trainer_on, weights
-from train.logging import JsonLog
-from train.loop import Clock, Halted
+from tests.train.small_training import batches, distance, micro, same, state_of, the_network, trainer_on, weights
+from train.loop.checkpoints import Checkpoints
+from train.loop.clock import Clock, Halted
+from train.loop.log import JsonLog
+from train.loop.ranks import Ranks, bare
+from train.loop.trainer import Trainer
 from train.objectives.flow_matching import REDUCTIONS
 from train.objectives.velocity import noise, times
-from train.parallel import Ranks, bare
-from train.trainer import Trainer
+from train.pretrain_on_shards import averaged_names
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -34,9 +36,9 @@ def alone(tmp_path_factory):
 
 def independent(trainer, reduction):
     """The loss of step 0 written from its definition, through the model of `lens.model`, all slots in one graph."""
-    settings, config = trainer.recipe, LensConfig(**trainer.recipe.MODEL)
+    settings, config = trainer.method.recipe, LensConfig(**trainer.method.recipe.MODEL)
     model = LensTransformer2DModel(config).double().train()
-    model.load_state_dict(bare(trainer.model).state_dict())
+    model.load_state_dict(bare(the_network(trainer).module).state_dict())
     total, denominator = 0.0, 0.0
     for slot in range(8):
         batch = micro(0, slot)
@@ -105,17 +107,17 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_told(tmp_path):
             batch.latents[0, 0, 0] = float("nan") if batch.step == 1 else 1e38
 
     trainer, data = trainer_on(ALONE, tmp_path), batches(0, 0, 1, spoil=spoil)
-    assert not trainer.take(data)["broken"]
-    before, updates = weights(trainer), trainer.ema.updates
+    assert not trainer.train_step(data)["broken"]
+    before, updates = weights(trainer), the_network(trainer).ema.updates
     for _ in range(2):
-        assert trainer.take(data)["broken"]
+        assert trainer.train_step(data)["broken"]
     assert same(before, weights(trainer)) == []
-    assert (trainer.step, trainer.skipped, trainer.ema.updates) == (3, 2, updates)
+    assert (trainer.step, trainer.skipped, the_network(trainer).ema.updates) == (3, 2, updates)
     rows = [json.loads(line) for line in (tmp_path / "skipped.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2]
     assert [slot["slot"] for slot in rows[0]["slots"]] == list(range(8))
     assert rows[0]["slots"][5]["keys"] == list(micro(1, 5).keys)
-    assert not trainer.take(data)["broken"]
+    assert not trainer.train_step(data)["broken"]
     assert same(before, weights(trainer)) != []
     assert trainer.skipped_in_a_row == 0
 
@@ -126,9 +128,9 @@ def test_too_many_of_them_end_the_training(tmp_path):
 
     trainer, data = trainer_on(ALONE, tmp_path, SKIP_LIMIT=3), batches(0, 0, 1, spoil=spoil)
     for _ in range(2):
-        trainer.take(data)
+        trainer.train_step(data)
     with pytest.raises(FloatingPointError, match="at step 2, not finite for 3 steps in a row"):
-        trainer.take(data)
+        trainer.train_step(data)
 
 
 def test_where_the_data_ends_whole_steps_are_saved_and_nothing_else(tmp_path):
@@ -142,15 +144,16 @@ def test_where_the_data_ends_whole_steps_are_saved_and_nothing_else(tmp_path):
     fresh = trainer_on(ALONE, tmp_path / "fresh")
     data = batches(0, 0, 1, spoil=lambda batch: small_training.ending(batch, 0, 0))
     with pytest.raises(Halted, match=f"^{said}$"):  # nothing to save yet
-        fresh.run(data, lambda step: {"step": step}, Clock(None))
-    assert fresh.checkpoints.latest() is None
+        fresh.run(data, Clock(None))
+    assert fresh.states.latest() is None
 
 
 def test_data_of_another_place_is_refused(tmp_path):
+    trainer = trainer_on(ALONE, tmp_path)
     with pytest.raises(RuntimeError, match=r"the data is at step, slot \(1, 0\), the training at \(0, 0\)"):
-        trainer_on(ALONE, tmp_path).take(batches(1, 0, 1))
+        trainer.train_step(batches(1, 0, 1))
     with pytest.raises(ValueError, match="8 micro-batches do not divide among 3 processes"):
-        Trainer(small_training.recipe(), Ranks(torch.device("cpu"), 0, 3), torch.nn.Linear(1, 1), None, tmp_path, ())
+        Trainer(trainer.plan, trainer.method, None, tmp_path, Ranks(torch.device("cpu"), 0, 3))
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +176,8 @@ def test_a_resumed_training_is_the_same_to_the_last_bit(saved_alone):
 
 def test_a_state_says_what_made_it(saved_alone):
     state = state_of(saved_alone[0] / "half")
-    assert (state["stage"], state["step"], state["world"], state["ema_updates"]) == ("pretrain", 2, 1, 2)
+    assert (state["stage"], state["step"], state["world"]) == ("pretrain", 2, 1)
+    assert state["ema_updates"] == {"model": 2}
     assert state["settings"]["LR"] == 1e-2
     assert state["data"] == {"step": 2}
     assert set(state["revision"]) <= set("0123456789abcdef+")
@@ -181,20 +185,22 @@ def test_a_state_says_what_made_it(saved_alone):
 
 def test_a_state_of_another_stage_is_refused(saved_alone, tmp_path):
     trainer = trainer_on(ALONE, tmp_path)
-    trainer.stage = "mixed_resolution"
+    trainer.plan = dataclasses.replace(trainer.plan, stage="mixed_resolution")
     with pytest.raises(ValueError, match=r"a state of stage 'pretrain', expected 'mixed_resolution'; --init takes"):
         trainer.resume(saved_alone[0] / "half" / "checkpoints" / "step_0000002")
 
 
-def test_init_takes_the_averages_alone(saved_alone, tmp_path):
+def test_init_takes_the_averages_alone(saved_alone, tmp_path, monkeypatch):
+    model = small_training.model_on(ALONE, small_training.recipe())
+    Checkpoints(tmp_path, ALONE).load(saved_alone[0] / "half" / "checkpoints" / "step_0000002", averaged_names(model))
+    monkeypatch.setattr(small_training, "model_on", lambda *_: model)
     trainer = trainer_on(ALONE, tmp_path)
-    trainer.start_from(saved_alone[0] / "half" / "checkpoints" / "step_0000002")
     saved, now = saved_alone[2][0], weights(trainer)
     names = [n.removeprefix("ema.") for n in saved if n.startswith("ema.")]
     for name in names:
         assert np.array_equal(now[f"model.{name}"], saved[f"ema.{name}"]), name
         assert np.array_equal(now[f"ema.{name}"], saved[f"ema.{name}"]), name
-    assert (trainer.step, trainer.ema.updates) == (0, 0)
+    assert (trainer.step, the_network(trainer).ema.updates) == (0, 0)
     assert not any(now[name].any() for name in now if name.startswith("optimizer."))
 
 
@@ -207,7 +213,7 @@ def test_a_kill_during_a_save_leaves_a_loadable_latest(tmp_path):
     assert [p.name for p in (out / "checkpoints").glob(".step*")] == [".step_0000002.part"]
     assert state_of(out)["step"] == 1
     trainer = trainer_on(ALONE, out)  # which clears away what was left
-    trainer.resume(trainer.checkpoints.latest())
+    trainer.resume(trainer.states.latest())
     assert trainer.step == 1
     assert list((out / "checkpoints").glob(".step*")) == []
 
@@ -232,19 +238,19 @@ def test_sigterm_saves_and_ends_well(tmp_path, kept):
 
 
 def test_what_a_person_watches(tmp_path, monkeypatch):
-    trainer = trainer_on(ALONE, tmp_path, LOG_EVERY=3, STEPS=6, SAVE_EVERY=4)
     sheets = []
-    trainer.sheet = lambda path: sheets.append((path.name, weights(trainer)["model.image_in.weight"]))
-    trainer.flops, trainer.peak = lambda batch: 1e6, 1e9
+    parts = {"flops": lambda batch: 1e6}
+    parts["sheet"] = lambda path: sheets.append((path.name, weights(trainer)["model.image_in.weight"]))
+    trainer = trainer_on(ALONE, tmp_path, None, parts, 1e9, LOG_EVERY=3, STEPS=6, SAVE_EVERY=4)
     monkeypatch.setattr(JsonLog, "picture", lambda *_: None)
-    trainer.run(batches(0, 0, 1), lambda step: {"step": step}, Clock(None))
+    trainer.run(batches(0, 0, 1), Clock(None))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6]
     row = rows[0]
     taken = [micro(s, slot) for s in range(3) for slot in range(8)]
     pictures = sum(len(batch.lengths) for batch in taken)
-    assert sum(v for k, v in row.items() if k.startswith("pictures_of/")) == pictures
-    by_bucket = sum(row[f"loss_of/{b.name}"] * row[f"pictures_of/{b.name}"] for b in small_training.BUCKETS)
+    assert sum(v for k, v in row.items() if k.startswith("samples_of/")) == pictures
+    by_bucket = sum(row[f"loss_of/{b.name}"] * row[f"samples_of/{b.name}"] for b in small_training.BUCKETS)
     assert 0.5 < by_bucket / pictures / row["loss"] < 2
     assert len([k for k in row if k.startswith("loss_at_t/")]) >= 6
     tokens = sum(len(batch.lengths) * batch.bucket.tokens + sum(batch.lengths) for batch in taken)
@@ -252,7 +258,7 @@ def test_what_a_person_watches(tmp_path, monkeypatch):
     assert row["mfu"] * row["step_s"] * 3 * 1e9 == pytest.approx(24e6, rel=1e-4)
     assert 0 <= row["data_wait"] < 1
     assert row["eta_s"] == pytest.approx(3 * row["step_s"], rel=1e-4)
-    assert {"loss", "grad_norm", "grad_norm_max", "clipped", "lr", "pictures_per_s", "skipped_steps"} <= row.keys()
+    assert {"loss", "grad_norm", "grad_norm_max", "clipped", "lr", "samples_per_s", "skipped_steps"} <= row.keys()
     assert [name for name, _ in sheets] == ["sheet_0000004.png", "sheet_0000006.png"]
     now = weights(trainer)
     assert np.array_equal(sheets[1][1], now["ema.image_in.weight"])  # drawn by the averages

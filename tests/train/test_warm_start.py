@@ -8,7 +8,7 @@ import torch
 from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.packing import plan
-from train.warm_start import latent_map, rebase
+from train.networks.warm_start import latent_map, rebase
 
 
 def test_the_map_is_found_and_its_share_told():

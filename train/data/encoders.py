@@ -104,7 +104,7 @@ class MiniLatents:
     """The latent space of a "vae" stage folder."""
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
-        from ..codec import Latents
+        from ..networks.codec import Latents
 
         self.latents = Latents(folder, device)
         network = self.latents.vae or self.latents.codec
@@ -124,7 +124,7 @@ class MiniText:
 
     @torch.no_grad()
     def encode(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        from ..text_path import encode_packed
+        from ..networks.text_path import encode_packed
 
         return encode_packed(self.model, [list(own) for own in ids], self.prefix, self.layers)[0]
 
@@ -146,16 +146,16 @@ def released(
 def mini(recipe: str, vae: Path, encoder: Path, device: torch.device | str) -> tuple[ChatTokens, MiniLatents, MiniText]:
     """The same of Mini's stages: a "vae" folder, and the averaged encoder of a state file of "encoder" or of "pretrain"."""
     from .. import configs
-    from .. import encoder as stage
-    from ..checkpointing import load_state
+    from ..loop.checkpoints import load_state
+    from ..networks import text_path
 
     config = configs.load(recipe, "encoder")
-    tokenizer = ChatTokens(stage.ROOT / config.TOKENIZER, 1 << 20)
-    prefix = stage.tokenizer_of(config.TOKENIZER).prefix
+    tokenizer = ChatTokens(text_path.ROOT / config.TOKENIZER, 1 << 20)
+    prefix = text_path.tokenizer_of(config.TOKENIZER).prefix
     if torch.load(encoder, map_location="cpu", weights_only=True).get("stage") == "pretrain":
-        average, model = load_state(encoder, "pretrain")["ema"]["average"], stage.build(config)
+        average, model = load_state(encoder, "pretrain")["ema"]["average"], text_path.build(config)
         model.load_state_dict({k.removeprefix("encoder."): v for k, v in average.items() if k.startswith("encoder.")})
     else:
-        model = stage.load_trained(config, encoder)
+        model = text_path.load_trained(config, encoder)
     model.to(device)
     return tokenizer, MiniLatents(vae, device), MiniText(model, config.LAYERS, prefix)

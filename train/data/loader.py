@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loop import Halted
+from ..loop.clock import Halted
+from ..loop.workers import undisturbed
 from .buckets import Bucket, BucketSampler, MicroBatch, outputs, philox, uniforms
 from .encoders import LatentCodec, TextEncoder, Tokenizer
 from .pictures import Unusable, fitted
 from .shards import FEATURES, IDS, LATENTS, TEXT, Member, ShardSet, array_of
-from .stream import undisturbed
 
 TRIES = 100  # members drawn for one place before a bucket is given up
 STRIDE = 1 << 12  # draws of a micro-batch; no batch is larger

@@ -33,8 +33,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lens.formats import files
-
 from .curate import differing
 from .photographs import ASSETS, HORIZON, PLACES, VIEWS, file_of
 

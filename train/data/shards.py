@@ -29,8 +29,8 @@ from torch import Tensor
 
 from lens.formats.files import write_atomic, write_json
 
-from ..checkpointing import write_text
-from ..loop import Halted
+from ..loop.checkpoints import write_text
+from ..loop.clock import Halted
 from .buckets import Bucket
 from .pictures import Unusable
 

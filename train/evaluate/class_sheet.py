@@ -22,7 +22,7 @@ from ..data import grammar
 from ..data.kinds import CORE, KINDS
 from ..data.world import Scene, World
 from . import geneval
-from .eye import Eye
+from .detector import Eye
 from .mini_bench import size_of
 from .shape import ShapeJudge, judge
 from .sources import Pictures, Size, Source, from_pipeline

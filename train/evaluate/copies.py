@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..codec import LinearCodec
-from ..loop import keyed
+from ..loop.keys import keyed
+from ..networks.codec import LinearCodec
 
 
 def bent(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -32,14 +32,14 @@ from lens.formats.safetensors import Shard
 from lens.text_encoder import DEFAULT_CHAT_DATE
 
 from .. import configs
-from ..checkpointing import write_text
 from ..data import grammar
 from ..data.translations import LANGUAGES
 from ..data.world import Scene
-from ..logging import read_log
+from ..loop.checkpoints import write_text
+from ..loop.log import read_log
 from . import geneval, ocr
 from .class_sheet import cells, first_scene, labels, sheet
-from .eye import Eye
+from .detector import Eye
 from .gallery_page import Card, Class, Page, Stage, Task, facts, lines, render
 from .judges import Judges
 from .mini_bench import JUDGED, scenes_of

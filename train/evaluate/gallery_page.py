@@ -142,7 +142,7 @@ def facts(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     timed = [row for row in rows if "seconds" in row]
     ends = [a for a, b in zip(timed, [*timed[1:], {"seconds": -1}]) if b["seconds"] < a["seconds"]]
     out = [("steps", f"{rows[-1]['step']:,}")]
-    samples = sum(row["rate"] * row["seconds"] for row in ends if "rate" in row)
+    samples = sum(row.get("samples", row.get("rate", 0.0) * row["seconds"]) for row in ends)  # older logs have a rate
     out += [("samples", f"{samples:,.0f}")] if samples else []
     out += [("minutes", f"{sum(row['seconds'] for row in ends) / 60:.0f}")] if ends else []
     for key, words in FACTS.items():

@@ -10,7 +10,7 @@ import numpy as np
 from ..data.kinds import PALETTE
 from ..data.world import Scene
 from . import geneval, ocr, shape, template
-from .eye import SIGN, Eye
+from .detector import SIGN, Eye
 from .geneval import Detection
 
 WIDER, LOWER = 0.06, 0.08  # a sign's box is read this much wider (it may cut a letter) and lower (its rim is no letter)

@@ -28,12 +28,11 @@ from lens.formats.files import read_json
 from lens.formats.released import transformer_config
 from lens.formats.text_encoder import load_text_encoder
 
-from .. import encoder as stage
-from ..checkpointing import load_state, write_text
 from ..data import grammar, questions
 from ..data.world import Scene, World
+from ..loop.checkpoints import load_state, write_text
+from ..networks.text_path import CaptionTokenizer, build, encode_packed, load_trained, tokenizer_of
 from ..objectives import language
-from ..text_path import CaptionTokenizer, encode_packed
 
 REQUIRED = ("class", "colour", "count", "relation")
 STYLES = ("geneval", "brief", "dense", "translated")
@@ -131,12 +130,12 @@ def load(config: ModuleType, options: argparse.Namespace) -> tuple[nn.Module, Ca
         model = load_text_encoder(options.model / "text_encoder", torch.float32, "cpu")
         return model.eval(), CaptionTokenizer(options.model / "tokenizer"), layers
     path: Path = options.state or options.out / "encoder.pt"
-    tokenizer = stage.tokenizer_of(config.TOKENIZER)
+    tokenizer = tokenizer_of(config.TOKENIZER)
     if torch.load(path, map_location="cpu", weights_only=True).get("stage") == "pretrain":
-        average, model = load_state(path, "pretrain")["ema"]["average"], stage.build(config)
+        average, model = load_state(path, "pretrain")["ema"]["average"], build(config)
         model.load_state_dict({k.removeprefix("encoder."): v for k, v in average.items() if k.startswith("encoder.")})
     else:
-        model = stage.load_trained(config, path)
+        model = load_trained(config, path)
     return model.eval(), tokenizer, config.LAYERS
 
 

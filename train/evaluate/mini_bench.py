@@ -35,12 +35,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..checkpointing import write_text
 from ..data.kinds import CORE, KINDS
 from ..data.sheet import contact_sheet
 from ..data.world import TASKS, Scene, World
+from ..loop.checkpoints import write_text
 from . import ocr
-from .eye import Eye
+from .detector import Eye
 from .judges import Judges, merged, wilson
 from .sources import Pictures, Size, Source, enlarged, from_pipeline, from_state
 

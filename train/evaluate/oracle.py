@@ -22,7 +22,7 @@ import numpy as np
 from ..data.kinds import KINDS, PALETTE
 from ..data.world import Scene, World
 from . import geneval, ocr
-from .eye import SIGN, Eye, overlap
+from .detector import SIGN, Eye, overlap
 from .geneval import Asked, Detection, Want
 from .judges import Judges
 

@@ -43,7 +43,7 @@ from PIL import Image
 from ..data.backdrops import shadow
 from ..data.sprites import colours_of, fitted_size, sprite
 from . import geneval
-from .eye import SIGN, overlap
+from .detector import SIGN, overlap
 from .geneval import Asked, Detection
 from .surroundings import Box, filled, surroundings, within
 

@@ -24,13 +24,13 @@ from PIL import Image, ImageDraw
 
 from lens.formats.files import write_atomic
 
-from ..checkpointing import write_text
 from ..data.backdrops import backdrop
 from ..data.kinds import CORE
 from ..data.world import Scene, World
+from ..loop.checkpoints import write_text
 from . import geneval
 from .damage import DAMAGES, damaged
-from .eye import Eye
+from .detector import Eye
 from .mini_bench import GENEVAL, scenes_of, size_of
 from .shape import CALIBRATION, Calibration, ShapeJudge, judge
 from .sources import Size, Source, from_pipeline

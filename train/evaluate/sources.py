@@ -74,15 +74,16 @@ def enlarged(source: Source, side: int) -> Source:
 def from_state(state: Path, recipe: str, vae: Path, steps: int, mu: float | None) -> Source:
     """The averaged weights of a state, pretrain.pt or mixed_resolution.pt (its name is its stage's), and the decoder of a VAE stage folder
     (or a released one); mu None: the recipe's time shift."""
-    from .. import configs, encoder, generator, pretrain
+    from .. import configs
+    from ..networks import generator, text_path
 
     stage = state.stem
     config = configs.load(recipe, stage)
     mu = config.SHEET["mu"] if mu is None else mu
-    model = pretrain.load_trained(config, recipe, state, stage).eval()
+    model = generator.load_trained(config, recipe, state, stage).eval()
     model.transformer.batch_invariant = False
     painter = generator.Painter(vae, recipe)
-    tokenizer = encoder.tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
+    tokenizer = text_path.tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
         tokens, grid = [tokenizer.encode(p)[0] for p in prompts], (size[0] // 16, size[1] // 16)

@@ -70,9 +70,3 @@ def micro_batch_weight(reduction: str, samples: int, tokens: int) -> int:
     if reduction not in weights:
         raise ValueError(f"flow_matching: reduction {reduction!r}, expected one of {REDUCTIONS}")
     return weights[reduction]
-
-
-def reduced(losses: Tensor, reduction: str, tokens: int, total: float) -> Tensor:
-    """A micro-batch's share of its step's loss. losses [B] per sample; total: sum of all the step's weights. Shares of a
-    step add up to its loss, so their gradients are summed over micro-batches and ranks, never averaged."""
-    return losses.mean() * (micro_batch_weight(reduction, len(losses), tokens) / total)

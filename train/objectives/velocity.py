@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lens.config import LensConfig
 
 from ..data.loader import STRIDE, Batch
-from ..generator import packing_of, packing_on
-from ..loop import keyed
+from ..loop.keys import keyed
+from ..networks.generator import packing_of, packing_on
 from . import flow_matching
 
 

@@ -79,7 +79,7 @@ class Denoiser(LensTransformer2DModel):
     ) -> Tensor:
         """image rows [RI, C], text features [RT, F, E], time float32 [B] in [0, 1] -> velocity [RI, C] in `compute`.
 
-        adapter: the one in force in this call and in what its backward pass computes again, see `train.adapters`;
+        adapter: the one in force in this call and in what its backward pass computes again, see `train.loop.lora`;
         blocks_out: receives (image [RI, D], text [RT, D]) after each block but the last, whose text nothing computes
         """
         if inside:

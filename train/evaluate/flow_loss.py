@@ -7,10 +7,10 @@ from types import ModuleType
 
 import torch
 
-from .data.stream import Step, Stream
-from .generator import Mini
-from .loop import keyed
-from .objectives import flow_matching
+from ..data.stream import Step, Stream
+from ..loop.keys import keyed
+from ..networks.generator import Mini
+from ..objectives import flow_matching
 
 VALIDATION_SEED = 1_000_000_000
 LOSSES = ("with_text", "without_text", "text_explains")

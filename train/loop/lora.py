@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from lens.formats.files import write_atomic
 from lens.formats.lora import CONFIG, WEIGHTS, modules_of
 
-from .loop import keyed
-from .parallel import place
+from .keys import keyed
+from .ranks import place
 
 ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
 MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
@@ -66,6 +67,17 @@ def parse(text: str) -> Lora:
 def of(recipe: ModuleType) -> Lora | None:
     """The LoRA that a recipe's LORA says, if any."""
     return parse(recipe.LORA) if hasattr(recipe, "LORA") else None
+
+
+def of_training(state: dict[str, Any] | None, text: str | None) -> Lora | None:
+    """The LoRA of a training: that of its state, or of `--lora`. Errors: ValueError where they differ."""
+    asked = parse(text) if text else None
+    if state is None:
+        return asked
+    held = state["settings"].get("LORA")
+    if asked and held != str(asked):
+        raise ValueError(f"--lora {asked}: this training has {held or 'none'}")
+    return parse(held) if held else None
 
 
 class AdaptedLinear(nn.Module):

@@ -17,8 +17,8 @@ from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.vae import PixelCodec
 
+from ..data.world import World
 from .codec import Latents, to_model
-from .data.world import World
 
 SCENES = 1_024  # 16 tokens each: many more rows than the map has columns
 

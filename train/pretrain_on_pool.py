@@ -1,11 +1,11 @@
-"""The loop of stage "pretrain" for a recipe with a POOL: the MMDiT alone, on scenes encoded once (train/pool.py, train/padded.py).
+"""Stage "pretrain" for a recipe with a POOL: the MMDiT alone, on scenes encoded once (train/data/pool.py, train/networks/padded.py).
 
     python -m train pretrain --config mini/pretrain_128 --init lens/mini/base --out runs/base_128 --stop-after 2h
     python -m train pretrain --config mini/pretrain_128 --out runs/base_128 --stop-after 2h          # again to resume
     python -m train pretrain --config mini/pretrain_128 --out runs/base_128 --export lens/mini/base
 
 Starts from a checkpoint folder, whose text encoder, VAE and tokenizer stay as they are; a recipe whose MODEL is wider or deeper
-than the folder's grows the weights (train/warm_start.py). OUT holds pretrain.pt (the state) and
+than the folder's grows the weights (train/networks/warm_start.py). OUT holds pretrain.pt (the state) and
 log.jsonl; `loss_at/T` of the validation: loss on fixed unseen scenes and noise at time T with the averaged weights.
 """
 
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens.config import LensConfig
 from lens.formats.files import read_json, write_json
@@ -27,16 +28,20 @@ from lens.formats.released import load_transformer, read_index, released_index, 
 from lens.model import LensTransformer2DModel
 
 from . import configs
-from . import encoder as text_stage
-from .checkpointing import load_state, save_state, write_text
-from .codec import Latents
+from .data.pool import Encoded, Part, Pool, Size, grid_of
 from .data.world import World
-from .logging import JsonLog, read_log
-from .loop import Averaged, Clock, Ema, keyed, rate
+from .loop.checkpoints import StateFile, load_state, write_text
+from .loop.clock import Clock
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.log import read_log
+from .loop.method import About, Losses, Method, Network, Plan, adamw
+from .loop.trainer import Trainer
+from .networks import text_path
+from .networks.codec import Latents
+from .networks.padded import Padded
+from .networks.warm_start import widened
 from .objectives import flow_matching
-from .padded import Padded
-from .pool import Encoded, Part, Pool, Size, grid_of
-from .warm_start import widened
 
 STAGE = "pretrain"
 VALIDATION_SEED = 1_000_000_000
@@ -50,16 +55,16 @@ class Reader:
     """Captions -> features of the frozen encoder of a checkpoint folder."""
 
     def __init__(self, folder: Path, recipe: ModuleType):
-        self.tokenizer = text_stage.tokenizer_of(recipe.TOKENIZER)
-        self.encoder = text_stage.build(recipe).requires_grad_(False).eval()
-        self.encoder.load_state_dict(text_stage.weights_of_folder(recipe, folder))
+        self.tokenizer = text_path.tokenizer_of(recipe.TOKENIZER)
+        self.encoder = text_path.build(recipe).requires_grad_(False).eval()
+        self.encoder.load_state_dict(text_path.weights_of_folder(recipe, folder))
         self.layers = recipe.LAYERS
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
         """float32 [T, F E] of each caption and the suffix."""
         tokens = [self.tokenizer.encode(caption)[0] for caption in captions]
-        found = text_stage.encode_batch(self.encoder, tokens, self.tokenizer.prefix, self.layers, 0.5)
+        found = text_path.encode_batch(self.encoder, tokens, self.tokenizer.prefix, self.layers, 0.5)
         return [f.flatten(1) for f in found]
 
 
@@ -97,43 +102,74 @@ def held_out(config: ModuleType, made: Encoded) -> list[tuple[Size, Part]]:
     return [(key[0], part.take(rows)) for key, part in parts.items() for rows in torch.arange(len(part)).split(32)]
 
 
-def optimizer_of(config: ModuleType, model: LensTransformer2DModel) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only. The end of the last block's text stream, which nothing reads, is not trained."""
+def trained_of(model: LensTransformer2DModel) -> dict[str, nn.Parameter]:
+    """What trains: all but the end of the last block's text stream, which nothing reads."""
     last = model.layers()[-1].text
     for parameter in (last.norm2, *last.out.parameters(), *last.w13.parameters(), *last.w2.parameters()):
         parameter.requires_grad_(False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.dim() > 1], "weight_decay": config.WEIGHT_DECAY},
-        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, config.LR, betas=config.BETAS, fused=True)
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def loss_of(config: ModuleType, padded: Padded, size: Size, part: Part, step: int) -> Tensor:
-    """Losses [B] of a step: times, noise and caption dropout are keyed by (seed, step)."""
-    generator, count = keyed(config.SEED, "step", step), len(part)
-    t = flow_matching.sample_times(count, flow_matching.mu_of(config.MU, part.latents.shape[1]), generator)
-    noise = torch.randn(part.latents.shape, generator=generator)
-    kept = torch.rand(count, generator=generator) >= config.TEXT_DROPOUT
-    x, target = flow_matching.noised(part.latents, noise, t)
-    return flow_matching.loss(padded(x, t, part.features, part.lengths * kept, grid_of(size)), target)
+class OnPool(Method):
+    """The MMDiT on batches of a pool: (size, part). folder: the checkpoint whose weights and networks it starts from."""
 
+    def __init__(
+        self,
+        config: ModuleType,
+        model: LensTransformer2DModel,
+        folder: Path,
+        pool: Pool,
+        held: Sequence[tuple[Size, Part]],
+        lr: float,
+    ):
+        self.config, self.folder, self.pool, self.held = config, folder, pool, held
+        self.padded, self.plain = Padded(model, config.COMPILED), Padded(model, False)
+        optimizer = adamw(trained_of(model), lr, config.BETAS, config.WEIGHT_DECAY)
+        self.networks = {"model": Network(model, optimizer, Ema(model, config.EMA))}
+        self.place = {"turn": 0, "position": 0}
 
-def _batches(pool: Pool, turn: int, position: int) -> Iterator[tuple[int, int, Size, Part]]:
-    """(turn, position of the next batch, size, batch) from a position on, without end unless the pool was stopped."""
-    while pool.turn_to(turn):
-        for place, (size, part) in enumerate(pool.batches(turn)):
-            if place >= position:
-                yield turn, place + 1, size, part
-        turn, position = turn + 1, 0
+    def batches(self) -> Iterator[tuple[Size, Part]]:
+        """From the place on, without end unless the pool was stopped; where it stands is told before each."""
+        turn, position = self.place["turn"], self.place["position"]
+        while self.pool.turn_to(turn):
+            for index, batch in enumerate(self.pool.batches(turn)):
+                if index >= position:
+                    self.place = {"turn": turn, "position": index + 1}
+                    yield batch
+            turn, position = turn + 1, 0
+
+    def about(self, batch: tuple[Size, Part]) -> About:
+        _, part = batch
+        count, tokens = part.latents.shape[:2]
+        return About(count, image_tokens=count * tokens, text_tokens=int(part.lengths.sum()), seen=self.place)
+
+    def losses(self, batch: tuple[Size, Part], step: int) -> dict[str, Losses]:
+        """Times, noise and caption dropout are keyed by (seed, step)."""
+        (size, part), config = batch, self.config
+        generator, count = keyed(config.SEED, "step", step), len(part)
+        t = flow_matching.sample_times(count, flow_matching.mu_of(config.MU, part.latents.shape[1]), generator)
+        noise = torch.randn(part.latents.shape, generator=generator)
+        kept = torch.rand(count, generator=generator) >= config.TEXT_DROPOUT
+        x, target = flow_matching.noised(part.latents, noise, t)
+        v = self.padded(x, t, part.features, part.lengths * kept, grid_of(size))
+        return {"model": Losses(flow_matching.loss(v, target), times=t)}
+
+    def state(self) -> dict[str, Any]:
+        return {"init": str(self.folder)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        place = state.get("data", state)  # beside the rest in states of before
+        self.place = {name: place[name] for name in self.place}
+
+    def validate(self, step: int) -> dict[str, float]:
+        return validate(self.config, self.plain, self.held)
 
 
 def train(config: ModuleType, options: argparse.Namespace) -> None:
-    """The loop. State: transformer, optimiser, averages, step, turn of the pool and place in it."""
-    path, log, clock = options.out / f"{STAGE}.pt", JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
-    state = load_state(path, STAGE) if path.is_file() else None
-    folder = Path(state["init"]) if state else options.init
+    """Train until the steps or the clock are over."""
+    clock, states = Clock(options.stop_after), StateFile(options.out / f"{STAGE}.pt")
+    before = states.latest()
+    folder = Path(load_state(before, STAGE)["init"]) if before else options.init
     if folder is None or not (folder / "transformer").is_dir():
         raise ValueError(
             f"pretrain --init: {folder}, expected a checkpoint folder in the released layout to start from"
@@ -143,59 +179,28 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         model = widened(model, _config_of(config, model), keyed(config.SEED, "widened"))
     model.requires_grad_(True).train()
     model.batch_invariant = False
-    optimizer, step, turn, position = optimizer_of(config, model), 0, 0, 0
-    steps, decay = options.steps or config.STEPS, options.decay if options.decay is not None else config.DECAY
-    if state:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step, turn, position = state["step"], state["turn"], state["position"]
-    ema = Ema(model, config.EMA)
-    if state:
-        ema.load(state["ema"])
     latents = Latents(folder / "vae")
     world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS)
     latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
     made = Encoded(config, world, latents.encode, Reader(folder, configs.load("mini", "encoder")))
-    pool, padded = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked)), Padded(model, config.COMPILED)
-    held, plain = held_out(config, made), Padded(model, False)
-    if not state:
-        log(step=0, **validate(config, plain, held))
-
-    def save() -> None:
-        progress = {"step": step, "turn": turn, "position": position, "init": str(folder)}
-        tensors = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state()}
-        save_state(path, {"stage": STAGE, **tensors, **progress, "settings": {"STEPS": steps, "DECAY": decay}})
-
-    sums, since, seen = 0.0, 0, 0
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    for next_turn, next_position, size, part in _batches(pool, turn, position) if step < steps else ():
-        if step >= steps or clock.over:
-            break
-        loss = loss_of(config, padded, size, part, step).mean()
-        if not torch.isfinite(loss):
-            raise FloatingPointError(f"pretrain: the loss is {loss.item()} at step {step}; the state before it is kept")
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, config.CLIP, foreach=True)
-        for group in optimizer.param_groups:
-            group["lr"] = rate(step, config.LR * options.lr_scale, config.WARMUP, steps, decay)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        ema.update(model)
-        step, turn, position = step + 1, next_turn, next_position
-        sums, since, seen = sums + loss.item(), since + 1, seen + len(part)
-        if step % config.LOG_EVERY == 0:
-            extra: dict[str, float] = {}
-            if step % config.VALIDATE_EVERY == 0:
-                with Averaged(ema, model):
-                    extra = validate(config, plain, held)
-            log(step=step, loss=sums / since, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
-            sums, since = 0.0, 0
-        if step % config.SAVE_EVERY == 0:
-            save()
-    save()
-    with Averaged(ema, model):
-        extra = validate(config, plain, held)
-        log(step=step, seconds=clock.elapsed, **extra)
+    pool = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked))
+    method = OnPool(config, model, folder, pool, held_out(config, made), config.LR * options.lr_scale)
+    plan = Plan(
+        STAGE,
+        options.steps or config.STEPS,
+        config.WARMUP,
+        options.decay if options.decay is not None else config.DECAY,
+        clip=config.CLIP,
+        log_every=config.LOG_EVERY,
+        validate_every=config.VALIDATE_EVERY,
+        validate_first=True,
+        save_every=config.SAVE_EVERY,
+    )
+    settings = {"STEPS": plan.steps, "DECAY": plan.decay}
+    trainer = Trainer(plan, method, states, options.out, settings=settings)
+    if before:
+        trainer.resume(before)
+    trainer.run(method.batches(), clock, lambda _step: method.place)
 
 
 def export(config: ModuleType, options: argparse.Namespace) -> None:

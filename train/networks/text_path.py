@@ -7,8 +7,11 @@ lengths, each padded to its longest: attention is causal, so what pads the right
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import torch
 import torch.nn as nn
@@ -17,7 +20,10 @@ from torch import Tensor
 
 from lens.text_encoder import DEFAULT_CHAT_DATE, PREFIX_TOKENS, RETURN, ChatTokenizer
 
-from .loop import keyed
+from ..loop.checkpoints import folder_tensors, load_state
+from ..loop.keys import keyed
+
+ROOT = Path(__file__).resolve().parents[2]
 
 ANSWER = "<|start|>assistant<|channel|>final<|message|>"  # after the user's turn: where a reasoner writes
 
@@ -213,3 +219,36 @@ def rebase_vocabulary(weights: Mapping[str, Tensor], source: Path, target: Path)
                 rows.append(mean + deviation * noise)
         out[name] = torch.stack(rows).to(weights[name].dtype)
     return out
+
+
+@functools.lru_cache(maxsize=4)
+def tokenizer_of(folder: str) -> CaptionTokenizer:
+    return CaptionTokenizer(ROOT / folder)
+
+
+def build(config: ModuleType) -> nn.Module:
+    """A fresh GptOssForCausalLM of the recipe; weights depend on the recipe's seed alone."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    document = json.loads((ROOT / config.TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
+    rows = len(document["model"]["vocab"]) + len(document["added_tokens"])
+    parsed = GptOssConfig(vocab_size=rows, pad_token_id=None, bos_token_id=None, eos_token_id=None, **config.MODEL)
+    parsed._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        torch.manual_seed(keyed(config.SEED, "encoder init").initial_seed())
+        model = GptOssForCausalLM(parsed).float()
+        nn.init.normal_(model.model.embed_tokens.weight, std=config.EMBEDDING_STD)
+    return model.train()
+
+
+def weights_of_folder(config: ModuleType, folder: Path) -> dict[str, Tensor]:
+    """Text encoder of a checkpoint folder in the released layout, its vocabulary carried over to the recipe's tokenizer."""
+    return rebase_vocabulary(folder_tensors(folder / "text_encoder"), folder / "tokenizer", ROOT / config.TOKENIZER)
+
+
+def load_trained(config: ModuleType, path: Path) -> nn.Module:
+    """The averaged model of an encoder state file."""
+    average = load_state(path, "encoder")["ema"]["average"]
+    model = build(config)
+    model.load_state_dict({k.removeprefix("model."): v for k, v in average.items() if k.startswith("model.")})
+    return model

@@ -14,7 +14,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,21 +30,25 @@ from lens.formats.released import save_transformer, transformer_config
 from lens.ops.attention import choice as attention_choice
 from lens.resolution import bucket_size
 
-from . import adapters, configs, cost, parallel
-from .checkpointing import Checkpoints, read_state
+from . import configs, cost
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
-from .data.loader import Encode, Loader
+from .data.loader import Batch, Encode, Loader
 from .data.shards import ShardSet
-from .denoiser import Denoiser
-from .held_out import HeldOut, unseen
-from .loop import Clock, positive
+from .loop import lora as adapters
+from .loop import ranks
+from .loop.checkpoints import Checkpoints, read_state
+from .loop.clock import Clock, positive
+from .loop.ema import Ema
+from .loop.method import About, Losses, Method, Network, Plan, adamw
+from .loop.ranks import Ranks
+from .loop.sheets import Sheets, released_decoder
+from .loop.trainer import ALONE, Trainer
+from .loop.validation import HeldOut, unseen
+from .networks.denoiser import Denoiser
+from .objectives import flow_matching
 from .objectives.velocity import FlowMatching
-from .parallel import Ranks
-from .sheets import Sheets, released_decoder
-from .trainer import Trainer, averaged_names, plain
 
-ALONE = Ranks(torch.device("cpu"))
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -105,14 +110,14 @@ def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Modu
         if lora:
             adapters.attach(model, lora, model.compute)
     # sharded while they weigh nothing: no process ever holds the whole
-    wrapped = parallel.wrap(model, group, recipe.RESHARD) if group.shard > 1 else None
+    wrapped = ranks.wrap(model, group, recipe.RESHARD) if group.shard > 1 else None
     if init is not None:
-        parallel.load_released(model, init, group.device)
+        ranks.load_released(model, init, group.device)
     else:
-        parallel.materialise(model, group.device, recipe.SEED)
+        ranks.materialise(model, group.device, recipe.SEED)
     if lora:
         adapters.start(model, recipe.SEED)
-    return wrapped if wrapped is not None else parallel.wrap(model, group, recipe.RESHARD)
+    return wrapped if wrapped is not None else ranks.wrap(model, group, recipe.RESHARD)
 
 
 def networks(
@@ -128,7 +133,7 @@ def networks(
     if options.encoder is not None:
         if options.vae is None:
             raise ValueError("--encoder: expected --vae, the folder of the VAE stage, beside it")
-        from .generator import Painter
+        from .networks.generator import Painter
 
         found = encoders.mini("mini", options.vae, options.encoder, group.device)
         return *found, Painter(options.vae, "mini")
@@ -245,7 +250,7 @@ def run(options: argparse.Namespace, recipe: ModuleType, stage: str) -> int:
         return 0
     if options.data is None:
         raise ValueError(f"{stage}: expected --data SHARDS for {recipe.__name__.removeprefix('train.configs.')}")
-    with parallel.ranks(options.device, options.shard, most=recipe.SHARD) as group:
+    with ranks.join(options.device, options.shard, most=recipe.SHARD) as group:
         return train(options, recipe, stage, group)
 
 
@@ -284,6 +289,79 @@ def drawn(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
     return found
 
 
+class OnShards(Method):
+    """The MMDiT on micro-batches of shards. model: as `ranks.wrap` gave it. sheet: draws the model's pictures into a file.
+
+    held_out: the model -> its losses on what is never trained on (train/loop/validation.py). flops: of a micro-batch.
+    """
+
+    def __init__(
+        self,
+        recipe: ModuleType,
+        model: nn.Module,
+        objective: FlowMatching,
+        buckets: Sequence[Bucket],
+        sheet: Callable[[Path], None] | None = None,
+        held_out: Callable[[nn.Module], dict[str, float]] | None = None,
+        flops: Callable[[Batch], float] = lambda _batch: 0.0,
+    ):
+        self.recipe, self.model, self.objective = recipe, model, objective
+        self.sheet, self.held_out, self.flops = sheet, held_out, flops
+        self.kinds = tuple(bucket.name for bucket in buckets)
+        whole = ranks.bare(model)
+        trained = {name: p for name, p in whole.named_parameters() if p.requires_grad}
+        optimizer = adamw(trained, recipe.LR, recipe.BETAS, recipe.WEIGHT_DECAY, recipe.EPS)
+        self.networks = {"model": Network(model, optimizer, Ema(whole, recipe.EMA, trained_only=True))}
+
+    def plan(self, stage: str) -> Plan:
+        recipe, validated = self.recipe, self.held_out is not None
+        return Plan(
+            stage,
+            recipe.STEPS,
+            recipe.WARMUP,
+            recipe.DECAY,
+            clip=recipe.CLIP,
+            slots=recipe.SLOTS,
+            skip_limit=recipe.SKIP_LIMIT,
+            log_every=recipe.LOG_EVERY,
+            validate_every=recipe.VALIDATE_EVERY if validated else 0,
+            save_every=recipe.SAVE_EVERY,
+        )
+
+    def losses(self, batch: Batch, step: int) -> dict[str, Losses]:
+        values, times = self.objective(self.model, batch)
+        return {"model": Losses(values, times=times)}
+
+    def about(self, batch: Batch) -> About:
+        count, tokens = len(batch.lengths), batch.bucket.tokens
+        return About(
+            samples=count,
+            weight=flow_matching.micro_batch_weight(self.recipe.LOSS_REDUCTION, count, tokens),
+            kind=batch.bucket.name,
+            place=(batch.step, batch.slot),
+            image_tokens=count * tokens,
+            text_tokens=sum(batch.lengths),
+            skipped_members=len(batch.skipped),
+            flops=self.flops(batch),
+            seen={"bucket": batch.bucket.name, "keys": list(batch.keys)},
+        )
+
+    def validate(self, step: int) -> dict[str, float]:
+        return self.held_out(self.model) if self.held_out is not None else {}
+
+    def draw(self, folder: Path, step: int) -> dict[str, Path]:
+        if self.sheet is None:
+            return {}
+        path = folder / f"sheet_{step:07d}.png"
+        self.sheet(path)
+        return {"sheet": path}
+
+
+def averaged_names(model: nn.Module) -> dict[str, Tensor]:
+    """Where a state's averages go: its name for them -> the parameter. What was not trained has no average but itself."""
+    return {f"{'ema' if p.requires_grad else 'model'}.{n}": p.detach() for n, p in model.named_parameters()}
+
+
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
     clock, out = Clock(options.stop_after), options.out
     shards = ShardSet(options.data)
@@ -291,8 +369,12 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)
-    released = None if state_of(options) else released_config(options.init)
+    folder = state_of(options)
+    released = None if folder else released_config(options.init)
     model, shape = build(recipe, group, released.parent if released else None), model_of(recipe)
+    states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
+    if folder is None and options.init is not None and released is None:
+        states.load(options.init, averaged_names(ranks.bare(model)))
     lora = adapters.of(recipe)
     sheet = None
     if decode is not None:
@@ -300,34 +382,30 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
     group.barrier()
-    losses, held_out = FlowMatching(recipe, shape), None
+    objective, held_out = FlowMatching(recipe, shape), None
     if options.validate is not None:
-        held_out = HeldOut(recipe, group, losses, *unseen(recipe, options.validate, shards, tokenizer, encode))
-    trainer = Trainer(
+        held_out = HeldOut(recipe, group, objective, *unseen(recipe, options.validate, shards, tokenizer, encode))
+    method = OnShards(
         recipe,
-        group,
         model,
-        losses,
-        out,
+        objective,
         sampler.buckets,
-        stage,
         sheet,
-        lambda batch: cost.training_flops(shape, batch.bucket.tokens, batch.lengths, lora),
-        cost.peak_of(group.device),
         held_out,
+        lambda batch: cost.training_flops(shape, batch.bucket.tokens, batch.lengths, lora),
     )
+    peak, fields = cost.peak_of(group.device), configs.fields(recipe)
+    trainer = Trainer(method.plan(stage), method, states, out, group, fields, peak)
     start: Any = 0
-    if (folder := state_of(options)) is not None:
+    if folder is not None:
         state = trainer.resume(folder)
         start = state["data"]
         if group.main:
             for line in changed(recipe, state["settings"]):
                 print(line, flush=True)
-    elif options.init is not None and released_config(options.init) is None:
-        trainer.start_from(options.init)
     if group.main:
-        whence = f"step {trainer.step} of {state_of(options)}" if trainer.step else options.init or "fresh weights"
-        count = sum(p.numel() for p in trainer.parameters.values())
+        whence = f"step {trainer.step} of {folder}" if trainer.step else options.init or "fresh weights"
+        count = sum(p.numel() for p in method.networks["model"].parameters.values())
         print(
             f"{stage}: {count:,} parameters from {whence}; {sum(sampler.sizes):,} samples in {len(sampler.buckets)} "
             f"buckets; {group.world} processes on {group.device.type}; into {out}",
@@ -336,13 +414,13 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_choice.use(recipe.ATTENTION)
     with context:
         batches = encode.ahead(loader.batches(start, group.rank, group.world))
-        trainer.run(batches, loader.state, clock, options.steps)
+        trainer.run(batches, clock, loader.state, options.steps)
     if group.main:
-        print(f"step {trainer.step} is saved: {trainer.checkpoints.latest()}", flush=True)
+        print(f"step {trainer.step} is saved: {states.latest()}", flush=True)
     return 0
 
 
 def changed(recipe: ModuleType, before: dict[str, Any]) -> list[str]:
     """What a resumed training does otherwise than the state says."""
-    now = {name: plain(value) for name, value in configs.fields(recipe).items()}
+    now = json.loads(json.dumps(configs.fields(recipe)))
     return [f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in now if now[name] != before.get(name)]

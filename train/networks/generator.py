@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +17,21 @@ from torch.func import functional_call
 
 from lens import sampler
 from lens.config import LensConfig
+from lens.formats.files import read_json
+from lens.formats.released import transformer_config
 from lens.model import LensTransformer2DModel
 from lens.ops import reference
 from lens.packing import Packing, offsets_of, plan
 
-from . import configs
-from . import encoder as text_stage
-from . import vae as vae_stage
-from .checkpointing import load_state
-from .codec import Latents
-from .data.sheet import contact_sheet
-from .data.stream import Step
-from .loop import keyed
-from .objectives import flow_matching
-from .text_path import residuals
+from .. import configs
+from ..data.sheet import contact_sheet
+from ..data.stream import Step
+from ..loop import lora as adapters
+from ..loop.checkpoints import load_state
+from ..loop.keys import keyed
+from ..objectives import flow_matching
+from .codec import Half, Latents, autoencoder
+from .text_path import CaptionTokenizer, build, encode_batch, residuals
 
 Past = list[tuple[Tensor, Tensor]]  # keys and values of every encoder layer
 
@@ -134,7 +136,7 @@ class Mini(nn.Module):
     def text(self, tokens: Sequence[Sequence[int]], prefix: Sequence[int]) -> list[Tensor]:
         """Per sample features [T, F, E] (T = 0 for an empty list of ids)."""
         present = [ids for ids in tokens if ids]
-        found = iter(text_stage.encode_batch(self.encoder, present, prefix, self.layers) if present else [])
+        found = iter(encode_batch(self.encoder, present, prefix, self.layers) if present else [])
         empty = torch.zeros(0, len(self.layers), self.shape.enc_hidden_dim, device=self.device)
         return [next(found) if ids else empty for ids in tokens]
 
@@ -237,7 +239,8 @@ class Painter:
     def __init__(self, folder: Path, recipe: str = "mini"):
         self.latents, self.decoder = Latents(folder), None  # a released folder's decode with its own decoder
         if (folder / "decoder.pt").is_file():
-            self.decoder = vae_stage.Half(vae_stage.build(configs.load(recipe, "vae")), "decoder").eval()
+            vae = configs.load(recipe, "vae")
+            self.decoder = Half(autoencoder(vae.MODEL, vae.SEED), "decoder").eval()
             self.decoder.load_state_dict(load_state(folder / "decoder.pt", "vae decoder")["ema"]["average"])
 
     @torch.no_grad()
@@ -248,10 +251,38 @@ class Painter:
         return ((x.clamp(-1, 1) + 1) * 127.5).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
+def shaped(config: ModuleType, state: dict[str, Any] | None, init: Path | None) -> ModuleType:
+    """The recipe with the MMDiT that a state was trained with, or that of the folder a training starts from."""
+    given = (state or {}).get("settings", {}).get("MODEL")
+    if state is None and init is not None and init.is_dir():
+        path = init / "transformer" / "config.json"
+        values = vars(transformer_config(read_json(path), str(path)))
+        given = {name: values[name] for name in config.MODEL}
+    return configs.override(config, [f"MODEL={given!r}"]) if given else config
+
+
+def load_trained(
+    config: ModuleType, name: str, path: Path, stage: str = "pretrain", lora_to: Path | None = None
+) -> Mini:
+    """Averaged weights of a state file, adapters merged; `lora_to`: the folder to write these to, where there are any."""
+    encoder_config, state = configs.load(name, "encoder"), load_state(path, stage)
+    model, lora = (
+        Mini(shaped(config, state, None), encoder_config, build(encoder_config)),
+        adapters.of_training(state, None),
+    )
+    if lora:
+        adapters.attach(model.transformer, lora)
+    model.load_state_dict(state["ema"]["average"], strict=True)
+    if lora and lora_to:
+        adapters.save(model.transformer, lora, lora_to)
+    adapters.merge(model.transformer)
+    return model
+
+
 def draw_sheet(
     config: ModuleType,
     model: Mini,
-    tokenizer: text_stage.CaptionTokenizer,
+    tokenizer: CaptionTokenizer,
     painter: Painter,
     path: Path,
     side: int | None = None,

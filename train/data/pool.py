@@ -19,8 +19,8 @@ from torch import Tensor
 
 from lens.resolution import TOKEN_PIXELS
 
-from .data.world import World
-from .loop import keyed
+from ..loop.keys import keyed
+from .world import World
 
 Size = tuple[int, int]  # (height, width) in pixels
 Key = tuple[Size, int]  # the size, and the text length that features are padded to

@@ -14,11 +14,11 @@ from lens import sampler
 from lens.config import LensConfig
 from lens.resolution import bucket_size
 
-from .data import encoders
-from .data.sheet import contact_sheet
-from .objectives import flow_matching
-from .objectives.velocity import velocity
-from .parallel import Ranks
+from ..data import encoders
+from ..data.sheet import contact_sheet
+from ..objectives import flow_matching
+from ..objectives.velocity import velocity
+from .ranks import Ranks
 
 
 class Sheets:

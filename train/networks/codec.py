@@ -1,7 +1,7 @@
 """The latent space of Mini: an overlapped linear transform of pixels, whitened, and the statistics of its tokens.
 
 z = (W * x + b - mean) / std at stride 8, learned in a minute together with its transposed inverse (stage "vae"); a token is
-2x2 of these with channels in the order (c p1 p2), normalised by statistics measured once. See train/vae.py.
+2x2 of these with channels in the order (c p1 p2), normalised by statistics measured once. See train/vae/__init__.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from lens.formats.files import write_atomic
 from lens.formats.vae import load_vae
 from lens.vae import patchify, unpatchify
 
-from .checkpointing import load_state, save_state
-from .data.kinds import CORE
-from .data.labels import CLASSES, COLOURS, labelled
-from .data.world import World
-from .logging import JsonLog
-from .loop import Clock, keyed, rate
-from .objectives.autoencoding import TokenHead, head_accuracy, head_loss
+from ..data.kinds import CORE
+from ..data.labels import CLASSES, COLOURS
+from ..data.world import World
+from ..loop.checkpoints import load_state
+from ..loop.keys import keyed
+from ..objectives.autoencoding import TokenHead
 
 VALIDATION_SEED = 1_000_000_000  # scenes from here on are never trained on
 
@@ -65,6 +64,20 @@ def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(keyed(seed, "vae init").initial_seed())
         return AutoencoderKLFlux2(**shape).train()
+
+
+class Half(nn.Module):
+    """The decoder or the encoder of a VAE with its 1x1 convolution, so that each has its own optimiser and state."""
+
+    def __init__(self, vae: nn.Module, part: str):
+        super().__init__()
+        self.part = part
+        self.body = vae.decoder if part == "decoder" else vae.encoder
+        self.point = vae.post_quant_conv if part == "decoder" else vae.quant_conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Decoder: [n, c, h, w] -> [n, 3, 8h, 8w]. Encoder: the reverse, 2c channels of moments."""
+        return self.body(self.point(x)) if self.part == "decoder" else self.point(self.body(x))
 
 
 def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
@@ -112,74 +125,6 @@ def head_of(config: ModuleType, purpose: str) -> TokenHead:
         return TokenHead(config.MODEL["latent_channels"], sizes, keyed(config.SEED, purpose + " head"))
 
 
-def train_codec(config: ModuleType, out: Path, log: JsonLog, clock: Clock | None = None) -> bool:
-    """Learn the codec and the token statistics; writes out/codec.pt. Stopped by the clock it leaves codec_part.pt, from
-    which the next call goes on, and returns False.
-
-    Loss: mean |decode(z + noise) - x|^2 + head * (cross-entropy of class and colour of every token, read from z + noise by
-    a small network that is then discarded): the linear transform keeps what tells classes and colours apart. With head 0
-    there is no such network.
-    """
-    recipe, seed = config.CODEC, config.SEED
-    pictures, labels = labelled(range(recipe["scenes"]), config.SIDE)
-    validation, held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + 512), config.SIDE)
-    held, pictured = held_out_pictures(config.SIDE), to_model(validation)
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed(seed, "codec init").initial_seed())
-        codec = LinearCodec(config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"])
-    codec.start_from_principal_components(to_model(pictures[:4000]))
-    head = head_of(config, "codec") if recipe["head"] > 0 else None
-    parameters = [*codec.parameters(), *(head.parameters() if head else ())]
-    optimizer = torch.optim.Adam(parameters, lr=recipe["lr"])
-    learned, part, first = nn.ModuleList([codec, *([head] if head else [])]), out / "codec_part.pt", 0
-    if part.is_file():
-        state = load_state(part, "vae codec part")
-        learned.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        first = state["step"]
-    for step in range(first, recipe["steps"]):
-        if clock is not None and clock.over:
-            state = {"model": learned.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            save_state(part, {"stage": "vae codec part", **state})
-            return False
-        generator = keyed(seed, "codec", step)
-        pick = torch.randint(len(pictures), (recipe["batch"],), generator=generator)
-        x = to_model(pictures[pick.numpy()])
-        z = codec.encode(x)
-        rough = z + recipe["noise"] * torch.randn(z.shape, generator=generator)
-        loss = (codec.decode(rough) - x).pow(2).mean()
-        if head:
-            loss = loss + recipe["head"] * head_loss(head(rough), labels[pick])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], 1, recipe["steps"], recipe["steps"])
-        optimizer.step()
-        if step % 500 == 499:
-            codec.eval()
-            with torch.no_grad():
-                found = {f"psnr{name}": psnr(codec.decode(codec.encode(x)), x) for name, x in held.items()}
-                if head:
-                    right = head_accuracy(head.eval()(codec.encode(pictured)), held_labels)
-                    found.update(zip(("class", "colour"), right))
-                    head.train()
-            log(part="codec", step=step + 1, **found)
-            codec.train()
-    codec.eval().requires_grad_(False)
-    mean, var = statistics(lambda pixels: codec.encode(to_model(pixels)), config, pictures)
-    save_state(
-        out / "codec.pt",
-        {
-            "stage": "vae codec",
-            "model": codec.state_dict(),
-            "mean": mean,
-            "var": var,
-            "shape": [config.MODEL["latent_channels"], recipe["encode_kernel"], recipe["decode_kernel"]],
-        },
-    )
-    part.unlink(missing_ok=True)
-    return True
-
-
 Pixels = np.ndarray | torch.Tensor  # uint8 [n, H, W, 3]
 
 
@@ -204,40 +149,6 @@ def statistics(
         tokens += len(rows)
     mean, square = total / tokens
     return mean.float(), (square - mean.pow(2)).float()
-
-
-def probe(config: ModuleType, latents: Latents, log: JsonLog) -> dict[str, float]:
-    """How much a frozen latent space says about its tokens: a fresh head trained on it, accuracy on held-out object tokens.
-
-    Twice: reading clean latents, and latents under unit noise of PROBE's level, as a generator meets them.
-    """
-    recipe, result = config.PROBE, {}
-    pictures, labels = labelled(range(recipe["scenes"]), config.SIDE)
-    held, held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + recipe["held"]), config.SIDE)
-    with torch.no_grad():
-        z, held_z = (
-            torch.cat(
-                [latents.latents(to_model(p[i : i + 250]).to(latents.device)).cpu() for i in range(0, len(p), 250)]
-            )
-            for p in (pictures, held)
-        )
-    std = z.std((0, 2, 3), keepdim=True)
-    for name, noise in (("", 0.0), ("_noisy", recipe["noise"])):
-        head = head_of(config, "probe")
-        optimizer = torch.optim.Adam(head.parameters(), lr=recipe["lr"])
-        for step in range(recipe["steps"]):
-            generator = keyed(config.SEED, "probe", step)
-            pick = torch.randint(len(z), (recipe["batch"],), generator=generator)
-            rough = z[pick] + noise * std * torch.randn((recipe["batch"], *z.shape[1:]), generator=generator)
-            optimizer.zero_grad()
-            head_loss(head(rough), labels[pick]).backward()
-            optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], 1, recipe["steps"], recipe["steps"])
-            optimizer.step()
-        rough = held_z + noise * std * torch.randn(held_z.shape, generator=keyed(config.SEED, "probe held"))
-        right = head_accuracy(head.eval()(rough), held_labels)
-        result.update({f"class{name}": right[0], f"colour{name}": right[1]})
-    log(part="probe", **result)
-    return result
 
 
 class Latents:

@@ -1,8 +1,8 @@
 """Training state on disk: written to a temporary name, flushed, renamed; resumed bit for bit on a CPU.
 
-Two kinds. `save_state` writes one file and serves trainings of one process. `Checkpoints` keeps the states of a training of
-any number of processes, OUT/checkpoints/step_0001000 and so on, written beside the training by PyTorch's distributed
-checkpointing; a state can be loaded by another number of processes than wrote it:
+Two kinds, with the same calls. `StateFile` is one file and serves trainings of one process. `Checkpoints` keeps the states of
+a training of any number of processes, OUT/checkpoints/step_0001000 and so on, written beside the training by PyTorch's
+distributed checkpointing; a state can be loaded by another number of processes than wrote it:
 
     __0_0.distcp ...    the tensors, a file per process
     .metadata           PyTorch's table of them (a pickle: load what you trust)
@@ -34,8 +34,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lens.formats.files import read_json, write_atomic, write_json
 from lens.formats.safetensors import open_shards
 
-from .loop import Halted
-from .parallel import Ranks
+from .clock import Halted
+from .ranks import Ranks
 
 FORMAT = 1
 
@@ -64,6 +64,68 @@ def load_state(path: Path, expect: str) -> dict[str, Any]:
             f"{path}: stage {state.get('stage')!r} format {state.get('format')!r}, expected {expect!r} format {FORMAT}"
         )
     return state
+
+
+class StateFile:
+    """The state of a training of one process: {"model": {name: tensor}, "ema": {"average": {...}}, "optimizer": {key: {...}}} and
+    what is no tensor, in one file that the next save replaces."""
+
+    failed = False  # a save that fails raises at once
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def take_over(self) -> None:
+        """A killed save left a temporary file at most, which no name points to."""
+
+    def wait(self) -> None:
+        """Every save is whole when it returns."""
+
+    def latest(self) -> Path | None:
+        return self.path if self.path.is_file() else None
+
+    def go_on_from(self, where: Path) -> bool:
+        """Whether that state is the one that the next save replaces."""
+        return where == self.path
+
+    def save(self, step: int, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """tensors: "model.NAME", "ema.NAME", "optimizer.KEY.NAME"."""
+        parts: dict[str, dict[str, Tensor]] = {"model": {}, "ema": {}}
+        optimizer: dict[str, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            kind, _, own = name.partition(".")
+            if kind == "optimizer":
+                key, _, own = own.partition(".")
+                optimizer.setdefault(key, {})[own] = value
+            else:
+                parts[kind][own] = value
+        save_state(
+            self.path,
+            {"step": step, **about, "model": parts["model"], "ema": {"average": parts["ema"]}, "optimizer": optimizer},
+        )
+
+    def load(self, where: Path, tensors: Mapping[str, Tensor], expect: str) -> dict[str, Any]:
+        """Fill `tensors` from a state file of stage `expect`; returns what is no tensor of a network.
+
+        Errors: those of `load_state`; ValueError for tensors that are missing or of another shape.
+        """
+        state = load_state(where, expect)
+        optimizer, average = state.pop("optimizer"), state.pop("ema")
+        stored = {f"model.{n}": v for n, v in state.pop("model").items()}
+        stored |= {f"ema.{n}": v for n, v in average["average"].items()}
+        if "param_groups" in optimizer:  # as torch numbers them, in files of before the moments had names
+            order = dict.fromkeys(n.split(".", 2)[2] for n in tensors if n.startswith("optimizer."))
+            for place, name in enumerate(order):
+                for key, value in optimizer["state"].get(place, {}).items():
+                    stored[f"optimizer.{key}.{name}"] = value
+            stored = {n: torch.zeros_like(v) for n, v in tensors.items() if n.startswith("optimizer.")} | stored
+            state["ema_updates"] = average["updates"]
+        else:
+            stored |= {f"optimizer.{key}.{n}": v for key, own in optimizer.items() for n, v in own.items()}
+        _refuse(_unlike(where, tensors, {name: value.shape for name, value in stored.items()}))
+        for name, value in tensors.items():
+            value.copy_(stored[name])
+        return state
 
 
 def folder_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -225,34 +287,34 @@ class Checkpoints:
         pointer = self.folder / "latest"
         return self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
 
-    def load(self, folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    def load(self, folder: Path, tensors: Mapping[str, Tensor], expect: str | None = None) -> dict[str, Any]:
         """Fill `tensors`, sharded as they are, from a state; returns what is not a tensor (see `read_state`).
 
-        Errors: ValueError on all processes for a damaged file (each checks its share), for tensors that are missing or of
-        another shape.
+        Errors: ValueError on all processes for the state of a stage other than `expect`, for a damaged file (each checks its
+        share), for tensors that are missing or of another shape.
         """
         state = read_state(folder)
+        if expect is not None and state["stage"] != expect:
+            raise ValueError(
+                f"{folder}: a state of stage {state['stage']!r}, expected {expect!r}; --init takes its weights"
+            )
         sums = read_json(folder / "checksums.json")
         mine = sorted(sums)[self.group.rank :: self.group.world]
         damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
         _refuse([line for own in self.group.gather(damaged) for line in own])
         reader = dcp.FileSystemReader(folder)
-        stored = reader.read_metadata().state_dict_metadata
-        wrong = [f"{folder}: no tensor {name}" for name in tensors if name not in stored]
-        wrong += [
-            f"{folder}: {name} has shape {list(stored[name].size)}, expected {list(value.shape)}"
-            for name, value in tensors.items()
-            if name in stored and stored[name].size != value.shape
-        ]
-        _refuse(wrong)
+        stored = {name: found.size for name, found in reader.read_metadata().state_dict_metadata.items()}
+        _refuse(_unlike(folder, tensors, stored))
         dcp.load(dict(tensors), storage_reader=reader, process_group=self.group.writers, no_dist=self.group.world == 1)
         return state
 
-    def go_on_from(self, folder: Path) -> None:
-        """A state of this folder is the latest from now on: an older one begins a new branch."""
-        if self.group.main and folder.parent == self.folder:
+    def go_on_from(self, folder: Path) -> bool:
+        """A state of this folder is the latest from now on: an older one begins a new branch. Returns whether it is of it."""
+        own = folder.parent == self.folder
+        if self.group.main and own:
             write_text(self.folder / "latest", folder.name + "\n")
         self.group.barrier()
+        return own
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -268,6 +330,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def _intact(path: Path, sha256: str) -> bool:
     return path.is_file() and _sha256(path) == sha256
+
+
+def _unlike(where: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any]) -> list[str]:
+    """What of `tensors` a state lacks or has in another shape. stored: name -> shape."""
+    wrong = [f"{where}: no tensor {name}" for name in tensors if name not in stored]
+    return wrong + [
+        f"{where}: {name} has shape {list(stored[name])}, expected {list(value.shape)}"
+        for name, value in tensors.items()
+        if name in stored and stored[name] != value.shape
+    ]
 
 
 def _refuse(lines: list[str]) -> None:

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -31,39 +32,20 @@ from torch import Tensor
 from lens.formats.text_encoder import save_text_encoder
 
 from . import configs
-from .checkpointing import folder_tensors, load_state, save_state
 from .data import grammar, questions
-from .data.stream import start_worker, undisturbed
 from .data.world import World
-from .logging import JsonLog
-from .loop import Clock, Ema, device_of, duration, keyed, rate
+from .loop.checkpoints import StateFile, load_state
+from .loop.clock import Clock, duration
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.method import About, Losses, Method, Network, Plan, adamw
+from .loop.ranks import Ranks, device_of
+from .loop.trainer import Trainer
+from .loop.workers import start_worker, undisturbed
+from .networks.text_path import build, encode_packed, load_trained, tokenizer_of, weights_of_folder
 from .objectives import language
-from .text_path import CaptionTokenizer, encode_batch, encode_packed, rebase_vocabulary
 
-__all__ = ["CaptionTokenizer", "build", "encode_batch", "load_trained", "tokenizer_of", "weights_of_folder"]
-
-ROOT = Path(__file__).resolve().parents[1]
 VALIDATION_SEED = 1_000_000_000
-
-
-def build(config: ModuleType) -> nn.Module:
-    """A fresh GptOssForCausalLM of the recipe; weights depend on the recipe's seed alone."""
-    from transformers import GptOssConfig, GptOssForCausalLM
-
-    document = json.loads((ROOT / config.TOKENIZER / "tokenizer.json").read_text(encoding="utf-8"))
-    rows = len(document["model"]["vocab"]) + len(document["added_tokens"])
-    parsed = GptOssConfig(vocab_size=rows, pad_token_id=None, bos_token_id=None, eos_token_id=None, **config.MODEL)
-    parsed._attn_implementation = "eager"
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed(config.SEED, "encoder init").initial_seed())
-        model = GptOssForCausalLM(parsed).float()
-        nn.init.normal_(model.model.embed_tokens.weight, std=config.EMBEDDING_STD)
-    return model.train()
-
-
-@functools.lru_cache(maxsize=4)
-def tokenizer_of(folder: str) -> CaptionTokenizer:
-    return CaptionTokenizer(ROOT / folder)
 
 
 @functools.lru_cache(maxsize=4)
@@ -109,7 +91,7 @@ class Maker:
         return language.Batch(ids, begins, asked)
 
 
-def batches(make: Maker, step: int, workers: int) -> Iterator[language.Batch]:
+def batches(make: Maker, step: int, workers: int) -> Generator[language.Batch, None, None]:
     """`make(step)`, `make(step + 1)`, ... without end; with workers, processes of their own stay a few steps ahead."""
     if not workers:
         while True:
@@ -140,104 +122,80 @@ def losses(
     return language.next_token(model, packed[:, -1], batch), probe, accuracy
 
 
-def weights_of_folder(config: ModuleType, folder: Path) -> dict[str, Tensor]:
-    """Text encoder of a checkpoint folder in the released layout, its vocabulary carried over to the recipe's tokenizer."""
-    return rebase_vocabulary(folder_tensors(folder / "text_encoder"), folder / "tokenizer", ROOT / config.TOKENIZER)
+class TrainEncoder(Method):
+    """The language model and the readers of its features, in one network: they learn and are averaged alike."""
+
+    def __init__(self, config: ModuleType, recipe: Mapping[str, Any], device: str):
+        if config.LAYERS[-1] != config.MODEL["num_hidden_layers"] - 1:
+            raise ValueError(f"encoder: LAYERS {config.LAYERS} must end with the last layer, which the head reads")
+        self.config, self.recipe, self.device = config, recipe, device
+        self.make, self.prefix = Maker.of(config), tokenizer_of(config.TOKENIZER).prefix
+        with torch.random.fork_rng():
+            torch.manual_seed(keyed(config.SEED, "probe init").initial_seed())
+            readers = language.Readers(len(config.LAYERS) * config.MODEL["hidden_size"])
+        self.both = nn.ModuleDict({"model": build(config), "readers": readers})
+
+    def begin(self, init: Path | None = None) -> None:
+        """Give the networks the weights that they start from: those of a state, or the model's of a checkpoint folder."""
+        if init is not None and init.is_dir():  # the readers are not shipped: they start afresh
+            self.both["model"].load_state_dict(weights_of_folder(self.config, init))
+        elif init is not None:
+            self.both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
+        self.both.to(self.device)
+        named, recipe = dict(self.both.named_parameters()), self.recipe
+        optimizer = adamw(named, recipe["lr"], decay=recipe["weight_decay"], vectors_decay=True)
+        self.networks = {"encoder": Network(self.both, optimizer, Ema(self.both, recipe["ema"]))}
+
+    def about(self, batch: language.Batch) -> About:
+        return About(len(batch.ids), text_tokens=sum(map(len, batch.ids)))
+
+    def losses(self, batch: language.Batch, step: int) -> dict[str, Losses]:
+        words, probe, _ = self._losses(batch)
+        return {"encoder": Losses(words[None], beside=self.recipe["probe"] * probe, terms={"probe": probe})}
+
+    def _losses(self, batch: language.Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return losses(self.both["model"], self.both["readers"], self.prefix, self.config.LAYERS, batch)
+
+    @torch.no_grad()
+    def validate(self, step: int) -> dict[str, float]:
+        words, probe, right = self._losses(self.held)
+        found = {"held_loss": words, "held_probe": probe}
+        found |= {f"held_{name.replace(' ', '_')}": value for name, value in right.items()}
+        return {name: value.item() for name, value in found.items()}
+
+    @functools.cached_property
+    def held(self) -> language.Batch:
+        return self.make.batch(range(VALIDATION_SEED, VALIDATION_SEED + self.config.VALIDATION))
 
 
 def train(
     config: ModuleType,
     out: Path,
-    log: JsonLog,
     clock: Clock,
     init: Path | None,
     steps: int | None,
     device: str = "cpu",
     workers: int = 0,
 ) -> None:
-    """The loop. State: model and readers, optimiser, averages, step."""
+    """Train until the steps or the clock are over."""
     recipe = {**config.TRAIN, "steps": steps or config.TRAIN["steps"]}
-    if config.LAYERS[-1] != config.MODEL["num_hidden_layers"] - 1:
-        raise ValueError(f"encoder: LAYERS {config.LAYERS} must end with the last layer, which the head reads")
-    make, prefix = Maker.of(config), tokenizer_of(config.TOKENIZER).prefix
-    model = build(config)
-    with torch.random.fork_rng():
-        torch.manual_seed(keyed(config.SEED, "probe init").initial_seed())
-        readers = language.Readers(len(config.LAYERS) * config.MODEL["hidden_size"])
-    both = nn.ModuleDict({"model": model, "readers": readers})
-    state, step, path = None, 0, out / "encoder.pt"
-    if path.is_file():
-        state = load_state(path, "encoder")
-        both.load_state_dict(state["model"])
-        step = state["step"]
-    elif init is not None and init.is_dir():  # the readers are not shipped: they start afresh
-        model.load_state_dict(weights_of_folder(config, init))
-    elif init is not None:
-        both.load_state_dict(load_state(init, "encoder")["ema"]["average"])
-    both.to(device)
-    optimizer = torch.optim.AdamW(
-        both.parameters(), lr=recipe["lr"], betas=(0.9, 0.95), weight_decay=recipe["weight_decay"], fused=True
+    states, method = StateFile(out / "encoder.pt"), TrainEncoder(config, recipe, device)
+    before = states.latest()
+    method.begin(init if before is None else None)
+    plan = Plan(
+        "encoder",
+        recipe["steps"],
+        recipe["warmup"],
+        recipe["decay"],
+        log_every=config.LOG_EVERY,
+        validate_every=config.LOG_EVERY,
+        save_every=config.SAVE_EVERY,
     )
-    ema = Ema(both, recipe["ema"])
-    if state is not None:
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load(state["ema"])
-
-    words = probe = torch.zeros(())
-
-    def expect_finite() -> None:
-        if not torch.isfinite(words + probe):
-            raise FloatingPointError(f"encoder: loss {words.item()}, readers' loss {probe.item()} at step {step}")
-
-    def save() -> None:
-        expect_finite()  # broken weights must not replace the state before them
-        save_state(
-            path,
-            {
-                "stage": "encoder",
-                "model": both.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.state(),
-                "step": step,
-            },
-        )
-
-    held = make.batch(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION))
-    for batch in batches(make, step, workers):
-        if step >= recipe["steps"] or clock.over:
-            break
-        words, probe, _ = losses(model, readers, prefix, config.LAYERS, batch)
-        optimizer.zero_grad(set_to_none=True)
-        (words + recipe["probe"] * probe).backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.param_groups[0]["lr"] = rate(step, recipe["lr"], recipe["warmup"], recipe["steps"], recipe["decay"])
-        optimizer.step()
-        ema.update(both)
-        step += 1
-        if step % config.LOG_EVERY == 0:
-            expect_finite()
-            with torch.no_grad():
-                held_words, held_probe, right = losses(model, readers, prefix, config.LAYERS, held)
-            log(
-                step=step,
-                loss=words.item(),
-                probe=probe.item(),
-                held_loss=held_words.item(),
-                held_probe=held_probe.item(),
-                **{f"held_{name.replace(' ', '_')}": value.item() for name, value in right.items()},
-                seconds=clock.elapsed,
-            )
-        if step % config.SAVE_EVERY == 0:
-            save()
-    save()
-
-
-def load_trained(config: ModuleType, path: Path) -> nn.Module:
-    """The averaged model of an encoder state file."""
-    average = load_state(path, "encoder")["ema"]["average"]
-    model = build(config)
-    model.load_state_dict({k.removeprefix("model."): v for k, v in average.items() if k.startswith("model.")})
-    return model
+    trainer = Trainer(plan, method, states, out, Ranks(torch.device(device)))
+    if before is not None:
+        trainer.resume(before)
+    with closing(batches(method.make, trainer.step, workers)) as ahead:
+        trainer.run(ahead, clock)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,6 +238,6 @@ def run(options: argparse.Namespace) -> int:
 
         return linear_probe.run(config, options)
     else:
-        log, clock = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
-        train(config, options.out, log, clock, options.init, options.steps, options.device, options.workers)
+        clock = Clock(options.stop_after)
+        train(config, options.out, clock, options.init, options.steps, options.device, options.workers)
     return 0

@@ -31,8 +31,24 @@ from lens.formats.released import transformer_config
 from lens.formats.safetensors import load_parameters
 from lens.model import LensTransformer2DModel, init_parameter
 
-from .denoiser import Denoiser
-from .loop import device_of, keyed, local
+from ..networks.denoiser import Denoiser
+from .keys import keyed
+
+
+def device_of(name: str) -> torch.device:
+    """ "cpu" or "cuda" -> the device; float32 products there are float32 ones (TF32 off). Errors: ValueError."""
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device: {name!r}, expected 'cpu' or 'cuda'")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: 'cuda' was asked for, but torch finds no usable GPU; expected 'cpu' here")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    return torch.device(name)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a parameter, gradient or average that lies on this process; a view. All of it where nothing is sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class Ranks:
 
 
 @contextmanager
-def ranks(device: str = "cpu", shard: int | None = None, most: int = 8, minutes: float = 10) -> Iterator[Ranks]:
+def join(device: str = "cpu", shard: int | None = None, most: int = 8, minutes: float = 10) -> Iterator[Ranks]:
     """Join the processes that torchrun started, or be alone; leaves the group at the end.
 
     shard: ranks over which one copy of the state is laid; default: those of this node, at `most` so many. It must divide

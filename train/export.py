@@ -17,11 +17,11 @@ from lens.formats.text_encoder import save_text_encoder
 from lens.sampler import Scheduler
 
 from . import configs
-from . import encoder as text_stage
 from . import vae as vae_stage
-from .checkpointing import load_state, write_text
-from .logging import read_log
-from .pretrain import load_trained
+from .loop.checkpoints import load_state, write_text
+from .loop.log import read_log
+from .networks.generator import load_trained
+from .networks.text_path import ROOT
 
 STAGES = ("world", "vae", "encoder", "pretrain")
 
@@ -46,7 +46,7 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
     earlier = read_json(before / "recipe.json") if before else {}
     logs = {path.name: path.read_text(encoding="utf-8") for path in before.glob("*.jsonl")} if before else {}
     done = read_index(before)["lens"]["trained_steps"] if before else 0
-    tokenizer = text_stage.ROOT / configs.load(options.config, "encoder").TOKENIZER
+    tokenizer = ROOT / configs.load(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
         write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
     model = load_trained(config, options.config, options.out / f"{stage}.pt", stage, folder / "lora")

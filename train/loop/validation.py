@@ -11,24 +11,29 @@ latter that the captions take away; `with_text_512` and so on: of a base.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
-from .data import encoders
-from .data.buckets import Bucket, BucketLaw, BucketSampler
-from .data.loader import Encode, Loader
-from .data.shards import ShardSet
-from .parallel import Ranks
-from .trainer import Losses
+from ..data import encoders
+from ..data.buckets import Bucket, BucketLaw, BucketSampler
+from ..data.loader import Encode, Loader
+from ..data.shards import ShardSet
+from .ranks import Ranks
+
+Objective = Callable[
+    [nn.Module, Any], tuple[torch.Tensor, torch.Tensor]
+]  # (model, batch) -> loss and time of every picture
 
 
 class HeldOut:
     """Called by every rank with the wrapped model. loader: no caption dropped."""
 
-    def __init__(self, recipe: ModuleType, group: Ranks, losses: Losses, loader: Loader, encode: Encode):
+    def __init__(self, recipe: ModuleType, group: Ranks, losses: Objective, loader: Loader, encode: Encode):
         self.recipe, self.group, self.losses, self.loader, self.encode = recipe, group, losses, loader, encode
         self.bases = sorted({bucket.base for bucket in loader.sampler.buckets})
 

@@ -1,4 +1,4 @@
-"""Stage "eye": the judge of classes, boxes and colours (train/evaluate/eye.py), trained on scenes with exact boxes.
+"""Stage "eye": the judge of classes, boxes and colours (train/evaluate/detector.py), trained on scenes with exact boxes.
 
     python -m train eye --config mini --out runs/eye --stop-after 9m       # again to resume, bit-equal on a CPU
     python -m train eye --config mini --out runs/eye --vae runs/vae        # reconstructions join the copies
@@ -7,16 +7,18 @@
 
 Scenes of both splits and of every class and task are drawn on the fly (a generator's held-out pairs are no secret to its
 judge; the benchmark's seeds are), together with copies as a generator might draw them: bent, blurred, shrunk and enlarged,
-reconstructed from disturbed latents, noisy, of another tone. The loss is stated in train/evaluate/eye.py. What is
+reconstructed from disturbed latents, noisy, of another tone. The loss is stated in train/evaluate/detector.py. What is
 exported are averaged weights and the normalisation statistics that belong to them.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+from collections.abc import Generator
 from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import closing, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -26,16 +28,20 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .checkpointing import load_state, save_state, write_text
-from .codec import LinearCodec, to_model
 from .data.kinds import KINDS, PALETTE
-from .data.stream import start_worker, undisturbed
 from .data.world import Scene, World
 from .evaluate import oracle
 from .evaluate.copies import copies
-from .evaluate.eye import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss
-from .logging import JsonLog
-from .loop import Clock, Ema, duration, keyed, rate
+from .evaluate.detector import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss
+from .loop.checkpoints import StateFile, load_state, write_text
+from .loop.clock import Clock, duration
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.method import About, Losses, Method, Network, Plan, adamw
+from .loop.ranks import Ranks
+from .loop.trainer import Trainer
+from .loop.workers import start_worker, undisturbed
+from .networks.codec import LinearCodec, to_model
 
 VALIDATION_SEED = 1_000_000_000
 CALIBRATION = 20  # batches whose statistics go with the averaged weights
@@ -102,28 +108,29 @@ def codec_of(folder: Path) -> LinearCodec:
     return codec.eval().requires_grad_(False)
 
 
-class Feed:
-    """Scenes of step after step; with workers, drawn ahead by other processes. The same pictures either way."""
+Drawn = tuple[int, list[Scene], np.ndarray]  # a step and what it sees
 
-    def __init__(self, config: ModuleType, first: int, workers: int):
-        self.config, self.next, self.ready = config, first, {}
-        self.pool = ProcessPoolExecutor(workers, get_context("spawn"), start_worker) if workers else None
-        self.ahead = 3 * workers
-        self.settings = {k: v for k, v in vars(config).items() if k in ("SEED", "BATCHES")}
 
-    def take(self, step: int) -> tuple[list[Scene], np.ndarray]:
-        if self.pool is None:
-            return scenes_of(self.config, step)
-        while self.next < step + self.ahead:
-            with undisturbed():
-                self.ready[self.next] = self.pool.submit(_scenes_by_settings, self.settings, self.next)
-            self.next += 1
-        future: Future = self.ready.pop(step)
-        return future.result()
-
-    def close(self) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
+def drawn(config: ModuleType, step: int, workers: int) -> Generator[Drawn, None, None]:
+    """Step after step; with workers, drawn ahead by other processes. The same pictures either way."""
+    if not workers:
+        while True:
+            yield step, *scenes_of(config, step)
+            step += 1
+    settings = {k: v for k, v in vars(config).items() if k in ("SEED", "BATCHES")}
+    with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
+        waiting: dict[int, Future] = {}
+        try:
+            while True:
+                for near in range(step, step + 3 * workers):
+                    if near not in waiting:
+                        with undisturbed():  # a pool may start its last worker here
+                            waiting[near] = pool.submit(_scenes_by_settings, settings, near)
+                yield step, *waiting.pop(step).result()
+                step += 1
+        finally:
+            for future in waiting.values():
+                future.cancel()
 
 
 def _scenes_by_settings(settings: dict, step: int) -> tuple[list[Scene], np.ndarray]:
@@ -132,11 +139,12 @@ def _scenes_by_settings(settings: dict, step: int) -> tuple[list[Scene], np.ndar
     return scenes_of(config, step)
 
 
-class Trainer:
-    """Net, optimiser, averages and step; one state file."""
+class TrainEye(Method):
+    """A batch: (step, scenes, pixels). The statistics of its norms belong to the batches; those that go with the averaged weights
+    are measured when these are asked for."""
 
-    def __init__(self, config: ModuleType, out: Path, vae: Path | None, device: str, init: Path | None):
-        self.config, self.out, self.device = config, out, torch.device(device)
+    def __init__(self, config: ModuleType, vae: Path | None, device: str, init: Path | None = None):
+        self.config, self.device = config, torch.device(device)
         self.codec = codec_of(vae) if vae is not None else None
         self.eye = build(config)
         if init is not None and init.suffix == ".pt":
@@ -145,51 +153,41 @@ class Trainer:
         elif init is not None:
             self.eye.load_state_dict(Eye.load(init).state_dict())
         self.eye.to(self.device).train()
-        groups: dict[bool, list] = {}
-        for parameter in self.eye.parameters():
-            groups.setdefault(parameter.dim() > 1, []).append(parameter)
-        decays = {True: config.WEIGHT_DECAY, False: 0.0}
-        self.optimizer = torch.optim.AdamW(
-            [{"params": p, "weight_decay": decays[matrix]} for matrix, p in groups.items()],
-            betas=config.BETAS,
-            fused=True,
-        )
-        self.ema, self.step, self.path = Ema(self.eye, config.EMA), 0, out / "eye.pt"
+        self.ema = Ema(self.eye, config.EMA)
+        optimizer = adamw(dict(self.eye.named_parameters()), config.LR, config.BETAS, config.WEIGHT_DECAY)
+        self.networks = {"eye": Network(self.eye, optimizer, self.ema)}
 
-    def resume(self) -> None:
-        state = load_state(self.path, "eye")
-        self.eye.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ema.load(state["ema"])
-        self.step = state["step"]
+    def plan(self, steps: int | None, decay: int | None) -> Plan:
+        config = self.config
+        return Plan(
+            "eye",
+            steps or config.STEPS,
+            config.WARMUP,
+            decay or config.DECAY,
+            clip=config.CLIP,
+            log_every=config.LOG_EVERY,
+            validate_every=config.EVALUATE_EVERY,
+            save_every=config.SAVE_EVERY,
+        )
 
     def inputs(self, scenes: list[Scene], pixels: np.ndarray, step: int) -> tuple[Tensor, Targets]:
         x, targets = copies(to_model(pixels), self.config, step, self.codec), targets_of(scenes, self.eye)
         return x.to(self.device), Targets(**{k: v.to(self.device) for k, v in vars(targets).items()})
 
-    def autocast(self) -> AbstractContextManager:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.config.AUTOCAST else nullcontext()
+    def about(self, batch: Drawn) -> About:
+        return About(len(batch[1]))
 
-    def train_step(self, scenes: list[Scene], pixels: np.ndarray, lr: float) -> dict[str, Tensor]:
-        x, targets = self.inputs(scenes, pixels, self.step)
-        with self.autocast():
+    def losses(self, batch: Drawn, step: int) -> dict[str, Losses]:
+        _, scenes, pixels = batch
+        x, targets = self.inputs(scenes, pixels, step)
+        with torch.autocast(self.device.type, torch.bfloat16) if self.config.AUTOCAST else nullcontext():
             outputs = self.eye(x)
         terms = loss(outputs, targets)
-        if not torch.isfinite(terms["loss"]):
-            raise FloatingPointError(f"eye: loss is {terms['loss'].item()} at step {self.step}")
-        self.optimizer.zero_grad(set_to_none=True)
-        terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.eye.parameters(), self.config.CLIP)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.ema.update(self.eye)
-        self.step += 1
-        return {name: value.detach() for name, value in terms.items()}
+        return {"eye": Losses(terms.pop("loss")[None], terms=terms)}
 
     @torch.no_grad()
-    def averaged(self) -> Eye:
-        """A copy with averaged weights whose normalisation statistics were measured on CALIBRATION batches."""
+    def averaged(self, step: int) -> Eye:
+        """A copy with averaged weights whose normalisation statistics were measured on CALIBRATION batches from a step on."""
         eye = build(self.config)
         self.ema.copy_to(eye)
         norms = [m for m in eye.modules() if isinstance(m, torch.nn.BatchNorm2d)]
@@ -197,51 +195,29 @@ class Trainer:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
         eye.to(self.device).train()
-        for i in range(CALIBRATION):
-            at = self.step + i
+        for at in range(step, step + CALIBRATION):
             eye(self.inputs(*scenes_of(self.config, at), at)[0])
         for norm in norms:
             norm.momentum = 0.1
         return eye.to("cpu").eval().requires_grad_(False)
 
-    def save(self) -> None:
-        save_state(
-            self.path,
-            {
-                "stage": "eye",
-                "model": self.eye.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "ema": self.ema.state(),
-                "step": self.step,
-            },
-        )
+    def validate(self, step: int) -> dict[str, float]:
+        shares = oracle.measure(self.averaged(step), self.held)["shares"]
+        return {f"right_{name}": share for name, share in shares.items()}
+
+    @functools.cached_property
+    def held(self) -> oracle.Questions:
+        return oracle.Questions.draw(self.config.VALIDATION, VALIDATION_SEED)
 
 
 def train(config: ModuleType, options: argparse.Namespace) -> None:
-    log, clock = JsonLog(options.out / "log.jsonl"), Clock(options.stop_after)
-    trainer = Trainer(config, options.out, options.vae, options.device, options.init)
-    if trainer.path.is_file():
-        trainer.resume()
-    steps, decay = options.steps or config.STEPS, options.decay or config.DECAY
-    feed, sums, since, seen = Feed(config, trainer.step, options.workers), {}, 0, 0
-    held = oracle.Questions.draw(config.VALIDATION, VALIDATION_SEED)
-    while trainer.step < steps and not clock.over:
-        scenes, pixels = feed.take(trainer.step)
-        terms = trainer.train_step(scenes, pixels, rate(trainer.step, config.LR, config.WARMUP, steps, decay))
-        sums = {name: sums.get(name, 0.0) + value for name, value in terms.items()}
-        since, seen = since + 1, seen + len(scenes)
-        if trainer.step % config.LOG_EVERY == 0:
-            means = {name: (value / since).item() for name, value in sums.items()}
-            extra = {}
-            if trainer.step % config.EVALUATE_EVERY == 0:
-                shares = oracle.measure(trainer.averaged(), held)["shares"]
-                extra = {f"right_{name}": share for name, share in shares.items()}
-            log(step=trainer.step, **means, rate=seen / clock.elapsed, seconds=clock.elapsed, **extra)
-            sums, since = {}, 0
-        if trainer.step % config.SAVE_EVERY == 0:
-            trainer.save()
-    feed.close()
-    trainer.save()
+    clock, states = Clock(options.stop_after), StateFile(options.out / "eye.pt")
+    method = TrainEye(config, options.vae, options.device, options.init)
+    trainer = Trainer(method.plan(options.steps, options.decay), method, states, options.out, Ranks(method.device))
+    if (before := states.latest()) is not None:
+        trainer.resume(before)
+    with closing(drawn(config, trainer.step, options.workers)) as ahead:
+        trainer.run(ahead, clock)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -285,9 +261,10 @@ def run(options: argparse.Namespace) -> int:
     if options.asset is not None:
         eye, step = Eye.load(options.asset), None
     else:
-        trainer = Trainer(config, options.out, options.vae, "cpu", None)
-        trainer.resume()
-        eye, step = trainer.averaged(), trainer.step
+        method, states = TrainEye(config, options.vae, "cpu"), StateFile(options.out / "eye.pt")
+        trainer = Trainer(method.plan(None, None), method, states, options.out)
+        trainer.resume(states.path)
+        eye, step = method.averaged(trainer.step), trainer.step
     if options.export:
         eye.save(options.export, {})
         eye = Eye.load(options.export)  # what is measured is what ships

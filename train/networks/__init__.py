@@ -1,0 +1,1 @@
+"""The networks as training sees them, and how weights get into them."""
