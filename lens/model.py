@@ -119,6 +119,7 @@ class Block(nn.Module):
         )
         del q, k, v  # three rows of the width for every token, while the MLP needs the most
         live = both[:1] if last else both
+        gate1, shift2, scale2, gate2 = (rows[: len(live)] for rows in (gate1, shift2, scale2, gate2))
         x, out = x[: len(live)], [adapted(s.out, adapter) for s in live]
         residuals = linear_residual(x, attention[: len(live)], out, gate1, offsets, groups)
         del attention
