@@ -174,7 +174,7 @@ def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):
         places = image_offsets.diff().tolist(), text_offsets.diff().tolist(), image_offsets, text_offsets
         return *ops.reference.joint_attention(q, k, v, *places, text_queries, scale), None
 
-    monkeypatch.setattr(attention._attention_hopper, "forward", forward)
+    monkeypatch.setattr(attention.hopper, "forward", forward)
     own = next(c for c in attention_choice.CANDIDATES if c.name == attention.OWN)
     left_out = case.prepare(CPU).left_out
     assert {left_out[name] for name in attention.MODES} == {left_out[attention.OWN]}

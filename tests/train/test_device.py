@@ -61,7 +61,7 @@ def gradients(model, compute, step):
 
 def test_padded_text_equals_each_caption_alone(model, step):
     packed, last = model.packed_text(step.ids, LENGTHS, model.past(PREFIX))
-    alone = encoder.encode_batch(
+    alone = text_path.encode_batch(
         model.encoder, [ids[:n].tolist() for ids, n in zip(step.ids, LENGTHS)], PREFIX, model.layers
     )
     assert packed.shape == (sum(LENGTHS), 4, 128)
@@ -182,7 +182,13 @@ def test_the_gpu_recipe_runs_small(tmp_path, monkeypatch):
     assert written["pretrain"]["MODEL"]["num_layers"] == 7
     assert [written["pretrain"][name] for name in ("STEPS", "DECAY", "JOINT_STEPS")] == [2, 1, 1]  # as run
     assert written["encoder"]["MODEL"]["hidden_size"] == 160
-    assert set(written["world"]) == {"SIDE", "CLASSES", "TASKS", "CAPTIONS"}  # its own numbers, no other recipe's
+    assert set(written["world"]) == {
+        "SIDE",
+        "CLASSES",
+        "TASKS",
+        "CAPTIONS",
+        "PHOTOGRAPHS",
+    }  # its own numbers, no other recipe's
     for stage in ("world", "vae", "encoder", "pretrain"):
         assert written[stage].keys() <= shipping.recipe("mini")[stage].keys() | {"JOINT"}
     assert (options.export / "encoder.jsonl").read_text() == '{"step": 7}\n'  # of the encoder that trained beside it

@@ -177,5 +177,5 @@ def test_adapters_beside_weights_in_bfloat16_train_alike(shard, adapters_alone, 
 
 def test_shards_that_do_not_divide_the_processes_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="--shard: 3 does not divide the 4 processes"), ranks.ranks("cpu", 3):
+    with pytest.raises(ValueError, match="--shard: 3 does not divide the 4 processes"), ranks.join("cpu", 3):
         pass
