@@ -51,9 +51,9 @@ import torch
 for name in ("safetensors", "tokenizers", "transformers", "diffusers", "PIL", "jinja2"):
     print(name, importlib.import_module(name).__version__)
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "without a usable GPU")
-from lens.ops import backend
+from lens.doctor.ops import report
 
-for op, chosen, reason in backend.report():
+for op, chosen, reason in report():
     print(f"{op:32} {chosen:10} {reason}")
 PYTHON
 }

@@ -70,7 +70,7 @@ FOREIGN = [
 
 def test_foreign_names_stop_at_the_formats():
     formats = ROOT / "lens" / "formats"
-    lora = ROOT / "train" / "adapters.py"  # which writes what formats/lora.py reads
+    lora = ROOT / "train" / "loop" / "lora.py"  # which writes what formats/lora.py reads
     paths = [p for p in files("lens", "train", "bench", suffixes={".py"}) if p.parent != formats and p != lora]
     assert lines_with("|".join(FOREIGN), paths) == []
     own = "".join(path.read_text() for path in formats.glob("*.py"))

@@ -141,14 +141,15 @@ class Method:
         return tuple(name for name, network in self.networks.items() if network.optimizer is not None)
 
     def losses(self, batch: Any, step: int) -> dict[str, Losses]:
-        """name -> losses, of some or all of those whose turn it is."""
-        raise NotImplementedError
+        """name -> losses, of some or all of those whose turn it is. Every method has its own."""
+        raise TypeError(f"{type(self).__name__} does not say its losses")
 
     def after(self, step: int) -> None:
         """What a step that was taken brings beside: averages of another kind, say."""
 
     def about(self, batch: Any) -> About:
-        raise NotImplementedError
+        """What is known of a micro-batch before it is computed. Every method has its own."""
+        raise TypeError(f"{type(self).__name__} does not say what it knows of a batch")
 
     def state(self) -> dict[str, Any]:
         """What a resume needs and no tensor of a network holds: plain values."""
