@@ -37,7 +37,7 @@ def test_signature_is_the_published_one():
         "num_images_per_prompt": 1, "seed": None, "generator": None, "latents": None, "prompt_embeds": None,
         "prompt_mask": None, "negative_prompt_embeds": None, "negative_prompt_mask": None, "max_sequence_length": 512,
         "truncation": "reference", "output_type": "pil", "return_dict": True, "callback_on_step_end": None,
-        "callback_on_step_end_tensor_inputs": ("latents",), "chat_date": "2026-05-23",
+        "callback_on_step_end_tensor_inputs": ("latents",), "chat_date": "2026-05-23", "solver": "euler",
     }  # fmt: skip
     load = inspect.signature(LensPipeline.from_pretrained).parameters
     expected = {"source": "mini", "variant": None, "device": None, "dtype": None, "residency": None}
