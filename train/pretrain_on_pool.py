@@ -180,7 +180,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     model.requires_grad_(True).train()
     model.batch_invariant = False
     latents = Latents(folder / "vae")
-    world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS)
+    world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS, config.PHOTOGRAPHS)
     latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
     made = Encoded(config, world, latents.encode, Reader(folder, configs.load("mini", "encoder")))
     pool = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked))

@@ -33,6 +33,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from lens.formats.files import write_atomic, write_json
+
 from .curate import differing
 from .photographs import ASSETS, HORIZON, PLACES, VIEWS, file_of
 
@@ -180,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1 if wrong else 0
     for name, pixels in crops.items():
         save = functools.partial(Image.fromarray(pixels).save, format="WEBP", quality=QUALITY, method=6)
-        files.write_atomic(ASSETS / f"{name}.webp", save)
+        write_atomic(ASSETS / f"{name}.webp", save)
     manifest = {
         "package": PACKAGE,
         "openexr": OPENEXR,
@@ -188,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         "side": SIDE,
         "rgb_sha256": {name: pixel_hash(image) for name, image in stored().items()},
     }
-    files.write_json(ASSETS / "manifest.json", manifest)
+    write_json(ASSETS / "manifest.json", manifest)
     print(f"{len(crops)} photographs, {sum(f.stat().st_size for f in ASSETS.glob('*.webp'))} bytes")
     return 0
 

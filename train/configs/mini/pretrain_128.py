@@ -18,6 +18,7 @@ TEXT_BINS = (16, 32, 72, 88, 104, 120, 160)  # brief captions end at 33 tokens; 
 CLASSES = kinds.CORE
 TASKS = world.TASKS
 CAPTIONS = {"geneval": 0.10, "brief": 0.38, "dense": 0.52}  # English alone: other languages are the encoder's to bridge
+PHOTOGRAPHS = 0.0  # share of scenes before a photograph
 POOL = {"chunk": 2_048, "kept": 8, "reuse": 4}
 MU = 0.2  # lower times deserve more draws at this size: outlines are lost between t = .8 and .4
 LR, WARMUP = 2e-3, 100
