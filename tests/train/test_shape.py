@@ -10,6 +10,7 @@ from PIL import Image
 from train.data.backdrops import allowed, backdrop
 from train.data.kinds import CORE
 from train.data.layout import placed
+from train.data.photographs import PLACES
 from train.data.sprites import fitted_size
 from train.data.world import Thing, World
 from train.evaluate import geneval, mini_bench
@@ -140,6 +141,17 @@ def test_a_duplicate_that_the_detector_overlooks_is_seen(shapes):
     crowded = World().render(single)
     crowded[2:14, 2:14] = (200, 10, 200)
     assert not verdict(shapes, crowded, single).right
+
+
+def test_a_photograph_of_the_world_is_known_and_a_stray_before_it_is_seen(shapes):
+    world = World("train", {"colors": 1.0}, FEW, "brief", photographs=0.4)
+    scene = next(s for s in (world.scene(i, 96, 96) for i in range(100)) if s.background in PLACES)
+    picture = world.render(scene)
+    found = shapes.look(picture, told(scene.things))
+    assert found.backdrop == scene.background
+    assert judge(geneval.asked(scene), found).right
+    picture[2:20, 2:20] = (200, 10, 200)
+    assert not verdict(shapes, picture, scene).right
 
 
 def test_backdrops_that_the_world_does_not_know_are_filled_in(shapes):

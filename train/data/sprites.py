@@ -102,6 +102,12 @@ def fitted_size(kind: str, width: float, height: float) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=8192)  # every class in every colour and size would be gigabytes at 128 pixels
 def sprite(kind: str, colour: str | None, width: int, height: int) -> Sprite:
+    """`scaled`, of which those drawn last are kept."""
+    return scaled(kind, colour, width, height)
+
+
+def scaled(kind: str, colour: str | None, width: int, height: int) -> Sprite:
+    """The artwork at a size in whole pixels."""
     rgba = artwork(kind, colour)
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
     planes = [

@@ -41,7 +41,7 @@ import numpy as np
 from PIL import Image
 
 from ..data.backdrops import shadow
-from ..data.sprites import colours_of, fitted_size, sprite
+from ..data.sprites import colours_of, fitted_size, scaled, sprite
 from . import geneval
 from .detector import SIGN, overlap
 from .geneval import Asked, Detection
@@ -258,10 +258,10 @@ def _slopes(pixels: np.ndarray) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ redrawing
 
 
-@functools.lru_cache(maxsize=2048)
+@functools.lru_cache(maxsize=1024)  # a fit asks for the same few sizes again and again, another picture for others
 def _art(kind: str, colour: str | None, width: int, height: int) -> tuple[np.ndarray, np.ndarray]:
     """What a sprite keeps of its backdrop and what it adds, both float32 [h, w, 3]: equal shapes multiply fast."""
-    art = sprite(kind, colour, width, height)
+    art = scaled(kind, colour, width, height)
     return np.repeat(art.keep, 3, 2), art.colour
 
 

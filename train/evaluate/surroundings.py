@@ -1,4 +1,4 @@
-"""What would be behind the objects of a picture: a backdrop of the world where one fits, else the surroundings filled in."""
+"""What would be behind the objects of a picture: the world's backdrop or photograph that fits, else the surroundings filled in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import numpy as np
 from PIL import Image
 
 from ..data.backdrops import BACKGROUNDS, VARIANTS, backdrop
+from ..data.photographs import PLACES, VIEWS
 
 Box = tuple[float, float, float, float]
-UNKNOWN = 40.0  # of 255, root mean square beyond which no backdrop of the world fits
+UNKNOWN = 40.0  # of 255, root mean square beyond which no drawn backdrop of the world fits
+PHOTOGRAPH = 32.0  # the same of a photograph, whose rows are not even: it must be that very one
 CAP = 60.0  # of 255: stars and flakes sit elsewhere in every picture, so a pixel's error counts up to this much
 EVEN = 20.0  # of 255: pixels of a row that is off as a whole differ from one another by less
 SAMPLES = 1500  # pixels outside the objects that a backdrop is chosen by
@@ -30,6 +32,7 @@ def within(box: Box, beyond: float, height: int, width: int) -> tuple[slice, sli
 def _backdrops(height: int, width: int) -> tuple[list[tuple[str, int]], np.ndarray]:
     """Every backdrop and variant, and their pixels float32 [n, H W, 3]."""
     pairs = [(name, variant) for name in BACKGROUNDS for variant in range(VARIANTS)]
+    pairs += [(place, view) for place in PLACES for view in range(VIEWS)]
     return pairs, np.stack([backdrop(*pair, height, width).reshape(-1, 3) for pair in pairs])
 
 
@@ -50,7 +53,7 @@ def surroundings(picture: np.ndarray, boxes: Sequence[Box]) -> tuple[str | None,
     error = ((stack[:, places] - picture.reshape(-1, 3)[places]) ** 2).mean(-1)
     mean = np.minimum(error, CAP**2).mean(1)
     best = int(mean.argmin())
-    if mean[best] > UNKNOWN**2:
+    if mean[best] > (PHOTOGRAPH if pairs[best][0] in PLACES else UNKNOWN) ** 2:
         return None, filled(picture, outside)
     canvas = stack[best].reshape(picture.shape).copy()
     for row, seen, own in zip(canvas, picture, outside):
