@@ -178,7 +178,7 @@ def judge(asked: Asked, seen: Seen) -> Verdict:
     ruled = geneval.judge(asked, boxes, found_above=-1.0)
     reasons, wanted = list(ruled.reasons), sum(want.count for want in asked.include)
     if len(boxes) > wanted:
-        reasons.append(f"{wanted} objects asked, {len(boxes)} stand there")
+        reasons.append(f"{wanted} asked for, {len(boxes)} stand there")
     torn = [o for o in seen.objects if not o.counts]
     distances, free = [], list(seen.objects)
     for want in asked.include:
