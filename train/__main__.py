@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 STAGES = {  # module, what it does
-    "world": ("train.data.sheet", "draw a labelled contact sheet of the small world"),
+    "world": ("train.world", "draw a labelled contact sheet of the small world"),
     "vae": ("train.vae", "latents <-> pixels"),
     "encoder": ("train.text_encoder", "the small GPT-OSS text encoder"),
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from . import configs
-from .data.kinds import KINDS, PALETTE
-from .data.world import Scene, World
+from .data.small_world.kinds import KINDS, PALETTE
+from .data.small_world.world import Scene, World
 from .evaluate import oracle
 from .evaluate.copies import copies
 from .evaluate.detector import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss

@@ -15,7 +15,7 @@ is frozen at its running average.
 
 Scenes of the recipe's world are drawn on the fly, by `--workers` processes ahead of time where asked for: their number
 changes no bit. A window of scenes is sorted by caption length, so that a batch's text lengths are equal or nearly so
-(train/data/stream.py). On a GPU the MMDiT runs in bfloat16 on float32 weights. `--init FOLDER` carries a generator over to
+(train/data/small_world/batches.py). On a GPU the MMDiT runs in bfloat16 on float32 weights. `--init FOLDER` carries a generator over to
 this latent space and this tokenizer; `--encoder` beside it takes another encoder than the folder's.
 
 OUT holds pretrain.pt (the state), log.jsonl and its copy for TensorBoard, and a sheet of fixed prompts and seeds at every
@@ -41,7 +41,7 @@ from lens.formats.released import load_transformer
 
 from . import configs, pretrain_on_pool
 from . import pretrain_on_shards as flow
-from .data.stream import Batch, Source, Stream, bucket_at, draw
+from .data.small_world.batches import Batch, Source, Stream, bucket_at, draw
 from .evaluate.flow_loss import validate
 from .loop import lora as adapters
 from .loop.checkpoints import StateFile, load_state

@@ -29,7 +29,7 @@ from lens.model import LensTransformer2DModel
 
 from . import configs
 from .data.pool import Encoded, Part, Pool, Size, grid_of
-from .data.world import World
+from .data.small_world.world import World
 from .loop.checkpoints import StateFile, load_state, write_text
 from .loop.clock import Clock
 from .loop.ema import Ema

@@ -42,7 +42,7 @@ import torch
 
 from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
-from .data.pictures import fitted
+from .data.images import fitted
 from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
 from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
 from .loop.checkpoints import write_text

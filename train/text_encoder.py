@@ -32,8 +32,8 @@ from torch import Tensor
 from lens.formats.text_encoder import save_text_encoder
 
 from . import configs
-from .data import grammar, questions
-from .data.world import World
+from .data.small_world import grammar, questions
+from .data.small_world.world import World
 from .loop.checkpoints import StateFile, load_state
 from .loop.clock import Clock, duration
 from .loop.ema import Ema

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from train.data.curate import ASSETS, SOURCES, altered
-from train.data.kinds import CORE, GROUPS, KINDS, LANGUAGES, PAINTABLE, PALETTE
-from train.data.sprites import artwork, colours_of, fitted_size, lab, sprite
+from train.data.small_world.kinds import CORE, GROUPS, KINDS, LANGUAGES, PAINTABLE, PALETTE
+from train.data.small_world.sprites import artwork, colours_of, fitted_size, lab, sprite
+from train.data.small_world.vendor_emoji import ASSETS, SOURCES, altered
 
 FIRST = "apple car heart star key book umbrella fish shirt balloon bell mushroom teapot house tree crown cactus penguin"
 WORDS = list(PALETTE)

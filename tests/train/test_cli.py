@@ -11,7 +11,7 @@ from PIL import Image
 
 from train import __main__ as commands
 from train.__main__ import STAGES, main
-from train.data.sheet import contact_sheet
+from train.data.contact_sheet import contact_sheet
 from train.loop.clock import Halted
 
 

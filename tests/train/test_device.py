@@ -14,8 +14,8 @@ from lens.packing import plan
 from train import configs, pretrain
 from train import export as shipping
 from train import text_encoder as encoder
-from train.data.kinds import KINDS
-from train.data.stream import Step
+from train.data.small_world.batches import Step
+from train.data.small_world.kinds import KINDS
 from train.loop.checkpoints import load_state, save_state
 from train.loop.keys import keyed
 from train.loop.ranks import device_of

@@ -15,9 +15,9 @@ from lens.formats.text_encoder import load_text_encoder, save_text_encoder
 from lens.text_encoder import PREFIX_TOKENS, TextEncoder
 from train import configs
 from train import text_encoder as stage
-from train.data import grammar, questions
-from train.data.mentions import mentions, nouns_of, said_background
-from train.data.world import World
+from train.data.small_world import grammar, questions
+from train.data.small_world.mentions import mentions, nouns_of, said_background
+from train.data.small_world.world import World
 from train.evaluate import linear_probe
 from train.loop.checkpoints import folder_tensors, save_state
 from train.networks import text_path

@@ -10,9 +10,9 @@ import torch
 from tests.train.clocks import StopAfter
 from train import configs
 from train import detector as eye
-from train.data.backdrops import backdrop
-from train.data.kinds import KINDS, PALETTE
-from train.data.world import World
+from train.data.small_world.backdrops import backdrop
+from train.data.small_world.kinds import KINDS, PALETTE
+from train.data.small_world.world import World
 from train.evaluate import geneval, oracle
 from train.evaluate.copies import copies
 from train.evaluate.detector import ASSET, SIGN, Eye, Targets, loss, overlap, without_overlaps

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lens.image_file import read_recipe
 from train.__main__ import main
-from train.data.world import World
+from train.data.small_world.world import World
 from train.evaluate import gallery, gallery_page, mini_bench, ocr
 from train.evaluate.detector import SIGN
 from train.evaluate.gallery_page import Card, Class, Page, Share, Stage, Task, curve, facts, lines, render, tally, tick

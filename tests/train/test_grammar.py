@@ -7,13 +7,13 @@ from itertools import pairwise
 
 import pytest
 
-from train.data import dense, dense_phrases, grammar, phrases, translations
-from train.data.grammar import OTHER, STYLES, can_say, caption, is_unusual, words
-from train.data.kinds import KINDS, PALETTE
-from train.data.layout import place_of, size_of
-from train.data.phrases import NUMBERS
-from train.data.translations import LANGUAGES
-from train.data.world import CAPTIONS, Scene, Thing, World
+from train.data.small_world import dense, dense_phrases, grammar, phrases, translations
+from train.data.small_world.grammar import OTHER, STYLES, can_say, caption, is_unusual, words
+from train.data.small_world.kinds import KINDS, PALETTE
+from train.data.small_world.layout import place_of, size_of
+from train.data.small_world.phrases import NUMBERS
+from train.data.small_world.translations import LANGUAGES
+from train.data.small_world.world import CAPTIONS, Scene, Thing, World
 
 NOUNS = {form.lower(): name for name, kind in KINDS.items() for form in (kind.noun, kind.plural, *kind.also)}
 COLOUR = "|".join(PALETTE)

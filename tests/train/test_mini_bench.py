@@ -7,8 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from train.data.kinds import CORE
-from train.data.world import TASKS, World, is_held_out
+from train.data.small_world.kinds import CORE
+from train.data.small_world.world import TASKS, World, is_held_out
 from train.evaluate import mini_bench, ocr
 from train.evaluate.detector import Eye
 from train.evaluate.sources import Source, enlarged

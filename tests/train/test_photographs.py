@@ -9,15 +9,15 @@ import pytest
 
 from lens.resolution import MINI_BASES, bucket_size
 from train import configs
-from train.data import dense, dense_phrases, grammar, photographs, phrases, place_phrases
-from train.data.backdrops import BACKGROUNDS, backdrop, stands_out
-from train.data.kinds import CORE, KINDS, PALETTE
-from train.data.mentions import said_background
-from train.data.panoramas import PANORAMAS, altered
-from train.data.photographs import ASSETS, HORIZON, PLACES, SHOWN, VIEWS, photograph
-from train.data.questions import asks
-from train.data.sprites import lab, surface_lab
-from train.data.world import MOST_PHOTOGRAPHS, World, legible
+from train.data.small_world import dense, dense_phrases, grammar, photographs, phrases, place_phrases
+from train.data.small_world.backdrops import BACKGROUNDS, backdrop, stands_out
+from train.data.small_world.kinds import CORE, KINDS, PALETTE
+from train.data.small_world.mentions import said_background
+from train.data.small_world.panoramas import PANORAMAS, altered
+from train.data.small_world.photographs import ASSETS, HORIZON, PLACES, SHOWN, VIEWS, photograph
+from train.data.small_world.questions import asks
+from train.data.small_world.sprites import lab, surface_lab
+from train.data.small_world.world import MOST_PHOTOGRAPHS, World, legible
 from train.evaluate.mini_bench import scenes_of
 from train.evaluate.template import background_of
 from train.evaluate.template import judge as audit

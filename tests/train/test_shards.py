@@ -20,7 +20,7 @@ from PIL import Image
 
 from lens.resolution import MINI_BASES
 from train.__main__ import main
-from train.data import pictures
+from train.data import images
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
 from train.data.sources import Picture, assign, fraction, key_of
@@ -92,7 +92,7 @@ def test_a_folder_becomes_shards_of_one_bucket_each(photos, tmp_path, capsys):
         assert data == (photos / source).read_bytes()  # as it was encoded
         placed.setdefault(source, []).append(bucket.name)
         assert member.picture == source.rpartition(".")[2]
-        height, width = pictures.oriented_size(photos / source)
+        height, width = images.oriented_size(photos / source)
         assert bucket in assign(height, width, (64, 96, 128), ASPECTS, False)
     assert placed["picture.0.png"] == ["64_1x1", "96_1x1"]
     assert placed["picture.2.png"] == ["64_1x1", "96_1x1", "128_1x1"]
@@ -310,7 +310,7 @@ def test_the_small_world_at_all_27_sizes_of_mini(tmp_path):
     for bucket, member in members(shards):
         meta = json.loads(member.read("json"))
         seeds.append(meta["seed"])
-        pixels = pictures.fitted(member.read(member.picture), bucket.size)
+        pixels = images.fitted(member.read(member.picture), bucket.size)
         assert pixels.shape == (*bucket.size, 3)
         if bucket.aspect == "16:9":
             from train import configs
@@ -356,12 +356,12 @@ def test_keys_are_plain_and_unlike():
 
 def test_orientation_is_applied_before_the_aspect_is_chosen(tmp_path):
     exif = Image.Exif()
-    exif[pictures.ORIENTATION] = 6  # stored lying, meant upright
+    exif[images.ORIENTATION] = 6  # stored lying, meant upright
     data = encoded(gradient(100, 200), "JPEG", quality=95, exif=exif)
     (tmp_path / "turned.jpg").write_bytes(data)
-    assert pictures.oriented_size(tmp_path / "turned.jpg") == (200, 100)
+    assert images.oriented_size(tmp_path / "turned.jpg") == (200, 100)
     assert assign(200, 100, (64,), ASPECTS, False) == [Bucket(64, "1:2")]
-    upright = pictures.decoded(data)
+    upright = images.decoded(data)
     assert (upright.height, upright.width) == (200, 100)
     rows = np.asarray(upright).astype(int)
     assert rows[10, 50, 0] < 40 < 200 < rows[190, 50, 0]  # what grew to the right grows downwards now
@@ -370,37 +370,37 @@ def test_orientation_is_applied_before_the_aspect_is_chosen(tmp_path):
 
 def test_the_crop_is_the_centre_and_the_resize_covers():
     data = encoded(gradient(120, 360))
-    pixels = pictures.fitted(data, (96, 96)).astype(int)
+    pixels = images.fitted(data, (96, 96)).astype(int)
     assert pixels.shape == (96, 96, 3)
     assert pixels[48, 0, 0] == pytest.approx(255 / 3, abs=3)  # the middle third of the width
     assert pixels[48, -1, 0] == pytest.approx(255 * 2 / 3, abs=3)
     assert pixels[0, 48, 1] == pytest.approx(0, abs=3)  # all of the height
     assert pixels[-1, 48, 1] == pytest.approx(255, abs=3)
     exact = gradient(96, 96)
-    assert np.array_equal(pictures.fitted(encoded(exact), (96, 96)), np.asarray(exact))
+    assert np.array_equal(images.fitted(encoded(exact), (96, 96)), np.asarray(exact))
 
 
 def test_the_resize_is_antialiased():
     board = np.indices((256, 256)).sum(0) % 2 * 255
-    pixels = pictures.fitted(encoded(Image.fromarray(board.astype(np.uint8))), (64, 64)).astype(int)
+    pixels = images.fitted(encoded(Image.fromarray(board.astype(np.uint8))), (64, 64)).astype(int)
     assert abs(pixels - 127.5).max() < 6  # a checkerboard becomes grey, not a pattern
 
 
 @pytest.mark.parametrize(("height", "width"), [(63, 200), (200, 63), (10, 10)])
 def test_no_picture_is_ever_enlarged(height, width):
-    with pytest.raises(pictures.Unusable, match=f"{height}x{width} is smaller than 64x64"):
-        pictures.fitted(encoded(gradient(height, width)), (64, 64))
+    with pytest.raises(images.Unusable, match=f"{height}x{width} is smaller than 64x64"):
+        images.fitted(encoded(gradient(height, width)), (64, 64))
 
 
 def test_modes_of_pictures():
     clear = gradient(64, 64).convert("RGBA")
     clear.putalpha(Image.new("L", (64, 64), 0))
-    assert (np.asarray(pictures.decoded(encoded(clear))) == 255).all()  # transparent is white
+    assert (np.asarray(images.decoded(encoded(clear))) == 255).all()  # transparent is white
     grey = Image.fromarray((np.mgrid[:64, :64][1] * 1040).astype(np.uint16))
-    found = np.asarray(pictures.decoded(encoded(grey)))
+    found = np.asarray(images.decoded(encoded(grey)))
     assert found[0, 32].tolist() == [129] * 3  # 16 bits are scaled, not clipped
     for mode, kind in (("L", "PNG"), ("P", "PNG"), ("CMYK", "JPEG"), ("1", "PNG"), ("LA", "PNG")):
-        assert pictures.decoded(encoded(gradient(64, 64, mode), kind)).mode == "RGB"
+        assert images.decoded(encoded(gradient(64, 64, mode), kind)).mode == "RGB"
 
 
 def test_arrays_keep_every_bit():
@@ -409,7 +409,7 @@ def test_arrays_keep_every_bit():
         again = array_of(array_bytes(value))
         assert again.dtype == dtype
         assert torch.equal(again, value)
-    with pytest.raises(pictures.Unusable, match="not an array"):
+    with pytest.raises(images.Unusable, match="not an array"):
         array_of(b"\x93NUMPY nothing")
 
 
@@ -440,6 +440,6 @@ def test_precomputed_needs_its_networks_fingerprints(tmp_path):
 def test_a_torn_file_with_a_whole_header_is_found_when_its_shard_is_written(tmp_path):
     data = encoded(gradient(96, 96), "JPEG", quality=95)
     (tmp_path / "torn.jpg").write_bytes(data[: len(data) // 2])
-    assert pictures.oriented_size(tmp_path / "torn.jpg") == (96, 96)
-    with pytest.raises(pictures.Unusable, match="truncated"):
+    assert images.oriented_size(tmp_path / "torn.jpg") == (96, 96)
+    with pytest.raises(images.Unusable, match="truncated"):
         Picture(str(tmp_path), "torn.jpg", "torn", "a gradient", (0, 0)).sample()

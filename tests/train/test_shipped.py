@@ -10,8 +10,8 @@ import torch
 from lens import LensPipeline
 from lens.formats.vae import load_vae
 from lens.vae import PixelCodec, to_uint8
-from train.data.kinds import KINDS
-from train.data.world import TASKS, World
+from train.data.small_world.kinds import KINDS
+from train.data.small_world.world import TASKS, World
 from train.evaluate import geneval
 from train.evaluate.detector import Eye, overlap
 from train.evaluate.mini_bench import scenes_of

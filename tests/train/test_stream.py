@@ -10,8 +10,8 @@ from scipy import stats
 
 from lens.packing import plan
 from train import configs
-from train.data.stream import Batch, Source, Stream, Workers, bucket_at, draw, law, padded
-from train.data.world import is_held_out
+from train.data.small_world.batches import Batch, Source, Stream, Workers, bucket_at, draw, law, padded
+from train.data.small_world.world import is_held_out
 from train.networks import generator
 from train.objectives import flow_matching
 

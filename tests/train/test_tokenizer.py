@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from lens.text_encoder import PREFIX_TOKENS, ChatTokenizer
 from train import configs
 from train.data import tokenizer as stage
-from train.data.grammar import STYLES
-from train.data.world import World
+from train.data.small_world.grammar import STYLES
+from train.data.small_world.world import World
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / configs.load("mini", "encoder").TOKENIZER
@@ -47,7 +47,7 @@ def test_captions_split_as_in_the_full_tokenizer(pruned, style, split):
 
 def test_texts_of_signs_fall_into_letters(pruned):
     """A reader of letters sees them: most words of a sign become one token per letter."""
-    from train.data.signs import word_list
+    from train.data.small_world.signs import word_list
 
     pieces = [pruned.encode(f'"{word}"', add_special_tokens=False).tokens[1:-1] for word in word_list()]
     spelled = sum(all(len(piece) == 1 for piece in own) for own in pieces)

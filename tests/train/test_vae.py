@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from lens.vae import patchify
 from tests.train.clocks import FOREVER, StopAfter
 from train import configs, vae
-from train.data.labels import CLASSES, COLOURS, labelled, token_labels
-from train.data.world import Scene, Thing, World
+from train.data.small_world.labels import CLASSES, COLOURS, labelled, token_labels
+from train.data.small_world.world import Scene, Thing, World
 from train.loop.checkpoints import load_state, save_state
 from train.loop.keys import keyed
 from train.loop.log import read_log
@@ -131,7 +131,7 @@ def test_the_heads_gradient_reaches_every_layer_of_the_encoder():
 
 def test_labels_of_a_scene_made_by_hand(monkeypatch):
     """A solid square over the left two columns of tokens, a later one over the upper right and one column of the first."""
-    from train.data import labels
+    from train.data.small_world import labels
 
     solid = type("Solid", (), {})
 

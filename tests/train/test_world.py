@@ -12,12 +12,21 @@ from PIL import Image
 
 from lens.resolution import MINI_BASES, bucket_size
 from train import configs
-from train.data import glyphs, signs, sprites
-from train.data.backdrops import BACKGROUNDS, BEHIND, MIN_CONTRAST, PATTERNED, VARIANTS, allowed, backdrop, contrast
-from train.data.grammar import STYLES, is_unusual
-from train.data.kinds import CORE, KINDS, PAINTABLE, PALETTE
-from train.data.layout import PLACES, place_of, size_of
-from train.data.world import (
+from train.data.small_world import glyphs, signs, sprites
+from train.data.small_world.backdrops import (
+    BACKGROUNDS,
+    BEHIND,
+    MIN_CONTRAST,
+    PATTERNED,
+    VARIANTS,
+    allowed,
+    backdrop,
+    contrast,
+)
+from train.data.small_world.grammar import STYLES, is_unusual
+from train.data.small_world.kinds import CORE, KINDS, PAINTABLE, PALETTE
+from train.data.small_world.layout import PLACES, place_of, size_of
+from train.data.small_world.world import (
     COUNTS,
     SPECIAL,
     TASKS,

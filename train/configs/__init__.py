@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..data.world import World
+    from ..data.small_world.world import World
 
 
 def load(name: str, stage: str) -> ModuleType:
@@ -45,7 +45,7 @@ def _near(folder: str, stage: str) -> list[str]:
 
 def world(name: str, split: str = "train") -> World:
     """The world a recipe trains on."""
-    from ..data.world import World  # recipes are read without the sprites
+    from ..data.small_world.world import World  # recipes are read without the sprites
 
     own = load(name, "world")
     return World(split, own.TASKS, own.CLASSES, own.CAPTIONS, own.PHOTOGRAPHS)

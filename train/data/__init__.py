@@ -1,1 +1,1 @@
-"""Data of the training stages: the small world, its assets, tokenizers."""
+"""Data of the training stages: images, shards, buckets, the loader, tokenizers; the toy world in `small_world`."""

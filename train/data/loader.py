@@ -34,7 +34,7 @@ from ..loop.clock import Halted
 from ..loop.workers import undisturbed
 from .buckets import Bucket, BucketSampler, MicroBatch, outputs, philox, uniforms
 from .encoders import LatentCodec, TextEncoder, Tokenizer
-from .pictures import Unusable, fitted
+from .images import Unusable, fitted
 from .shards import FEATURES, IDS, LATENTS, TEXT, Member, ShardSet, array_of
 
 TRIES = 100  # members drawn for one place before a bucket is given up

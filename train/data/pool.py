@@ -20,7 +20,7 @@ from torch import Tensor
 from lens.resolution import TOKEN_PIXELS
 
 from ..loop.keys import keyed
-from .world import World
+from .small_world.world import World
 
 Size = tuple[int, int]  # (height, width) in pixels
 Key = tuple[Size, int]  # the size, and the text length that features are padded to

@@ -32,7 +32,7 @@ from lens.formats.files import write_atomic, write_json
 from ..loop.checkpoints import write_text
 from ..loop.clock import Halted
 from .buckets import Bucket
-from .pictures import Unusable
+from .images import Unusable
 
 FORMAT = 1
 MANIFEST = "manifest.json"

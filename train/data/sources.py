@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import configs
 from .buckets import Bucket, eligible, nearest_aspect
-from .pictures import SUFFIXES, Unusable, decoded, oriented_size
+from .images import SUFFIXES, Unusable, decoded, oriented_size
 from .shards import Sample
 
 

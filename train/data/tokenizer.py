@@ -219,8 +219,8 @@ def chat_template() -> str:
 
 def texts_to_cover() -> list[str]:
     """Chat preambles of every day, each word of the world inside a text, and captions of every style without sign texts."""
-    from .grammar import STYLES, words
-    from .world import World
+    from .small_world.grammar import STYLES, words
+    from .small_world.world import World
 
     preamble = (
         "system You are ChatGPT, a large language model trained by OpenAI.\nKnowledge cutoff: 2024-06\nCurrent date: 2026-05-23"

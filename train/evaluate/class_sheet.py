@@ -18,9 +18,9 @@ from PIL import Image, ImageDraw
 
 from lens.formats.files import write_atomic
 
-from ..data import grammar
-from ..data.kinds import CORE, KINDS
-from ..data.world import Scene, World
+from ..data.small_world import grammar
+from ..data.small_world.kinds import CORE, KINDS
+from ..data.small_world.world import Scene, World
 from . import geneval
 from .detector import Eye
 from .mini_bench import size_of

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..data.kinds import PALETTE
+from ..data.small_world.kinds import PALETTE
 from .surroundings import Box, within
 
 BLOCK = 8  # pixels: a latent's

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ..data.stream import Step, Stream
+from ..data.small_world.batches import Step, Stream
 from ..loop.keys import keyed
 from ..networks.generator import Mini
 from ..objectives import flow_matching

@@ -32,9 +32,9 @@ from lens.formats.safetensors import Shard
 from lens.text_encoder import DEFAULT_CHAT_DATE
 
 from .. import configs
-from ..data import grammar
-from ..data.translations import LANGUAGES
-from ..data.world import Scene
+from ..data.small_world import grammar
+from ..data.small_world.translations import LANGUAGES
+from ..data.small_world.world import Scene
 from ..loop.checkpoints import write_text
 from ..loop.log import read_log
 from . import geneval, ocr

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..data.kinds import KINDS
+from ..data.small_world.kinds import KINDS
 
 if TYPE_CHECKING:
-    from ..data.world import Scene
+    from ..data.small_world.world import Scene
 
 FOUND = 0.3  # a box counts from above this confidence on
 SHRINK = 0.1  # of the two boxes' summed sizes, taken off their centres' offset
@@ -142,7 +142,7 @@ def voted_colour(picture: np.ndarray, box: Box, palette: dict[str, tuple[int, in
     Every pixel of the box's middle (`inner` of each side) votes for the palette colour with the nearest chroma and, at a
     quarter weight, lightness in CIE Lab; saturated pixels count more. No weights, no training.
     """
-    from ..data.sprites import lab
+    from ..data.small_world.sprites import lab
 
     height, width = picture.shape[:2]
     x0, y0, x1, y1 = box

@@ -28,8 +28,8 @@ from lens.formats.files import read_json
 from lens.formats.released import transformer_config
 from lens.formats.text_encoder import load_text_encoder
 
-from ..data import grammar, questions
-from ..data.world import Scene, World
+from ..data.small_world import grammar, questions
+from ..data.small_world.world import Scene, World
 from ..loop.checkpoints import load_state, write_text
 from ..networks.text_path import CaptionTokenizer, build, encode_packed, load_trained, tokenizer_of
 from ..objectives import language

@@ -35,9 +35,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..data.kinds import CORE, KINDS
-from ..data.sheet import contact_sheet
-from ..data.world import TASKS, Scene, World
+from ..data.contact_sheet import contact_sheet
+from ..data.small_world.kinds import CORE, KINDS
+from ..data.small_world.world import TASKS, Scene, World
 from ..loop.checkpoints import write_text
 from . import ocr
 from .detector import Eye

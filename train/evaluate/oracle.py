@@ -19,8 +19,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..data.kinds import KINDS, PALETTE
-from ..data.world import Scene, World
+from ..data.small_world.kinds import KINDS, PALETTE
+from ..data.small_world.world import Scene, World
 from . import geneval, ocr
 from .detector import SIGN, Eye, overlap
 from .geneval import Asked, Detection, Want

@@ -40,8 +40,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..data.backdrops import shadow
-from ..data.sprites import colours_of, fitted_size, scaled, sprite
+from ..data.small_world.backdrops import shadow
+from ..data.small_world.sprites import colours_of, fitted_size, scaled, sprite
 from . import geneval
 from .detector import SIGN, overlap
 from .geneval import Asked, Detection

@@ -24,9 +24,9 @@ from PIL import Image, ImageDraw
 
 from lens.formats.files import write_atomic
 
-from ..data.backdrops import backdrop
-from ..data.kinds import CORE
-from ..data.world import Scene, World
+from ..data.small_world.backdrops import backdrop
+from ..data.small_world.kinds import CORE
+from ..data.small_world.world import Scene, World
 from ..loop.checkpoints import write_text
 from . import geneval
 from .damage import DAMAGES, damaged

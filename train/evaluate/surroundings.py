@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
-from ..data.backdrops import BACKGROUNDS, VARIANTS, backdrop
-from ..data.photographs import PLACES, VIEWS
+from ..data.small_world.backdrops import BACKGROUNDS, VARIANTS, backdrop
+from ..data.small_world.photographs import PLACES, VIEWS
 
 Box = tuple[float, float, float, float]
 UNKNOWN = 40.0  # of 255, root mean square beyond which no drawn backdrop of the world fits

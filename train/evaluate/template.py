@@ -29,13 +29,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data import grammar
-from ..data.backdrops import BACKGROUNDS, VARIANTS, backdrop
-from ..data.kinds import KINDS
-from ..data.layout import alone, arrangement, place_of, size_of, with_sign
-from ..data.photographs import PLACES, VIEWS
-from ..data.sprites import colours_of, fitted_size, sprite
-from ..data.world import Scene
+from ..data.small_world import grammar
+from ..data.small_world.backdrops import BACKGROUNDS, VARIANTS, backdrop
+from ..data.small_world.kinds import KINDS
+from ..data.small_world.layout import alone, arrangement, place_of, size_of, with_sign
+from ..data.small_world.photographs import PLACES, VIEWS
+from ..data.small_world.sprites import colours_of, fitted_size, sprite
+from ..data.small_world.world import Scene
 
 EXPLAINED = 0.5  # share of the squared difference a fit must explain to count as an object
 STRAY = 0.06  # share of pixels outside all boxes that may differ from the backdrop by more than STRAY_LEVEL

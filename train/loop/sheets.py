@@ -15,7 +15,7 @@ from lens.config import LensConfig
 from lens.resolution import bucket_size
 
 from ..data import encoders
-from ..data.sheet import contact_sheet
+from ..data.contact_sheet import contact_sheet
 from ..objectives import flow_matching
 from ..objectives.velocity import velocity
 from .ranks import Ranks

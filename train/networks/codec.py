@@ -21,9 +21,9 @@ from lens.formats.files import write_atomic
 from lens.formats.vae import load_vae
 from lens.vae import patchify, unpatchify
 
-from ..data.kinds import CORE
-from ..data.labels import CLASSES, COLOURS
-from ..data.world import World
+from ..data.small_world.kinds import CORE
+from ..data.small_world.labels import CLASSES, COLOURS
+from ..data.small_world.world import World
 from ..loop.checkpoints import load_state
 from ..loop.keys import keyed
 from ..objectives.autoencoding import TokenHead

@@ -24,8 +24,8 @@ from lens.ops import reference
 from lens.packing import Packing, offsets_of, plan
 
 from .. import configs
-from ..data.sheet import contact_sheet
-from ..data.stream import Step
+from ..data.contact_sheet import contact_sheet
+from ..data.small_world.batches import Step
 from ..loop import lora as adapters
 from ..loop.checkpoints import load_state
 from ..loop.keys import keyed

@@ -17,7 +17,7 @@ from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from lens.vae import PixelCodec
 
-from ..data.world import World
+from ..data.small_world.world import World
 from .codec import Latents, to_model
 
 SCENES = 1_024  # 16 tokens each: many more rows than the map has columns

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.questions import SIZES, Ask, grouped
+from ..data.small_world.questions import SIZES, Ask, grouped
 
 
 def readable(features: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.labels import labelled
+from ..data.small_world.labels import labelled
 from ..loop.checkpoints import StateFile, save_state
 from ..loop.clock import Clock, Halted
 from ..loop.keys import keyed

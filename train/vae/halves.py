@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..data.kinds import CORE
-from ..data.world import World
+from ..data.small_world.kinds import CORE
+from ..data.small_world.world import World
 from ..loop.checkpoints import StateFile, folder_tensors, load_state
 from ..loop.clock import Clock
 from ..loop.ema import Ema

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.labels import labelled
+from ..data.small_world.labels import labelled
 from ..loop.checkpoints import StateFile, load_state
 from ..loop.clock import Clock
 from ..loop.ema import Ema

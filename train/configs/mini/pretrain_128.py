@@ -3,7 +3,7 @@
 python -m train pretrain --config mini/pretrain_128 --init lens/mini/base --out runs/base_128 --stop-after 2h
 """
 
-from train.data import kinds, world
+from train.data.small_world import kinds, world
 
 from .pretrain import BETAS, CLIP, MODEL, PROMPTS, SHEET, TEXT_DROPOUT, WEIGHT_DECAY
 

@@ -1,6 +1,6 @@
 """What Lens-Mini sees when there is only a CPU: small pictures, the strongest silhouettes, mostly brief captions."""
 
-from train.data import kinds, world
+from train.data.small_world import kinds, world
 
 SIDE = 64
 CLASSES = kinds.CORE

@@ -1,6 +1,6 @@
 """What Lens-Mini sees on a GPU: every class at 128 pixels, half of the captions dense."""
 
-from train.data import world
+from train.data.small_world import world
 
 SIDE = 128
 CLASSES = None  # all

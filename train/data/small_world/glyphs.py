@@ -1,7 +1,7 @@
 """Words as ink: letters of DejaVu Sans Bold from a vendored atlas, at any height, without a font at run time.
 
-    python -m train.data.glyphs DejaVuSans-Bold.ttf            # rewrite train/data/assets/glyphs
-    python -m train.data.glyphs DejaVuSans-Bold.ttf --check    # compare, write nothing, exit 1 on a difference
+    python -m train.data.small_world.glyphs DejaVuSans-Bold.ttf            # rewrite train/data/small_world/assets/glyphs
+    python -m train.data.small_world.glyphs DejaVuSans-Bold.ttf --check    # compare, write nothing, exit 1 on a difference
 
 The atlas is one grey row of cells, one per letter, whose capitals are CAPITAL pixels high; `glyphs.json` holds where
 each cell starts, how far the pen moves, the checksum of the font file and the SHA-256 of the decoded pixels.
@@ -116,7 +116,7 @@ def _font(module: Any, font_file: Path, size: int) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.data.glyphs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.data.small_world.glyphs", description=__doc__.split("\n")[0])
     parser.add_argument("font", type=Path, help="DejaVuSans-Bold.ttf, version 2.37")
     parser.add_argument("--check", action="store_true", help="compare with the vendored atlas, write nothing")
     options = parser.parse_args(argv)

@@ -1,6 +1,6 @@
 """Photographs behind the objects of the small world: fourteen places of four views each, a little soft, at any size.
 
-The crops in assets/photos are made by `train.data.panoramas`. SOFTNESS is in pixels of the drawn picture, as a codec's
+The crops in assets/photos are made by `train.data.small_world.panoramas`. SOFTNESS is in pixels of the drawn picture, as a codec's
 patches are: the best linear code of eight numbers per 8x8 pixels returns photographs of 64x64 at 23.8 dB as they are, at 25.3
 with half a pixel of blur and at 28.5 with one, which is what it gives whole scenes.
 """

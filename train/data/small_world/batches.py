@@ -24,10 +24,10 @@ from torch import Tensor
 
 from lens.resolution import TOKEN_PIXELS, bucket_size
 
-from .. import configs
-from ..loop.keys import keyed
-from ..loop.workers import start_worker, undisturbed
-from ..objectives import flow_matching
+from ... import configs
+from ...loop.keys import keyed
+from ...loop.workers import start_worker, undisturbed
+from ...objectives import flow_matching
 from .world import World
 
 
@@ -109,7 +109,7 @@ def bucket_at(config: ModuleType, index: int) -> Bucket:
 
 @functools.lru_cache(maxsize=4)
 def _built(recipe: str) -> tuple[World, Callable[[str], list[int]]]:
-    from ..networks.text_path import tokenizer_of
+    from ...networks.text_path import tokenizer_of
 
     tokenizer = tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
     return configs.world(recipe), lambda caption: tokenizer.encode(caption)[0]

@@ -1,8 +1,8 @@
 """Rebuild the vendored emoji subset from the pinned npm package, pixel for pixel.
 
     npm pack @lobehub/fluent-emoji-3d@1.1.0
-    python -m train.data.curate lobehub-fluent-emoji-3d-1.1.0.tgz            # rewrite train/data/assets/emoji
-    python -m train.data.curate lobehub-fluent-emoji-3d-1.1.0.tgz --check    # compare, write nothing, exit 1 on a difference
+    python -m train.data.small_world.vendor_emoji lobehub-fluent-emoji-3d-1.1.0.tgz            # rewrite assets/emoji
+    python -m train.data.small_world.vendor_emoji lobehub-fluent-emoji-3d-1.1.0.tgz --check    # compare: exit 1 if unequal
 
 Every asset is trimmed to its opaque box, reduced to SIDE pixels on its longer side (premultiplied, Lanczos) and
 stored as lossless WebP. `manifest.json` holds the SHA-256 of the decoded RGBA bytes under the pinned Pillow: file
@@ -73,7 +73,9 @@ def differing(want: dict[str, str], found: dict[str, str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.data.curate", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.data.small_world.vendor_emoji", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("tarball", type=Path, help=f"the file `npm pack {PACKAGE}` leaves behind")
     parser.add_argument("--check", action="store_true", help="compare with the vendored files, write nothing")
     options = parser.parse_args(argv)

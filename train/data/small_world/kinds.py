@@ -1,6 +1,6 @@
 """What the small world is made of: classes with their words, and the ten colour words of GenEval.
 
-A class is one picture of the vendored emoji set (`stem` = its code points, see curate.py), one everyday noun in five
+A class is one picture of the vendored emoji set (`stem` = its code points, see vendor_emoji.py), one everyday noun in five
 languages, and what may be painted. Two classes never share a noun or a synonym in any language.
 """
 

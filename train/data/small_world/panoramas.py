@@ -1,8 +1,8 @@
 """Rebuild the photographs of the small world from the panoramas of a pinned npm package.
 
-    npm pack @pmndrs/assets@1.7.0 && pip install OpenEXR==3.5.3           # OpenEXR: for this script alone
-    python -m train.data.panoramas pmndrs-assets-1.7.0.tgz                # rewrite train/data/assets/photos
-    python -m train.data.panoramas pmndrs-assets-1.7.0.tgz --check        # compare, write nothing, exit 1 on a difference
+    npm pack @pmndrs/assets@1.7.0 && pip install OpenEXR==3.5.3                   # OpenEXR: for this script alone
+    python -m train.data.small_world.panoramas pmndrs-assets-1.7.0.tgz            # rewrite assets/photos
+    python -m train.data.small_world.panoramas pmndrs-assets-1.7.0.tgz --check    # compare: exit 1 on a difference
 
 A place is a panorama of 512x256 in linear light (Poly Haven's, CC0). Each of its views is the picture of a camera held level
 with its lens shifted up: a plane of FIELD degrees, so that what is upright stays upright, the horizon at HORIZON of the
@@ -35,8 +35,8 @@ from PIL import Image
 
 from lens.formats.files import write_atomic, write_json
 
-from .curate import differing
 from .photographs import ASSETS, HORIZON, PLACES, VIEWS, file_of
+from .vendor_emoji import differing
 
 PACKAGE = "@pmndrs/assets@1.7.0"
 TARBALL_SHA256 = "152bd218a3390703f184f0c6ce16e73c8f0a87f32d38530d418a09d33d8208dc"
@@ -154,7 +154,9 @@ def altered(folder: Path = ASSETS) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m train.data.panoramas", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m train.data.small_world.panoramas", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("tarball", type=Path, help=f"the file `npm pack {PACKAGE}` leaves behind")
     parser.add_argument("--check", action="store_true", help="compare with the vendored files, write nothing")
     options = parser.parse_args(argv)
