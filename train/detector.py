@@ -29,7 +29,8 @@ from torch import Tensor
 
 from . import configs
 from .data.small_world.kinds import KINDS, PALETTE
-from .data.small_world.world import Scene, World
+from .data.small_world.scene import Scene
+from .data.small_world.world import World
 from .evaluate import oracle
 from .evaluate.copies import copies
 from .evaluate.detector import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss

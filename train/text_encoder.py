@@ -32,7 +32,7 @@ from torch import Tensor
 from lens.formats.text_encoder import save_text_encoder
 
 from . import configs
-from .data.small_world import grammar, questions
+from .data.small_world import captions, questions
 from .data.small_world.world import World
 from .loop.checkpoints import StateFile, load_state
 from .loop.clock import Clock, duration
@@ -82,7 +82,7 @@ class Maker:
             if place < len(seeds) - self.pairs:
                 asked += questions.asks(scene, offsets, len(tokens) - 1, first=at)
             else:
-                wish, dense = scene, grammar.caption(scene, random.Random(f"dense {seed}"), "dense", "en")
+                wish, dense = scene, captions.caption(scene, random.Random(f"dense {seed}"), "dense", "en")
                 tokens, answer = tokenizer.encode_answer(wish.caption, dense)
                 begin = answer - 1
             ids.append(tokens)

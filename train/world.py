@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from .data.contact_sheet import contact_sheet
-from .data.small_world.grammar import STYLES
+from .data.small_world.captions import STYLES
 from .data.small_world.kinds import CORE
 from .data.small_world.world import TASKS, World
 

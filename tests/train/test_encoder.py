@@ -15,7 +15,7 @@ from lens.formats.text_encoder import load_text_encoder, save_text_encoder
 from lens.text_encoder import PREFIX_TOKENS, TextEncoder
 from train import configs
 from train import text_encoder as stage
-from train.data.small_world import grammar, questions
+from train.data.small_world import captions, questions
 from train.data.small_world.mentions import mentions, nouns_of, said_background
 from train.data.small_world.world import World
 from train.evaluate import linear_probe
@@ -132,7 +132,7 @@ def test_an_answer_is_a_harmony_turn(tokenizer):
     assert tokenizer.chat._with_markers.decode(ids[:start], skip_special_tokens=False) == head
 
 
-@pytest.mark.parametrize("style", grammar.STYLES)
+@pytest.mark.parametrize("style", captions.STYLES)
 def test_questions_are_about_what_the_caption_says(tokenizer, style):
     world = World(captions=style)
     for seed in range(150):
@@ -186,7 +186,7 @@ def test_a_background_is_asked_only_where_it_is_said():
     world, said = World(captions="brief"), 0
     for seed in range(100):
         scene = world.scene(seed)
-        bare = grammar.caption(scene, random.Random(0), "geneval") if grammar.can_say(scene, "geneval") else ""
+        bare = captions.caption(scene, random.Random(0), "geneval") if captions.can_say(scene, "geneval") else ""
         assert said_background(scene) in (None, scene.background)
         said += said_background(scene) is not None
         assert said_background(type(scene)(**{**vars(scene), "style": "geneval", "caption": bare})) is None

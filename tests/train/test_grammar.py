@@ -8,12 +8,14 @@ from itertools import pairwise
 import pytest
 
 from train.data.small_world import dense, dense_phrases, grammar, phrases, translations
-from train.data.small_world.grammar import OTHER, STYLES, can_say, caption, is_unusual, words
+from train.data.small_world.captions import STYLES, can_say, caption, words
 from train.data.small_world.kinds import KINDS, PALETTE
 from train.data.small_world.layout import place_of, size_of
 from train.data.small_world.phrases import NUMBERS
+from train.data.small_world.scene import Scene, Thing, is_unusual
 from train.data.small_world.translations import LANGUAGES
-from train.data.small_world.world import CAPTIONS, Scene, Thing, World
+from train.data.small_world.wording import OPPOSITE, with_article
+from train.data.small_world.world import CAPTIONS, World
 
 NOUNS = {form.lower(): name for name, kind in KINDS.items() for form in (kind.noun, kind.plural, *kind.also)}
 COLOUR = "|".join(PALETTE)
@@ -166,7 +168,7 @@ def test_brief_relations_are_true_and_stated(scenes):
         found = set()
         for relation, templates in phrases.RELATIONS.items():
             for template in templates:
-                for (x, y), name in ((forms, relation), (forms[::-1], OTHER[relation])):
+                for (x, y), name in ((forms, relation), (forms[::-1], OPPOSITE[relation])):
                     pattern = re.escape(template).replace(r"\{x\}", article + x).replace(r"\{y\}", article + y)
                     if re.match(rf"{pattern}(?:$|[ ,.])", bare):
                         found.add(name)
@@ -379,6 +381,6 @@ def test_bad_arguments_say_what_was_expected(scenes):
         caption(scenes[0], random.Random(0), "translated", "de")
     with pytest.raises(ValueError, match="in language 'fr'"):
         caption(scenes[0], random.Random(0), "brief", "fr")
-    assert grammar.with_article("orange boot") == "an orange boot"
-    assert grammar.with_article("unicycle") == "a unicycle"
-    assert grammar.with_article("hourglass") == "an hourglass"
+    assert with_article("orange boot") == "an orange boot"
+    assert with_article("unicycle") == "a unicycle"
+    assert with_article("hourglass") == "an hourglass"

@@ -7,8 +7,9 @@ import pytest
 
 from train.data.small_world.backdrops import allowed, backdrop
 from train.data.small_world.kinds import CORE, PALETTE
+from train.data.small_world.scene import Thing
 from train.data.small_world.sprites import artwork
-from train.data.small_world.world import Thing, World
+from train.data.small_world.world import World
 from train.evaluate import geneval, oracle
 from train.evaluate.geneval import Asked, Detection, Want, judge, relations, voted_colour
 from train.evaluate.mini_bench import scenes_of

@@ -11,8 +11,9 @@ from train.data.small_world.backdrops import allowed, backdrop
 from train.data.small_world.kinds import CORE
 from train.data.small_world.layout import placed
 from train.data.small_world.photographs import PLACES
+from train.data.small_world.scene import Thing
 from train.data.small_world.sprites import fitted_size
-from train.data.small_world.world import Thing, World
+from train.data.small_world.world import World
 from train.evaluate import geneval, mini_bench
 from train.evaluate.class_sheet import COLUMNS, cells, labels, sheet
 from train.evaluate.damage import DAMAGES, damaged

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from lens.text_encoder import PREFIX_TOKENS, ChatTokenizer
 from train import configs
 from train.data import tokenizer as stage
-from train.data.small_world.grammar import STYLES
+from train.data.small_world.captions import STYLES
 from train.data.small_world.world import World
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ from lens.vae import patchify
 from tests.train.clocks import FOREVER, StopAfter
 from train import configs, vae
 from train.data.small_world.labels import CLASSES, COLOURS, labelled, token_labels
-from train.data.small_world.world import Scene, Thing, World
+from train.data.small_world.scene import Scene, Thing
+from train.data.small_world.world import World
 from train.loop.checkpoints import load_state, save_state
 from train.loop.keys import keyed
 from train.loop.log import read_log

@@ -23,9 +23,10 @@ from train.data.small_world.backdrops import (
     backdrop,
     contrast,
 )
-from train.data.small_world.grammar import STYLES, is_unusual
+from train.data.small_world.captions import STYLES
 from train.data.small_world.kinds import CORE, KINDS, PAINTABLE, PALETTE
 from train.data.small_world.layout import PLACES, place_of, size_of
+from train.data.small_world.scene import is_unusual
 from train.data.small_world.world import (
     COUNTS,
     SPECIAL,

@@ -219,7 +219,7 @@ def chat_template() -> str:
 
 def texts_to_cover() -> list[str]:
     """Chat preambles of every day, each word of the world inside a text, and captions of every style without sign texts."""
-    from .small_world.grammar import STYLES, words
+    from .small_world.captions import STYLES, words
     from .small_world.world import World
 
     preamble = (

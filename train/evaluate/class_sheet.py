@@ -18,9 +18,10 @@ from PIL import Image, ImageDraw
 
 from lens.formats.files import write_atomic
 
-from ..data.small_world import grammar
+from ..data.small_world import captions
 from ..data.small_world.kinds import CORE, KINDS
-from ..data.small_world.world import Scene, World
+from ..data.small_world.scene import Scene
+from ..data.small_world.world import World
 from . import geneval
 from .detector import Eye
 from .mini_bench import size_of
@@ -37,7 +38,7 @@ def first_scene(kind: str, size: Size) -> Scene:
     """The first scene of one object of the class that can be asked for in GenEval's form."""
     world = World("train", {"single_object": 1.0}, [kind], "geneval")
     scenes = (world.scene(seed, *size) for seed in itertools.count())
-    return next(scene for scene in scenes if grammar.can_say(scene, "geneval"))
+    return next(scene for scene in scenes if captions.can_say(scene, "geneval"))
 
 
 def cells(source: Source, classes: Sequence[str], size: Size, guidance: float) -> list[tuple[Scene, Pictures]]:

@@ -32,9 +32,9 @@ from lens.formats.safetensors import Shard
 from lens.text_encoder import DEFAULT_CHAT_DATE
 
 from .. import configs
-from ..data.small_world import grammar
+from ..data.small_world import captions
+from ..data.small_world.scene import Scene
 from ..data.small_world.translations import LANGUAGES
-from ..data.small_world.world import Scene
 from ..loop.checkpoints import write_text
 from ..loop.log import read_log
 from . import geneval, ocr
@@ -96,7 +96,7 @@ def contents(settings: Mapping[str, Any], per_task: int, guidance: float) -> dic
     tasks = {task: scenes_of(task, per_task, classes, style, side) for task in ASKS}
     firsts = [scenes[0] for task, scenes in tasks.items() if task != "text"]
     single = {kind: first_scene(kind, (side, side)) for kind in classes}
-    spoken = next(s for s in tasks["color_attr"] if grammar.can_say(s, "translated"))
+    spoken = next(s for s in tasks["color_attr"] if captions.can_say(s, "translated"))
     tongues = [("en", "brief"), *((language, "translated") for language in LANGUAGES)]
     signs = scenes_of("text", max(SIGNS, per_task), classes, style, side)
     by_length = [next((i for i, s in enumerate(signs) if len(s.sign.text) == n), None) for n in SIGN_LENGTHS]
@@ -119,14 +119,14 @@ def contents(settings: Mapping[str, Any], per_task: int, guidance: float) -> dic
             for language, style in tongues
         ],
         "dense": [
-            Wish(s, worded(s, "dense"), 0, guidance, label=s.task) for s in firsts if grammar.can_say(s, "dense")
+            Wish(s, worded(s, "dense"), 0, guidance, label=s.task) for s in firsts if captions.can_say(s, "dense")
         ],
         "signs": [Wish(signs[i], signs[i].caption, i, guidance) for i in by_length if i is not None],
     }
 
 
 def worded(scene: Scene, style: str, language: str = "en") -> str:
-    return grammar.caption(scene, random.Random(f"gallery {style} {language} {scene.seed}"), style, language)
+    return captions.caption(scene, random.Random(f"gallery {style} {language} {scene.seed}"), style, language)
 
 
 def flat(part: Any) -> list[Wish]:

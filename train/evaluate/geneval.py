@@ -18,7 +18,7 @@ import numpy as np
 from ..data.small_world.kinds import KINDS
 
 if TYPE_CHECKING:
-    from ..data.small_world.world import Scene
+    from ..data.small_world.scene import Scene
 
 FOUND = 0.3  # a box counts from above this confidence on
 SHRINK = 0.1  # of the two boxes' summed sizes, taken off their centres' offset

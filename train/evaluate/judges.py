@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.small_world.kinds import PALETTE
-from ..data.small_world.world import Scene
+from ..data.small_world.scene import Scene
 from . import geneval, ocr, shape, template
 from .detector import SIGN, Eye
 from .geneval import Detection

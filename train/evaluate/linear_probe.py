@@ -28,8 +28,10 @@ from lens.formats.files import read_json
 from lens.formats.released import transformer_config
 from lens.formats.text_encoder import load_text_encoder
 
-from ..data.small_world import grammar, questions
-from ..data.small_world.world import Scene, World
+from ..data.small_world import captions, questions
+from ..data.small_world.scene import Scene
+from ..data.small_world.translations import LANGUAGES
+from ..data.small_world.world import World
 from ..loop.checkpoints import load_state, write_text
 from ..networks.text_path import CaptionTokenizer, build, encode_packed, load_trained, tokenizer_of
 from ..objectives import language
@@ -48,9 +50,9 @@ def scenes_of(split: str, count: int) -> list[Scene]:
     world, out = World(split, captions="brief"), []
     for i in range(count):
         scene, style = world.scene(FIRST_SEED + i), STYLES[i % len(STYLES)]
-        if style != "brief" and grammar.can_say(scene, style):
-            tongue = grammar.LANGUAGES[i // len(STYLES) % len(grammar.LANGUAGES)] if style == "translated" else "en"
-            text = grammar.caption(scene, random.Random(f"probe {split} {i}"), style, tongue)
+        if style != "brief" and captions.can_say(scene, style):
+            tongue = LANGUAGES[i // len(STYLES) % len(LANGUAGES)] if style == "translated" else "en"
+            text = captions.caption(scene, random.Random(f"probe {split} {i}"), style, tongue)
             scene = replace(scene, style=style, language=tongue, caption=text)
         out.append(scene)
     return out
@@ -142,7 +144,7 @@ def load(config: ModuleType, options: argparse.Namespace) -> tuple[nn.Module, Ca
 def run(config: ModuleType, options: argparse.Namespace) -> int:
     model, tokenizer, layers = load(config, options)
     figures = report(model.to(options.device), tokenizer, layers, options.scenes, options.held)
-    columns = [c for c in ("held_out", *STYLES[:3], *grammar.LANGUAGES) if any(c in row for row in figures.values())]
+    columns = [c for c in ("held_out", *STYLES[:3], *LANGUAGES) if any(c in row for row in figures.values())]
     print(f"{'attribute':<12}{'n':>6}" + "".join(f"{c:>10}" for c in columns))
     for name, row in figures.items():
         cells = "".join(f"{100 * row[c]:>9.2f}%" if c in row else f"{'-':>10}" for c in columns)

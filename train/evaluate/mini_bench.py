@@ -37,7 +37,8 @@ import torch
 
 from ..data.contact_sheet import contact_sheet
 from ..data.small_world.kinds import CORE, KINDS
-from ..data.small_world.world import TASKS, Scene, World
+from ..data.small_world.scene import Scene
+from ..data.small_world.world import TASKS, World
 from ..loop.checkpoints import write_text
 from . import ocr
 from .detector import Eye
@@ -62,7 +63,7 @@ def scenes_of(
 ) -> list[Scene]:
     """The first unseen scenes of a task whose caption is of that style; always the same ones. side: or (height, width).
 
-    A style that cannot say a task (see grammar.can_say) gives way to "brief" for that task.
+    A style that cannot say a task (see captions.can_say) gives way to "brief" for that task.
     """
     height, width = (side, side) if isinstance(side, int) else side
     split = "train" if task == "single_object" else "held_out"

@@ -20,7 +20,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..data.small_world.kinds import KINDS, PALETTE
-from ..data.small_world.world import Scene, World
+from ..data.small_world.scene import Scene
+from ..data.small_world.world import World
 from . import geneval, ocr
 from .detector import SIGN, Eye, overlap
 from .geneval import Asked, Detection, Want

@@ -26,7 +26,8 @@ from lens.formats.files import write_atomic
 
 from ..data.small_world.backdrops import backdrop
 from ..data.small_world.kinds import CORE
-from ..data.small_world.world import Scene, World
+from ..data.small_world.scene import Scene
+from ..data.small_world.world import World
 from ..loop.checkpoints import write_text
 from . import geneval
 from .damage import DAMAGES, damaged

@@ -29,13 +29,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.small_world import grammar
 from ..data.small_world.backdrops import BACKGROUNDS, VARIANTS, backdrop
 from ..data.small_world.kinds import KINDS
 from ..data.small_world.layout import alone, arrangement, place_of, size_of, with_sign
 from ..data.small_world.photographs import PLACES, VIEWS
+from ..data.small_world.scene import Scene, is_unusual
 from ..data.small_world.sprites import colours_of, fitted_size, sprite
-from ..data.small_world.world import Scene
 
 EXPLAINED = 0.5  # share of the squared difference a fit must explain to count as an object
 STRAY = 0.06  # share of pixels outside all boxes that may differ from the backdrop by more than STRAY_LEVEL
@@ -157,7 +156,7 @@ def layouts_of(scene: Scene) -> list[Layout]:
     if scene.task == "text":
         _, _, centre, room = with_sign(scene.relation, height, width)
         return [([centre] if scene.things else [], room, room, 0.01)]
-    if grammar.is_unusual(scene):
+    if is_unusual(scene):
         box = scene.things[0].box
         place = place_of(box, height, width)
         special = size_of(box, height, width) if place == ("middle", "middle") else place

@@ -7,7 +7,6 @@ always said; the rest is added in random order until a drawn number of words is 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 from . import place_phrases
 from .dense_phrases import (
@@ -44,9 +43,8 @@ from .kinds import KINDS
 from .layout import place_of, size_of
 from .photographs import PLACES as PHOTOGRAPHED
 from .phrases import NUMBERS
-
-if TYPE_CHECKING:
-    from .world import Scene, Thing
+from .scene import Scene, Thing
+from .wording import OPPOSITE, with_article
 
 MIN_WORDS, MAX_WORDS = 40, 100
 
@@ -68,12 +66,6 @@ def count_words(text: str) -> int:
 def _sentence(template: str, **parts: str) -> str:
     text = template.format(**parts)
     return text[0].upper() + text[1:]
-
-
-def _article(phrase: str) -> str:
-    from .grammar import with_article
-
-    return with_article(phrase)
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -115,8 +107,8 @@ def _sized(thing: Thing, scene: Scene, rng: random.Random, name: str, always: bo
     size = size_of(thing.box, scene.height, scene.width)
     colour = f"{thing.colour} " if thing.colour else ""
     if always or rng.random() < 0.4:
-        return _article(f"{rng.choice(SIZES[size])} {colour}{name}")
-    return _article(colour + name)
+        return with_article(f"{rng.choice(SIZES[size])} {colour}{name}")
+    return with_article(colour + name)
 
 
 def _open(scene: Scene, rng: random.Random, names: list[str]) -> str:
@@ -143,11 +135,9 @@ def _open(scene: Scene, rng: random.Random, names: list[str]) -> str:
 
 
 def _relation(scene: Scene, rng: random.Random, names: list[str]) -> str:
-    from .grammar import OTHER
-
     first, relation, second = names[0], scene.relation, "sign" if scene.sign else names[1]
     if rng.random() < 0.5:
-        first, relation, second = second, OTHER[relation], first
+        first, relation, second = second, OPPOSITE[relation], first
     return _sentence(rng.choice(RELATED), x=first, r=rng.choice(RELATIONS[relation]), y=second)
 
 

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 
 from .kinds import KINDS, PALETTE
+from .scene import Scene
 from .sprites import sprite
-from .world import Scene, World
+from .world import World
 
 TOKEN = 16  # pixels
 COVER = 0.25  # a token's object covers more than this share of its pixels

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from . import dense, grammar, translations
 from .kinds import KINDS
-from .world import Scene
+from .scene import Scene
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from .backdrops import BACKGROUNDS
 from .kinds import KINDS, PALETTE
 from .mentions import mentions, said_background
 from .photographs import PLACES
-from .world import Scene
+from .scene import Scene
+from .wording import OPPOSITE
 
 CLASSES = tuple(KINDS)
 COLOURS = (*PALETTE, None)
 RELATIONS = ("left", "right", "above", "below")
-OPPOSITE = {"left": "right", "right": "left", "above": "below", "below": "above"}
 MOST = 5  # objects of a scene
 SLOTS = 3  # objects whose class and colour the last token is asked for
 LETTERS = 8  # places in a sign's text that are told apart

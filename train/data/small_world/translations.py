@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING
 
 from .kinds import KINDS
-
-if TYPE_CHECKING:
-    from .world import Scene, Thing
+from .scene import Scene, Thing
 
 LANGUAGES = ("zh", "fr", "ja", "es")
 TASKS = ("single_object", "colors", "two_object", "color_attr")

@@ -19,18 +19,21 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
 
-from . import grammar, signs
+from . import signs
 from .backdrops import BACKGROUNDS, SHARES, VARIANTS, allowed, around, backdrop, shadow, stands_out
+from .captions import STYLES, can_say, caption
 from .kinds import CORE, KINDS, PAINTABLE, PALETTE
-from .layout import PLACES, Box, alone, arrangement, placed, with_sign
+from .layout import PLACES, alone, arrangement, placed, with_sign
 from .photographs import PLACES as PHOTOGRAPHED
 from .photographs import SHOWN, VIEWS, photograph
+from .scene import Scene, Sign, Thing
 from .sprites import colours_of, fitted_size, lab, outline, sprite, surface_lab
+from .translations import LANGUAGES
 
 TASKS = {
     "single_object": 0.12,
@@ -48,39 +51,6 @@ UNUSUAL = 0.15  # share of single objects that are small, huge or off the middle
 SPECIAL = {"small": 0.25, "huge": 0.15, **{place: 0.075 for place in PLACES if place != ("middle", "middle")}}
 MOST_PHOTOGRAPHS = 0.4  # share of scenes
 TRIES = 200  # attempts at a task before another one is drawn
-
-
-@dataclass(frozen=True)
-class Thing:
-    kind: str
-    colour: str | None
-    box: Box  # the sprite fills it exactly
-
-
-@dataclass(frozen=True)
-class Sign:
-    text: str
-    paper: str  # palette words
-    ink: str
-    box: Box
-    letter: int  # pixels from the highest to the lowest ink of the text
-
-
-@dataclass(frozen=True)
-class Scene:
-    seed: int
-    split: str
-    task: str
-    height: int
-    width: int
-    background: str  # one of BACKGROUNDS, or a photographed place
-    variant: int  # of a place: the view
-    relation: str | None  # "left" | "above" of things[0] to things[1]; "above" | "below" of things[0] to the sign
-    things: tuple[Thing, ...]
-    sign: Sign | None
-    style: str
-    language: str
-    caption: str
 
 
 def _draw(text: str) -> float:
@@ -178,8 +148,8 @@ class World:
         self.paintable = tuple(kind for kind in self.classes if KINDS[kind].paint is not None)
         if isinstance(captions, str):
             captions = CAPTIONS if captions == "mixed" else {captions: 1.0}
-        if not captions or set(captions) - set(grammar.STYLES):
-            raise ValueError(f"World: captions {list(captions)}, expected 'mixed' or some of {list(grammar.STYLES)}")
+        if not captions or set(captions) - set(STYLES):
+            raise ValueError(f"World: captions {list(captions)}, expected 'mixed' or some of {list(STYLES)}")
         self.captions = dict(captions)
         if not 0 <= photographs <= MOST_PHOTOGRAPHS:
             raise ValueError(f"World: photographs {photographs}, expected a share from 0 to {MOST_PHOTOGRAPHS}")
@@ -216,10 +186,10 @@ class World:
 
     def _captioned(self, scene: Scene, rng: random.Random) -> Scene:
         style = rng.choices(list(self.captions), list(self.captions.values()))[0]
-        if not grammar.can_say(scene, style):
+        if not can_say(scene, style):
             style = "brief"
-        language = rng.choice(grammar.LANGUAGES) if style == "translated" else "en"
-        text = grammar.caption(scene, rng, style, language)
+        language = rng.choice(LANGUAGES) if style == "translated" else "en"
+        text = caption(scene, rng, style, language)
         return replace(scene, style=style, language=language, caption=text)
 
     def _attempt(self, rng: random.Random, task: str, seed: int, height: int, width: int) -> Scene | None:
