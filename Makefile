@@ -51,7 +51,7 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
-	$(BIN)/mypy lens bench
+	$(BIN)/mypy lens bench train
 
 # ---- CUDA: what the compiler can say without a GPU; then what only a GPU can say
 cuda-check: $(STAMP)

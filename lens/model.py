@@ -73,7 +73,7 @@ class Block(nn.Module):
         modulation: [B, 2, 6, D], this block's rows of a table; or temb [B, D], which the block projects itself
         last: nothing reads the text behind this block: its queries, attention and MLP are left out, and the image
         stream comes back alone, summed up
-        adapter: the one in force, of layers that hold several (train/adapters.py); recorded where the call is
+        adapter: the one in force, of layers that hold several (train/loop/lora.py); recorded where the call is
         groups: rows of every sample of each stream that must have the bits they have alone
         around: runs the block in its place, called with it and the arguments; a training's recomputation and rounding
         """

@@ -16,7 +16,7 @@ STAGES = {  # module, what it does
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
-    "eye": ("train.detector", "the judge of classes, boxes and colours"),
+    "detector": ("train.detector", "the judge of classes, boxes and colours"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
     "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),
 }
@@ -62,13 +62,13 @@ def mistake(error: Exception) -> str | None:
 
 def misfortune(error: Exception) -> str | None:
     """What to tell where the machine or the numbers failed a command that was right; None for any other error."""
-    from .loop.clock import FULL, Halted  # only now: torch takes its time
+    from .loop.clock import FULL, Interrupted  # only now: torch takes its time
 
     if isinstance(error, BrokenProcessPool):
         return "a worker process died (killed, or out of memory?); what was saved before is kept"
     if isinstance(error, OSError) and error.errno in FULL:
         return f"{error.filename or 'disk'}: {error.strerror}; what was saved before is kept"
-    return str(error) if isinstance(error, Halted | FloatingPointError) else None
+    return str(error) if isinstance(error, Interrupted | FloatingPointError) else None
 
 
 def command() -> int:

@@ -12,8 +12,7 @@ from lens.config import LensConfig
 from lens.cost import gemm_flops, step_flops, table_flops, text_projection_flops
 
 from .data.buckets import Bucket, BucketLaw
-from .loop import lora as adapters
-from .loop.lora import Lora
+from .loop.lora import TARGETS, Lora, attach_lora, lora_layers, lora_of
 from .networks.denoiser import Denoiser
 
 GPUS = {  # dense bfloat16 FLOP/s of the matrix units, bytes
@@ -27,9 +26,9 @@ VAE_BYTES = 0.17e9  # the encoder's half is less
 # What a block keeps for its backward pass without recomputation, per row of width D: numbers of the compute dtype, in units of D.
 # Counted on a block by tests/train/test_denoiser.py. Of a LoRA, without the rows of its adapters' inside: a frozen product
 # keeps nothing.
-KEPT = 22.1
-KEPT_BESIDE = {"attention": 18.5, "all": 22.1}
-PASSED = 2.0  # between two blocks: the residual stream and what is still to be added to it
+SAVED_ACTIVATIONS = 22.1
+SAVED_WITH_LORA = {"attention": 18.5, "all": 22.1}
+BLOCK_BOUNDARY = 2.0  # between two blocks: the residual stream and what is still to be added to it
 PRODUCTS = 6.0  # what "selective" keeps besides: attention, qkv, out, w2
 
 
@@ -63,9 +62,9 @@ def adapter_parameters(config: LensConfig, lora: Lora) -> tuple[int, int]:
     """The numbers that train, of the image stream and of the text stream."""
     with torch.device("meta"):
         model = Denoiser(config)
-        adapters.attach(model, lora)
+        attach_lora(model, lora)
     found = {"image": 0, "text": 0}
-    for name, layer in adapters.adapted(model):
+    for name, layer in lora_layers(model):
         found[name.split(".")[2]] += sum(p.numel() for p in layer.parameters() if p.requires_grad)
     return found["image"], found["text"]
 
@@ -85,10 +84,12 @@ def parameters(config: LensConfig) -> tuple[int, int]:
     return sum(p.numel() for p in model.parameters()), sum(p.numel() for p in model.layers()[0].parameters())
 
 
-def kept_of(lora: Lora | None, width: int) -> float:
+def saved_activations(lora: Lora | None, width: int) -> float:
     """What a block keeps for its backward pass without recomputation, numbers per row in units of D."""
     return (
-        KEPT if lora is None else KEPT_BESIDE[lora.targets] + len(adapters.TARGETS[lora.targets]) / 2 * lora.r / width
+        SAVED_ACTIVATIONS
+        if lora is None
+        else SAVED_WITH_LORA[lora.targets] + len(TARGETS[lora.targets]) / 2 * lora.r / width
     )
 
 
@@ -96,16 +97,17 @@ def memory(recipe: ModuleType, config: LensConfig, shard: int, world: int, rows:
     """Bytes on one GPU by part. rows: image and text rows of the largest micro-batch."""
     total, block = parameters(config)
     item, width, layers = (2 if recipe.COMPUTE == "bfloat16" else 4), config.inner_dim, config.num_layers
-    unit, lora = rows * width * item, adapters.of(recipe)
+    unit, lora = rows * width * item, lora_of(recipe)
     rest = total - layers * block
-    trained, own = (total, block) if lora is None else (sum(adapter_parameters(config, lora)),) * 2
+    trained, own = total, float(block)
     if lora:
-        own /= layers
-    inside = kept_of(lora, width)
+        trained = sum(adapter_parameters(config, lora))
+        own = trained / layers
+    inside = saved_activations(lora, width)
     kept = {
         "none": layers * inside,
-        "block": layers * PASSED + inside,
-        "selective": layers * (PASSED + PRODUCTS) + inside,
+        "block": layers * BLOCK_BOUNDARY + inside,
+        "selective": layers * (BLOCK_BOUNDARY + PRODUCTS) + inside,
     }
     found = {"frozen weights": item * total / shard} if lora else {}
     found |= {
@@ -152,6 +154,7 @@ def dry_run(
         raise ValueError(
             f"--dry-run: {world} processes in shards of {shard} for {recipe.SLOTS} slots; expected divisors"
         )
+    # parameters
     config, text, law = LensConfig(**recipe.MODEL), recipe.TEXT_TOKENS, shares(recipe, sizes)
     total, _ = parameters(config)
     peak, capacity = GPUS[gpu]
@@ -159,10 +162,11 @@ def dry_run(
         f"{recipe.__name__.removeprefix('train.configs.')} on {world} x {gpu}, {world // shard} x {shard} (replicas x shards)"
     ]
     lines += ["", f"parameters           {total / 1e9:8.3f} e9"]
-    lora = adapters.of(recipe)
+    lora = lora_of(recipe)
     if lora:
         trained = sum(adapter_parameters(config, lora))
         lines.append(f"  of adapters        {trained / 1e9:8.3f} e9 more, which alone train: {lora}")
+    # a step: the mean over the buckets of all its micro-batches
     pictures = tokens = flops = forward = encoder = 0.0
     rows = 0
     for bucket, p in law.items():
@@ -189,6 +193,7 @@ def dry_run(
     lines.append(f"  text encoder       {encoder / flops:8.0%} more, where features are not in the shards")
     if hasattr(recipe, "PAPER_A100_HOURS") and not lora:
         lines.append(f"  paper              {recipe.PAPER_A100_HOURS:8,} A100 hours, all stages of the model together")
+    # memory
     lines += ["", f"memory of a GPU, {capacity / 1e9:.0f} GB"]
     parts = memory(recipe, config, shard, world, rows)
     lines += [f"  {name:32} {value / 1e9:7.1f} GB" for name, value in parts.items()]
@@ -197,6 +202,7 @@ def dry_run(
     lines.append(
         f"  besides, encoding while training: text encoder {ENCODER_BYTES['bfloat16'] / 1e9:.0f} GB, VAE {VAE_BYTES / 1e9:.1f} GB"
     )
+    # buckets
     lines += ["", "buckets: share of the micro-batches, pictures in one, image tokens of a picture, mu"]
     from .objectives.flow_matching import mu_of
 

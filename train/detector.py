@@ -1,9 +1,9 @@
-"""Stage "eye": the judge of classes, boxes and colours (train/evaluate/detector.py), trained on scenes with exact boxes.
+"""Stage "detector": the judge of classes, boxes and colours (train/evaluate/detector.py), trained on scenes with exact boxes.
 
-    python -m train eye --config mini --out runs/eye --stop-after 9m       # again to resume, bit-equal on a CPU
-    python -m train eye --config mini --out runs/eye --vae runs/vae        # reconstructions join the copies
-    python -m train eye --out runs/eye --oracle                            # how often the trained judge is right
-    python -m train eye --out runs/eye --export train/evaluate/assets/eye.safetensors
+    python -m train detector --config mini --out runs/detector --stop-after 9m       # again to resume, bit-equal on a CPU
+    python -m train detector --config mini --out runs/detector --vae runs/vae        # reconstructions join the copies
+    python -m train detector --out runs/detector --oracle                            # how often the trained judge is right
+    python -m train detector --out runs/detector --export train/evaluate/assets/detector.safetensors
 
 Scenes of both splits and of every class and task are drawn on the fly (a generator's held-out pairs are no secret to its
 judge; the benchmark's seeds are), together with copies as a generator might draw them: bent, blurred, shrunk and enlarged,
@@ -33,7 +33,7 @@ from .data.small_world.scene import Scene
 from .data.small_world.world import World
 from .evaluate import oracle
 from .evaluate.copies import copies
-from .evaluate.detector import ASSET, SIGN, STRIDE, Eye, Shape, Targets, loss
+from .evaluate.detector import ASSET, SIGN, STRIDE, Detector, Shape, Targets, loss
 from .loop.checkpoints import StateFile, load_state, write_text
 from .loop.clock import Clock, duration
 from .loop.ema import Ema
@@ -48,15 +48,17 @@ VALIDATION_SEED = 1_000_000_000
 CALIBRATION = 20  # batches whose statistics go with the averaged weights
 
 
-def build(config: ModuleType) -> Eye:
+def build(config: ModuleType) -> Detector:
     with torch.random.fork_rng():
+        # the key keeps the stage's first name: another would draw other weights
         torch.manual_seed(keyed(config.SEED, "eye init").initial_seed())
-        return Eye([*KINDS, SIGN], list(PALETTE), Shape(**config.SHAPE))
+        return Detector([*KINDS, SIGN], list(PALETTE), Shape(**config.SHAPE))
 
 
-def targets_of(scenes: list[Scene], eye: Eye) -> Targets:
+def targets_of(scenes: list[Scene], detector: Detector) -> Targets:
     """Exact centres, sizes, classes and colours of every object, and of signs as a class of their own."""
-    kinds, colours = {k: i for i, k in enumerate(eye.kinds)}, {c: i for i, c in enumerate(eye.colours)}
+    kinds = {k: i for i, k in enumerate(detector.kinds)}
+    colours: dict[str | None, int] = {c: i for i, c in enumerate(detector.colours)}
     rows = []
     for i, scene in enumerate(scenes):
         parts = [(t.kind, t.colour, t.box) for t in scene.things]
@@ -112,7 +114,7 @@ def codec_of(folder: Path) -> LinearCodec:
 Drawn = tuple[int, list[Scene], np.ndarray]  # a step and what it sees
 
 
-def drawn(config: ModuleType, step: int, workers: int) -> Generator[Drawn, None, None]:
+def scenes_ahead(config: ModuleType, step: int, workers: int) -> Generator[Drawn, None, None]:
     """Step after step; with workers, drawn ahead by other processes. The same pictures either way."""
     if not workers:
         while True:
@@ -140,28 +142,28 @@ def _scenes_by_settings(settings: dict, step: int) -> tuple[list[Scene], np.ndar
     return scenes_of(config, step)
 
 
-class TrainEye(Method):
+class TrainDetector(Method):
     """A batch: (step, scenes, pixels). The statistics of its norms belong to the batches; those that go with the averaged weights
     are measured when these are asked for."""
 
     def __init__(self, config: ModuleType, vae: Path | None, device: str, init: Path | None = None):
         self.config, self.device = config, torch.device(device)
         self.codec = codec_of(vae) if vae is not None else None
-        self.eye = build(config)
+        self.detector = build(config)
         if init is not None and init.suffix == ".pt":
-            state = load_state(init, "eye")
-            self.eye.load_state_dict({**state["model"], **state["ema"]["average"]})
+            state = load_state(init, "detector")
+            self.detector.load_state_dict({**state["model"], **state["ema"]["average"]})
         elif init is not None:
-            self.eye.load_state_dict(Eye.load(init).state_dict())
-        self.eye.to(self.device).train()
-        self.ema = Ema(self.eye, config.EMA)
-        optimizer = adamw(dict(self.eye.named_parameters()), config.LR, config.BETAS, config.WEIGHT_DECAY)
-        self.networks = {"eye": Network(self.eye, optimizer, self.ema)}
+            self.detector.load_state_dict(Detector.load(init).state_dict())
+        self.detector.to(self.device).train()
+        self.ema = Ema(self.detector, config.EMA)
+        optimizer = adamw(dict(self.detector.named_parameters()), config.LR, config.BETAS, config.WEIGHT_DECAY)
+        self.networks = {"detector": Network(self.detector, optimizer, self.ema)}
 
     def plan(self, steps: int | None, decay: int | None) -> Plan:
         config = self.config
         return Plan(
-            "eye",
+            "detector",
             steps or config.STEPS,
             config.WARMUP,
             decay or config.DECAY,
@@ -172,7 +174,7 @@ class TrainEye(Method):
         )
 
     def inputs(self, scenes: list[Scene], pixels: np.ndarray, step: int) -> tuple[Tensor, Targets]:
-        x, targets = copies(to_model(pixels), self.config, step, self.codec), targets_of(scenes, self.eye)
+        x, targets = copies(to_model(pixels), self.config, step, self.codec), targets_of(scenes, self.detector)
         return x.to(self.device), Targets(**{k: v.to(self.device) for k, v in vars(targets).items()})
 
     def about(self, batch: Drawn) -> About:
@@ -182,25 +184,25 @@ class TrainEye(Method):
         _, scenes, pixels = batch
         x, targets = self.inputs(scenes, pixels, step)
         with torch.autocast(self.device.type, torch.bfloat16) if self.config.AUTOCAST else nullcontext():
-            outputs = self.eye(x)
+            outputs = self.detector(x)
         terms = loss(outputs, targets)
-        return {"eye": Losses(terms.pop("loss")[None], terms=terms)}
+        return {"detector": Losses(terms.pop("loss")[None], terms=terms)}
 
     @torch.no_grad()
-    def averaged(self, step: int) -> Eye:
+    def averaged(self, step: int) -> Detector:
         """A copy with averaged weights whose normalisation statistics were measured on CALIBRATION batches from a step on."""
-        eye = build(self.config)
-        self.ema.copy_to(eye)
-        norms = [m for m in eye.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        detector = build(self.config)
+        self.ema.copy_to(detector)
+        norms = [m for m in detector.modules() if isinstance(m, torch.nn.BatchNorm2d)]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None  # a plain mean over the batches
-        eye.to(self.device).train()
+        detector.to(self.device).train()
         for at in range(step, step + CALIBRATION):
-            eye(self.inputs(*scenes_of(self.config, at), at)[0])
+            detector(self.inputs(*scenes_of(self.config, at), at)[0])
         for norm in norms:
             norm.momentum = 0.1
-        return eye.to("cpu").eval().requires_grad_(False)
+        return detector.to("cpu").eval().requires_grad_(False)
 
     def validate(self, step: int) -> dict[str, float]:
         shares = oracle.measure(self.averaged(step), self.held)["shares"]
@@ -211,20 +213,26 @@ class TrainEye(Method):
         return oracle.Questions.draw(self.config.VALIDATION, VALIDATION_SEED)
 
 
+def state_file(out: Path) -> StateFile:
+    """OUT/detector.pt; the eye.pt of a training that began when the stage was called so goes on under its name."""
+    old, new = out / "eye.pt", out / "detector.pt"
+    return StateFile(old if old.is_file() and not new.is_file() else new)
+
+
 def train(config: ModuleType, options: argparse.Namespace) -> None:
-    clock, states = Clock(options.stop_after), StateFile(options.out / "eye.pt")
-    method = TrainEye(config, options.vae, options.device, options.init)
+    clock, states = Clock(options.stop_after), state_file(options.out)
+    method = TrainDetector(config, options.vae, options.device, options.init)
     trainer = Trainer(method.plan(options.steps, options.decay), method, states, options.out, Ranks(method.device))
     if (before := states.latest()) is not None:
         trainer.resume(before)
-    with closing(drawn(config, trainer.step, options.workers)) as ahead:
+    with closing(scenes_ahead(config, trainer.step, options.workers)) as ahead:
         trainer.run(ahead, clock)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/eye"), help="folder of state and log (default: runs/eye)"
+        "--out", type=Path, default=Path("runs/detector"), help="folder of state and log (default: runs/detector)"
     )
     parser.add_argument(
         "--vae", type=Path, help="folder of the VAE stage whose codec reconstructs copies (default: no such copies)"
@@ -255,29 +263,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    config = configs.load(options.config, "eye")
+    config = configs.load(options.config, "detector")
     if not (options.oracle or options.export):
         train(config, options)
         return 0
     if options.asset is not None:
-        eye, step = Eye.load(options.asset), None
+        detector, step = Detector.load(options.asset), None
     else:
-        method, states = TrainEye(config, options.vae, "cpu"), StateFile(options.out / "eye.pt")
+        method, states = TrainDetector(config, options.vae, "cpu"), state_file(options.out)
         trainer = Trainer(method.plan(None, None), method, states, options.out)
         trainer.resume(states.path)
-        eye, step = method.averaged(trainer.step), trainer.step
+        detector, step = method.averaged(trainer.step), trainer.step
     if options.export:
-        eye.save(options.export, {})
-        eye = Eye.load(options.export)  # what is measured is what ships
-    scores = oracle.report(eye, options.scenes)
+        detector.save(options.export, {})
+        detector = Detector.load(options.export)  # what is measured is what ships
+    scores = oracle.report(detector, options.scenes)
     about = {
         "step": step,
         "recipe": options.config,
-        "parameters": sum(p.numel() for p in eye.parameters()),
+        "parameters": sum(p.numel() for p in detector.parameters()),
         "oracle": scores,
     }
     if options.export:
-        eye.save(options.export, about)
+        detector.save(options.export, about)
     else:
         write_text(options.out / "oracle.json", json.dumps(about, indent=2) + "\n")
     return 0

@@ -38,14 +38,17 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
     """Write transformer, text encoder, tokenizer, VAE, scheduler and model_index.json, weights in bfloat16; recipe.json;
     and the log of each stage as STAGE.jsonl, where its folder has one (the encoder's: beside `--out` unless `--encoder`).
 
-    A training with `--lora` is exported twice: as peft's folder `lora`, and merged. A later stage than pretrain, whose VAE lies in a checkpoint folder, takes from that folder what it did not train: the
-    VAE, the recipes and the logs of the stages before it. Errors: those of `load_state` where a stage was not trained.
+    A training with `--lora` is exported twice: as peft's folder `lora`, and merged. A later stage than pretrain, whose VAE
+    lies in a checkpoint folder, takes from that folder what it did not train: the VAE, the recipes and the logs of the stages
+    before it. Errors: those of `load_state` where a stage was not trained.
     """
     folder: Path = options.export
+    # of the stages before, where the VAE lies in a checkpoint folder
     before = options.vae.parent if (options.vae / "config.json").is_file() else None
     earlier = read_json(before / "recipe.json") if before else {}
     logs = {path.name: path.read_text(encoding="utf-8") for path in before.glob("*.jsonl")} if before else {}
     done = read_index(before)["lens"]["trained_steps"] if before else 0
+    # the networks
     tokenizer = ROOT / configs.load(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
         write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
@@ -58,7 +61,9 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
         shutil.copytree(options.vae, folder / "vae", dirs_exist_ok=True)
     scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))
     write_json(folder / "scheduler" / "scheduler_config.json", released_scheduler(scheduler))
-    last = next((row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {})
+    last: dict[str, Any] = next(
+        (row for row in reversed(read_log(options.out / "log.jsonl")) if "with_text" in row), {}
+    )
     state, world = load_state(options.out / f"{stage}.pt", stage), configs.world(options.config)
     about = {
         "name": "Lens-Mini",
@@ -74,6 +79,7 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
         "validation": {k: last[k] for k in ("with_text", "without_text", "text_explains") if k in last},
     }
     write_json(folder / "model_index.json", released_index(about))
+    # recipes and logs
     written = recipe(options.config, stage) | earlier
     written[stage] |= state.get("settings", {})  # as run, where options replaced the recipe's numbers
     write_json(folder / "recipe.json", written)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = configs.override(configs.load(options.config, STAGE), options.set)
-    if flow.serves(config, options):
+    if flow.is_sharded_recipe(config, options):
         return flow.run(options, config, STAGE)
     torch.set_num_threads(options.threads)
     if options.vae is None:

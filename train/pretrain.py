@@ -23,7 +23,7 @@ save. `with_text`, `without_text`: loss on fixed unseen scenes, times and noise 
 the share of the latter that the caption takes away.
 
 A recipe with SLOTS trains the MMDiT alone, on shards and on any number of processes (train/pretrain_on_shards.py). Mini's has
-two networks: its encoder trains along, at another rate and with a second loss.
+two networks: its encoder trains along, at another learning rate and with a second loss.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from lens.formats.released import load_transformer
 
 from . import configs, pretrain_on_pool
 from . import pretrain_on_shards as flow
-from .data.small_world.batches import Batch, Source, Stream, bucket_at, draw
+from .data.small_world.batches import WorldBatch, WorldBatches, WorldSource, bucket_at, draw
 from .evaluate.flow_loss import validate
-from .loop import lora as adapters
 from .loop.checkpoints import StateFile, load_state
 from .loop.clock import Clock, duration, positive
 from .loop.ema import Ema
 from .loop.log import JsonLog
+from .loop.lora import NO_BASE, Lora, attach_lora, init_lora, lora_of_training
 from .loop.method import About, Losses, Method, Network, Plan, adamw
 from .loop.ranks import Ranks, device_of
 from .loop.trainer import Trainer
@@ -77,7 +77,7 @@ def start_from(model: Mini, source: Path, encoder_config: ModuleType) -> None:
 class TrainMini(Method):
     """MMDiT and text encoder together. A batch: (scenes of one size, the base they belong to).
 
-    options: what the command says; it may replace steps and rates of the recipe. prefix: the chat's constant beginning.
+    options: what the command says; it may replace steps and learning rates of the recipe. prefix: the chat's constant beginning.
     """
 
     def __init__(
@@ -85,9 +85,9 @@ class TrainMini(Method):
         config: ModuleType,
         options: argparse.Namespace,
         model: Mini,
-        stream: Stream,
+        stream: WorldBatches,
         tokenizer: CaptionTokenizer,
-        lora: adapters.Lora | None,
+        lora: Lora | None,
     ):
         self.config, self.options, self.model, self.stream = config, options, model, stream
         self.tokenizer, self.lora = tokenizer, lora
@@ -96,9 +96,9 @@ class TrainMini(Method):
         self.kinds = tuple(str(base) for base in config.BUCKETS) if stream.mixed else ()
         joint = options.joint_steps if options.joint_steps is not None else config.JOINT_STEPS
         self.joint = 0 if lora else joint  # beside adapters the encoder stays the checkpoint's
-        self.rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
+        self.learning_rates = {name: getattr(config, name) * options.lr_scale for name in ("LR", "ENCODER_LR")}
         self.averages = {name: Ema(getattr(model, name), config.EMA) for name in ("transformer", "encoder")}
-        self.networks = {name: self._network(name, rate) for name, rate in zip(self.averages, self.rates.values())}
+        self.networks = {name: self._network(name, lr) for name, lr in zip(self.averages, self.learning_rates.values())}
         self.place = {"window": 0, "position": 0}
 
     def _network(self, name: str, lr: float) -> Network:
@@ -124,9 +124,9 @@ class TrainMini(Method):
     def settings(self, plan: Plan) -> dict[str, Any]:
         """What options change, and what an export asks for."""
         found = {"STEPS": plan.steps, "DECAY": plan.decay, "JOINT_STEPS": self.joint, "MODEL": self.config.MODEL}
-        return found | self.rates | ({"LORA": str(self.lora)} if self.lora else {})
+        return found | self.learning_rates | ({"LORA": str(self.lora)} if self.lora else {})
 
-    def batches(self) -> Iterator[tuple[Batch, str | None]]:
+    def batches(self) -> Iterator[tuple[WorldBatch, str | None]]:
         """From the place on; where it stands is told before each."""
         for window, position, batch in self.stream.batches(**self.place):
             index = window * self.config.WINDOW + position - 1
@@ -136,13 +136,13 @@ class TrainMini(Method):
     def turn(self, step: int) -> tuple[str, ...]:
         return ("transformer", "encoder") if step < self.joint else ("transformer",)
 
-    def about(self, batch: tuple[Batch, str | None]) -> About:
+    def about(self, batch: tuple[WorldBatch, str | None]) -> About:
         scenes, base = batch
         count, tokens = scenes.latents.shape[:2]
         seen = {"window": self.place["window"], "batch": self.place["position"] - 1}
         return About(count, kind=base, image_tokens=count * tokens, text_tokens=sum(scenes.lengths), seen=seen)
 
-    def losses(self, batch: tuple[Batch, str | None], step: int) -> dict[str, Losses]:
+    def losses(self, batch: tuple[WorldBatch, str | None], step: int) -> dict[str, Losses]:
         config, joint = self.config, step < self.joint
         if self.past is None or joint:  # the prefix changes as long as the encoder trains
             self.past = self.model.past(self.tokenizer.prefix)
@@ -184,19 +184,22 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
         Clock(options.stop_after),
         StateFile(options.out / f"{stage}.pt"),
     )
+    # the networks' shapes, of the recipe, a state or a folder
     device, before = device_of(options.device), states.latest()
     encoder_config = configs.load(options.config, "encoder")
     tokenizer = text_path.tokenizer_of(encoder_config.TOKENIZER)
     state = load_state(before, stage) if before else None
-    config, lora = shaped(config, state, options.init), adapters.of_training(state, options.lora)
+    config, lora = shaped(config, state, options.init), lora_of_training(state, options.lora)
     if lora and state is None and options.init is None:
-        raise ValueError(adapters.NO_BASE)
+        raise ValueError(NO_BASE)
     model = Mini(config, encoder_config, text_path.build(encoder_config)).train()
     model.encoder.lm_head.requires_grad_(config.LM_WEIGHT > 0)
+    # the latent space that pictures are encoded into
     latents = Latents(options.vae, device)
     if latents.vae is not None and device.type == "cpu":  # a released folder's encoder is slow there
         share = latents.straighten(configs.world(options.config), config.SIDE)
         log(step=0, latents_by_one_convolution=share)
+    # the weights that a training begins with
     if state is None and options.init:
         start_from(model, options.init, encoder_config)
         if options.init.is_dir() and (options.init / "vae").resolve() != options.vae.resolve():
@@ -209,12 +212,13 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     if lora:
         model.requires_grad_(False)
         model.transformer.requires_grad_(True)  # where adapters train: around its layers
-        adapters.attach(model.transformer, lora)
-        adapters.start(model.transformer, config.SEED)
+        attach_lora(model.transformer, lora)
+        init_lora(model.transformer, config.SEED)
     model.to(device)
-    stream = Stream(
+    # data and loop
+    stream = WorldBatches(
         config,
-        Source(options.config),
+        WorldSource(options.config),
         latents.encode,
         options.workers,
         device,
@@ -282,9 +286,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     config = configs.override(configs.load(options.config, "pretrain"), options.set)
-    if flow.serves(config, options):
+    if flow.is_sharded_recipe(config, options):
         return flow.run(options, config, "pretrain")
-    if pretrain_on_pool.serves(config):
+    if pretrain_on_pool.is_pool_recipe(config):
         return pretrain_on_pool.run(options, config)
     torch.set_num_threads(options.threads)
     if options.export:

@@ -47,11 +47,11 @@ STAGE = "pretrain"
 VALIDATION_SEED = 1_000_000_000
 
 
-def serves(config: ModuleType) -> bool:
+def is_pool_recipe(config: ModuleType) -> bool:
     return hasattr(config, "POOL")
 
 
-class Reader:
+class PoolReader:
     """Captions -> features of the frozen encoder of a checkpoint folder."""
 
     def __init__(self, folder: Path, recipe: ModuleType):
@@ -123,7 +123,7 @@ class OnPool(Method):
         lr: float,
     ):
         self.config, self.folder, self.pool, self.held = config, folder, pool, held
-        self.padded, self.plain = Padded(model, config.COMPILED), Padded(model, False)
+        self.padded, self.uncompiled = Padded(model, config.COMPILED), Padded(model, False)
         optimizer = adamw(trained_of(model), lr, config.BETAS, config.WEIGHT_DECAY)
         self.networks = {"model": Network(model, optimizer, Ema(model, config.EMA))}
         self.place = {"turn": 0, "position": 0}
@@ -162,7 +162,7 @@ class OnPool(Method):
         self.place = {name: place[name] for name in self.place}
 
     def validate(self, step: int) -> dict[str, float]:
-        return validate(self.config, self.plain, self.held)
+        return validate(self.config, self.uncompiled, self.held)
 
 
 def train(config: ModuleType, options: argparse.Namespace) -> None:
@@ -182,7 +182,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     latents = Latents(folder / "vae")
     world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS, config.PHOTOGRAPHS)
     latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
-    made = Encoded(config, world, latents.encode, Reader(folder, configs.load("mini", "encoder")))
+    made = Encoded(config, world, latents.encode, PoolReader(folder, configs.load("mini", "encoder")))
     pool = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked))
     method = OnPool(config, model, folder, pool, held_out(config, made), config.LR * options.lr_scale)
     plan = Plan(

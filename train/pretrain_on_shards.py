@@ -6,7 +6,8 @@
 
 The VAE and the text encoder are frozen: those of a checkpoint folder (`--model`) or of Mini's stages (`--vae`, `--encoder`);
 neither is needed where the shards hold latents and features. OUT holds checkpoints/, log.jsonl and its copy for TensorBoard,
-a sheet of fixed prompts and seeds at every save, skipped.jsonl. `--validate`: the loss on pictures held out. The same command again resumes.
+a sheet of fixed prompts and seeds at every save, skipped.jsonl. `--validate`: the loss on pictures held out. The same command
+again resumes.
 """
 
 from __future__ import annotations
@@ -33,18 +34,18 @@ from lens.resolution import bucket_size
 from . import configs, cost
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
-from .data.loader import Batch, Encode, Loader
+from .data.loader import Encode, Loader, ShardBatch
 from .data.shards import ShardSet
-from .loop import lora as adapters
 from .loop import ranks
 from .loop.checkpoints import Checkpoints, read_state
 from .loop.clock import Clock, positive
 from .loop.ema import Ema
+from .loop.lora import NO_BASE, attach_lora, init_lora, lora_of, merge_lora, parse_lora, save_lora
 from .loop.method import About, Losses, Method, Network, Plan, adamw
 from .loop.ranks import Ranks
 from .loop.sheets import Sheets, released_decoder
 from .loop.trainer import ALONE, Trainer
-from .loop.validation import HeldOut, unseen
+from .loop.validation import HeldOut, validation_loader
 from .networks.denoiser import Denoiser
 from .objectives import flow_matching
 from .objectives.velocity import FlowMatching
@@ -104,11 +105,11 @@ def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Modu
 
     A recipe's LORA: frozen, as the compute dtype has them, with adapters beside them.
     """
-    lora = adapters.of(recipe)
+    lora = lora_of(recipe)
     with torch.device("meta"):
         model = Denoiser(model_of(recipe), DTYPES[recipe.COMPUTE], recipe.RECOMPUTE).train()
         if lora:
-            adapters.attach(model, lora, model.compute)
+            attach_lora(model, lora, model.compute)
     # sharded while they weigh nothing: no process ever holds the whole
     wrapped = ranks.wrap(model, group, recipe.RESHARD) if group.shard > 1 else None
     if init is not None:
@@ -116,7 +117,7 @@ def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Modu
     else:
         ranks.materialise(model, group.device, recipe.SEED)
     if lora:
-        adapters.start(model, recipe.SEED)
+        init_lora(model, recipe.SEED)
     return wrapped if wrapped is not None else ranks.wrap(model, group, recipe.RESHARD)
 
 
@@ -135,8 +136,8 @@ def networks(
             raise ValueError("--encoder: expected --vae, the folder of the VAE stage, beside it")
         from .networks.generator import Painter
 
-        found = encoders.mini("mini", options.vae, options.encoder, group.device)
-        return *found, Painter(options.vae, "mini")
+        own = encoders.mini("mini", options.vae, options.encoder, group.device)
+        return *own, Painter(options.vae, "mini")
     if missing := {"latents", "text"} - set(shards.precomputed):
         raise ValueError(
             f"{shards.folder} holds no {' and no '.join(sorted(missing))}; expected --model, or --vae and --encoder"
@@ -186,7 +187,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
 
 
-def serves(recipe: ModuleType, options: argparse.Namespace) -> bool:
+def is_sharded_recipe(recipe: ModuleType, options: argparse.Namespace) -> bool:
     """Whether a recipe trains here. `--print-config` is answered for all. Errors: ValueError for options of the other kind."""
     here = hasattr(recipe, "SLOTS")
     mine = {"--data": options.data, "--model": options.model, "--shard": options.shard, "--resume": options.resume}
@@ -203,23 +204,24 @@ def serves(recipe: ModuleType, options: argparse.Namespace) -> bool:
 def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
     """The recipe with the MMDiT and the LoRA of the state that is taken up, else of the checkpoint folder to start from and
     of `--lora`. Errors: ValueError where `--lora` and the state differ."""
-    recipe, asked = configs.override(recipe, []), adapters.parse(options.lora) if options.lora else None
+    changed: Any = configs.override(recipe, [])  # a module: it takes any field
+    asked = parse_lora(options.lora) if options.lora else None
     folder = state_of(options)
     if folder is not None:
         held = read_state(folder)["settings"]
         if asked and held.get("LORA") != str(asked):
             raise ValueError(f"--lora {asked}: this training has {held.get('LORA', 'none')}")
-        asked = adapters.parse(held["LORA"]) if "LORA" in held else None
-        recipe.MODEL = {name: tuple(v) if isinstance(v, list) else v for name, v in held["MODEL"].items()}
+        asked = parse_lora(held["LORA"]) if "LORA" in held else None
+        changed.MODEL = {name: tuple(v) if isinstance(v, list) else v for name, v in held["MODEL"].items()}
     elif options.init is not None and not options.init.is_dir():
         raise ValueError(f"--init {options.init}: no such folder; expected a checkpoint folder, or a state step_...")
     elif (path := released_config(options.init)) is not None:
-        recipe.MODEL = vars(transformer_config(read_json(path), str(path)))
+        changed.MODEL = vars(transformer_config(read_json(path), str(path)))
     elif asked and not options.dry_run:
-        raise ValueError(adapters.NO_BASE)
+        raise ValueError(NO_BASE)
     if asked:
-        recipe.LORA = str(asked)
-    return recipe
+        changed.LORA = str(asked)
+    return changed
 
 
 def state_of(options: argparse.Namespace) -> Path | None:
@@ -262,21 +264,21 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     with torch.device("meta"):
         model = Denoiser(model_of(recipe))
     model.to_empty(device="cpu")
-    if lora := adapters.of(recipe):
-        adapters.attach(model, lora)
+    if lora := lora_of(recipe):
+        attach_lora(model, lora)
     states, folder = Checkpoints(options.out / "checkpoints", ALONE), state_of(options)
     if folder is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
     states.load(folder, averaged_names(model))
     if lora:
-        adapters.save(model, lora, options.export / "lora")
-        adapters.merge(model)
+        save_lora(model, lora, options.export / "lora")
+        merge_lora(model)
     save_transformer(model, options.export / "transformer", torch.bfloat16)
     made = f" and {options.export / 'lora'}" if lora else ""
     print(f"{folder.name} is exported: {options.export / 'transformer'}{made}")
 
 
-def drawn(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
+def bucket_sizes(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
     """Samples of every bucket that a recipe draws and the shards hold. Errors: ValueError where there is none."""
     asked = buckets_of(recipe)
     found = {bucket: n for bucket, n in shards.sizes.items() if bucket in asked}
@@ -303,7 +305,7 @@ class OnShards(Method):
         buckets: Sequence[Bucket],
         sheet: Callable[[Path], None] | None = None,
         held_out: Callable[[nn.Module], dict[str, float]] | None = None,
-        flops: Callable[[Batch], float] = lambda _batch: 0.0,
+        flops: Callable[[ShardBatch], float] = lambda _batch: 0.0,
     ):
         self.recipe, self.model, self.objective = recipe, model, objective
         self.sheet, self.held_out, self.flops = sheet, held_out, flops
@@ -328,11 +330,11 @@ class OnShards(Method):
             save_every=recipe.SAVE_EVERY,
         )
 
-    def losses(self, batch: Batch, step: int) -> dict[str, Losses]:
+    def losses(self, batch: ShardBatch, step: int) -> dict[str, Losses]:
         values, times = self.objective(self.model, batch)
         return {"model": Losses(values, times=times)}
 
-    def about(self, batch: Batch) -> About:
+    def about(self, batch: ShardBatch) -> About:
         count, tokens = len(batch.lengths), batch.bucket.tokens
         return About(
             samples=count,
@@ -364,27 +366,33 @@ def averaged_names(model: nn.Module) -> dict[str, Tensor]:
 
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
     clock, out = Clock(options.stop_after), options.out
+    # data, and the frozen networks that encode it
     shards = ShardSet(options.data)
-    sampler = BucketSampler(drawn(recipe, shards), law_of(recipe), recipe.SEED, recipe.SLOTS)
+    sampler = BucketSampler(bucket_sizes(recipe, shards), law_of(recipe), recipe.SEED, recipe.SLOTS)
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)
+    # the MMDiT: of the state, of a checkpoint folder, or fresh; and where its states go
     folder = state_of(options)
     released = None if folder else released_config(options.init)
     model, shape = build(recipe, group, released.parent if released else None), model_of(recipe)
     states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
     if folder is None and options.init is not None and released is None:
         states.load(options.init, averaged_names(ranks.bare(model)))
-    lora = adapters.of(recipe)
+    lora = lora_of(recipe)
     sheet = None
     if decode is not None:
+        assert tokenizer is not None, "it comes with a decoder"
         sheet = Sheets(recipe, group, model, shape, text, [tokenizer(p) for p in recipe.PROMPTS], decode)
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
     group.barrier()
+    # what it learns from, and what it is measured by
     objective, held_out = FlowMatching(recipe, shape), None
     if options.validate is not None:
-        held_out = HeldOut(recipe, group, objective, *unseen(recipe, options.validate, shards, tokenizer, encode))
+        held_out = HeldOut(
+            recipe, group, objective, *validation_loader(recipe, options.validate, shards, tokenizer, encode)
+        )
     method = OnShards(
         recipe,
         model,

@@ -44,9 +44,9 @@ from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
 from .data.images import fitted
 from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
-from .data.sources import Drawing, Source, assign, captions_of, fraction, pictures_of
+from .data.sources import Drawing, Source, assign, captions_of, fraction, images_of
 from .loop.checkpoints import write_text
-from .loop.clock import FULL, Halted, positive
+from .loop.clock import FULL, Interrupted, positive
 from .loop.ranks import device_of
 from .loop.workers import start_worker, undisturbed
 
@@ -90,15 +90,19 @@ class Precompute:
 @functools.lru_cache(maxsize=1)
 def _networks(asked: Precompute) -> tuple[Any, Any, Any]:
     device = device_of(asked.device)
+    codec: encoders.LatentCodec
+    text: encoders.TextEncoder
     if asked.model is not None:
         tokenizer, codec, text = encoders.released(asked.model, device, DTYPES[asked.dtype])
     else:
+        if asked.vae is None or asked.encoder is None:
+            raise ValueError("--precompute: expected --model, or --vae and --encoder")
         tokenizer, codec, text = encoders.mini(asked.recipe, asked.vae, asked.encoder, device)
     return tokenizer, codec if "latents" in asked.what else None, text if "text" in asked.what else None
 
 
 @dataclass(frozen=True)
-class Plan:
+class ShardPlan:
     """One shard to be: its bucket, its file, what goes into it."""
 
     bucket: Bucket
@@ -142,7 +146,7 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
     if not options.images.is_dir():
         raise ValueError(f"--images: {options.images} is no folder")
     captions = captions_of(options.captions) if options.captions else None
-    for picture, height, width in pictures_of(options.images, captions, out):
+    for picture, height, width in images_of(options.images, captions, out):
         if (fraction(picture.key) < options.held_out) != (options.split == "held_out"):
             continue
         found = assign(height, width, options.bases, options.aspects, options.assign == "largest")
@@ -155,9 +159,9 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
     return buckets
 
 
-def plans_of(options: argparse.Namespace, buckets: dict[Bucket, list[Source]], extra: Precompute) -> list[Plan]:
+def plans_of(options: argparse.Namespace, buckets: dict[Bucket, list[Source]], extra: Precompute) -> list[ShardPlan]:
     return [
-        Plan(
+        ShardPlan(
             bucket, options.out / bucket.name / f"{number:06d}.tar", tuple(own[start : start + options.samples]), extra
         )
         for bucket, own in buckets.items()
@@ -165,20 +169,20 @@ def plans_of(options: argparse.Namespace, buckets: dict[Bucket, list[Source]], e
     ]
 
 
-def completed(plans: Sequence[Plan], workers: int) -> Iterator[tuple[Plan, int]]:
+def completed(plans: Sequence[ShardPlan], workers: int) -> Iterator[tuple[ShardPlan, int]]:
     """Shards as they are finished; processes, where asked for, write several at once."""
     if not workers:
         yield from ((plan, plan.build()) for plan in plans)
         return
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         with undisturbed():
-            waiting: list[tuple[Plan, Callable[[], int]]] = [(p, pool.submit(p.build).result) for p in plans]
+            waiting: list[tuple[ShardPlan, Callable[[], int]]] = [(p, pool.submit(p.build).result) for p in plans]
         try:
             for plan, wait in waiting:
                 yield plan, wait()
         except BrokenProcessPool as error:
             pool.shutdown(cancel_futures=True)
-            raise Halted(
+            raise Interrupted(
                 f"{plan.path}: a worker died; what is finished is kept, the same command goes on from there"
             ) from error
         except BaseException:
@@ -195,7 +199,7 @@ def in_words(left_out: Mapping[str, int]) -> str:
     return ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items()) if count) or "nothing"
 
 
-def forgotten(folder: Path, plans: Sequence[Plan]) -> str:
+def forgotten(folder: Path, plans: Sequence[ShardPlan]) -> str:
     """The buckets, and how many shards of each, that a folder's manifest names and the plans do not. Errors: ValueError."""
     before = ShardSet(folder).manifest["buckets"] if (folder / MANIFEST).is_file() else {}
     kept = {plan.path for plan in plans}
@@ -222,6 +226,7 @@ def build(options: argparse.Namespace) -> None:
             f"shards: {options.images} holds no usable picture with a caption for --split {options.split}; "
             f"left out: {reasons}"
         )
+    # what is missing
     gone = forgotten(options.out, plans)
     missing = [plan for plan in plans if not plan.done()]
     print(f"{sum(len(p.sources) for p in plans)} samples in {len(plans)} shards, {len(missing)} to write", flush=True)
@@ -230,6 +235,7 @@ def build(options: argparse.Namespace) -> None:
         left = (time.monotonic() - begin) / count * (len(missing) - count)
         name, written = plan.path.relative_to(options.out), written + samples
         print(f"{name}  {samples} samples  {count} of {len(missing)}, {left:.0f} s left", flush=True)
+    # the manifest, and what was left out
     counted = collections.Counter(kind(reason) for _, reason in out)
     settings = {
         "split": options.split,

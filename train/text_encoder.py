@@ -67,11 +67,11 @@ class Maker:
         recipe = config.TRAIN
         return cls(config.TOKENIZER, tuple(config.CAPTIONS.items()), recipe["batch"] - recipe["pairs"], recipe["pairs"])
 
-    def __call__(self, step: int) -> language.Batch:
+    def __call__(self, step: int) -> language.TextBatch:
         first = step * (self.captions + self.pairs)
         return self.batch(range(first, first + self.captions + self.pairs))
 
-    def batch(self, seeds: Sequence[int]) -> language.Batch:
+    def batch(self, seeds: Sequence[int]) -> language.TextBatch:
         """The last `pairs` of the seeds give chats, the others captions."""
         world, tokenizer = _world(self.shares), tokenizer_of(self.tokenizer)
         ids, begins, asked, at = [], [], [], 0
@@ -88,10 +88,10 @@ class Maker:
             ids.append(tokens)
             begins.append(begin)
             at += len(tokens)
-        return language.Batch(ids, begins, asked)
+        return language.TextBatch(ids, begins, asked)
 
 
-def batches(make: Maker, step: int, workers: int) -> Generator[language.Batch, None, None]:
+def batches(make: Maker, step: int, workers: int) -> Generator[language.TextBatch, None, None]:
     """`make(step)`, `make(step + 1)`, ... without end; with workers, processes of their own stay a few steps ahead."""
     if not workers:
         while True:
@@ -100,7 +100,7 @@ def batches(make: Maker, step: int, workers: int) -> Generator[language.Batch, N
     # fresh processes, not forks: a forked child must not touch a CUDA context
     with ProcessPoolExecutor(workers, get_context("spawn"), start_worker) as pool:
         with undisturbed():
-            waiting: list[Future[language.Batch]] = [pool.submit(make, step + i) for i in range(2 * workers)]
+            waiting: list[Future[language.TextBatch]] = [pool.submit(make, step + i) for i in range(2 * workers)]
         try:
             while True:
                 done = waiting.pop(0)
@@ -114,7 +114,7 @@ def batches(make: Maker, step: int, workers: int) -> Generator[language.Batch, N
 
 
 def losses(
-    model: nn.Module, readers: language.Readers, prefix: Sequence[int], layers: Sequence[int], batch: language.Batch
+    model: nn.Module, readers: language.Readers, prefix: Sequence[int], layers: Sequence[int], batch: language.TextBatch
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Next-token loss, readers' loss, readers' accuracies. The last of `layers` is the model's last (for the head)."""
     packed, _ = encode_packed(model, batch.ids, prefix, layers)
@@ -133,7 +133,8 @@ class TrainEncoder(Method):
         with torch.random.fork_rng():
             torch.manual_seed(keyed(config.SEED, "probe init").initial_seed())
             readers = language.Readers(len(config.LAYERS) * config.MODEL["hidden_size"])
-        self.both = nn.ModuleDict({"model": build(config), "readers": readers})
+        self.model, self.readers = build(config), readers
+        self.both = nn.ModuleDict({"model": self.model, "readers": readers})
 
     def begin(self, init: Path | None = None) -> None:
         """Give the networks the weights that they start from: those of a state, or the model's of a checkpoint folder."""
@@ -146,15 +147,15 @@ class TrainEncoder(Method):
         optimizer = adamw(named, recipe["lr"], decay=recipe["weight_decay"], vectors_decay=True)
         self.networks = {"encoder": Network(self.both, optimizer, Ema(self.both, recipe["ema"]))}
 
-    def about(self, batch: language.Batch) -> About:
+    def about(self, batch: language.TextBatch) -> About:
         return About(len(batch.ids), text_tokens=sum(map(len, batch.ids)))
 
-    def losses(self, batch: language.Batch, step: int) -> dict[str, Losses]:
+    def losses(self, batch: language.TextBatch, step: int) -> dict[str, Losses]:
         words, probe, _ = self._losses(batch)
         return {"encoder": Losses(words[None], beside=self.recipe["probe"] * probe, terms={"probe": probe})}
 
-    def _losses(self, batch: language.Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        return losses(self.both["model"], self.both["readers"], self.prefix, self.config.LAYERS, batch)
+    def _losses(self, batch: language.TextBatch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        return losses(self.model, self.readers, self.prefix, self.config.LAYERS, batch)
 
     @torch.no_grad()
     def validate(self, step: int) -> dict[str, float]:
@@ -164,7 +165,7 @@ class TrainEncoder(Method):
         return {name: value.item() for name, value in found.items()}
 
     @functools.cached_property
-    def held(self) -> language.Batch:
+    def held(self) -> language.TextBatch:
         return self.make.batch(range(VALIDATION_SEED, VALIDATION_SEED + self.config.VALIDATION))
 
 

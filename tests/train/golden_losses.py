@@ -53,7 +53,7 @@ CHANGES = {
         "SHEET": {"steps": 1},
         "VALIDATION": 2,
     },
-    "eye": {
+    "detector": {
         "SHAPE": {"widths": (8, 8, 16, 16), "blocks": (1, 1, 1), "neck": 16},
         "BATCHES": ((0, ((64, 64, 3, 1.0),)), (2, ((64, 64, 3, 0.5), (64, 96, 2, 0.5)))),
         "STEPS": 6,
@@ -128,7 +128,7 @@ def commands(out):
         "mixed_resolution": f"mixed_resolution --vae {vae} --init {base / 'pretrain.pt'} --out {out / 'mixed'}",
         "lora": f"pretrain --vae {vae} --init {base / 'pretrain.pt'} --lora r=4 --steps 4 --out {out / 'lora'}",
         "pool": f"pretrain --init {SHIPPED} --out {out / 'pool'}",
-        "eye": f"eye --vae {vae} --out {out / 'eye'}",
+        "detector": f"detector --vae {vae} --out {out / 'detector'}",
     }
 
 

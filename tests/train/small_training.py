@@ -13,7 +13,7 @@ from train import pretrain_on_shards as flow
 from train.data.buckets import Bucket
 from train.loop import ranks
 from train.loop.checkpoints import Checkpoints, read_state
-from train.loop.clock import Clock, Halted
+from train.loop.clock import Clock, Interrupted
 from train.loop.keys import keyed
 from train.loop.trainer import Trainer
 from train.networks.denoiser import Denoiser
@@ -204,7 +204,7 @@ def clip_norms(group, out):
 def ending(batch, step, slot):
     """What a batch is spoiled with whose shard is gone."""
     if (batch.step, batch.slot) == (step, slot):
-        raise Halted("a.tar: No such file or directory, asked for member b")
+        raise Interrupted("a.tar: No such file or directory, asked for member b")
 
 
 def data_ends_for_one(group, out):
@@ -213,7 +213,7 @@ def data_ends_for_one(group, out):
     data = batches(0, group.rank, group.world, spoil=lambda batch: ending(batch, 2, 5))
     try:
         trainer.run(data, Clock(None))
-    except Halted as error:
+    except Interrupted as error:
         return str(error), weights(trainer)
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from train import __main__ as commands
 from train.__main__ import STAGES, main
 from train.data.contact_sheet import contact_sheet
-from train.loop.clock import Halted
+from train.loop.clock import Interrupted
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -106,7 +106,7 @@ def test_what_the_machine_refuses_is_one_line_and_exit_code_one(monkeypatch, cap
         (disk, "runs/a/pretrain.pt: No space left on device; what was saved before is kept"),
         (OSError(errno.EDQUOT, "Quota exceeded"), "disk: Quota exceeded; what was saved before is kept"),
         (BrokenProcessPool("terminated"), "a worker process died (killed, or out of memory?); what was saved before"),
-        (Halted("a.tar: gone,\nasked for member b"), "a.tar: gone, asked for member b\n"),
+        (Interrupted("a.tar: gone,\nasked for member b"), "a.tar: gone, asked for member b\n"),
     ):
         monkeypatch.setattr(commands, "main", lambda error=error: (_ for _ in ()).throw(error))
         assert commands.command() == 1

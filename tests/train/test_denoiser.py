@@ -12,8 +12,7 @@ from lens.cost import gemm_flops, step_flops
 from lens.model import LensTransformer2DModel
 from lens.packing import plan
 from train import cost
-from train.loop import lora as adapters
-from train.loop.lora import Lora
+from train.loop.lora import NO_LORA, Lora, attach_lora, init_lora, keep_lora, lora_layers
 from train.networks.denoiser import RECOMPUTE, Denoiser
 
 CONFIG = LensConfig.tiny()
@@ -120,7 +119,7 @@ def kept(layers, lora=None):
     config = LensConfig(num_layers=layers, num_attention_heads=4, enc_hidden_dim=64, selected_layer_index=(0, 1))
     model = Denoiser(config, torch.bfloat16)
     if lora is not None:
-        adapters.attach(model, lora)
+        attach_lora(model, lora)
     model = filled(model.bfloat16())
     own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
@@ -140,7 +139,7 @@ def kept(layers, lora=None):
 @pytest.mark.parametrize("lora", [None, Lora(8, 8.0), Lora(8, 8.0, "all")], ids=["whole", "attention", "all"])
 def test_the_memory_that_the_dry_run_counts_is_what_a_block_keeps(lora):
     per_block = (kept(5, lora)[0] - kept(3, lora)[0]) / 2
-    assert per_block == pytest.approx(cost.kept_of(lora, 256), rel=0.01)
+    assert per_block == pytest.approx(cost.saved_activations(lora, 256), rel=0.01)
 
 
 @pytest.mark.parametrize("lora", [Lora(8, 8.0), Lora(8, 8.0, "all")], ids=["attention", "all"])
@@ -148,7 +147,7 @@ def test_the_flops_of_adapters_are_those_a_step_does(lora):
     """Every product of a forward and a backward pass, counted by torch; attention is an op of ours, which it does not count."""
     texts, image, width = [5, 0, 7], 6, CONFIG.inner_dim
     model = Denoiser(CONFIG)
-    adapters.attach(model, lora)
+    attach_lora(model, lora)
     filled(model)
     with FlopCounterMode(display=False) as counter:
         model(*inputs(texts)).pow(2).mean().backward()
@@ -163,21 +162,21 @@ def test_the_backward_pass_computes_again_under_the_adapter_of_its_forward_pass(
     """Gradients of one adapter are the same whatever was in force between its forward and its backward pass: the old
     policy, or none."""
     model = filled(Denoiser(CONFIG, recompute=recompute))
-    adapters.attach(model, Lora(4, 8.0, "all"))
-    adapters.start(model, 0)
+    attach_lora(model, Lora(4, 8.0, "all"))
+    init_lora(model, 0)
     drawn = torch.Generator().manual_seed(7)
 
     def move():
         with torch.no_grad():
-            for _, layer in adapters.adapted(model):
+            for _, layer in lora_layers(model):
                 for p in (*layer.down, *layer.up):
                     p.add_(torch.randn(p.shape, generator=drawn) * 0.2)
 
     move()
-    adapters.keep(model, "old")
+    keep_lora(model, "old")
     move()
     given = inputs([5, 0, 7])
-    ways = {name: model(*given, name).detach() for name in (None, "old", adapters.NONE)}
+    ways = {name: model(*given, name).detach() for name in (None, "old", NO_LORA)}
     assert not any(
         torch.allclose(ways[a], ways[b], rtol=1e-2) for a, b in ((None, "old"), (None, "none"), ("old", "none"))
     )
@@ -191,8 +190,8 @@ def test_the_backward_pass_computes_again_under_the_adapter_of_its_forward_pass(
         return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
     want = gradients([])
-    assert len(want) == 2 * sum(len(layer.down) for _, layer in adapters.adapted(model)) - 8  # no dead text end
-    for between in (["old"], [adapters.NONE], ["old", adapters.NONE]):
+    assert len(want) == 2 * sum(len(layer.down) for _, layer in lora_layers(model)) - 8  # no dead text end
+    for between in (["old"], [NO_LORA], ["old", NO_LORA]):
         got = gradients(between)
         assert got.keys() == want.keys()
         assert all(torch.equal(got[name], want[name]) for name in want)

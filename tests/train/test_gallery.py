@@ -316,7 +316,7 @@ class Judges:
     reader = object()
 
     def __init__(self, scenes):
-        self.scenes, self.eye = sorted(scenes, key=lambda s: (s.height, s.width)), self
+        self.scenes, self.detector = sorted(scenes, key=lambda s: (s.height, s.width)), self
 
     def look(self, pictures):
         own, self.scenes = self.scenes[: len(pictures)], self.scenes[len(pictures) :]
@@ -338,7 +338,7 @@ def test_from_scores_to_page(tmp_path, capsys, monkeypatch):
     scores = read_scores(write(tmp_path / "scores.json", file_of()), list(gallery.ASKS), 3.0)
     wanted = gallery.contents(scores.settings, 2, 3.0)
     wishes, pipe = gallery.flat(wanted), Pipe()
-    made = gallery.drawn(pipe, wishes, "mini", 2)
+    made = gallery.draw_wishes(pipe, wishes, "mini", 2)
     assert len(pipe.asked) == len(set(pipe.asked)) == len({(w.prompt, w.seed, w.guidance, w.size) for w in wishes})
     assert {made[w][0].shape[:2] for w in gallery.flat(wanted["sizes"])} == {(n, n) for n in (64, 96, 128)}
     assert "pictures" in capsys.readouterr().err
@@ -391,7 +391,7 @@ def test_from_scores_to_page(tmp_path, capsys, monkeypatch):
 def test_a_picture_redraws_from_its_recipe(tmp_path):
     scene = World("train", {"single_object": 1.0}, ["apple"], "geneval").scene(0)
     wish = gallery.Wish(scene, scene.caption, 7, 1.0)
-    _, file = gallery.drawn(Pipe(), [wish], "mini", 20)[wish]
+    _, file = gallery.draw_wishes(Pipe(), [wish], "mini", 20)[wish]
     (tmp_path / "one.png").write_bytes(file)
     recipe = read_recipe(tmp_path / "one.png")
     assert (recipe.prompt, recipe.seed, recipe.guidance, recipe.steps) == (scene.caption, 7, 1.0, 20)

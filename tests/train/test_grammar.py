@@ -320,7 +320,7 @@ def test_every_word_is_in_words():
 
 def test_translated_phrases_agree():
     def phrase(kind, colour, language):
-        return translations.phrase(Thing(kind, colour, (0, 0, 1, 1)), language, colour is not None)
+        return translations.phrase(Thing(kind, colour, (0, 0, 1, 1)), language, colour)
 
     assert phrase("apple", "green", "fr") == "une pomme verte"
     assert phrase("book", "white", "fr") == "un livre blanc"

@@ -24,9 +24,9 @@ from lens.packing import plan
 from train.__main__ import main
 from train.data import encoders
 from train.data.buckets import Bucket, BucketLaw, BucketSampler
-from train.data.loader import TRIES, Batch, Encode, Loader
+from train.data.loader import TRIES, Encode, Loader, ShardBatch
 from train.data.shards import IDS, LATENTS, Sample, ShardSet, array_of, write_manifest, write_shard
-from train.loop.clock import Halted
+from train.loop.clock import Interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 MINI = ROOT / "lens/mini/base"
@@ -105,7 +105,7 @@ def take(batches, count):
 
 
 def same(a, b):
-    plain = [f.name for f in dataclasses.fields(Batch) if f.name not in ("pixels", "latents", "ids", "features")]
+    plain = [f.name for f in dataclasses.fields(ShardBatch) if f.name not in ("pixels", "latents", "ids", "features")]
     assert [getattr(a, name) for name in plain] == [getattr(b, name) for name in plain]
     assert a.tensors.keys() == b.tensors.keys()
     assert all(torch.equal(a.tensors[name], b.tensors[name]) for name in a.tensors)
@@ -219,7 +219,7 @@ def test_a_bucket_without_a_usable_member_ends_the_training(folder, tmp_path):
     shutil.copytree(folder, tmp_path / "gone")
     for tar in (tmp_path / "gone" / "64_2x1").glob("*.tar"):
         tar.write_bytes(b"")
-    with pytest.raises(Halted, match=rf"64_2x1/.*tar: {TRIES} members of bucket 64_2x1 in a row cannot be used"):
+    with pytest.raises(Interrupted, match=rf"64_2x1/.*tar: {TRIES} members of bucket 64_2x1 in a row cannot be used"):
         take(loader(tmp_path / "gone").batches(), 40)
 
 
@@ -228,7 +228,7 @@ def test_a_shard_that_is_gone_is_one_line_with_its_member(folder, tmp_path, work
     shutil.copytree(folder, tmp_path / "gone")
     tar = tmp_path / "gone" / "64_2x1" / "000005.tar"
     tar.unlink()
-    with pytest.raises(Halted) as told:
+    with pytest.raises(Interrupted) as told:
         take(loader(tmp_path / "gone", workers=workers).batches(), 40)
     assert re.fullmatch(rf"{tar}: No such file or directory, asked for member 64_2x1-[5678]", str(told.value))
 
@@ -239,7 +239,7 @@ def test_an_index_that_is_gone_or_another_is_one_line_with_its_member(folder, tm
     index = tmp_path / "torn" / "64_2x1" / "000005.json"
     index.unlink() if left is None else index.write_text(left)
     why = "No such file or directory" if left is None else "not the index that was written"
-    with pytest.raises(Halted) as told:
+    with pytest.raises(Interrupted) as told:
         take(loader(tmp_path / "torn").batches(), 40)
     assert re.fullmatch(rf"{index}: {why}, asked for member [0123] of 000005.tar", str(told.value))
 
@@ -249,7 +249,7 @@ def test_a_killed_worker_is_one_line_with_what_was_awaited(folder):
     batches = loader(folder, workers=2).batches(1, 1, 2)
     found.append(next(batches))
     os.kill(batches.gi_frame.f_locals["found"]._workers[1].pid, signal.SIGKILL)
-    with pytest.raises(Halted) as told:
+    with pytest.raises(Interrupted) as told:
         found.extend(batches)
     assert all(same(a, b) for a, b in zip(found, expected))
     key, rest = expected[len(found)].keys[0], len(expected[len(found)].keys) - 1

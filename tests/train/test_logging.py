@@ -29,7 +29,7 @@ def test_every_number_reaches_tensorboard_and_a_resumed_run_goes_on(tmp_path, ac
         log(step=step, loss=1 / step)
     log(part="decoder", step=7, psnr=20.0)
     Image.fromarray(np.full((4, 6, 3), 9, np.uint8)).save(tmp_path / "sheet.png")
-    log.picture("sheet", tmp_path / "sheet.png", 3)
+    log.image("sheet", tmp_path / "sheet.png", 3)
     again = JsonLog(tmp_path / "log.jsonl")  # the first run was killed after a state of step 1
     for step in (2, 3, 4):
         again(step=step, loss=2.0)
@@ -44,7 +44,7 @@ def test_every_number_reaches_tensorboard_and_a_resumed_run_goes_on(tmp_path, ac
 def test_a_sheet_reaches_tensorboard(tmp_path, accumulate):
     log = JsonLog(tmp_path / "log.jsonl")
     Image.fromarray(np.full((4, 6, 3), 9, np.uint8)).save(tmp_path / "sheet.png")
-    log.picture("sheet", tmp_path / "sheet.png", 3)
+    log.image("sheet", tmp_path / "sheet.png", 3)
     (image,) = accumulate(tmp_path / "tensorboard").Images("sheet")
     assert (image.step, image.width, image.height) == (3, 6, 4)
 
@@ -63,7 +63,7 @@ def test_without_tensorboard_one_line_says_so(tmp_path, monkeypatch, capsys):
         log = JsonLog(tmp_path / "log.jsonl")
         log(step=1, loss=0.5)
         log(step=2, loss=0.25)
-        log.picture("sheet", tmp_path / "never-read.png", 2)
+        log.image("sheet", tmp_path / "never-read.png", 2)
     finally:
         logging._writer_type.cache_clear()
     assert capsys.readouterr().err.count("TensorBoard is off") == 1

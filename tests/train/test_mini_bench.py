@@ -10,7 +10,7 @@ import pytest
 from train.data.small_world.kinds import CORE
 from train.data.small_world.world import TASKS, World, is_held_out
 from train.evaluate import mini_bench, ocr
-from train.evaluate.detector import Eye
+from train.evaluate.detector import Detector
 from train.evaluate.sources import Source, enlarged
 
 
@@ -59,11 +59,11 @@ def test_text_scores_by_hand():
 
 @pytest.mark.skipif(not ocr.available(), reason="needs lens[eval]")
 def test_signs_are_read():
-    world, reader, eye = World("train", {"text": 1.0}, captions="geneval"), ocr.Reader(), Eye.load()
+    world, reader, detector = World("train", {"text": 1.0}, captions="geneval"), ocr.Reader(), Detector.load()
     scenes = [world.scene(2_400_000_000 + i) for i in range(10)]
     pictures = [world.render(scene) for scene in scenes]
-    judges = mini_bench.Judges(eye, CORE, reader)
-    read = [judges.read(p, d) for p, d in zip(pictures, eye.look(pictures))]
+    judges = mini_bench.Judges(detector, CORE, reader)
+    read = [judges.read(p, d) for p, d in zip(pictures, detector.look(pictures))]
     assert sum(ocr.same_text(s.sign.text, r) for s, r in zip(scenes, read)) >= 9, read
     assert reader.read(np.full((64, 64, 3), 200, np.uint8)) == ""
     with pytest.raises(ValueError, match="uint8"):
@@ -85,7 +85,7 @@ def test_a_benchmark_of_known_pictures(tmp_path, capsys):
     few = CORE[:12]
     scenes = {task: mini_bench.scenes_of(task, 4, few) for task in ("colors", "position", "text")}
     options = argparse.Namespace(ceilings="with", guidance=[3.0], out=tmp_path, per_task=4)
-    judges = mini_bench.Judges(Eye.load(), few, None)
+    judges = mini_bench.Judges(Detector.load(), few, None)
     found = mini_bench.benchmark(perfect(scenes), judges, scenes, options)
     for task in ("colors", "position"):
         row = found["guidance"]["3"][task]
@@ -105,13 +105,13 @@ def test_a_benchmark_of_known_pictures(tmp_path, capsys):
 
 
 def test_binding_has_eighty_prompts_and_counting_is_told_per_number():
-    assert [mini_bench.pictures_of(t, 4) for t in ("color_attr", "counting")] == [80, 4]
-    assert mini_bench.pictures_of("color_attr", 100) == 100
+    assert [mini_bench.images_per_task(t, 4) for t in ("color_attr", "counting")] == [80, 4]
+    assert mini_bench.images_per_task("color_attr", 100) == 100
     scenes = mini_bench.scenes_of("counting", 12, CORE[:12])
     pictures = [World().render(s) for s in scenes]
     fewer = next(i for i, s in enumerate(scenes) if len(s.things) == 4)
     pictures[fewer] = World().render(replace(scenes[fewer], things=scenes[fewer].things[:3]))
-    row = mini_bench.Judges(Eye.load(), CORE[:12], None, audit=False).score("counting", scenes, pictures)
+    row = mini_bench.Judges(Detector.load(), CORE[:12], None, audit=False).score("counting", scenes, pictures)
     assert sum(e["pictures"] for e in row["numbers"].values()) == 12
     for number, entry in row["numbers"].items():
         asked = sum(len(s.things) == int(number) for s in scenes)
@@ -159,4 +159,4 @@ def test_sizes_are_scored_each_by_itself_and_enlarged_pictures_are_those_of_the_
 
 def test_a_class_that_the_judge_does_not_know_is_an_error():
     with pytest.raises(ValueError, match="does not know"):
-        mini_bench.Judges(Eye.load(), [*CORE, "dragonfruit"], None)
+        mini_bench.Judges(Detector.load(), [*CORE, "dragonfruit"], None)

@@ -10,7 +10,7 @@ from lens.config import LensConfig
 from train import configs, cost
 from train import pretrain_on_shards as flow
 from train.__main__ import main
-from train.loop import lora as adapters
+from train.loop.lora import lora_of
 from train.objectives.flow_matching import mu_of
 
 ROOT = Path(__file__).parents[2]
@@ -163,7 +163,7 @@ def test_the_dry_run_of_adapters_adds_up():
         assert parts["float32 adapters"] == 4 * trained / shard
         assert sum(parts[name] for name in ("gradients", "AdamW moments", "running average")) == 16 * trained / shard
     assert sum(parts.values()) < 24e9  # one card of the smaller kind
-    whole, own = (cost.training_flops(config, 1024, [200], lora) for lora in (None, adapters.of(changed)))
+    whole, own = (cost.training_flops(config, 1024, [200], lora) for lora in (None, lora_of(changed)))
     assert 0.66 < own / whole < 0.75
     text = cost.dry_run(changed, 8, 8, "h200", 0.4)
     assert "(2.16 forward passes)" in text

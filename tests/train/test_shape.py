@@ -17,7 +17,7 @@ from train.data.small_world.world import World
 from train.evaluate import geneval, mini_bench
 from train.evaluate.class_sheet import COLUMNS, cells, labels, sheet
 from train.evaluate.damage import DAMAGES, damaged
-from train.evaluate.detector import Eye
+from train.evaluate.detector import Detector
 from train.evaluate.geneval import Detection
 from train.evaluate.shape import CALIBRATION, Calibration, ShapeJudge, judge, paint
 from train.evaluate.shape_calibration import logistic
@@ -34,8 +34,8 @@ def shapes():
 
 
 @pytest.fixture(scope="module")
-def eye():
-    return Eye.load()
+def detector():
+    return Detector.load()
 
 
 def told(things):
@@ -56,11 +56,11 @@ def two_things(side=(64, 64), index=0):
 
 
 @pytest.mark.parametrize("side", [(64, 64), (96, 96), (64, 128)])
-def test_true_renders_are_right_and_at_distance_zero(shapes, eye, side):
+def test_true_renders_are_right_and_at_distance_zero(shapes, detector, side):
     for task in TASKS:
         scene = mini_bench.scenes_of(task, 1, FEW, side=side)[0]
         picture = World().render(scene)
-        found = shapes.look(picture, eye.look([picture])[0])
+        found = shapes.look(picture, detector.look([picture])[0])
         ruled = judge(geneval.asked(scene), found)
         assert ruled.right, (task, ruled)
         assert ruled.distance < 0.01
@@ -77,11 +77,11 @@ def test_larger_pictures_are_judged_too(shapes, side):
     assert not verdict(shapes, torn, scene).right
 
 
-def test_reconstructions_are_right_and_near(shapes, eye):
+def test_reconstructions_are_right_and_near(shapes, detector):
     source = from_pipeline("mini", 1)
     scenes = [mini_bench.scenes_of(task, 2, FEW, side=96)[i] for task in ("colors", "position") for i in (0, 1)]
     pictures = source.reconstruct([World().render(scene) for scene in scenes])
-    ruled = [verdict(shapes, p, s, d) for s, p, d in zip(scenes, pictures, eye.look(pictures))]
+    ruled = [verdict(shapes, p, s, d) for s, p, d in zip(scenes, pictures, detector.look(pictures))]
     assert all(v.right for v in ruled), ruled
     assert 0.001 < np.mean([v.distance for v in ruled]) < 0.08
 
@@ -175,10 +175,10 @@ def test_backdrops_that_the_world_does_not_know_are_filled_in(shapes):
     assert not verdict(shapes, torn, scene).right
 
 
-def test_a_sign_is_no_stray_where_one_is_asked_for(shapes, eye):
+def test_a_sign_is_no_stray_where_one_is_asked_for(shapes, detector):
     scene = next(s for s in mini_bench.scenes_of("text", 8, FEW) if s.things)
     picture = World().render(scene)
-    seen = eye.look([picture])[0]
+    seen = detector.look([picture])[0]
     assert judge(geneval.asked(scene), shapes.look(picture, seen, sign=True)).right
     assert not judge(geneval.asked(scene), shapes.look(picture, seen)).right
 
@@ -208,7 +208,7 @@ def test_calibration_parts_what_can_be_parted():
     assert min(row["six"] for name, row in measured.items() if name.startswith("render")) >= 0.97
 
 
-def test_the_sheet_of_classes_has_a_cell_for_each(shapes, eye):
+def test_the_sheet_of_classes_has_a_cell_for_each(shapes, detector):
     asked = []
 
     def draw(prompts, seeds, guidance, size):
@@ -219,7 +219,7 @@ def test_the_sheet_of_classes_has_a_cell_for_each(shapes, eye):
     made = cells(source, FEW[:6], (64, 64), 3.0)
     assert len(asked) == 6
     assert all(f"a photo of {'an' if k[0] in 'aeiou' else 'a'} " in p for k, (p, _) in zip(FEW, asked))
-    words = labels(made, eye, shapes)
+    words = labels(made, detector, shapes)
     image = np.asarray(sheet(made, words))
     assert image.shape[0] >= 2 * 128  # six classes, four in a row, enlarged to 128
     assert words[0].startswith("apple   0.00   1.00 x")

@@ -24,7 +24,7 @@ from train.data import images
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
 from train.data.sources import Picture, assign, fraction, key_of
-from train.loop.clock import Halted
+from train.loop.clock import Interrupted
 from train.shards import completed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -237,7 +237,9 @@ class Deadly:
 
 
 def test_a_killed_worker_is_said_with_its_shard():
-    with pytest.raises(Halted, match=r"^64_1x1/000000.tar: a worker died; what is finished is kept, the same command"):
+    with pytest.raises(
+        Interrupted, match=r"^64_1x1/000000.tar: a worker died; what is finished is kept, the same command"
+    ):
         list(completed([Deadly(Path("64_1x1/000000.tar"))], 1))
 
 

@@ -13,7 +13,7 @@ from lens.vae import PixelCodec, to_uint8
 from train.data.small_world.kinds import KINDS
 from train.data.small_world.world import TASKS, World
 from train.evaluate import geneval
-from train.evaluate.detector import Eye, overlap
+from train.evaluate.detector import Detector, overlap
 from train.evaluate.mini_bench import scenes_of
 from train.networks.codec import psnr, to_model
 
@@ -40,7 +40,7 @@ def test_unseen_prompts_are_drawn(pipe, task, least):
     scenes = scenes_of(task, 10, CLASSES)
     pictures = pipe([s.caption for s in scenes], seed=list(range(10)), output_type="np").images
     pixels = [(np.asarray(p) * 255).astype(np.uint8) for p in pictures]
-    verdicts = [geneval.judge(geneval.asked(s), d) for s, d in zip(scenes, Eye.load().look(pixels))]
+    verdicts = [geneval.judge(geneval.asked(s), d) for s, d in zip(scenes, Detector.load().look(pixels))]
     assert sum(v.right for v in verdicts) >= least, [
         (s.caption, v.reasons) for s, v in zip(scenes, verdicts) if not v.right
     ]
@@ -59,7 +59,7 @@ def test_vae_goes_there_and_back():
         back = codec.decode(tokens, (4, 4))
         assert psnr(back, picture) > 22
         copies.append(to_uint8(back))
-    for scene, seen in zip(scenes, Eye.load().look(copies)):
+    for scene, seen in zip(scenes, Detector.load().look(copies)):
         found = [any(d.kind == t.kind and overlap(d.box, t.box) > 0.5 for d in seen) for t in scene.things]
         assert sum(found) >= len(scene.things) - 1, scene
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from lens.packing import plan
 from train import configs
-from train.data.small_world.batches import Batch, Source, Stream, Workers, bucket_at, draw, law, padded
+from train.data.small_world.batches import Workers, WorldBatch, WorldBatches, WorldSource, bucket_at, draw, law, padded
 from train.data.small_world.world import is_held_out
 from train.networks import generator
 from train.objectives import flow_matching
@@ -34,7 +34,7 @@ def means(pixels):
 
 @pytest.mark.parametrize("config", [Small, Mixed], ids=["one size", "buckets"])
 def test_workers_change_no_byte_of_the_stream(config):
-    streams = [Stream(config, Source("mini"), means, workers) for workers in (0, 2)]
+    streams = [WorldBatches(config, WorldSource("mini"), means, workers) for workers in (0, 2)]
     try:
         pairs = zip(*(stream.batches(3, 1) for stream in streams))
         for _, (one, two) in zip(range(7), pairs):  # to the end of a window, through one, into the next
@@ -49,7 +49,7 @@ def test_workers_change_no_byte_of_the_stream(config):
 
 
 def test_a_window_holds_its_scenes_once_in_batches_of_like_length():
-    stream = Stream(Small, Source("mini"), means)
+    stream = WorldBatches(Small, WorldSource("mini"), means)
     whole = stream.encode(stream.render(range(48, 72), (64, 64)))
     batches = stream.window(2)
     assert sorted(n for batch in batches for n in batch.lengths) == sorted(whole.lengths)
@@ -66,7 +66,7 @@ def test_dropped_captions_come_last_and_nothing_else_moves():
     latents = torch.arange(8.0)[:, None, None].expand(8, 4, 2)
     lengths = [3, 1, 4, 1, 5, 2, 6, 5]
     ids = torch.from_numpy(padded(np.repeat(np.arange(1, 9), lengths), np.array(lengths)))
-    batch = Batch(latents, ids, lengths, (2, 2))
+    batch = WorldBatch(latents, ids, lengths, (2, 2))
     step = draw(Small, batch, 2)
     kept = len(step.ids)
     assert 0 < kept < 8
@@ -83,7 +83,7 @@ def test_dropped_captions_come_last_and_nothing_else_moves():
 
 def test_no_worker_count_below_zero():
     with pytest.raises(ValueError, match="got -1"):
-        Workers(Source("mini"), -1)
+        Workers(WorldSource("mini"), -1)
 
 
 def test_the_joined_plan_is_the_plan():
@@ -133,7 +133,7 @@ def test_buckets_are_drawn_by_their_shares_and_one_tells_nothing_of_the_next():
 
 
 def test_a_window_of_buckets_holds_each_of_its_scenes_once_in_its_own_size():
-    stream = Stream(Mixed, Source("mini"), means, first_seed=900)
+    stream = WorldBatches(Mixed, WorldSource("mini"), means, first_seed=900)
     batches, places = stream.window(3), {}
     for bucket, at, seeds in stream.plan(3):
         assert len(seeds) == len(at) * bucket.batch
@@ -155,10 +155,10 @@ def test_a_window_of_buckets_holds_each_of_its_scenes_once_in_its_own_size():
 
 
 def test_the_stream_of_buckets_is_the_same_from_any_place_on():
-    whole = list(itertools.islice(Stream(Mixed, Source("mini"), means).batches(0, 0), 12))
+    whole = list(itertools.islice(WorldBatches(Mixed, WorldSource("mini"), means).batches(0, 0), 12))
     for start in (3, 8, 11):
         window, position = divmod(start, Mixed.WINDOW)
-        again = next(Stream(Mixed, Source("mini"), means).batches(window, position))
+        again = next(WorldBatches(Mixed, WorldSource("mini"), means).batches(window, position))
         assert again[:2] == whole[start][:2]
         assert torch.equal(again[2].latents, whole[start][2].latents)
         assert torch.equal(again[2].ids, whole[start][2].ids)
@@ -179,7 +179,9 @@ def test_no_scene_of_any_size_holds_a_fact_kept_for_evaluation(ratio):
 def test_times_follow_the_mu_of_the_pictures_tokens():
     """Median of t is sigmoid(mu): a batch of 64 tokens is drawn around .74, one of 16 around .5."""
     for tokens, mu in ((16, 0.5), (64, 0.74), (96, 0.90)):
-        batch = Batch(torch.zeros(2_000, tokens, 1), torch.ones(2_000, 1, dtype=torch.int64), [1] * 2_000, (1, tokens))
+        batch = WorldBatch(
+            torch.zeros(2_000, tokens, 1), torch.ones(2_000, 1, dtype=torch.int64), [1] * 2_000, (1, tokens)
+        )
         assert torch.logit(draw(Mixed, batch, 0).t).median().item() == pytest.approx(mu, abs=0.01)
 
 

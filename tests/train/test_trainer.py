@@ -17,7 +17,7 @@ from lens.packing import plan
 from tests.train import processes, small_training
 from tests.train.small_training import batches, distance, micro, same, state_of, the_network, trainer_on, weights
 from train.loop.checkpoints import Checkpoints
-from train.loop.clock import Clock, Halted
+from train.loop.clock import Clock, Interrupted
 from train.loop.log import JsonLog
 from train.loop.ranks import Ranks, bare
 from train.loop.trainer import Trainer
@@ -143,7 +143,7 @@ def test_where_the_data_ends_whole_steps_are_saved_and_nothing_else(tmp_path):
     assert same(whole, after) == []
     fresh = trainer_on(ALONE, tmp_path / "fresh")
     data = batches(0, 0, 1, spoil=lambda batch: small_training.ending(batch, 0, 0))
-    with pytest.raises(Halted, match=f"^{said}$"):  # nothing to save yet
+    with pytest.raises(Interrupted, match=f"^{said}$"):  # nothing to save yet
         fresh.run(data, Clock(None))
     assert fresh.states.latest() is None
 

@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from lens.formats.files import read_json
 from lens.formats.released import transformer_config
 from lens.formats.text_encoder import load_text_encoder
 from lens.formats.vae import load_vae
+
+if TYPE_CHECKING:
+    from lens.text_encoder import ChatTokenizer
 
 
 class Tokenizer(Protocol):
@@ -48,7 +51,7 @@ def fingerprint_of(tensors: Iterable[Tensor], *settings: object) -> str:
     """SHA-256 over the bytes of tensors and the text of settings, 16 hex digits."""
     digest = hashlib.sha256(repr(settings).encode())
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 
@@ -66,7 +69,7 @@ class ChatTokens:
 
 
 @functools.lru_cache(maxsize=4)
-def _chat(folder: Path):
+def _chat(folder: Path) -> ChatTokenizer:
     from lens.text_encoder import ChatTokenizer
 
     return ChatTokenizer(folder)
@@ -107,7 +110,7 @@ class MiniLatents:
         from ..networks.codec import Latents
 
         self.latents = Latents(folder, device)
-        network = self.latents.vae or self.latents.codec
+        network: Any = self.latents.codec if self.latents.vae is None else self.latents.vae
         self.fingerprint = fingerprint_of([*network.state_dict().values(), self.latents.mean, self.latents.var])
 
     def encode(self, pixels: Tensor) -> Tensor:
@@ -117,9 +120,9 @@ class MiniLatents:
 class MiniText:
     """A frozen encoder of the "encoder" or the joint stage; the prefix's keys and values are computed once."""
 
-    def __init__(self, model: nn.Module, layers: Sequence[int], prefix: Sequence[int]):
+    def __init__(self, model: Any, layers: Sequence[int], prefix: Sequence[int]):  # transformers has no types
         self.model, self.layers, self.prefix = model.eval(), tuple(layers), list(prefix)
-        self.shape = len(self.layers), model.config.hidden_size
+        self.shape = len(self.layers), self.model.config.hidden_size
         self.fingerprint = fingerprint_of(model.state_dict().values(), self.prefix, self.layers)
 
     @torch.no_grad()

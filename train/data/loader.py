@@ -10,8 +10,8 @@
 
 A worker reads, checks, decodes, applies the EXIF orientation, crops to the bucket's aspect and resizes (bicubic, antialiased, never
 up). It keeps nothing between batches. A member that cannot be read is skipped, and the sample drawn in its place depends on
-(seed, bucket, ordinal) alone; `Batch.skipped` names it. Dropped captions have no text at all, drawn by (seed, place in the stream).
-A shard that is gone, a bucket without a usable member and a worker that was killed end the stream with one line (`Halted`).
+(seed, bucket, ordinal) alone; `ShardBatch.skipped` names it. Dropped captions have no text at all, drawn by (seed, place in the stream).
+A shard that is gone, a bucket without a usable member and a worker that was killed end the stream with one line (`Interrupted`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..loop.clock import Halted
+from ..loop.clock import Interrupted
 from ..loop.workers import undisturbed
 from .buckets import Bucket, BucketSampler, MicroBatch, outputs, philox, uniforms
 from .encoders import LatentCodec, TextEncoder, Tokenizer
@@ -50,7 +50,7 @@ class Skip:
 
 
 @dataclass
-class Batch:
+class ShardBatch:
     """One micro-batch: B samples of one bucket, I image tokens each, RT text tokens in all, text packed sample after sample.
 
     From the loader: `latents` where the shards hold them, else `pixels`; `features` where the shards hold them, `ids` where
@@ -76,34 +76,46 @@ class Batch:
         found = {name: getattr(self, name) for name in ("pixels", "latents", "ids", "features")}
         return {name: value for name, value in found.items() if value is not None}
 
-    def to(self, device: torch.device | str) -> Batch:
+    @property
+    def encoded(self) -> tuple[Tensor, Tensor]:
+        """(latents, features). Errors: ValueError where `Encode` has not been here and the shards do not hold both."""
+        if self.latents is None or self.features is None:
+            raise ValueError(
+                f"batch of step {self.step}, slot {self.slot}: expected latents and features; it is not encoded"
+            )
+        return self.latents, self.features
+
+    def to(self, device: torch.device | str) -> ShardBatch:
         """The tensors on a device."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in self.tensors.items()}
-        return dataclasses.replace(self, **moved)
+        return self._with({name: value.to(device, non_blocking=True) for name, value in self.tensors.items()})
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> ShardBatch:
         """The tensors in page-locked memory; DataLoader's pinning calls this."""
-        return dataclasses.replace(self, **{name: value.pin_memory() for name, value in self.tensors.items()})
+        return self._with({name: value.pin_memory() for name, value in self.tensors.items()})
+
+    def _with(self, tensors: dict[str, Any]) -> ShardBatch:
+        return dataclasses.replace(self, **tensors)
 
 
-class Reader(torch.utils.data.Dataset):
-    """MicroBatch -> Batch, from files and keyed draws alone: what a worker runs."""
+class ShardReader(torch.utils.data.Dataset):
+    """MicroBatch -> ShardBatch, from files and keyed draws alone: what a worker runs."""
 
     def __init__(self, shards: ShardSet, tokenizer: Tokenizer | None, text_dropout: float, seed: int):
         self.shards, self.tokenizer, self.text_dropout, self.seed = shards, tokenizer, text_dropout, seed
 
-    def __getitem__(self, micro: MicroBatch) -> Batch | Halted:
+    def __getitem__(self, micro: MicroBatch) -> ShardBatch | Interrupted:
         try:
             return self._batch(micro)
-        except Halted as error:  # raised by the training: DataLoader would carry a traceback over as its message
+        except Interrupted as error:  # raised by the training: DataLoader would carry a traceback over as its message
             return error
 
-    def _batch(self, micro: MicroBatch) -> Batch:
-        count, skipped, rows = len(micro.members), [], []
+    def _batch(self, micro: MicroBatch) -> ShardBatch:
+        count, rows = len(micro.members), []
+        skipped: list[Skip] = []
         for place, member in enumerate(micro.members.tolist()):
             rows.append(self._usable(micro.bucket, micro.ordinal + place, member, skipped))
         dropped = uniforms(self.seed, "text dropout", micro.number * STRIDE, count) < self.text_dropout
-        out = Batch(
+        out = ShardBatch(
             micro.number,
             micro.step,
             micro.slot,
@@ -134,7 +146,7 @@ class Reader(torch.utils.data.Dataset):
             if others is None:
                 others = outputs(philox(self.seed, "replacement", bucket.name, ordinal), 0, TRIES)
             position = int(others[attempt]) % self.shards.sizes[bucket]
-        raise Halted(
+        raise Interrupted(
             f"{member.shard}: {TRIES} members of bucket {bucket.name} in a row cannot be used; the last: "
             f"{skipped[-1].key}: {skipped[-1].reason}"
         )
@@ -157,9 +169,11 @@ class Reader(torch.utils.data.Dataset):
         return row
 
 
-def follow(_worker: int) -> None:
+def ignore_group_sigterm(_worker: int) -> None:
     """SIGTERM ends a worker where the training sends it, at its own end; one to the whole group is the training's alone."""
-    training = multiprocessing.parent_process().pid
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
+    training = parent.pid
 
     def wait() -> None:
         while signal.sigwaitinfo((signal.SIGTERM,)).si_pid != training:
@@ -169,8 +183,8 @@ def follow(_worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def as_it_is(batch: Batch) -> Batch:
-    """DataLoader's collate function: a Reader's item is a whole batch."""
+def identity_collate(batch: Any) -> Any:
+    """DataLoader's collate function: a ShardReader's item is a whole batch."""
     return batch
 
 
@@ -199,13 +213,13 @@ class Loader:
                 held = shards.sizes.get(bucket, 0)
                 raise ValueError(f"Loader: the sampler counts {size} samples in {bucket.name}, the shards {held}")
         self.shards, self.sampler, self.workers, self.pin = shards, sampler, workers, pin
-        self.reader = Reader(shards, tokenizer, text_dropout, sampler.seed)
+        self.reader = ShardReader(shards, tokenizer, text_dropout, sampler.seed)
 
-    def batches(self, start: int | Mapping[str, Any] = 0, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+    def batches(self, start: int | Mapping[str, Any] = 0, rank: int = 0, world: int = 1) -> Iterator[ShardBatch]:
         """A rank's micro-batches from the first slot of a step (or of a saved state) on, without end.
 
         Errors: ValueError where a state belongs to another stream or to other shards, or `world` does not divide the slots;
-        from the iterator: Halted.
+        from the iterator: Interrupted.
         """
         if isinstance(start, Mapping) and start["data"] != self.shards.fingerprint:
             raise ValueError(
@@ -215,13 +229,13 @@ class Loader:
         if self.workers:  # forks of one fresh process, not of the training, whose threads and device they would copy
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload([__name__])
-            options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": follow}
+            options = {"multiprocessing_context": context, "prefetch_factor": 2, "worker_init_fn": ignore_group_sigterm}
         loading = torch.utils.data.DataLoader(
             self.reader,
             batch_size=None,
             sampler=self.sampler.stream(start, rank, world),
             num_workers=self.workers,
-            collate_fn=as_it_is,
+            collate_fn=identity_collate,
             pin_memory=self.pin,
             generator=torch.Generator(),  # DataLoader draws a seed nobody uses; not from the global generator
             **options,
@@ -230,7 +244,9 @@ class Loader:
             iterator = iter(loading)
         return self._told(iterator, start if isinstance(start, int) else start["step"], rank, world)
 
-    def _told(self, found: Iterator[Batch | Halted], step: int, rank: int, world: int) -> Iterator[Batch]:
+    def _told(
+        self, found: Iterator[ShardBatch | Interrupted], step: int, rank: int, world: int
+    ) -> Iterator[ShardBatch]:
         """The batches found from a step on; what ended them is raised here, with its shard and member."""
         for count in itertools.count():
             try:
@@ -241,11 +257,11 @@ class Loader:
                 rounds, ahead = divmod(count, self.sampler.slots // world)
                 micro = next(itertools.islice(self.sampler.stream(step + rounds, rank, world), ahead, None))
                 first = self.shards.member(micro.bucket, int(micro.members[0]))
-                batch = Halted(
+                batch = Interrupted(
                     f"{first.shard}: {error} (killed, or out of memory?) before the batch of {first.key} "
                     f"and {len(micro.members) - 1} more was read"
                 )
-            if isinstance(batch, Halted):
+            if isinstance(batch, Interrupted):
                 del found  # which ends the other workers
                 raise batch
             yield batch
@@ -269,16 +285,18 @@ class Encode:
         shards: ShardSet | None = None,
     ):
         self.codec, self.text, self.device = codec, text, torch.device(device)
-        held = shards.precomputed if shards is not None else {}
         for name, network in (("latents", codec), ("text", text)):
-            if network is not None and held.get(name, network.fingerprint) != network.fingerprint:
+            if network is None or shards is None:
+                continue
+            held = shards.precomputed
+            if held.get(name, network.fingerprint) != network.fingerprint:
                 raise ValueError(
                     f"Encode: the {name} of {shards.folder} were computed with {held[name]}, "
                     f"these networks are {network.fingerprint}"
                 )
 
     @torch.no_grad()
-    def __call__(self, batch: Batch) -> Batch:
+    def __call__(self, batch: ShardBatch) -> ShardBatch:
         """Errors: ValueError where something is missing and there is nothing to compute it with."""
         lengths, ids = batch.lengths, batch.ids
         batch = batch.to(self.device)
@@ -294,12 +312,13 @@ class Encode:
             batch.features = self.text.encode(own) if own else none
         return batch
 
-    def ahead(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def ahead(self, batches: Iterable[ShardBatch]) -> Iterator[ShardBatch]:
         """The same batches, encoded; on CUDA on a stream of its own, one ahead of the one in use."""
         if self.device.type != "cuda":
             yield from map(self, batches)
             return
-        beside, waiting = torch.cuda.Stream(self.device), deque()
+        beside = torch.cuda.Stream(self.device)
+        waiting: deque[tuple[ShardBatch, torch.cuda.Event]] = deque()
         beside.wait_stream(torch.cuda.current_stream(self.device))  # the networks may still be on their way there
         for batch in batches:
             with torch.cuda.stream(beside):
@@ -312,7 +331,7 @@ class Encode:
         while waiting:
             yield self._joined(*waiting.popleft())
 
-    def _joined(self, batch: Batch, done: torch.cuda.Event) -> Batch:
+    def _joined(self, batch: ShardBatch, done: torch.cuda.Event) -> ShardBatch:
         """The batch for the stream that is current: it waits for the encoder's, and its memory is kept until it is done."""
         current = torch.cuda.current_stream(self.device)
         current.wait_event(done)

@@ -30,7 +30,7 @@ from torch import Tensor
 from lens.formats.files import write_atomic, write_json
 
 from ..loop.checkpoints import write_text
-from ..loop.clock import Halted
+from ..loop.clock import Interrupted
 from .buckets import Bucket
 from .images import Unusable
 
@@ -99,6 +99,7 @@ def write_shard(
     keys: list[str] = []
     skipped: list[list[str]] = []
 
+    # the samples, one after another, into a temporary file
     def write(temporary: Path) -> None:
         with temporary.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="") as tar:
             for source, make in makers:
@@ -155,14 +156,14 @@ class Member:
     pread: Callable[[Path, int, int], bytes]
 
     def read(self, part: str) -> bytes:
-        """Errors: Unusable where the bytes are not those that were written; Halted where the shard cannot be read at all."""
+        """Errors: Unusable where the bytes are not those that were written; Interrupted where the shard cannot be read at all."""
         if part not in self.parts:
             raise Unusable(f"no .{part} beside it")
         offset, size, crc = self.parts[part]
         try:
             data = self.pread(self.shard, offset, size)
         except OSError as error:
-            raise Halted(f"{self.shard}: {error.strerror}, asked for member {self.key}") from error
+            raise Interrupted(f"{self.shard}: {error.strerror}, asked for member {self.key}") from error
         if len(data) < size:
             raise Unusable(f"{self.shard.name} ends before it")
         if zlib.crc32(data) != crc:
@@ -210,7 +211,7 @@ class ShardSet:
         return ShardSet, (self.folder,)
 
     def member(self, bucket: Bucket, position: int) -> Member:
-        """Member `position` of a bucket in stored order. Errors: Halted where its shard's index is missing or damaged."""
+        """Member `position` of a bucket in stored order. Errors: Interrupted where its shard's index is missing or damaged."""
         ends, paths = self._shards[bucket]
         shard = int(np.searchsorted(ends, position, side="right"))
         path = paths[shard]
@@ -221,7 +222,7 @@ class ShardSet:
             return Member(keys[place], own, path, self._pread)
         except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             why = error.strerror if isinstance(error, OSError) else "not the index that was written"
-            raise Halted(f"{path.with_suffix('.json')}: {why}, asked for member {place} of {path.name}") from error
+            raise Interrupted(f"{path.with_suffix('.json')}: {why}, asked for member {place} of {path.name}") from error
 
     def _index(self, path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
         if path not in self._indexes:

@@ -120,7 +120,7 @@ def caption_beside(path: Path) -> str:
     return caption.strip()
 
 
-def pictures_of(
+def images_of(
     folder: Path, captions: dict[str, str] | None, out: list[tuple[str, str]]
 ) -> Iterator[tuple[Picture, int, int]]:
     """Usable pictures of a folder in order of their names, with height and width; the others go to `out`, with the reason."""

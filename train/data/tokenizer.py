@@ -154,7 +154,7 @@ def document(ordered: list[bytes], specials: dict[int, str]) -> dict[str, Any]:
 
 
 @functools.cache
-def official():
+def official() -> Any:
     """GPT-OSS's tokenizer (`tokenizers.Tokenizer`), ids as released."""
     from tokenizers import Tokenizer
 

@@ -23,10 +23,10 @@ from ..data.small_world.kinds import CORE, KINDS
 from ..data.small_world.scene import Scene
 from ..data.small_world.world import World
 from . import geneval
-from .detector import Eye
+from .detector import Detector
 from .mini_bench import size_of
 from .shape import ShapeJudge, judge
-from .sources import Pictures, Size, Source, from_pipeline
+from .sources import Images, Size, Source, from_pipeline
 
 COLUMNS = ("true", "reconstructed", "drawn")
 ACROSS = 4  # classes side by side
@@ -41,30 +41,30 @@ def first_scene(kind: str, size: Size) -> Scene:
     return next(scene for scene in scenes if captions.can_say(scene, "geneval"))
 
 
-def cells(source: Source, classes: Sequence[str], size: Size, guidance: float) -> list[tuple[Scene, Pictures]]:
+def cells(source: Source, classes: Sequence[str], size: Size, guidance: float) -> list[tuple[Scene, Images]]:
     """Per class its scene and three pictures uint8 [H, W, 3], in the order of COLUMNS."""
     scenes = [first_scene(kind, size) for kind in classes]
     renders = [World().render(scene) for scene in scenes]
-    drawn: Pictures = []
+    drawn: Images = []
     for i in range(0, len(scenes), BATCH):
         prompts = [scene.caption for scene in scenes[i : i + BATCH]]
         drawn += source.draw(prompts, [0] * len(prompts), guidance, size)
     return [(scene, list(three)) for scene, *three in zip(scenes, renders, source.reconstruct(renders), drawn)]
 
 
-def labels(made: Sequence[tuple[Scene, Pictures]], eye: Eye, shapes: ShapeJudge) -> list[str]:
+def labels(made: Sequence[tuple[Scene, Images]], detector: Detector, shapes: ShapeJudge) -> list[str]:
     """ "apple  .03  .12", a cross (x) behind the distance of what is no true shape of the class."""
     found = []
     for scene, pictures in made:
         words = [KINDS[scene.things[0].kind].noun]
-        for picture, seen in zip(pictures[1:], eye.look(pictures[1:])):
+        for picture, seen in zip(pictures[1:], detector.look(pictures[1:])):
             verdict = judge(geneval.asked(scene), shapes.look(picture, seen))
             words.append(f"{verdict.distance:.2f}{'' if verdict.right else ' x'}")
         found.append("   ".join(words))
     return found
 
 
-def sheet(made: Sequence[tuple[Scene, Pictures]], words: Sequence[str]) -> Image.Image:
+def sheet(made: Sequence[tuple[Scene, Images]], words: Sequence[str]) -> Image.Image:
     """One picture of all: cells of at least 128 pixels, enlarged by a whole number without smoothing."""
     height, width = made[0][1][0].shape[:2]
     times = -(-128 // max(height, width))
@@ -101,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     source = from_pipeline(options.model, options.steps)
     classes = source.classes or CORE
     made = cells(source, classes, options.size, options.guidance)
-    image = sheet(made, labels(made, Eye.load(), ShapeJudge(classes)))
+    image = sheet(made, labels(made, Detector.load(), ShapeJudge(classes)))
     write_atomic(options.out, lambda temporary: image.save(temporary, "PNG", optimize=True))
     print(f"{options.out}: {len(made)} classes, {' | '.join(COLUMNS)}")
     return 0

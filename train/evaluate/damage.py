@@ -34,7 +34,8 @@ def _noise(rng: np.random.Generator, height: int, width: int, grain: float) -> n
 
 def _patches(rng: np.random.Generator, where: np.ndarray, share: float, grain: float) -> np.ndarray:
     """bool: patches that cover that share of `where`."""
-    noise = _noise(rng, *where.shape, grain)
+    height, width = where.shape
+    noise = _noise(rng, height, width, grain)
     if share <= 0 or not where.any():
         return np.zeros_like(where)
     return where & (noise >= np.quantile(noise[where], max(0.0, 1 - share)))

@@ -1,7 +1,7 @@
 """Lens-Eye: a small anchor-free detector of the world's classes, boxes and colours, and the file it ships in.
 
-    eye = Eye.load()                                   # train/evaluate/assets/eye.safetensors, names inside
-    eye.look([picture, ...])                           # uint8 [H, W, 3] of one size -> per picture list[Detection]
+    detector = Detector.load()            # train/evaluate/assets/detector.safetensors, names inside
+    detector.look([picture, ...])         # uint8 [H, W, 3] of one size -> per picture list[Detection]
 
 One convolutional net at any sides that are multiples of 16 (and at least 64): a trunk at stride 4, deeper at 8, context at 16,
 all brought back to stride 4. Shapes: B pictures, h = H/4, w = W/4 cells, K classes, C = 10 colours. Four heads per cell:
@@ -24,6 +24,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ from lens.formats.files import write_atomic, write_json
 
 from .geneval import BEST, Detection
 
-ASSET = Path(__file__).parent / "assets" / "eye.safetensors"
+ASSET = Path(__file__).parent / "assets" / "detector.safetensors"
 STRIDE = 4
 SIGN = "sign"  # a class beside the world's: where words are written
 NEAR = 0.6  # cells whose heat target exceeds this learn class, colour and box
@@ -53,8 +54,9 @@ class Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.first = _layer(width, width)
-        self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width))
-        nn.init.zeros_(self.second[1].weight)  # a block starts as the identity
+        norm = nn.BatchNorm2d(width)
+        nn.init.zeros_(norm.weight)  # a block starts as the identity
+        self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), norm)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(x + self.second(self.first(x)))
@@ -69,7 +71,7 @@ class Shape:
     neck: int = 64
 
 
-class Eye(nn.Module):
+class Detector(nn.Module):
     """`kinds`: class names in the order of the heat map; `colours`: palette words in the order of the colour head."""
 
     def __init__(self, kinds: Sequence[str], colours: Sequence[str], shape: Shape = Shape()):
@@ -92,14 +94,17 @@ class Eye(nn.Module):
         self.neck = _layer(shape.neck, shape.neck)
         self.head = nn.Conv2d(shape.neck, len(self.kinds) + 4 + len(self.colours), 1)
         nn.init.normal_(self.head.weight, std=0.01)
+        assert self.head.bias is not None
         nn.init.zeros_(self.head.bias)
         nn.init.constant_(self.head.bias[: len(self.kinds)], -4.0)  # nothing is seen at first
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's annotations lack this one
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """float [B, 3, H, W] in [-1, 1] -> heat, place, size, colour (see above)."""
         if x.shape[2] % 16 or x.shape[3] % 16 or min(x.shape[2:]) < 64:
-            raise ValueError(f"Eye: picture {tuple(x.shape[2:])}, expected sides that are multiples of 16, at least 64")
+            raise ValueError(
+                f"Detector: picture {tuple(x.shape[2:])}, expected sides that are multiples of 16, at least 64"
+            )
         fine = self.fine(self.stem(x.contiguous(memory_format=torch.channels_last)))
         middle = self.middle(fine)
         coarse = self.coarse(middle)
@@ -114,7 +119,7 @@ class Eye(nn.Module):
         """uint8 [H, W, 3] of one size -> detections per picture, most confident first. In eval mode always."""
         stack = np.stack(list(pictures)) if len(pictures) else np.zeros((0, 64, 64, 3), np.uint8)
         if stack.dtype != np.uint8 or stack.ndim != 4 or stack.shape[-1] != 3:
-            raise ValueError(f"Eye.look: pictures {stack.dtype} {stack.shape}, expected uint8 [n, H, W, 3]")
+            raise ValueError(f"Detector.look: pictures {stack.dtype} {stack.shape}, expected uint8 [n, H, W, 3]")
         training, seen = self.training, []
         self.eval()
         for start in range(0, len(stack), batch):
@@ -148,26 +153,34 @@ class Eye(nn.Module):
             name: value.half().contiguous() for name, value in self.state_dict().items() if value.is_floating_point()
         }
         content = save(tensors, metadata=header)
-        write_atomic(path, lambda temporary: temporary.write_bytes(content))
+
+        def write(temporary: Path) -> None:
+            temporary.write_bytes(content)
+
+        write_atomic(path, write)
         write_json(path.with_suffix(".json"), about)
 
     @classmethod
-    def load(cls, path: Path = ASSET) -> Eye:
+    def load(cls, path: Path = ASSET) -> Detector:
         """The shipped judge in eval mode, float32. Errors: missing file, other tensors than the header's shape needs."""
         from safetensors import safe_open
 
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no Lens-Eye here; python -m train eye --out runs/eye --export {path}")
+            raise FileNotFoundError(
+                f"{path}: no Lens-Eye here; python -m train detector --out runs/detector --export {path}"
+            )
         with safe_open(path, "pt") as file:
             header = file.metadata()
-        shape = {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["shape"]).items()}
-        eye = cls(json.loads(header["kinds"]), json.loads(header["colours"]), Shape(**shape))
+        shape: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(header["shape"]).items()
+        }
+        detector = cls(json.loads(header["kinds"]), json.loads(header["colours"]), Shape(**shape))
         tensors = {name: value.float() for name, value in load_file(path).items()}
-        missing, unexpected = eye.load_state_dict(tensors, strict=False)
+        missing, unexpected = detector.load_state_dict(tensors, strict=False)
         missing = [name for name in missing if not name.endswith("num_batches_tracked")]
         if missing or unexpected:
             raise ValueError(f"{path}: missing {missing}, unexpected {unexpected}")
-        return eye.eval().requires_grad_(False)
+        return detector.eval().requires_grad_(False)
 
 
 def without_overlaps(found: Sequence[Detection]) -> list[Detection]:

@@ -7,7 +7,7 @@ from types import ModuleType
 
 import torch
 
-from ..data.small_world.batches import Step, Stream
+from ..data.small_world.batches import Step, WorldBatches
 from ..loop.keys import keyed
 from ..networks.generator import Mini
 from ..objectives import flow_matching
@@ -17,7 +17,7 @@ LOSSES = ("with_text", "without_text", "text_explains")
 
 
 @torch.no_grad()
-def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
+def validate(config: ModuleType, model: Mini, stream: WorldBatches, prefix: Sequence[int]) -> dict[str, float]:
     """v-loss on fixed scenes, times and noise, with text and without; the share of the loss that text explains.
 
     Of squares of the recipe's side; a recipe with BUCKETS has the same of every base, `with_text_96` and so on, and their
@@ -25,13 +25,16 @@ def validate(config: ModuleType, model: Mini, stream: Stream, prefix: Sequence[i
     """
     if not stream.mixed:
         return validate_at(config, config.SIDE, model, stream, prefix)
-    result, found = {}, {base: validate_at(config, base, model, stream, prefix) for base in config.BUCKETS}
+    result: dict[str, float] = {}
+    found = {base: validate_at(config, base, model, stream, prefix) for base in config.BUCKETS}
     for base, values in found.items():
         result |= {f"{name}_{base}": value for name, value in values.items()}
     return result | {name: sum(one[name] for one in found.values()) / len(found) for name in LOSSES}
 
 
-def validate_at(config: ModuleType, side: int, model: Mini, stream: Stream, prefix: Sequence[int]) -> dict[str, float]:
+def validate_at(
+    config: ModuleType, side: int, model: Mini, stream: WorldBatches, prefix: Sequence[int]
+) -> dict[str, float]:
     """`validate` on squares of one side."""
     held = stream.encode(stream.render(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION), (side, side)))
     order = sorted(range(config.VALIDATION), key=lambda i: held.lengths[i])

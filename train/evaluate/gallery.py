@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ from ..loop.checkpoints import write_text
 from ..loop.log import read_log
 from . import geneval, ocr
 from .class_sheet import cells, first_scene, labels, sheet
-from .detector import Eye
+from .detector import Detector
 from .gallery_page import Card, Class, Page, Stage, Task, facts, lines, render
 from .judges import Judges
 from .mini_bench import JUDGED, scenes_of
@@ -48,6 +48,7 @@ from .sources import from_pipeline
 
 if TYPE_CHECKING:
     from lens import LensPipeline
+    from lens.pipeline import LensPipelineOutput
 
 BATCH = 8  # pictures drawn at once
 ASKS = {
@@ -99,7 +100,8 @@ def contents(settings: Mapping[str, Any], per_task: int, guidance: float) -> dic
     spoken = next(s for s in tasks["color_attr"] if captions.can_say(s, "translated"))
     tongues = [("en", "brief"), *((language, "translated") for language in LANGUAGES)]
     signs = scenes_of("text", max(SIGNS, per_task), classes, style, side)
-    by_length = [next((i for i, s in enumerate(signs) if len(s.sign.text) == n), None) for n in SIGN_LENGTHS]
+    lengths = [len(s.sign.text) if s.sign is not None else 0 for s in signs]
+    by_length = [lengths.index(n) if n in lengths else None for n in SIGN_LENGTHS]
     plain = {s.task: worded(s, "brief") for s in firsts}
     return {
         "tasks": {t: [Wish(s, s.caption, i, guidance) for i, s in enumerate(of)] for t, of in tasks.items()},
@@ -139,17 +141,27 @@ def flat(part: Any) -> list[Wish]:
 # ------------------------------------------------------------------------------------------------ drawing
 
 
-def drawn(pipe: LensPipeline, wishes: Sequence[Wish], model: str, steps: int) -> dict[Wish, tuple[np.ndarray, bytes]]:
+def draw_wishes(
+    pipe: LensPipeline, wishes: Sequence[Wish], model: str, steps: int
+) -> dict[Wish, tuple[np.ndarray, bytes]]:
     """Pixels and PNG file of every wish, each picture drawn once; its recipe is in the file. Progress goes to stderr."""
-    out, last = {}, time.monotonic()
+    out: dict[Wish, tuple[np.ndarray, bytes]] = {}
+    last = time.monotonic()
     for guidance, size in sorted({(w.guidance, w.size) for w in wishes}):
         own = [w for w in wishes if (w.guidance, w.size) == (guidance, size)]
         asked = list(dict.fromkeys((w.prompt, w.seed) for w in own))
         made: dict[tuple[str, int], tuple[np.ndarray, bytes]] = {}
         for i in range(0, len(asked), BATCH):
             prompts, seeds = zip(*asked[i : i + BATCH])
-            settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size[0], "width": size[1]}
-            images = pipe(list(prompts), seed=list(seeds), **settings).images
+            answer = pipe(
+                list(prompts),
+                seed=list(seeds),
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                height=size[0],
+                width=size[1],
+            )
+            images = cast("LensPipelineOutput", answer).images  # a tuple only where asked for
             for prompt, seed, image in zip(prompts, seeds, images):
                 recipe = image_file.Recipe(
                     prompt=prompt, negative="", seed=seed, steps=steps, guidance=guidance,
@@ -194,7 +206,7 @@ def stages(root: Path, config: str) -> list[Stage]:
     """Of every training stage its recipe and, where a log lies beside the weights, steps, samples, time and losses."""
     out = []
     for name in STAGES:
-        recipe = Path(configs.load(config, name).__file__)
+        recipe = Path(str(configs.load(config, name).__file__))
         text = (f"train/configs/{config}/{recipe.name}", recipe.read_text(encoding="utf-8"))
         rows = [row for log in sorted(root.rglob(f"{name}*.jsonl")) for row in read_log(log)]
         parts = dict.fromkeys(row.get("part", "") for row in rows if "step" in row)
@@ -212,7 +224,7 @@ def verdicts(judges: Judges, wishes: Sequence[Wish], made: Drawn) -> dict[Wish, 
     """Right or not, and why not, as the benchmark's `said` has it; None for a sign that nothing here can read."""
     out: dict[Wish, tuple[bool | None, str]] = {}
     unique = sorted(dict.fromkeys(wishes), key=lambda w: w.size)  # the detector looks at pictures of one size
-    looks = [judges.eye.look([made[w][0] for w in of]) for _, of in itertools.groupby(unique, lambda w: w.size)]
+    looks = [judges.detector.look([made[w][0] for w in of]) for _, of in itertools.groupby(unique, lambda w: w.size)]
     for wish, seen in zip(unique, itertools.chain(*looks)):
         verdict, sign = geneval.judge(geneval.asked(wish.scene, said=True), seen), wish.scene.sign
         right: bool | None = verdict.right
@@ -235,7 +247,11 @@ def assemble(wanted: dict[str, Any], made: Drawn, words: Mapping[Wish, Any], sco
 
     def card(wish: Wish) -> Card:
         pixels, file = made[wish]
-        return Card(wish.prompt, wish.seed, file, pixels.shape[:2], *words[wish], wish.language, wish.label)
+        (height, width, _), (right, reason) = pixels.shape, words[wish]
+        return Card(wish.prompt, wish.seed, file, (height, width), right, reason, wish.language, wish.label)
+
+    def strips(name: str) -> list[tuple[str, Sequence[Card]]]:
+        return [(prompt, [card(w) for w in wishes]) for prompt, wishes in wanted[name].items()]
 
     classes = [Class(kind, card(wishes[0]), scores.classes.get(kind)) for kind, wishes in wanted["classes"].items()]
     return Page(
@@ -247,11 +263,11 @@ def assemble(wanted: dict[str, Any], made: Drawn, words: Mapping[Wish, Any], sco
         columns=scores.columns,
         means=means_of(scores),
         numbers=[(number, shares["score"], shares["shape"]) for number, shares in scores.numbers.items()],
-        **{
-            name: [(prompt, [card(w) for w in wishes]) for prompt, wishes in wanted[name].items()]
-            for name in ("guidance", "sizes")
-        },
-        **{name: [card(w) for w in wanted[name]] for name in ("languages", "dense", "signs")},
+        guidance=strips("guidance"),
+        sizes=strips("sizes"),
+        languages=[card(w) for w in wanted["languages"]],
+        dense=[card(w) for w in wanted["dense"]],
+        signs=[card(w) for w in wanted["signs"]],
         **about,
     )
 
@@ -332,14 +348,16 @@ def run(options: argparse.Namespace) -> int:
     guidance = pipe.defaults.guidance_scale
     scores = read_scores(root / "scores.json", list(ASKS), guidance)
     reader = ocr.Reader() if ocr.available() else None
-    judges = Judges(Eye.load(), scores.settings["classes"], reader, audit=False)
+    judges = Judges(Detector.load(), scores.settings["classes"], reader, audit=False)
     source = from_pipeline(options.model, scores.settings["steps"])
+    # draw
     wanted, start = contents(scores.settings, options.per_task, guidance), time.perf_counter()
     wishes = flat(wanted)
     name = options.model if options.model in EMBEDDED else root.resolve().name
-    made = drawn(pipe, wishes, name, scores.settings["steps"])
+    made = draw_wishes(pipe, wishes, name, scores.settings["steps"])
     classes = cells(source, scores.settings["classes"], (SIDES[-1],) * 2, guidance)
     spent = time.perf_counter() - start
+    # judge, and write
     about = card_of_model(root, pipe) | {
         "classes": len(scores.settings["classes"]),
         "side": (scores.settings["side"],) * 2,
@@ -354,7 +372,7 @@ def run(options: argparse.Namespace) -> int:
         made,
         verdicts(judges, wishes, made),
         scores,
-        class_sheet=picture_file(sheet(classes, labels(classes, judges.eye, judges.shapes))),
+        class_sheet=picture_file(sheet(classes, labels(classes, judges.detector, judges.shapes))),
         model=about,
         stages=stages(root, options.config),
         notes=notes(scores),

@@ -54,7 +54,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class GenevalVerdict:
     right: bool
     found: tuple[bool, ...]  # per want: enough boxes of its class
     coloured: tuple[bool | None, ...]  # per want: its colour is right; None where none is asked or nothing was found
@@ -77,7 +77,7 @@ def relations(one: Box, two: Box) -> set[str]:
     return {name for name, holds in held.items() if holds}
 
 
-def judge(asked: Asked, seen: Sequence[Detection], found_above: float = FOUND) -> Verdict:
+def judge(asked: Asked, seen: Sequence[Detection], found_above: float = FOUND) -> GenevalVerdict:
     """The rule. Of equally confident boxes the later one goes first, as in the original."""
     boxes: dict[str, list[Detection]] = {}
     later_first = list(reversed(seen))
@@ -109,7 +109,7 @@ def judge(asked: Asked, seen: Sequence[Detection], found_above: float = FOUND) -
     for kind, count in asked.exclude:
         if len(boxes.get(kind, [])[:BEST]) >= count:
             reasons.append(f"fewer than {count} {kind} asked, {len(boxes[kind])} seen")
-    return Verdict(not reasons, tuple(found), tuple(coloured), tuple(reasons))
+    return GenevalVerdict(not reasons, tuple(found), tuple(coloured), tuple(reasons))
 
 
 def asked(scene: Scene, said: bool = False) -> Asked:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ..data.small_world.kinds import PALETTE
 from ..data.small_world.scene import Scene
 from . import geneval, ocr, shape, template
-from .detector import SIGN, Eye
+from .detector import SIGN, Detector
 from .geneval import Detection
 
 WIDER, LOWER = 0.06, 0.08  # a sign's box is read this much wider (it may cut a letter) and lower (its rim is no letter)
@@ -24,16 +25,19 @@ def wilson(right: int, of: int) -> tuple[float, float]:
 
 
 class Judges:
-    """Eye, template, shape and reader together; `reader` None where the extra is missing."""
+    """The detector, template, shape and reader together; `reader` None where the extra is missing."""
 
-    def __init__(self, eye: Eye, classes: Sequence[str], reader: ocr.Reader | None, audit: bool = True):
-        if missing := set(classes) - set(eye.kinds):
-            raise ValueError(f"Judges: Lens-Eye does not know {sorted(missing)}; train it anew (python -m train eye)")
-        self.eye, self.classes, self.reader, self.audit = eye, tuple(classes), reader, audit
+    def __init__(self, detector: Detector, classes: Sequence[str], reader: ocr.Reader | None, audit: bool = True):
+        if missing := set(classes) - set(detector.kinds):
+            raise ValueError(
+                f"Judges: Lens-Eye does not know {sorted(missing)}; train it anew (python -m train detector)"
+            )
+        self.detector, self.classes, self.reader, self.audit = detector, tuple(classes), reader, audit
         self.shapes = shape.ShapeJudge(classes)
 
     def read(self, picture: np.ndarray, seen: Sequence[Detection]) -> str:
-        """The words on the sign that Eye sees most surely, or anywhere where it sees none."""
+        """The words on the sign that the detector sees most surely, or anywhere where it sees none."""
+        assert self.reader is not None, "without a reader nothing is read"
         signs = [d for d in seen if d.kind == SIGN and d.score > geneval.FOUND]
         if not signs:
             return self.reader.read(picture)
@@ -43,21 +47,25 @@ class Judges:
 
     def score(self, task: str, scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict:
         """One row of the benchmark: shares, intervals, counts per class, and `marks`, per picture whether it is right."""
-        seen = self.eye.look(pictures)
+        # the detector under GenEval's rule, and the shape judge
+        seen = self.detector.look(pictures)
         verdicts = [geneval.judge(geneval.asked(s), d) for s, d in zip(scenes, seen)]
         said = [geneval.judge(geneval.asked(s, said=True), d) for s, d in zip(scenes, seen)]
         shapes = [
             shape.judge(geneval.asked(s), self.shapes.look(p, d, sign=s.sign is not None))
             for s, p, d in zip(scenes, pictures, seen)
         ]
-        right, all_said, row = [v.right for v in verdicts], [v.right for v in said], {}
+        right, all_said = [v.right for v in verdicts], [v.right for v in said]
+        row: dict[str, Any] = {}
         shapely = [v.right for v in shapes]
+        # signs count only where their words are read as well
         if task == "text":
             row["objects"] = _share(right)
             if self.reader is None:
                 right = shapely = []
             else:
-                pairs = [(s.sign.text, self.read(p, d)) for s, p, d in zip(scenes, pictures, seen)]
+                signs = [s.sign.text if s.sign is not None else "" for s in scenes]
+                pairs = [(text, self.read(p, d)) for text, p, d in zip(signs, pictures, seen)]
                 exact = [ocr.same_text(*pair) for pair in pairs]
                 row |= {"exact": _share(exact), "oneig": ocr.text_score(pairs)}
                 right = [a and b for a, b in zip(right, exact)]
@@ -68,6 +76,7 @@ class Judges:
             row |= {"score": _share(right), "low": low, "high": high, "said": _share(all_said)}
         else:
             row["not_measured"] = ocr.REMEDY
+        # the audit by templates, and votes on colours
         audited = [
             template.judge(p, s, self.classes).whole for p, s in zip(pictures, scenes) if s.things and self.audit
         ]
@@ -121,7 +130,7 @@ def _votes(scene: Scene, picture: np.ndarray, seen: Sequence[Detection]) -> list
     return out
 
 
-def _per_class(scenes: Sequence[Scene], verdicts: Sequence[geneval.Verdict]) -> dict[str, dict[str, int]]:
+def _per_class(scenes: Sequence[Scene], verdicts: Sequence[geneval.GenevalVerdict]) -> dict[str, dict[str, int]]:
     """Class -> how often it was asked for, found (in full number), and of the colour that was said, where one was."""
     table: dict[str, dict[str, int]] = {}
     for scene, verdict in zip(scenes, verdicts):

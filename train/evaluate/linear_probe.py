@@ -127,8 +127,8 @@ def report(
 def load(config: ModuleType, options: argparse.Namespace) -> tuple[nn.Module, CaptionTokenizer, Sequence[int]]:
     """Model, tokenizer and layers of a checkpoint folder, or of a state file of the encoder or the pretrain stage."""
     if options.model:
-        path = options.model / "transformer" / "config.json"
-        layers = transformer_config(read_json(path), str(path)).selected_layer_index
+        config_file = options.model / "transformer" / "config.json"
+        layers = transformer_config(read_json(config_file), str(config_file)).selected_layer_index
         model = load_text_encoder(options.model / "text_encoder", torch.float32, "cpu")
         return model.eval(), CaptionTokenizer(options.model / "tokenizer"), layers
     path: Path = options.state or options.out / "encoder.pt"

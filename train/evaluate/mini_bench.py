@@ -41,9 +41,9 @@ from ..data.small_world.scene import Scene
 from ..data.small_world.world import TASKS, World
 from ..loop.checkpoints import write_text
 from . import ocr
-from .detector import Eye
+from .detector import Detector
 from .judges import Judges, merged, wilson
-from .sources import Pictures, Size, Source, enlarged, from_pipeline, from_state
+from .sources import Images, Size, Source, enlarged, from_pipeline, from_state
 
 __all__ = ["FIRST_SEED", "Judges", "scenes_of", "wilson"]
 FIRST_SEED = 2_000_000_000
@@ -78,7 +78,7 @@ def scenes_of(
     return (scenes + others)[:count]
 
 
-def pictures_of(task: str, per_task: int) -> int:
+def images_per_task(task: str, per_task: int) -> int:
     return max(per_task, BINDING) if task == "color_attr" else per_task
 
 
@@ -148,7 +148,7 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
         print(f"guidance {guidance:g}\n{HEADER}")
         for task, asked in scenes.items():
             prompts, seeds = [s.caption for s in asked], list(range(len(asked)))
-            pictures: Pictures = []
+            pictures: Images = []
             for i in range(0, len(asked), 20):
                 size = asked[0].height, asked[0].width
                 pictures += source.draw(prompts[i : i + 20], seeds[i : i + 20], guidance, size)
@@ -241,7 +241,7 @@ def run(options: argparse.Namespace) -> int:
     classes = {"core": CORE, "all": tuple(KINDS), None: source.classes or CORE}[options.classes]
     if not ocr.available():
         print(f"text: {ocr.REMEDY}")
-    judges = Judges(Eye.load(), classes, ocr.Reader() if ocr.available() else None, not options.no_audit)
+    judges = Judges(Detector.load(), classes, ocr.Reader() if ocr.available() else None, not options.no_audit)
     source = enlarged(source, options.enlarge) if options.enlarge else source
     explained = source.validation.get("text_explains")
     if explained is not None:
@@ -270,7 +270,7 @@ def run(options: argparse.Namespace) -> int:
 
 def scored(source: Source, judges: Judges, size: Size, classes: Sequence[str], options: argparse.Namespace) -> dict:
     """What scores.json holds of one size."""
-    counts = {task: pictures_of(task, options.per_task) for task in options.tasks}
+    counts = {task: images_per_task(task, options.per_task) for task in options.tasks}
     scenes = {task: scenes_of(task, n, classes, options.captions, size) for task, n in counts.items()}
     found = benchmark(source, judges, scenes, options)
     tables = {name: merged([row["per_class"] for row in rows.values()]) for name, rows in found["guidance"].items()}

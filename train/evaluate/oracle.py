@@ -23,7 +23,7 @@ from ..data.small_world.kinds import KINDS, PALETTE
 from ..data.small_world.scene import Scene
 from ..data.small_world.world import World
 from . import geneval, ocr
-from .detector import SIGN, Eye, overlap
+from .detector import SIGN, Detector, overlap
 from .geneval import Asked, Detection, Want
 from .judges import Judges
 
@@ -101,10 +101,11 @@ class Questions:
         return cls(scenes, [worlds[0].render(scene) for scene in scenes])
 
 
-def measure(eye: Eye, questions: Questions) -> dict:
+def measure(detector: Detector, questions: Questions) -> dict:
     """Shares judged as they should be, overall and per class, and which classes are taken for which."""
-    seen = eye.look(questions.pictures)
-    right, of = Counter(), Counter()
+    seen = detector.look(questions.pictures)
+    right: Counter[str] = Counter()
+    of: Counter[str] = Counter()
     per_class: dict[str, Counter] = {}
     confused: Counter = Counter()
     for scene, detections in zip(questions.scenes, seen):
@@ -147,15 +148,16 @@ def position_agreement(count: int) -> tuple[int, int]:
     return agree, count
 
 
-def signs(eye: Eye, count: int, sides: Sequence[int] = (64, 96, 128)) -> dict[str, dict[str, float]]:
+def signs(detector: Detector, count: int, sides: Sequence[int] = (64, 96, 128)) -> dict[str, dict[str, float]]:
     """Shares of signs in true renders whose words are read exactly (but for blanks and case), per side of the picture."""
-    judges, world, out = Judges(eye, (), ocr.Reader()), World("train", {"text": 1.0}, captions="geneval"), {}
+    judges, world, out = Judges(detector, (), ocr.Reader()), World("train", {"text": 1.0}, captions="geneval"), {}
     for side in sides:
         scenes = [world.scene(ORACLE_SEED + i, side, side) for i in range(count)]
         pictures = [world.render(scene) for scene in scenes]
-        texts = [judges.read(p, d) for p, d in zip(pictures, eye.look(pictures))]
-        right = [ocr.same_text(scene.sign.text, text) for scene, text in zip(scenes, texts)]
-        misread = [f"{s.sign.text} as {t or 'nothing'}" for s, t, r in zip(scenes, texts, right) if not r]
+        texts = [judges.read(p, d) for p, d in zip(pictures, detector.look(pictures))]
+        written = [scene.sign.text for scene in scenes if scene.sign is not None]
+        right = [ocr.same_text(sign, text) for sign, text in zip(written, texts, strict=True)]
+        misread = [f"{sign} as {text or 'nothing'}" for sign, text, r in zip(written, texts, right) if not r]
         print(
             f"signs at {side} pixels: {sum(right)}/{count} read; misread: {', '.join(misread[:8]) or 'none'}",
             flush=True,
@@ -164,13 +166,13 @@ def signs(eye: Eye, count: int, sides: Sequence[int] = (64, 96, 128)) -> dict[st
     return out
 
 
-def report(eye: Eye, count: int, buckets: Sequence[tuple[int, int]] = BUCKETS) -> dict:
+def report(detector: Detector, count: int, buckets: Sequence[tuple[int, int]] = BUCKETS) -> dict:
     """Measure and print every bucket; what goes into the file beside the judge."""
     out: dict = {}
     for height, width in buckets:
         questions = Questions.draw(count, ORACLE_SEED, height, width)
         start = time.perf_counter()
-        found = measure(eye, questions)
+        found = measure(detector, questions)
         spent = time.perf_counter() - start
         print(
             f"{height}x{width}, {count} scenes, {count / spent:.0f} per second: "
@@ -189,7 +191,7 @@ def report(eye: Eye, count: int, buckets: Sequence[tuple[int, int]] = BUCKETS) -
             "confused": [f"{a} -> {b} ({n})" for (a, b), n in found["confused"].most_common(12)],
         }
     if ocr.available():
-        out["signs"] = signs(eye, max(1, count // 8))
+        out["signs"] = signs(detector, max(1, count // 8))
     else:
         print(f"signs: {ocr.REMEDY}")
     agree, of = position_agreement(count)

@@ -102,7 +102,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ShapeVerdict:
     right: bool
     distance: float | None  # mean over the objects asked for, 1 for one that is missing; None where none is asked
     soft: float  # the least of all objects; 0 where the rule does not hold or something else stands there
@@ -172,7 +172,7 @@ class ShapeJudge:
         return Seen(backdrop, tuple(objects), redrawn)
 
 
-def judge(asked: Asked, seen: Seen) -> Verdict:
+def judge(asked: Asked, seen: Seen) -> ShapeVerdict:
     """GenEval's rule on what stands in the picture, the shape of each, and nothing else there."""
     boxes = [Detection(o.kind, 1 - min(o.distance, 1.0), o.box, o.colour) for o in seen.objects]
     ruled = geneval.judge(asked, boxes, found_above=-1.0)
@@ -187,7 +187,7 @@ def judge(asked: Asked, seen: Seen) -> Verdict:
         distances += [min(1.0, o.distance) for o in taken] + [1.0] * (want.count - len(taken))
     soft = 0.0 if reasons else min((o.soft for o in seen.objects), default=1.0)
     reasons += [f"{o.kind}: distance {o.distance:.2f} to the nearest true render" for o in torn]
-    return Verdict(soft >= 0.5, float(np.mean(distances)) if distances else None, soft, tuple(reasons))
+    return ShapeVerdict(soft >= 0.5, float(np.mean(distances)) if distances else None, soft, tuple(reasons))
 
 
 # ------------------------------------------------------------------------------------------------ which boxes
@@ -301,6 +301,11 @@ class _Fit:
     error: float
     explained: float  # squared difference from the backdrop, less the error
     next_error: float = math.inf  # of the best of another class
+
+
+def _edge_moved(box: Pixels, edge: int, by: int) -> Pixels:
+    x0, y0, x1, y1 = (v + by * (i == edge) for i, v in enumerate(box))
+    return x0, y0, x1, y1
 
 
 def _margin(box: Box) -> float:
@@ -449,7 +454,7 @@ class _Window:
         size = here[2] - here[0], here[3] - here[1]
         colour = min(colours_of(kind), key=lambda c: self.error(kind, c, here))
         while True:
-            moved = [tuple(v + d * (i == edge) for i, v in enumerate(here)) for edge in range(4) for d in (-1, 1)]
+            moved = [_edge_moved(here, edge, d) for edge in range(4) for d in (-1, 1)]
             moved += [(here[0] + i, here[1] + j, here[2] + i, here[3] + j) for i in (-1, 0, 1) for j in (-1, 0, 1)]
             moved = [b for b in moved if max(abs(b[2] - b[0] - size[0]), abs(b[3] - b[1] - size[1])) <= most]
             best = min(moved, key=lambda b: self.error(kind, colour, b))

@@ -31,7 +31,7 @@ from ..data.small_world.world import World
 from ..loop.checkpoints import write_text
 from . import geneval
 from .damage import DAMAGES, damaged
-from .detector import Eye
+from .detector import Detector
 from .mini_bench import GENEVAL, scenes_of, size_of
 from .shape import CALIBRATION, Calibration, ShapeJudge, judge
 from .sources import Size, Source, from_pipeline
@@ -64,9 +64,9 @@ def logistic(features: np.ndarray, right: np.ndarray) -> Calibration:
 class Examined:
     """Pictures of one origin and size, as the judge sees them."""
 
-    def __init__(self, scenes: Sequence[Scene], pictures: Sequence[np.ndarray], eye: Eye, shapes: ShapeJudge):
+    def __init__(self, scenes: Sequence[Scene], pictures: Sequence[np.ndarray], detector: Detector, shapes: ShapeJudge):
         self.scenes, self.pictures = scenes, pictures
-        self.seen = [shapes.look(p, d) for p, d in zip(pictures, eye.look(pictures))]
+        self.seen = [shapes.look(p, d) for p, d in zip(pictures, detector.look(pictures))]
 
     def features(self) -> np.ndarray:
         """(distance, outline) of every object, [n, 2]."""
@@ -74,7 +74,8 @@ class Examined:
 
     def measured(self, calibration: Calibration) -> dict:
         """Share of objects that are true shapes, of pictures that are right (mean of GenEval's six tasks), and quantiles."""
-        features, right = self.features(), {task: [] for task in GENEVAL}
+        features = self.features()
+        right: dict[str, list[bool]] = {task: [] for task in GENEVAL}
         for scene, seen in zip(self.scenes, self.seen):
             if scene.task in right:
                 right[scene.task].append(judge(geneval.asked(scene), seen.judged_by(calibration)).right)
@@ -88,7 +89,7 @@ class Examined:
 
 
 def examine(
-    source: Source, size: Size, per_task: int, guidance: float, eye: Eye, shapes: ShapeJudge
+    source: Source, size: Size, per_task: int, guidance: float, detector: Detector, shapes: ShapeJudge
 ) -> dict[str, Examined]:
     """True renders, reconstructions, each kind of damage and what is drawn, of the same scenes."""
     scenes = [s for task in TASKS for s in scenes_of(task, per_task, shapes.classes, side=size, first=FIRST_SEED)]
@@ -106,7 +107,7 @@ def examine(
     for i in range(0, len(prompts), BATCH):
         part = prompts[i : i + BATCH]
         drawn += source.draw(part, list(range(i, i + len(part))), guidance, size)
-    return {name: Examined(scenes, made, eye, shapes) for name, made in {**pictures, "drawn": drawn}.items()}
+    return {name: Examined(scenes, made, detector, shapes) for name, made in {**pictures, "drawn": drawn}.items()}
 
 
 def sheet(found: dict[str, Examined], calibration: Calibration, path: Path, count: int = 64, cell: int = 110) -> None:
@@ -121,16 +122,18 @@ def sheet(found: dict[str, Examined], calibration: Calibration, path: Path, coun
     columns, wide = 8, 2 * cell + 6
     canvas = Image.new("RGB", (columns * wide, math.ceil(len(near) / columns) * (cell + 14)), "white")
     pen = ImageDraw.Draw(canvas)
-    for i, (soft, origin, one, *both) in enumerate(near):
+    for i, (soft, origin, thing, *both) in enumerate(near):
         x, y = i % columns * wide, i // columns * (cell + 14)
-        half = 0.62 * max(one.box[2] - one.box[0], one.box[3] - one.box[1])
-        cx, cy = (one.box[0] + one.box[2]) / 2, (one.box[1] + one.box[3]) / 2
-        around = tuple(round(v) for v in (cx - half, cy - half, cx + half, cy + half))
+        half = 0.62 * max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
+        cx, cy = (thing.box[0] + thing.box[2]) / 2, (thing.box[1] + thing.box[3]) / 2
+        around = (round(cx - half), round(cy - half), round(cx + half), round(cy + half))
         for k, pixels in enumerate(both):
             part = Image.fromarray(pixels).crop(around).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(part, (x + k * cell, y))
         pen.text(
-            (x, y + cell + 1), f"{soft:.2f} {origin} {one.kind} {one.distance:.2f} {one.outline:.2f}", fill="black"
+            (x, y + cell + 1),
+            f"{soft:.2f} {origin} {thing.kind} {thing.distance:.2f} {thing.outline:.2f}",
+            fill="black",
         )
     write_atomic(path, lambda temporary: canvas.save(temporary, "PNG"))
 
@@ -150,11 +153,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
-    source, eye = from_pipeline(options.model, options.steps), Eye.load()
+    source, detector = from_pipeline(options.model, options.steps), Detector.load()
     shapes = ShapeJudge(source.classes or CORE, calibration=UNFITTED if options.calibrate else None)
     found = {}
     for size in options.sizes:
-        for origin, one in examine(source, size, options.per_task, options.guidance, eye, shapes).items():
+        for origin, one in examine(source, size, options.per_task, options.guidance, detector, shapes).items():
             found[f"{origin} {size[0]}x{size[1]}"] = one
     calibration = shapes.calibration
     if options.calibrate:

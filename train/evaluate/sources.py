@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -12,7 +13,10 @@ import torch
 from lens.formats.hub import resolve
 from lens.formats.released import read_index
 
-Pictures = list[np.ndarray]  # uint8 [H, W, 3]
+if TYPE_CHECKING:
+    from lens.pipeline import LensPipelineOutput
+
+Images = list[np.ndarray]  # uint8 [H, W, 3]
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -25,8 +29,8 @@ class Source:
 
     name: str
     side: int
-    draw: Callable[[Sequence[str], Sequence[int], float, Size], Pictures]
-    reconstruct: Callable[[Pictures], Pictures]
+    draw: Callable[[Sequence[str], Sequence[int], float, Size], Images]
+    reconstruct: Callable[[Images], Images]
     classes: tuple[str, ...] | None = None
     validation: dict[str, float] = field(default_factory=dict)
 
@@ -40,12 +44,19 @@ def from_pipeline(model: str, steps: int) -> Source:
     about = read_index(root).get("lens", {})
     pipe = LensPipeline.from_pretrained(model)
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
-        settings = {"num_inference_steps": steps, "guidance_scale": guidance, "height": size[0], "width": size[1]}
-        out = pipe(list(prompts), seed=list(seeds), **settings)
-        return [np.asarray(image) for image in out.images]
+    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Images:
+        height, width = size
+        out = pipe(
+            list(prompts),
+            seed=list(seeds),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
+        )
+        return [np.asarray(image) for image in cast("LensPipelineOutput", out).images]  # a tuple only where asked for
 
-    def reconstruct(pictures: Pictures) -> Pictures:
+    def reconstruct(pictures: Images) -> Images:
         out = []
         for picture in pictures:
             x = torch.from_numpy(picture).float().div_(127.5).sub_(1)
@@ -61,7 +72,7 @@ def enlarged(source: Source, side: int) -> Source:
     """The pictures that the source draws as squares of that side, enlarged (bicubic): what more tokens are held against."""
     from PIL import Image
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Images:
         height, width = size
         if height != width or height < side:
             raise ValueError(f"--enlarge {side}: expected squares of at least {side} pixels, got {height}x{width}")
@@ -85,12 +96,12 @@ def from_state(state: Path, recipe: str, vae: Path, steps: int, mu: float | None
     painter = generator.Painter(vae, recipe)
     tokenizer = text_path.tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
 
-    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Pictures:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Images:
         tokens, grid = [tokenizer.encode(p)[0] for p in prompts], (size[0] // 16, size[1] // 16)
         latents = generator.sample(model, tokens, tokenizer.prefix, seeds, steps, guidance, mu, grid)
         return list(painter(latents, grid))
 
-    def reconstruct(pictures: Pictures) -> Pictures:
+    def reconstruct(pictures: Images) -> Images:
         tokens = painter.latents.encode(np.stack(pictures))
         grid = (pictures[0].shape[0] // 16, pictures[0].shape[1] // 16)
         return [picture for part in tokens.split(16) for picture in painter(part, grid)]

@@ -1,11 +1,11 @@
 """The auditing judge, by pixel templates: is every object where the prompt puts it, of the right class and colour?
 
 It has no learned weights and is used for nothing but auditing: a score that Lens-Eye gives and this one refuses is suspect.
-The picture's border tells its backdrop (any that is drawn, any variant; any photograph as well where one is asked for). At each place of the layout that the prompt
-implies, every class of `classes`, in every colour, several sizes and small shifts, is composited over that backdrop; the
-best fit in squared error is what the judge sees there, or "nothing" where the best fit explains less than EXPLAINED of the
-difference from the bare backdrop. What differs from the backdrop outside the fitted boxes must be little, else something is
-there that was not asked for.
+The picture's border tells its backdrop (any that is drawn, any variant; any photograph as well where one is asked for). At
+each place of the layout that the prompt implies, every class of `classes`, in every colour, several sizes and small shifts,
+is composited over that backdrop; the best fit in squared error is what the judge sees there, or "nothing" where the best fit
+explains less than EXPLAINED of the difference from the bare backdrop. What differs from the backdrop outside the fitted
+boxes must be little, else something is there that was not asked for.
 
 It never looks at where the scene's own objects were drawn, only at the layout the prompt implies, and it is itself judged on
 true renders and their reconstructions (`python -m train evaluate mini-bench --ceilings only`).
@@ -50,7 +50,7 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class TemplateVerdict:
     things: tuple[Seen, ...]  # one per place of the layout
     background: str
     classes: tuple[bool, ...]
@@ -107,6 +107,7 @@ def look(
 ) -> Seen:
     """The best fit around a centre (x, y in pixels): rooms are the sizes (w, h) tried, reach and step the shifts."""
     height, width = picture.shape[:2]
+    # the squared error of a sprite on the backdrop is linear in these planes
     away = np.moveaxis(picture - canvas, -1, 0)
     back = np.moveaxis(canvas, -1, 0)
     base = (away**2).sum(0)
@@ -118,12 +119,14 @@ def look(
             max(0, int(centre[0] - w_max / 2 - reach)) : int(centre[0] + w_max / 2 + reach) + 1,
         ].sum()
     )
+    # classes by the size that their sprite has in a room: one product serves all of a size
     sizes: dict[tuple[int, int], list[str]] = {}
     for kind in classes:
         for room in rooms:
             fitting = sizes.setdefault(fitted_size(kind, *room), [])
             if kind not in fitting:
                 fitting.append(kind)
+    # every size at every shift, every class and colour at once
     best, found = 0.0, None
     for (w, h), kinds in sizes.items():
         left, top = round(centre[0] - w / 2), round(centre[1] - h / 2)
@@ -167,7 +170,7 @@ def layouts_of(scene: Scene) -> list[Layout]:
     return [arrangement(count, same, scene.relation, height, width)]
 
 
-def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None) -> Verdict:
+def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None) -> TemplateVerdict:
     """Picture uint8 [H, W, 3] of the scene's size -> verdict. The scene supplies the layout and what was asked for.
 
     Where the prompt leaves the layout or the order open, the reading with most right counts. classes: what may be seen
@@ -188,7 +191,7 @@ def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None
         for order in dict.fromkeys((seen, seen[::-1])) if scene.task in FREE else (seen,):
             right = tuple(s.kind == t.kind for s, t in zip(order, scene.things))
             painted = tuple(s.colour == t.colour for s, t in zip(order, scene.things))
-            verdicts.append(Verdict(order, name, right, painted, clean))
+            verdicts.append(TemplateVerdict(order, name, right, painted, clean))
         if any(v.whole for v in verdicts):
             break
     return max(verdicts, key=lambda v: (v.whole, sum(v.classes), sum(v.colours), v.clean))

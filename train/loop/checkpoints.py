@@ -30,14 +30,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lens.formats.files import read_json, write_atomic, write_json
 from lens.formats.safetensors import open_shards
 
-from .clock import Halted
+from .clock import Interrupted
 from .ranks import Ranks
 
 FORMAT = 1
+RENAMED = {"eye": "detector"}  # stages and their networks by the names that older states have
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -59,6 +61,10 @@ def load_state(path: Path, expect: str) -> dict[str, Any]:
     state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected the training state of {expect!r}")
+    if state.get("stage") in RENAMED:
+        state["stage"] = RENAMED[state["stage"]]
+        if isinstance(updates := state.get("ema_updates"), dict):
+            state["ema_updates"] = {RENAMED.get(name, name): count for name, count in updates.items()}
     if state.get("format") != FORMAT or state.get("stage") != expect:
         raise ValueError(
             f"{path}: stage {state.get('stage')!r} format {state.get('format')!r}, expected {expect!r} format {FORMAT}"
@@ -207,7 +213,7 @@ class _Writer(dcp.FileSystemWriter):
                 found = found.__cause__ or found.__context__
             if found is None:
                 raise
-            raise Halted(f"{self.owner.folder / self.name}: not saved, {found.strerror}") from error
+            raise Interrupted(f"{self.owner.folder / self.name}: not saved, {found.strerror}") from error
 
 
 class Checkpoints:
@@ -240,12 +246,14 @@ class Checkpoints:
         name = f"step_{step:07d}"
         self.folder.mkdir(parents=True, exist_ok=True)
         whole = {"format": FORMAT, "step": step, "world": self.group.world, **state}
-        self.pending = dcp.async_save(
+        pending = dcp.async_save(
             dict(tensors),
             storage_writer=_Writer(self, name, whole),
             process_group=self.group.writers,
             no_dist=self.group.world == 1,
         )
+        assert isinstance(pending, Future), "by threads, as is the default, one future stands for all of it"
+        self.pending = pending
 
     @property
     def failed(self) -> bool:
@@ -253,18 +261,18 @@ class Checkpoints:
         return self.pending is not None and self.pending.done() and self.pending.exception() is not None
 
     def wait(self) -> None:
-        """Until the save under way is published, and readable on every process. Errors: Halted where the system refused it."""
+        """Until the save under way is published, and readable on every process. Errors: Interrupted where the system refused it."""
         if self.pending is not None:
             pending, self.pending = self.pending, None
             try:
                 pending.result()
             except CheckpointException as error:  # torch's, no Exception
-                said = [own for own, _ in error.failures.values() if isinstance(own, Halted | OSError)]
+                said = [own for own, _ in error.failures.values() if isinstance(own, Interrupted | OSError)]
                 if not said:
                     raise
                 self.clear()
                 latest = self.latest()
-                raise Halted(f"{said[0]}; the latest state is {latest.name if latest else 'none'}") from error
+                raise Interrupted(f"{said[0]}; the latest state is {latest.name if latest else 'none'}") from error
             self.group.barrier()
 
     def publish(self, part: Path, name: str) -> None:
@@ -303,7 +311,8 @@ class Checkpoints:
         damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
         _refuse([line for own in self.group.gather(damaged) for line in own])
         reader = dcp.FileSystemReader(folder)
-        stored = {name: found.size for name, found in reader.read_metadata().state_dict_metadata.items()}
+        held = reader.read_metadata().state_dict_metadata
+        stored = {name: found.size for name, found in held.items() if isinstance(found, TensorStorageMetadata)}
         _refuse(_unlike(folder, tensors, stored))
         dcp.load(dict(tensors), storage_reader=reader, process_group=self.group.writers, no_dist=self.group.world == 1)
         return state

@@ -10,7 +10,7 @@ import time
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Halted(RuntimeError):
+class Interrupted(RuntimeError):
     """What ends a training and is neither a mistake nor a bug: lost shards, a full disk, a killed process. One line says it."""
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from .ranks import local
+from .ranks import local_shard
 
 
 class Ema:
@@ -30,7 +30,7 @@ class Ema:
         if self._pairs is None or self._pairs[0] is not module:
             values = dict(module.named_parameters())
             names = list(self.average)
-            pairs = [(local(self.average[n]), local(values[n].detach())) for n in names]
+            pairs = [(local_shard(self.average[n]), local_shard(values[n].detach())) for n in names]
             pairs = [pair for pair in pairs if pair[0].numel()]
             self._pairs = (module, [a for a, _ in pairs], [v for _, v in pairs])
         torch._foreach_lerp_(self._pairs[1], self._pairs[2], 1 - d)
@@ -38,7 +38,11 @@ class Ema:
     @contextmanager
     def in_place_of(self, module: torch.nn.Module) -> Iterator[None]:
         """Inside, the parameters of the module have their averages; those without one stay."""
-        pairs = [(local(p.detach()), local(self.average[n])) for n, p in module.named_parameters() if n in self.average]
+        pairs = [
+            (local_shard(p.detach()), local_shard(self.average[n]))
+            for n, p in module.named_parameters()
+            if n in self.average
+        ]
         live = [p.clone() for p, _ in pairs]
         for p, average in pairs:
             p.copy_(average)

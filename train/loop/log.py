@@ -61,7 +61,7 @@ class JsonLog:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         line = rounded if shown is None else {k: rounded[k] for k in shown if k in rounded}
         print("  ".join(f"{k} {v}" for k, v in line.items()), file=sys.stderr, flush=True)
-        step = rounded.get("step", 0)
+        step = int(rounded.get("step", 0))
         writer = self._writer(" ".join(str(v) for v in rounded.values() if isinstance(v, str)), step)
         if writer is not None:
             for name, value in rounded.items():
@@ -69,7 +69,7 @@ class JsonLog:
                     writer.add_scalar(name, value, step)
             writer.flush()
 
-    def picture(self, name: str, path: Path, step: int) -> None:
+    def image(self, name: str, path: Path, step: int) -> None:
         """Copy a written picture to TensorBoard."""
         writer = self._writer("", step)
         if writer is not None:

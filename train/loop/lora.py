@@ -6,7 +6,7 @@
 
 The model's own layers are adapted, not modules of peft's: ours hold w1 above w3 in one matrix, with an adapter each, and ops
 that read `weight` instead of calling the layer must find the adapter in it. Key names, configuration and start are peft's
-(`init_lora_weights="gaussian"`: down of deviation 1 / r, up zero), so that its tools load the files (tests/train/test_adapters.py).
+(`init_lora_weights="gaussian"`: down of deviation 1 / r, up zero), so that its tools load the files (tests/train/test_lora.py).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .ranks import place
 ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
 MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
 NO_BASE = "--lora: expected --init CHECKPOINT beside it, the released layout's folder whose weights stay frozen"
-NONE = "none"  # the name of no adapter
+NO_LORA = "none"  # the name of no adapter
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
 
 
@@ -47,7 +47,7 @@ class Lora:
         return f"r={self.r},alpha={self.alpha:g},targets={self.targets}"
 
 
-def parse(text: str) -> Lora:
+def parse_lora(text: str) -> Lora:
     """ "r=64", "r=64,alpha=128,targets=all" -> Lora; alpha is 2 r unless given. Errors: ValueError naming the text."""
     how = f"--lora: {text!r}, expected for example r=64,alpha=128,targets={'|'.join(TARGETS)}"
     pairs = [part.partition("=") for part in text.split(",")]
@@ -64,26 +64,26 @@ def parse(text: str) -> Lora:
     return found
 
 
-def of(recipe: ModuleType) -> Lora | None:
+def lora_of(recipe: ModuleType) -> Lora | None:
     """The LoRA that a recipe's LORA says, if any."""
-    return parse(recipe.LORA) if hasattr(recipe, "LORA") else None
+    return parse_lora(recipe.LORA) if hasattr(recipe, "LORA") else None
 
 
-def of_training(state: dict[str, Any] | None, text: str | None) -> Lora | None:
+def lora_of_training(state: dict[str, Any] | None, text: str | None) -> Lora | None:
     """The LoRA of a training: that of its state, or of `--lora`. Errors: ValueError where they differ."""
-    asked = parse(text) if text else None
+    asked = parse_lora(text) if text else None
     if state is None:
         return asked
     held = state["settings"].get("LORA")
     if asked and held != str(asked):
         raise ValueError(f"--lora {asked}: this training has {held or 'none'}")
-    return parse(held) if held else None
+    return parse_lora(held) if held else None
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer, frozen by `attach`, and the adapters, float32, of the released modules its rows are made of.
+class LoraLinear(nn.Module):
+    """A linear layer, frozen by `attach_lora`, and the adapters, float32, of the released modules its rows are made of.
 
-    One adapter trains; `keep` puts frozen copies beside it, by name. Which is in force is an argument of the call.
+    One adapter trains; `keep_lora` puts frozen copies beside it, by name. Which is in force is an argument of the call.
     """
 
     def __init__(self, base: nn.Linear, modules: list[str], lora: Lora):
@@ -99,12 +99,23 @@ class AdaptedLinear(nn.Module):
         self.kept = nn.ModuleDict()  # name -> ModuleDict of down and up
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
-        """adapter: None, the one that trains; NONE, no adapter at all; else a name that `keep` was given."""
-        if adapter == NONE:
+        """adapter: None, the one that trains; NO_LORA, no adapter at all; else a name that `keep_lora` was given."""
+        if adapter == NO_LORA:
             return self.base(x)
-        downs, ups = (self.down, self.up) if adapter is None else self.kept[adapter].values()
+        downs, ups = self._sides(adapter)
         parts = [F.linear(F.linear(x, down), up) for down, up in zip(downs, ups)]
         return self.base(x) + self.factor * (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
+    def _sides(self, adapter: str | None) -> tuple[nn.ParameterList, nn.ParameterList]:
+        """Down and up of the adapter that trains, or of a kept one."""
+        if adapter is None:
+            return self.down, self.up
+        kept = self.kept[adapter]
+        assert isinstance(kept, nn.ModuleDict)
+        down, up = kept["down"], kept["up"]
+        assert isinstance(down, nn.ParameterList)
+        assert isinstance(up, nn.ParameterList)
+        return down, up
 
     @property
     def weight(self) -> Tensor:
@@ -117,7 +128,7 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
 
-def attach(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> None:
+def attach_lora(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> None:
     """Freeze the model and put adapters, not yet drawn, around the layers of `lora.targets`. They train where the layer did.
 
     frozen: what the frozen weights are kept in, which is what they are used in: nothing is added to them that rounding
@@ -127,39 +138,42 @@ def attach(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> N
     for module, (name, _, _) in modules_of(model).items():
         if module.partition("transformer_blocks.")[2].partition(".")[2] in TARGETS[lora.targets]:
             found.setdefault(name.removesuffix(".weight"), []).append(module)
-    places = {name: model.get_submodule(name) for name in found}
-    wrapped = {name: AdaptedLinear(layer, found[name], lora) for name, layer in places.items()}
+    wrapped = {}
+    for name, modules in found.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, nn.Linear), name
+        wrapped[name] = LoraLinear(layer, modules, lora)
     model.requires_grad_(False).to(frozen)
-    for name, layer in wrapped.items():
+    for name, adapted in wrapped.items():
         parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        setattr(model.get_submodule(parent), leaf, adapted)
 
 
 @torch.no_grad()
-def keep(model: nn.Module, name: str) -> None:
+def keep_lora(model: nn.Module, name: str) -> None:
     """A frozen copy of the adapter as it is now, to be called by ``name``; one of that name is written over."""
-    for _, layer in adapted(model):
+    for _, layer in lora_layers(model):
         if name not in layer.kept:
             sides = {"down": layer.down, "up": layer.up}
             layer.kept[name] = nn.ModuleDict(
                 {side: nn.ParameterList(nn.Parameter(p.clone(), False) for p in own) for side, own in sides.items()}
             )
-        for copy, own in zip(layer.kept[name].values(), (layer.down, layer.up)):
+        for copy, own in zip(layer._sides(name), (layer.down, layer.up)):
             for target, source in zip(copy, own):
                 target.copy_(source)
 
 
-def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
-    """Our name and layer of everything `attach` wrapped."""
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+    """Our name and layer of everything `attach_lora` wrapped."""
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedLinear):
+        if isinstance(module, LoraLinear):
             yield name, module
 
 
 @torch.no_grad()
-def start(model: nn.Module, seed: int) -> None:
-    """Draw what `attach` put there, sharded or not: down of deviation 1 / r, up zero, so that nothing changes at first."""
-    for _, layer in adapted(model):
+def init_lora(model: nn.Module, seed: int) -> None:
+    """Draw what `attach_lora` put there, sharded or not: down of deviation 1 / r, up zero, so that nothing changes at first."""
+    for _, layer in lora_layers(model):
         for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
             # each from a key of its own: the start does not depend on what else is adapted
             place(down, torch.randn(down.shape, generator=keyed(seed, f"lora {module}")) / len(down))
@@ -167,20 +181,20 @@ def start(model: nn.Module, seed: int) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module) -> None:
-    """Every adapter into its layer; what `attach` wrapped is a plain linear layer again."""
-    for name, layer in list(adapted(model)):
+def merge_lora(model: nn.Module) -> None:
+    """Every adapter into its layer; what `attach_lora` wrapped is a plain linear layer again."""
+    for name, layer in list(lora_layers(model)):
         layer.base.weight.copy_(layer.weight)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer.base)
 
 
-def save(model: nn.Module, lora: Lora, folder: Path) -> None:
+def save_lora(model: nn.Module, lora: Lora, folder: Path) -> None:
     """The adapters as a peft folder, float32: adapter_model.safetensors and adapter_config.json."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
-    for _, layer in adapted(model):
+    for _, layer in lora_layers(model):
         for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
             for side, value in (("A", down), ("B", up)):
                 tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.detach().float().cpu().contiguous()
@@ -201,4 +215,8 @@ def save(model: nn.Module, lora: Lora, folder: Path) -> None:
         "target_modules": list(TARGETS[lora.targets]),
     }
     text = json.dumps(config, indent=2) + "\n"
-    write_atomic(folder / CONFIG, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(folder / CONFIG, write)

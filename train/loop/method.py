@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .ema import Ema
-from .ranks import bare, local
+from .ranks import bare, local_shard
 
 
 def learning_rate(step: int, base: float, warmup: int, steps: int, decay: int) -> float:
@@ -40,21 +40,24 @@ def adamw(
         groups = [{"params": list(parameters.values()), "weight_decay": decay}]
     else:
         groups = [
-            {"params": [p for p in parameters.values() if (p.dim() > 1) is matrix], "weight_decay": rate}
-            for matrix, rate in ((True, decay), (False, 0.0))
+            {"params": [p for p in parameters.values() if (p.dim() > 1) is matrix], "weight_decay": own}
+            for matrix, own in ((True, decay), (False, 0.0))
         ]
     groups = [g for g in groups if g["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=fused)
     for p in parameters.values():
         moments = {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.zeros((), dtype=torch.float32, device=local(p.detach()).device), **moments}
+        optimizer.state[p] = {
+            "step": torch.zeros((), dtype=torch.float32, device=local_shard(p.detach()).device),
+            **moments,
+        }
     return optimizer
 
 
 class Network:
     """A module that learns, as it is called (as `ranks.wrap` gave it), its optimiser, and its running average or None.
 
-    The learning rate of a group of the optimiser is its rate here times the plan's schedule. What of the module asks for no
+    The learning rate of a group of the optimiser is its base rate here times the plan's schedule. What of the module asks for no
     gradient when the training begins never learns. Without an optimiser the network is frozen, and part of the states all
     the same; one that should not be, a teacher read from its own folder, is no affair of the loop.
     """

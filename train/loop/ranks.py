@@ -46,7 +46,7 @@ def device_of(name: str) -> torch.device:
     return torch.device(name)
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """The part of a parameter, gradient or average that lies on this process; a view. All of it where nothing is sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
@@ -78,6 +78,7 @@ class Ranks:
         """The sum over the ranks that share one copy of the state."""
         if self.shard == 1:
             return x.clone()
+        assert self.mesh is not None, "a mesh comes with several shards"
         return self._reduce(x, dist.ReduceOp.SUM, self.mesh.get_group("shard"))
 
     def _reduce(self, x: Tensor, op: Any, group: Any) -> Tensor:
@@ -148,6 +149,7 @@ def wrap(model: Denoiser, group: Ranks, reshard: bool = True) -> nn.Module:
     if group.shard == 1:
         ids = [group.device.index] if group.device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+    assert group.mesh is not None, "a mesh comes with several processes"
     mesh = group.mesh if group.world > group.shard else group.mesh["shard"]
     # inputs are not cast: the time would lose digits; the model rounds what it reads itself
     policy = MixedPrecisionPolicy(
@@ -157,11 +159,14 @@ def wrap(model: Denoiser, group: Ranks, reshard: bool = True) -> nn.Module:
     )
     for block in model.layers():
         fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
-    return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard)
+    fully_shard(
+        model, mesh=mesh, mp_policy=policy, reshard_after_forward=reshard
+    )  # which gives its class to the model itself
+    return model
 
 
-def bare(model: nn.Module) -> Denoiser:
-    """The model inside `wrap`."""
+def bare(model: nn.Module) -> Any:
+    """The model inside `wrap`: a Denoiser, or what another stage trains."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -187,7 +192,7 @@ def place(parameter: Tensor, value: Tensor) -> None:
     if isinstance(parameter, DTensor):
         value = value.to(parameter.device, parameter.dtype)
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None).to_local()
-    local(parameter).copy_(value)
+    local_shard(parameter).copy_(value)
 
 
 def materialise(model: nn.Module, device: torch.device, seed: int) -> None:
@@ -227,7 +232,7 @@ def load_released(model: LensTransformer2DModel, folder: Path, device: torch.dev
 @torch.no_grad()
 def norm(tensors: Sequence[Tensor], group: Ranks) -> Tensor:
     """The Euclidean norm of all tensors together, float64 on the device, whether they are whole or sharded."""
-    parts = [local(t) for t in tensors]
+    parts = [local_shard(t) for t in tensors]
     sharded = [isinstance(t, DTensor) for t in tensors]
     squares = [torch.zeros((), dtype=torch.float64, device=group.device) for _ in range(2)]
     for kind in (False, True):
@@ -241,5 +246,5 @@ def norm(tensors: Sequence[Tensor], group: Ranks) -> Tensor:
 @torch.no_grad()
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiply all by one number, in place."""
-    mine = [p for p in map(local, tensors) if p.numel()]
+    mine = [p for p in map(local_shard, tensors) if p.numel()]
     torch._foreach_mul_(mine, factor.to(mine[0].dtype))

@@ -28,11 +28,11 @@ from torch import Tensor
 
 from . import ranks
 from .checkpoints import Checkpoints, StateFile
-from .clock import Clock, Halted
+from .clock import Clock, Interrupted
 from .log import JsonLog, Progress
+from .log_window import LogWindow, StepSums
 from .method import Method, Plan, learning_rate
 from .ranks import Ranks
-from .window import StepSums, Window
 
 # of a row of the log, on the terminal
 SHOWN = ("step", "loss", "grad_norm", "lr", "samples_per_s", "mfu", "data_wait", "memory_gb", "skipped_steps", "eta_s")
@@ -75,7 +75,7 @@ class Trainer:
         self.learners: tuple[str, ...] | None = None  # of the last step
         self.saved: int | None = None
         self.batch: Any = None  # the last one
-        self.lost: Halted | None = None  # what ended the data of this process
+        self.lost: Interrupted | None = None  # what ended the data of this process
 
     # -------------------------------------------------------------------------------------------- one step
 
@@ -83,7 +83,7 @@ class Trainer:
         """One optimiser step from this rank's next slots / W batches; returns what happened on all ranks.
 
         A rank whose data ends inside it repeats its last batch so that collectives still match; "lost" then tells all, and
-        nothing is changed. Errors: Halted where there is no last one.
+        nothing is changed. Errors: Interrupted where there is no last one.
         """
         plan, group, method = self.plan, self.group, self.method
         learners, own = self._turn(), plan.slots // group.world
@@ -91,6 +91,7 @@ class Trainer:
         for network in self.networks.values():
             for p in network.parameters.values():
                 p.grad = None
+        # forward and backward: a slot of this rank after the other
         for index in range(own):
             slot, asked = index * group.world + group.rank, time.perf_counter()
             batch = self._next(batches)
@@ -110,6 +111,7 @@ class Trainer:
                 (sum(parts[1:], parts[0]) * (about.weight * group.world)).backward()
             sums.add(losses, about)
             seen.append({"slot": slot, **about.seen})
+        # sums over all ranks: the one exchange by which all decide alike
         with_losses = tuple(losses)
         gradients = {name: self._gradients(name, learners, with_losses) for name in with_losses}
         norms = {name: ranks.norm(own, group) for name, own in gradients.items()}
@@ -124,9 +126,10 @@ class Trainer:
         found: dict[str, Any] = sums.over_all(group)
         if found["failed"] and self.states is not None:
             self.states.wait()
-            raise Halted("a state could not be saved on another process")
+            raise Interrupted("a state could not be saved on another process")
         if found["lost"]:
             return found
+        # the step, or none of it
         for name in with_losses:
             beside = self._beside(name)
             found[f"loss{beside}"] = sums.of[f"loss {name}"][0].item() / found["weight"]
@@ -158,13 +161,13 @@ class Trainer:
             try:
                 self.batch = next(batches)
             except StopIteration:  # a stream that was asked to end
-                self.lost = Halted("the data ended")
-            except Halted as error:
+                self.lost = Interrupted("the data ended")
+            except Interrupted as error:
                 self.lost = error
                 if self.batch is None:
                     raise
         if self.batch is None and self.group.world > 1:
-            raise Halted(f"{self.lost} before the first batch")
+            raise Interrupted(f"{self.lost} before the first batch")
         return self.batch
 
     @contextmanager
@@ -276,10 +279,11 @@ class Trainer:
     def run(self, batches: Iterator[Any], clock: Clock, data: Place = at_step, steps: int | None = None) -> bool:
         """Train to the plan's last step, or until the clock, on any rank, says stop; save; leave the rest to a resume.
 
-        data: step -> the place in the stream that a resume goes on from. steps: end there, though the plan has more. Returns whether all steps are done.
+        data: step -> the place in the stream that a resume goes on from. steps: end there, though the plan has more. Returns
+        whether all steps are done.
         """
         plan, last = self.plan, steps or self.plan.steps
-        window = Window(self.method.kinds, self.peak, self.group)
+        window = LogWindow(self.method.kinds, self.peak, self.group)
         log = JsonLog(self.out / "log.jsonl") if self.group.main else None
         stopped = False
         if plan.validate_first and self.step == 0:
@@ -292,7 +296,7 @@ class Trainer:
                     if clock.over and self.group.world == 1:
                         return False  # it was asked to end, and so did the data
                     why = self.lost or "the data of another process ended"
-                    raise Halted(f"{why}; step {self.step} is saved, the same command goes on from there")
+                    raise Interrupted(f"{why}; step {self.step} is saved, the same command goes on from there")
                 stopped, self.samples = bool(found["stop"]), self.samples + found["samples"]
                 window.add(found, found["sums"])
                 if self.step % plan.log_every == 0 or stopped or self.step == last:
@@ -302,7 +306,7 @@ class Trainer:
                         row["eta_s"] = (last - self.step) * row["step_s"]
                         log.record({**self._head(), **row}, ("part", *SHOWN))
                         progress.show(self.step, row.get("loss"))
-                    window = Window(self.method.kinds, self.peak, self.group)
+                    window = LogWindow(self.method.kinds, self.peak, self.group)
                 if plan.validate_every and (self.step % plan.validate_every == 0 or self.step == last):
                     self._validate(log)
                 if (plan.save_every and self.step % plan.save_every == 0) or stopped or self.step == last:
@@ -329,7 +333,7 @@ class Trainer:
             sheets = self.method.draw(self.out, self.step)
         if log is not None:
             for name, path in sheets.items():
-                log.picture(name, path, self.step)
+                log.image(name, path, self.step)
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class HeldOut:
         batches = self.loader.batches(0, group.rank, group.world)
         for _ in range(self.recipe.VALIDATION * self.recipe.SLOTS // group.world):
             batch = self.encode(next(batches))
-            bare = dataclasses.replace(batch, lengths=[0] * len(batch.lengths), features=batch.features[:0])
+            bare = dataclasses.replace(batch, lengths=[0] * len(batch.lengths), features=batch.encoded[1][:0])
             row = sums[self.bases.index(batch.bucket.base)]
             row[0] += len(batch.lengths)
             for place, given in ((1, batch), (2, bare)):
@@ -60,7 +60,7 @@ class HeldOut:
         return found
 
 
-def unseen(
+def validation_loader(
     recipe: ModuleType, folder: Path, seen: ShardSet, tokenizer: encoders.Tokenizer | None, encode: Encode
 ) -> tuple[Loader, Encode]:
     """What `--validate` reads. Errors: ValueError where it is what the training sees, or needs networks that are not there."""

@@ -32,9 +32,10 @@ def start_worker() -> None:
     """A worker computes on one thread, and ends with the training, however that ends."""
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()
+    assert parent is not None, "this runs in a worker"
 
-    def follow() -> None:
+    def end_with_parent() -> None:
         parent.join()
         os._exit(0)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()

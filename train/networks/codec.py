@@ -36,7 +36,7 @@ def to_model(pixels: np.ndarray | torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
 
 
-def held_out_pictures(side: int, count: int = 256) -> dict[str, torch.Tensor]:
+def held_out_images(side: int, count: int = 256) -> dict[str, torch.Tensor]:
     """Scenes that no part trains on, in [-1, 1]: "" of all classes and tasks, "_core" of the CORE classes, "_text" with signs."""
     seeds = list(range(VALIDATION_SEED, VALIDATION_SEED + count))
     worlds = {"": World(), "_core": World(classes=CORE), "_text": World(tasks={"text": 1.0})}
@@ -57,8 +57,8 @@ def sheet(path: Path, originals: torch.Tensor, copies: torch.Tensor, columns: in
     write_atomic(path, lambda temporary: large.save(temporary, "PNG"))
 
 
-def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
-    """An AutoencoderKLFlux2 of that configuration with weights drawn from the seed."""
+def autoencoder(shape: dict[str, Any], seed: int) -> Any:
+    """An AutoencoderKLFlux2 (diffusers has no types) of that configuration with weights drawn from the seed."""
     from diffusers import AutoencoderKLFlux2
 
     with torch.random.fork_rng():
@@ -69,7 +69,7 @@ def autoencoder(shape: dict[str, Any], seed: int) -> nn.Module:
 class Half(nn.Module):
     """The decoder or the encoder of a VAE with its 1x1 convolution, so that each has its own optimiser and state."""
 
-    def __init__(self, vae: nn.Module, part: str):
+    def __init__(self, vae: Any, part: str):
         super().__init__()
         self.part = part
         self.body = vae.decoder if part == "decoder" else vae.encoder
@@ -92,7 +92,7 @@ class LinearCodec(nn.Module):
         super().__init__()
         self.encode_filter = nn.Conv2d(3, channels, encode_kernel, 8, (encode_kernel - 8) // 2)
         self.decode_filter = nn.ConvTranspose2d(channels, 3, decode_kernel, 8, (decode_kernel - 8) // 2)
-        self.whiten = nn.BatchNorm2d(channels, affine=False, momentum=0.02)
+        self.whiten: nn.Module = nn.BatchNorm2d(channels, affine=False, momentum=0.02)
 
     def encode(self, x: torch.Tensor) -> torch.Tensor:
         """[n, 3, 8h, 8w] -> [n, channels, h, w]."""
@@ -114,6 +114,8 @@ class LinearCodec(nn.Module):
             margin = (filters.kernel_size[0] - 8) // 2
             filters.weight.mul_(0.02)
             filters.weight[:, :, margin : margin + 8, margin : margin + 8] = weight.T.view(channels, 3, 8, 8)
+        assert self.encode_filter.bias is not None
+        assert self.decode_filter.bias is not None
         self.encode_filter.bias.copy_(-(mean @ basis) / std)
         self.decode_filter.bias.copy_(mean.view(3, 64).mean(1))
 
@@ -162,7 +164,11 @@ class Latents:
     EPS = 1e-4  # batch_norm_eps of the released layout
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
-        self.device, self.vae, self.codec = torch.device(device), None, None
+        self.device = torch.device(device)
+        self.vae: Any = None  # an AutoencoderKLFlux2
+        self.codec: LinearCodec | None = None
+        self.mean: torch.Tensor
+        self.var: torch.Tensor
         if (folder / "config.json").is_file():
             self.vae = load_vae(folder, torch.float32, "cpu").requires_grad_(False).to(self.device)
             statistics = self.vae.bn
@@ -220,13 +226,16 @@ class Latents:
             self.codec = LinearCodec(channels, 16, 16).eval().requires_grad_(False).to(self.device)
             self.codec.whiten = nn.Identity()
             self.codec.encode_filter.weight.copy_(found[:-1].T.reshape(channels, 3, 16, 16))
+            assert self.codec.encode_filter.bias is not None
             self.codec.encode_filter.bias.copy_(found[-1])
         return share
 
     @torch.no_grad()
     def decode(self, z: torch.Tensor) -> torch.Tensor:
         """Latents [n, c, h, w] -> [n, 3, 8h, 8w]: the trained decoder, or the codec's inverse."""
-        return self.vae.decode(z, return_dict=False)[0] if self.vae is not None else self.codec.decode(z)
+        if self.codec is None or self.vae is not None:
+            return self.vae.decode(z, return_dict=False)[0]
+        return self.codec.decode(z)
 
     @torch.no_grad()
     def encode(self, pixels: np.ndarray | torch.Tensor) -> torch.Tensor:

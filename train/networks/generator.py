@@ -26,9 +26,9 @@ from lens.packing import Packing, offsets_of, plan
 from .. import configs
 from ..data.contact_sheet import contact_sheet
 from ..data.small_world.batches import Step
-from ..loop import lora as adapters
 from ..loop.checkpoints import load_state
 from ..loop.keys import keyed
+from ..loop.lora import attach_lora, lora_of_training, merge_lora, save_lora
 from ..objectives import flow_matching
 from .codec import Half, Latents, autoencoder
 from .text_path import CaptionTokenizer, build, encode_batch, residuals
@@ -126,7 +126,8 @@ class Mini(nn.Module):
         self.shape = shape_of(config, encoder_config)
         self.transformer = LensTransformer2DModel(self.shape)
         self.transformer.init_weights(keyed(config.SEED, "transformer init"))
-        self.encoder, self.layers = encoder, encoder_config.LAYERS
+        self.encoder: Any = encoder  # a GptOssForCausalLM: transformers has no types
+        self.layers = encoder_config.LAYERS
         self.grid = (config.SIDE // 16, config.SIDE // 16)
 
     @property
@@ -268,14 +269,14 @@ def load_trained(
     encoder_config, state = configs.load(name, "encoder"), load_state(path, stage)
     model, lora = (
         Mini(shaped(config, state, None), encoder_config, build(encoder_config)),
-        adapters.of_training(state, None),
+        lora_of_training(state, None),
     )
     if lora:
-        adapters.attach(model.transformer, lora)
+        attach_lora(model.transformer, lora)
     model.load_state_dict(state["ema"]["average"], strict=True)
     if lora and lora_to:
-        adapters.save(model.transformer, lora, lora_to)
-    adapters.merge(model.transformer)
+        save_lora(model.transformer, lora, lora_to)
+    merge_lora(model.transformer)
     return model
 
 

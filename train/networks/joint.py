@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class Joint(nn.Module):
 
     def __init__(self, config: ModuleType, head: float):
         super().__init__()
-        self.vae = autoencoder(config.MODEL, config.SEED)
+        self.vae: Any = autoencoder(config.MODEL, config.SEED)
         self.head = head_of(config, "joint") if head > 0 else None
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -54,7 +55,7 @@ class CaptionTokenizer:
         return head + written + self.chat._encode(RETURN), len(head)
 
 
-def _experts(mlp: nn.Module, x: Tensor) -> Tensor:
+def _experts(mlp: Any, x: Tensor) -> Tensor:
     """[R, E] -> [R, E]: every expert on every row, weighted by the router (zero where not chosen): few large products."""
     experts, router = mlp.experts, mlp.router
     logits = F.linear(x, router.weight, router.bias)
@@ -66,7 +67,7 @@ def _experts(mlp: nn.Module, x: Tensor) -> Tensor:
 
 
 def _layer(
-    layer: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor
+    layer: Any, x: Tensor, cos: Tensor, sin: Tensor, past: tuple[Tensor, Tensor] | None, mask: Tensor
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """One decoder layer over x [B, T, E]; `past` holds keys and values [1, N, P, H] shared by the batch.
 
@@ -112,7 +113,7 @@ def _masks(start: int, length: int, window: int | None, device: torch.device) ->
 
 
 def residuals(
-    model: nn.Module, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
+    model: Any, ids: Tensor, past: list[tuple[Tensor, Tensor]] | None = None
 ) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
     """ids [B, T] -> raw residual stream [B, T, E] after every layer, and each layer's keys and values.
 

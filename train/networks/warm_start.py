@@ -36,7 +36,7 @@ def latent_map(old: Tensor, new: Tensor) -> tuple[Tensor, float]:
 
 
 @torch.no_grad()
-def rebase(transformer: nn.Module, m: Tensor) -> None:
+def rebase(transformer: LensTransformer2DModel, m: Tensor) -> None:
     """Fold z_old = z_new M into the first and last layer: W_in <- W_in M^T; velocities <- velocities M^-1."""
     inverse = torch.linalg.inv(m.double())
     image, out = transformer.image_in, transformer.image_out
@@ -46,7 +46,9 @@ def rebase(transformer: nn.Module, m: Tensor) -> None:
 
 
 @torch.no_grad()
-def rebase_latents(transformer: nn.Module, source: Path, latents: Latents, world: World, side: int) -> float:
+def rebase_latents(
+    transformer: LensTransformer2DModel, source: Path, latents: Latents, world: World, side: int
+) -> float:
     """Carry a generator of the checkpoint folder `source` over to the space of `latents`; returns the share explained."""
     from diffusers import AutoencoderKLFlux2
 
@@ -98,6 +100,7 @@ def widened(small: LensTransformer2DModel, config: LensConfig, generator: torch.
             bias[:] = 0.0
             bias[:, :rows] = source.bias.view(groups, rows)
 
+    # what the residual streams begin with, and what the time is told by
     write(wide.image_in, small.image_in)
     write(wide.text_in, small.text_in)
     for new, norm in zip(wide.text_norms, small.text_norms):
@@ -105,6 +108,7 @@ def widened(small: LensTransformer2DModel, config: LensConfig, generator: torch.
     write(wide.time_embedding.linear_1, small.time_embedding.linear_1, read=1)
     wide.time_embedding.linear_2.weight[:, d:] = 0.0
     write(wide.time_embedding.linear_2, small.time_embedding.linear_2, read=0)
+    # blocks: new channels are read by random weights and written by zeros
     for block, source in zip(wide.layers(), small.layers()):
         for stream, own in zip(block.streams(), source.streams()):
             write(stream.modulation, own.modulation, 6)
@@ -122,6 +126,7 @@ def widened(small: LensTransformer2DModel, config: LensConfig, generator: torch.
             write(stream.w13, own.w13, 2, read=1)
             write(stream.w2, own.w2)
             stream.w2.weight[:d, hidden:] = 0.0
+    # the way out: the norm's mean over more channels is taken back
     write(wide.final_modulation, small.final_modulation, 2)
     wide.final_modulation.weight[:, d:] = 0.0
     for tensor in (wide.final_modulation.weight, wide.final_modulation.bias):

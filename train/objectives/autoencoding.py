@@ -85,6 +85,8 @@ class TokenHead(nn.Module):
         )
         with torch.no_grad():
             for layer in self.layers:
+                assert isinstance(layer, nn.Conv2d)
+                assert layer.bias is not None
                 layer.weight.normal_(0, layer.weight[0].numel() ** -0.5, generator=generator)
                 layer.bias.zero_()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -42,7 +43,7 @@ class Readers(nn.Module):
 
 
 @dataclass(frozen=True)
-class Batch:
+class TextBatch:
     """Captions first, then chats "wish -> answer": ids of each, where its written part begins, and the questions.
 
     The next token is learned from `begins` on: all of a caption, only the assistant's turn of a chat. Question tokens are
@@ -54,9 +55,11 @@ class Batch:
     asked: list[Ask]
 
 
-def next_token(model: nn.Module, last: Tensor, batch: Batch) -> Tensor:
+def next_token(model: Any, last: Tensor, batch: TextBatch) -> Tensor:
     """Mean cross-entropy of each token that follows a written one, from the last layer's rows [R, E] of all samples."""
-    rows, targets, at = [], [], 0
+    rows: list[int] = []
+    targets: list[int] = []
+    at = 0
     for ids, begin in zip(batch.ids, batch.begins):
         rows += range(at + begin, at + len(ids) - 1)
         targets += ids[begin + 1 :]

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from lens.config import LensConfig
 
-from ..data.loader import STRIDE, Batch
+from ..data.loader import STRIDE, ShardBatch
 from ..loop.keys import keyed
 from ..networks.generator import packing_of, packing_on
 from . import flow_matching
 
 
-def times(recipe: ModuleType, batch: Batch) -> Tensor:
+def times(recipe: ModuleType, batch: ShardBatch) -> Tensor:
     """t = sigmoid(mu + sigma z) of every picture, float32 [B]; z from a key of its own (or its quantile, stratified)."""
     mu, count = flow_matching.mu_of(recipe.MU, batch.bucket.tokens), len(batch.lengths)
     samples = range(batch.slot * STRIDE, batch.slot * STRIDE + count)
@@ -28,9 +28,9 @@ def times(recipe: ModuleType, batch: Batch) -> Tensor:
     return flow_matching.logit_normal(u, mu, recipe.TIME_SIGMA)
 
 
-def noise(recipe: ModuleType, batch: Batch) -> Tensor:
+def noise(recipe: ModuleType, batch: ShardBatch) -> Tensor:
     """Like the latents; every picture's from a key of its own, drawn where the latents are."""
-    like, first = batch.latents, batch.slot * STRIDE
+    like, first = batch.encoded[0], batch.slot * STRIDE
     return torch.stack(
         [
             torch.randn(
@@ -53,9 +53,9 @@ class FlowMatching:
         self.recipe, self.axes = recipe, shape.axes_dims_rope
         self.takes = shape.in_channels, (len(shape.selected_layer_index), shape.enc_hidden_dim)
 
-    def __call__(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        clean = batch.latents
-        if (given := (clean.shape[-1], tuple(batch.features.shape[1:]))) != self.takes:
+    def __call__(self, model: nn.Module, batch: ShardBatch) -> tuple[Tensor, Tensor]:
+        clean, features = batch.encoded
+        if (given := (clean.shape[-1], tuple(features.shape[1:]))) != self.takes:
             words = [
                 f"latents of {channels} channels and {f} x {e} text features"
                 for channels, (f, e) in (given, self.takes)
@@ -65,7 +65,7 @@ class FlowMatching:
             )
         t = times(self.recipe, batch).to(clean.device)
         x, target = flow_matching.noised(clean, noise(self.recipe, batch), t)
-        v = velocity(model, x, batch.features, t, batch.lengths, batch.bucket.grid, self.axes)
+        v = velocity(model, x, features, t, batch.lengths, batch.bucket.grid, self.axes)
         return flow_matching.loss(v, target), t
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..data.small_world.labels import labelled
 from ..loop.checkpoints import StateFile, save_state
-from ..loop.clock import Clock, Halted
+from ..loop.clock import Clock, Interrupted
 from ..loop.keys import keyed
 from ..loop.log import JsonLog
 from ..loop.method import About, Losses, Method, Network, Plan, adamw
@@ -22,7 +22,7 @@ from ..networks.codec import (
     Latents,
     LinearCodec,
     head_of,
-    held_out_pictures,
+    held_out_images,
     psnr,
     statistics,
     to_model,
@@ -49,7 +49,7 @@ class TrainCodec(Method):
         self.config, self.recipe = config, config.CODEC
         self.pictures, self.labels = labelled(range(self.recipe["scenes"]), config.SIDE)
         pictured, self.held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + 512), config.SIDE)
-        self.held, self.pictured = held_out_pictures(config.SIDE), to_model(pictured)
+        self.held, self.pictured = held_out_images(config.SIDE), to_model(pictured)
         with torch.random.fork_rng():
             torch.manual_seed(keyed(config.SEED, "codec init").initial_seed())
             kernels = self.recipe["encode_kernel"], self.recipe["decode_kernel"]
@@ -141,7 +141,7 @@ class Probe(Method):
 def probe(config: ModuleType, latents: Latents, out: Path, clock: Clock) -> dict[str, float]:
     """How much a frozen latent space says about its tokens: a fresh head trained on it, accuracy on held-out object tokens.
 
-    Twice: reading clean latents, and latents under unit noise of PROBE's level, as a generator meets them. Errors: Halted
+    Twice: reading clean latents, and latents under unit noise of PROBE's level, as a generator meets them. Errors: Interrupted
     where the clock ends it before that.
     """
     recipe, result = config.PROBE, {}
@@ -158,7 +158,7 @@ def probe(config: ModuleType, latents: Latents, out: Path, clock: Clock) -> dict
         plan = Plan("vae probe", recipe["steps"], decay=recipe["steps"], clip=None, log_every=config.LOG_EVERY)
         batches = picks(config.SEED, "probe", len(z), recipe["batch"], 0)
         if not Trainer(plan, method, None, out).run(batches, clock):
-            raise Halted("vae probe: it was stopped before its figures, of which nothing is kept")
+            raise Interrupted("vae probe: it was stopped before its figures, of which nothing is kept")
         rough = held_z + noise * method.std * torch.randn(held_z.shape, generator=keyed(config.SEED, "probe held"))
         with torch.no_grad():
             right = head_accuracy(method.head.eval()(rough), held_labels)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..data.small_world.kinds import CORE
 from ..data.small_world.world import World
@@ -20,7 +20,7 @@ from ..loop.keys import keyed
 from ..loop.log import JsonLog
 from ..loop.method import About, Losses, Method, Network, Plan, adamw
 from ..loop.trainer import Trainer
-from ..networks.codec import Half, Latents, autoencoder, held_out_pictures, psnr, sheet, to_model
+from ..networks.codec import Half, Latents, autoencoder, held_out_images, psnr, sheet, to_model
 from ..objectives.autoencoding import detail_at, reconstruction_loss, regression_loss
 
 SHOWN = 36  # pictures of a sheet
@@ -39,13 +39,13 @@ def plan_of(config: ModuleType, stage: str, recipe: Mapping[str, Any]) -> Plan:
     )
 
 
-def build(config: ModuleType) -> nn.Module:
+def build(config: ModuleType) -> Any:
     """An AutoencoderKLFlux2 with weights drawn from the recipe's seed."""
     return autoencoder(config.MODEL, config.SEED)
 
 
 @torch.no_grad()
-def rebase(half: Half, vae: nn.Module, latents: Latents, side: int, scenes: int = 1_024) -> float:
+def rebase(half: Half, vae: Any, latents: Latents, side: int, scenes: int = 1_024) -> float:
     """Fold the affine map between the latents of `vae` and those of `latents` into the 1x1 convolution of a half of `vae`.
 
     Least squares over every latent pixel of `scenes` training scenes: for the decoder z_vae ~ A z + b goes before, for the
@@ -89,7 +89,7 @@ class TrainHalf(Method):
     def __init__(self, config: ModuleType, part: str, latents: Latents, recipe: dict[str, Any], init: Path | None):
         self.config, self.part, self.latents, self.recipe, self.init = config, part, latents, recipe, init
         self.half = Half(build(config), part)
-        self.held = held_out_pictures(config.SIDE, config.VALIDATION)
+        self.held = held_out_images(config.SIDE, config.VALIDATION)
         self.held_z = {name: latents.latents(x) for name, x in self.held.items()}
 
     def begin(self) -> None:

@@ -47,7 +47,8 @@ class Scenes:
     CHUNK = 500
 
     def __init__(self, config: ModuleType, device: torch.device):
-        self.config, self.device, self.pool, self.pixels = config, device, config.JOINT["pool"], None
+        self.config, self.device, self.pool = config, device, config.JOINT["pool"]
+        self.pixels: Tensor | None = None
         if self.pool:
             chunks = [range(i, min(i + self.CHUNK, self.pool)) for i in range(0, self.pool, self.CHUNK)]
             # fresh processes, not forks: a forked child must not touch a CUDA context
@@ -66,7 +67,7 @@ class Scenes:
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """float32 [n, 3, H, W] and int64 [n, h, w, 2] on the device."""
         size = self.config.JOINT["batch"]
-        if self.pool:
+        if self.pixels is not None:
             pick = torch.randint(self.pool, (size,), generator=keyed(self.config.SEED, "joint pick", step))
             pick = pick.to(self.device)
             return to_model(self.pixels[pick]), self.labels[pick].long()
@@ -87,7 +88,9 @@ class TrainJoint(Method):
 
     def begin(self) -> None:
         """Once the networks have the weights that they start from."""
-        model, recipe = self.model.to(self.device, memory_format=torch.channels_last), self.recipe
+        # torch's annotations of Module.to lack the memory format beside a device
+        model: Joint = self.model.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        recipe = self.recipe
         optimizer = adamw(
             dict(model.named_parameters()), recipe["lr"], decay=recipe["weight_decay"], fused=self.device.type == "cuda"
         )
@@ -102,7 +105,8 @@ class TrainJoint(Method):
 
     def losses(self, batch: tuple[Tensor, Tensor], step: int) -> dict[str, Losses]:
         recipe = self.recipe
-        noises = tuple(n.to(self.device) for n in draw_noises(self.config, step, len(batch[0]), recipe["noise"]))
+        mixing, added, level = draw_noises(self.config, step, len(batch[0]), recipe["noise"])
+        noises = mixing.to(self.device), added.to(self.device), level.to(self.device)
         # trained weights have their colours: all terms from the start
         detail = 1.0 if self.init is not None else detail_at(step, recipe["detail_from"], recipe["detail_full"])
         with self.low():

@@ -32,7 +32,7 @@ from .world import World
 
 
 @dataclass
-class Batch:
+class WorldBatch:
     """Latents [B, I, C] of a grid (rows, columns) of tokens; ids int64 [B, T] after the chat prefix, zeros after each
     sample's `lengths`."""
 
@@ -41,11 +41,11 @@ class Batch:
     lengths: list[int]
     grid: tuple[int, int]
 
-    def take(self, rows: Sequence[int]) -> Batch:
+    def take(self, rows: Sequence[int]) -> WorldBatch:
         """The samples of these rows; ids no longer than the longest of them."""
         lengths = [self.lengths[i] for i in rows]
         index = torch.tensor(rows).to(self.ids.device)
-        return Batch(self.latents[index], self.ids[index, : max(lengths)], lengths, self.grid)
+        return WorldBatch(self.latents[index], self.ids[index, : max(lengths)], lengths, self.grid)
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Rendered:
 
 
 @dataclass(frozen=True)
-class Source:
+class WorldSource:
     """Scenes and captions of a recipe as arrays. One word long, so that every worker builds the rest for itself."""
 
     recipe: str
@@ -72,7 +72,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Bucket:
+class WorldBucket:
     """A size (height, width) in pixels and the samples of its batches."""
 
     base: int
@@ -82,12 +82,12 @@ class Bucket:
 
 
 @functools.lru_cache(maxsize=4)
-def _law(bases: tuple, ratios: tuple) -> tuple[list[Bucket], Tensor]:
+def _law(bases: tuple, ratios: tuple) -> tuple[list[WorldBucket], Tensor]:
     """Every bucket, and the sums of the shares up to and with it, which end at 1."""
     found, shares = [], []
     for base, share, batch in bases:
         for ratio, part in ratios:
-            found.append(Bucket(base, ratio, bucket_size(base, ratio), batch))
+            found.append(WorldBucket(base, ratio, bucket_size(base, ratio), batch))
             shares.append(share * part)
     total = torch.tensor(shares, dtype=torch.float64).cumsum(0)
     if abs(total[-1].item() - 1) > 1e-9 or min(shares) < 0:
@@ -95,12 +95,12 @@ def _law(bases: tuple, ratios: tuple) -> tuple[list[Bucket], Tensor]:
     return found, total
 
 
-def law(config: ModuleType) -> tuple[list[Bucket], Tensor]:
+def law(config: ModuleType) -> tuple[list[WorldBucket], Tensor]:
     """The buckets of a recipe and the sums of their shares. Errors: ValueError where the shares are none of a whole."""
     return _law(tuple((base, *rest) for base, rest in config.BUCKETS.items()), tuple(config.RATIOS.items()))
 
 
-def bucket_at(config: ModuleType, index: int) -> Bucket:
+def bucket_at(config: ModuleType, index: int) -> WorldBucket:
     """The bucket of batch `index`: an independent draw from the law, keyed by (seed, index) alone."""
     buckets, sums = law(config)
     u = torch.rand(1, generator=keyed(config.SEED, "bucket", index), dtype=torch.float64)
@@ -125,7 +125,7 @@ def padded(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:
 class Workers:
     """Renders chunks of seeds in other processes, or here and now with 0 of them; the arrays are the same."""
 
-    def __init__(self, source: Source, count: int):
+    def __init__(self, source: WorldSource, count: int):
         if count < 0:
             raise ValueError(f"Workers: count must not be negative, got {count}")
         self.source, self.pool = source, None
@@ -149,7 +149,7 @@ class Stopped(Exception):
     """A window was left unfinished because the training was asked to stop."""
 
 
-class Stream:
+class WorldBatches:
     """Batches from any place on. `encode_pixels`: uint8 [n, H, W, 3] -> normalised tokens [n, I, C], both on `device`.
 
     Windows are rendered AHEAD of the one in use by `workers` processes; their number changes no bit of any batch.
@@ -161,7 +161,7 @@ class Stream:
     def __init__(
         self,
         config: ModuleType,
-        source: Source,
+        source: WorldSource,
         encode_pixels: Callable[[Tensor], Tensor],
         workers: int = 0,
         device: torch.device | str = "cpu",
@@ -169,7 +169,8 @@ class Stream:
         stop: Callable[[], bool] = lambda: False,
     ):
         self.config, self.encode_pixels, self.device, self.first = config, encode_pixels, device, first_seed
-        self.workers, self.coming, self.stop = Workers(source, workers), {}, stop
+        self.workers, self.stop = Workers(source, workers), stop
+        self.coming: dict[int, list[tuple[WorldBucket, list[int], list[Callable[[], Rendered]]]]] = {}
         self.mixed = hasattr(config, "BUCKETS")
 
     def batch_size(self, window: int) -> int:
@@ -178,7 +179,7 @@ class Stream:
     def render(self, seeds: Sequence[int], size: tuple[int, int]) -> list[Callable[[], Rendered]]:
         return self.workers.submit([seeds[i : i + self.CHUNK] for i in range(0, len(seeds), self.CHUNK)], size)
 
-    def encode(self, parts: Sequence[Callable[[], Rendered]], stop: Callable[[], bool] = lambda: False) -> Batch:
+    def encode(self, parts: Sequence[Callable[[], Rendered]], stop: Callable[[], bool] = lambda: False) -> WorldBatch:
         """The samples of these chunks as one batch. Errors: Stopped, where `stop` says so in between."""
         found, latents = [], []
         for wait in parts:
@@ -191,17 +192,18 @@ class Stream:
             grid = part.pixels.shape[1] // TOKEN_PIXELS, part.pixels.shape[2] // TOKEN_PIXELS
         lengths = np.concatenate([own for _, own in found])
         ids = torch.from_numpy(padded(np.concatenate([own for own, _ in found]), lengths))
-        return Batch(torch.cat(latents), ids.to(self.device), lengths.tolist(), grid)
+        return WorldBatch(torch.cat(latents), ids.to(self.device), lengths.tolist(), grid)
 
-    def plan(self, window: int) -> list[tuple[Bucket, list[int], list[int]]]:
+    def plan(self, window: int) -> list[tuple[WorldBucket, list[int], list[int]]]:
         """What a window holds: (bucket, places of its batches among the window's, seeds of their scenes) per size."""
         count, config = self.config.WINDOW, self.config
         if not self.mixed:
             side, size = config.SIDE, self.batch_size(window)
-            seeds = range(self.first + window * count, self.first + (window + 1) * count)
-            return [(Bucket(side, "1:1", (side, side), size), list(range(-(-count // size))), list(seeds))]
+            start = self.first + window * count
+            square = WorldBucket(side, "1:1", (side, side), size)
+            return [(square, list(range(-(-count // size))), list(range(start, start + count)))]
         stride = max(bucket.batch for bucket in law(config)[0])
-        found: dict[Bucket, tuple[list[int], list[int]]] = {}
+        found: dict[WorldBucket, tuple[list[int], list[int]]] = {}
         for place in range(count):
             index = window * count + place
             bucket = bucket_at(config, index)
@@ -210,13 +212,13 @@ class Stream:
             seeds += range(self.first + index * stride, self.first + index * stride + bucket.batch)
         return [(bucket, *rest) for bucket, rest in found.items()]
 
-    def window(self, index: int) -> list[Batch]:
+    def window(self, index: int) -> list[WorldBatch]:
         for near in range(index, index + 1 + (self.AHEAD if self.workers.pool else 0)):
             if near not in self.coming:
                 self.coming[near] = [
                     (bucket, places, self.render(seeds, bucket.size)) for bucket, places, seeds in self.plan(near)
                 ]
-        batches: dict[int, Batch] = {}
+        batches: dict[int, WorldBatch] = {}
         for bucket, places, parts in self.coming.pop(index):
             whole = self.encode(parts, self.stop)
             order = sorted(range(len(whole.lengths)), key=lambda i: (whole.lengths[i], i))
@@ -226,7 +228,7 @@ class Stream:
             batches |= {place: whole.take(cuts[c]) for place, c in zip(places, mixed)}
         return [batches[place] for place in range(len(batches))]
 
-    def batches(self, window: int, position: int) -> Iterator[tuple[int, int, Batch]]:
+    def batches(self, window: int, position: int) -> Iterator[tuple[int, int, WorldBatch]]:
         """(window, position of the next batch, batch) from a position on, until `stop` ends it inside a window."""
         while True:
             try:
@@ -257,7 +259,7 @@ class Step:
     grid: tuple[int, int]
 
 
-def draw(config: ModuleType, batch: Batch, step: int) -> Step:
+def draw(config: ModuleType, batch: WorldBatch, step: int) -> Step:
     """Times, noise and caption dropout of a step. On a GPU the noise alone is drawn there, from a key of its own."""
     generator, count, device = keyed(config.SEED, "step", step), len(batch.lengths), batch.latents.device
     mu = flow_matching.mu_of(config.MU, batch.latents.shape[1])

@@ -59,11 +59,10 @@ def words(photographs: bool = False) -> set[str]:
     """
     out = set(phrases.NUMBERS.values()) | {"a", "an", "just", "is", "are", "them", "it", "of", "sign"} | set(PALETTE)
     texts = [name for kind in KINDS.values() for name in (kind.noun, kind.plural, *kind.also)]
-    for group in (phrases.SINGLE, phrases.PAIR, phrases.COUNT, phrases.ROW, phrases.PLACED):
-        texts += group
-    for group in (phrases.SIGN, phrases.SIGN_SAYS, phrases.SIGN_COLOURS):
-        texts += group
-    for group in (phrases.SIGN_ALONE, phrases.SIGN_ABOVE, phrases.SIGN_BELOW):
+    groups: list[tuple[str, ...]] = [phrases.SINGLE, phrases.PAIR, phrases.COUNT, phrases.ROW, phrases.PLACED]
+    groups += [phrases.SIGN, phrases.SIGN_SAYS, phrases.SIGN_COLOURS]
+    groups += [phrases.SIGN_ALONE, phrases.SIGN_ABOVE, phrases.SIGN_BELOW]
+    for group in groups:
         texts += group
     for table in (phrases.BACKGROUNDS, phrases.RELATIONS, phrases.SIZES, phrases.PLACES):
         texts += [text for group in table.values() for text in group]

@@ -135,6 +135,7 @@ def _open(scene: Scene, rng: random.Random, names: list[str]) -> str:
 
 
 def _relation(scene: Scene, rng: random.Random, names: list[str]) -> str:
+    assert scene.relation is not None
     first, relation, second = names[0], scene.relation, "sign" if scene.sign else names[1]
     if rng.random() < 0.5:
         first, relation, second = second, OPPOSITE[relation], first

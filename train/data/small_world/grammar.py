@@ -45,7 +45,7 @@ def _geneval(scene: Scene, rng: random.Random) -> str:
     phrases = [with_article(noun(thing, 1, rng, always)) for thing in scene.things]
     if scene.sign:
         return "a photo of " + " and ".join([*phrases, f'a sign that says "{scene.sign.text}"'])
-    if scene.task == "position":
+    if scene.task == "position" and scene.relation is not None:
         first, relation, second = phrases[0], scene.relation, phrases[1]
         if rng.random() < 0.5:
             first, relation, second = second, OPPOSITE[relation], first
@@ -91,7 +91,7 @@ def _brief(scene: Scene, rng: random.Random) -> str:
             if size in SIZES and (size != "large" or rng.random() < 0.2):
                 phrase = f"{rng.choice(SIZES[size])} {phrase}"
         phrases.append(with_article(phrase))
-    if scene.task == "text":
+    if scene.sign is not None:
         sign = sign_phrase(scene.sign, rng)
         if not phrases:
             return rng.choice(SIGN_ALONE).format(s=sign)
@@ -104,6 +104,7 @@ def _brief(scene: Scene, rng: random.Random) -> str:
         return rng.choice(SINGLE).format(x=phrases[0])
     if scene.task == "row":
         return rng.choice(ROW).format(x=phrases[0], y=phrases[1], z=phrases[2])
+    assert scene.relation is not None
     if scene.task == "position" or scene.relation == "above" or rng.random() < 0.4:
         if rng.random() < 0.5:
             return rng.choice(RELATIONS[scene.relation]).format(x=phrases[0], y=phrases[1])

@@ -41,9 +41,9 @@ def token_labels(scene: Scene) -> np.ndarray:
     shares = np.full((1 + len(layers), scene.height // TOKEN, scene.width // TOKEN), COVER, np.float32)
     for index in reversed(range(len(layers))):
         x0, y0, x1, y1 = layers[index][2]
-        keep, cover = layers[index][3], np.zeros_like(seen)
-        cover[y0:y1, x0:x1] = (1 - keep) * seen[y0:y1, x0:x1]
-        seen[y0:y1, x0:x1] *= keep
+        left, cover = layers[index][3], np.zeros_like(seen)
+        cover[y0:y1, x0:x1] = (1 - left) * seen[y0:y1, x0:x1]
+        seen[y0:y1, x0:x1] *= left
         shares[1 + index] = _token_means(cover)
     names = np.array([(0, 0), *(layer[:2] for layer in layers)], np.int64)
     return names[shares.argmax(0)]

@@ -56,6 +56,7 @@ def alone(
         return [(0.5, 0.5)], (0.31 * side, 0.31 * side), (0.365 * side, 0.365 * side), 0.02
     if special == "huge":
         return [(0.5, 0.5)], (0.89 * side, 0.89 * side), (0.95 * side, 0.95 * side), 0.01
+    assert not isinstance(special, str), special
     row, column = special
     x = {"left": 0.22, "middle": 0.5, "right": 0.78}[column]
     y = {"top": 0.22, "middle": 0.5, "bottom": 0.78}[row]

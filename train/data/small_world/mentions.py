@@ -79,7 +79,7 @@ def said_background(scene: Scene) -> str | None:
     if scene.style == "dense":
         return scene.background if any(p.lower() in text for p in dense.BEHIND[scene.background]) else None
     if scene.style == "translated":
-        clauses = translations.BEHIND[scene.language][scene.background]
+        clauses: tuple[str, ...] = translations.BEHIND[scene.language][scene.background]
     else:
         clauses = grammar.CLAUSES[scene.background]
     endings = [c.lower().replace("it all", word) for c in clauses for word in ("it", "them")]

@@ -84,10 +84,10 @@ def read(tar: tarfile.TarFile, stem: str) -> np.ndarray:
     name = f"package/hdri/{stem}.exr.js"
     member = tar.extractfile(name)
     if member is None:
-        raise SystemExit(f"{tar.name}: {name} is not a file")
+        raise SystemExit(f"{tar.name!s}: {name} is not a file")
     _, marker, rest = member.read().decode().partition("data:application/exr;base64,")
     if not marker:
-        raise SystemExit(f"{tar.name}: {name} holds no 'data:application/exr;base64,'")
+        raise SystemExit(f"{tar.name!s}: {name} holds no 'data:application/exr;base64,'")
     with tempfile.NamedTemporaryFile(suffix=".exr") as file:
         file.write(base64.b64decode(rest[: rest.index("'")]))
         file.flush()

@@ -39,7 +39,7 @@ SIZES = {  # values of each attribute
     },
     "place": len(PLACES),
 }
-INDEX = {
+INDEX: dict[str, dict[str | None, int]] = {
     "class": {name: i for i, name in enumerate(CLASSES)},
     "colour": {name: i for i, name in enumerate(COLOURS)},
     "relation": {name: i for i, name in enumerate(RELATIONS)},

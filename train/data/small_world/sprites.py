@@ -57,6 +57,7 @@ def recolour(rgba: np.ndarray, kind: Kind, colour: str) -> np.ndarray:
     if kind.paint == "all":
         weight = np.ones_like(alpha)
     else:
+        assert kind.paint is not None, f"{kind.name} is never recoloured"
         hue, saturation = _hue_saturation(rgb)
         distance = np.abs((hue - float(kind.paint) + 0.5) % 1.0 - 0.5)
         weight = np.clip((0.16 - distance) / 0.04, 0, 1) * np.clip((saturation - 0.18) / 0.2, 0, 1)
@@ -159,4 +160,5 @@ def surface_lab(kind: str, colour: str | None) -> tuple[float, float, float]:
         padded = np.pad(inner, 1)
         inner = padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     band = rgba[..., :3][solid & ~inner]
-    return tuple(float(v) for v in np.median(lab(band * 255), 0))
+    lightness, a, b = (float(v) for v in np.median(lab(band * 255), 0))
+    return lightness, a, b

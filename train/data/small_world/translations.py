@@ -153,17 +153,17 @@ BEHIND = {
 }
 
 
-def phrase(thing: Thing, language: str, say_colour: bool) -> str:
-    """Article (fr, es), noun and colour word of a thing, agreeing in gender."""
+def phrase(thing: Thing, language: str, said: str | None) -> str:
+    """Article (fr, es) and noun of a thing with the colour that is said, if any, agreeing in gender."""
     kind = KINDS[thing.kind]
     noun = kind.names[language]
     if language in ("zh", "ja"):
-        return (COLOURS[language][thing.colour][0] if say_colour else "") + noun
+        return (COLOURS[language][said][0] if said else "") + noun
     feminine = kind.gender[language] == "f"
     article = "une" if feminine and language == "fr" else "una" if feminine else "un"
     if language == "es" and noun.split()[0] in STRESSED_A:
         article = "un"
-    colour = f" {COLOURS[language][thing.colour][feminine]}" if say_colour else ""
+    colour = f" {COLOURS[language][said][feminine]}" if said else ""
     return f"{article} {noun}{colour}"
 
 
@@ -173,7 +173,7 @@ def caption(scene: Scene, rng: random.Random, language: str, colour_words: float
     for thing in scene.things:
         natural = thing.colour == KINDS[thing.kind].natural
         say = thing.colour is not None and (not natural or rng.random() < colour_words)
-        phrases.append(phrase(thing, language, say))
+        phrases.append(phrase(thing, language, thing.colour if say else None))
     templates = ONE if len(phrases) == 1 else ABOVE if scene.relation == "above" else TWO
     template = rng.choice(templates[language])
     for letter, thing in zip("xy", scene.things):

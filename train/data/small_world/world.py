@@ -48,7 +48,11 @@ TASKS = {
 CAPTIONS = {"geneval": 0.08, "brief": 0.72, "dense": 0.12, "translated": 0.08}
 COUNTS = {1: 0.07, 2: 0.28, 3: 0.27, 4: 0.26, 5: 0.12}
 UNUSUAL = 0.15  # share of single objects that are small, huge or off the middle
-SPECIAL = {"small": 0.25, "huge": 0.15, **{place: 0.075 for place in PLACES if place != ("middle", "middle")}}
+SPECIAL: dict[tuple[str, str] | str, float] = {
+    "small": 0.25,
+    "huge": 0.15,
+    **{place: 0.075 for place in PLACES if place != ("middle", "middle")},
+}
 MOST_PHOTOGRAPHS = 0.4  # share of scenes
 TRIES = 200  # attempts at a task before another one is drawn
 
@@ -63,7 +67,8 @@ def held_out_colours() -> frozenset[tuple[str, str]]:
     out = set()
     for kind in PAINTABLE:
         colours = [c for c in PALETTE if c != KINDS[kind].natural]
-        out.add((kind, max(colours, key=lambda c, k=kind: _draw(f"held-out colour {k} {c}"))))
+        draws = {colour: _draw(f"held-out colour {kind} {colour}") for colour in colours}
+        out.add((kind, max(colours, key=draws.__getitem__)))
     return frozenset(out)
 
 
@@ -282,10 +287,10 @@ class World:
     def render(self, scene: Scene) -> np.ndarray:
         """uint8 [H, W, 3]. Errors: ValueError where a box leaves the frame."""
         canvas = backdrop(scene.background, scene.variant, scene.height, scene.width).copy()
-        for part in (*scene.things, *([scene.sign] if scene.sign else [])):
-            x0, y0, x1, y1 = part.box
+        for box in [thing.box for thing in scene.things] + ([scene.sign.box] if scene.sign else []):
+            x0, y0, x1, y1 = box
             if not (0 <= x0 < x1 <= scene.width and 0 <= y0 < y1 <= scene.height):
-                raise ValueError(f"World.render: box {part.box} leaves the {scene.height}x{scene.width} frame")
+                raise ValueError(f"World.render: box {box} leaves the {scene.height}x{scene.width} frame")
         for thing in scene.things:
             x0, y0, x1, y1 = thing.box
             keep = shadow(x1 - x0)

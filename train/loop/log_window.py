@@ -73,7 +73,7 @@ class StepSums:
         return dict(zip(HEAD, head.tolist()))
 
 
-class Window:
+class LogWindow:
     """Steps since the last row of the log, added up. What was not finite counts as taken time and nothing else."""
 
     def __init__(self, kinds: Sequence[str], peak: float | None, group: Ranks):
@@ -92,12 +92,14 @@ class Window:
 
         main: the network whose numbers have no name beside them.
         """
+        # over all ranks: the longest wait, the most memory
         good = [s for s in self.steps if not s["broken"]]
         total = {name: sum(s[name] for s in self.steps) for name in (*HEAD, "seconds", "waited")}
         memory = torch.cuda.max_memory_allocated(self.group.device) if self.group.device.type == "cuda" else 0
         mine = torch.tensor([total["waited"], total["seconds"], memory], dtype=torch.float64, device=self.group.device)
         waited, seconds, memory = self.group.highest(mine).tolist()
         durations = sorted(s["seconds"] for s in self.steps)
+        # means over the steps that changed something
         row: dict[str, float] = {}
         for name in dict.fromkeys(
             key for s in good for key in s if key.split("/")[0] in ("loss", "grad_norm", "clipped")
@@ -108,6 +110,7 @@ class Window:
                 row[name.replace("grad_norm", "grad_norm_max")] = max(values)
         if good:
             row["lr"] = good[-1]["lr"]
+        # speed
         row |= {
             "step_s": seconds / len(self.steps),
             "step_s_p50": durations[len(durations) // 2],
@@ -123,6 +126,7 @@ class Window:
             row["memory_gb"] = memory / 1e9
         if self.peak and total["flops"]:
             row["mfu"] = total["flops"] / (seconds * self.peak * self.group.world)
+        # terms, losses by tenths of t, losses by kind
         for name, values in ((name, row.tolist()) for name, row in self.sums.items()):
             kind, _, own = name.partition(" ")
             if kind == "term":

@@ -8,23 +8,22 @@ import pytest
 import torch
 
 from tests.train.clocks import StopAfter
-from train import configs
-from train import detector as eye
+from train import configs, detector
 from train.data.small_world.backdrops import backdrop
 from train.data.small_world.kinds import KINDS, PALETTE
 from train.data.small_world.world import World
 from train.evaluate import geneval, oracle
 from train.evaluate.copies import copies
-from train.evaluate.detector import ASSET, SIGN, Eye, Targets, loss, overlap, without_overlaps
+from train.evaluate.detector import ASSET, SIGN, Detector, Targets, loss, overlap, without_overlaps
 from train.evaluate.geneval import Detection
-from train.loop.checkpoints import load_state
+from train.loop.checkpoints import load_state, save_state
 
 SEED = 2_300_000_000  # of no other test, benchmark or training
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return Eye.load()
+    return Detector.load()
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +81,17 @@ def test_a_picture_is_refused_with_its_shape(judge):
         judge.look([np.zeros((60, 64, 3), np.uint8)])
     with pytest.raises(ValueError, match="uint8"):
         judge.look([np.zeros((64, 64, 3), np.float32)])
-    with pytest.raises(FileNotFoundError, match="train eye"):
-        Eye.load(ASSET.with_name("nothing.safetensors"))
+    with pytest.raises(FileNotFoundError, match="train detector"):
+        Detector.load(ASSET.with_name("nothing.safetensors"))
 
 
 def test_a_saved_judge_is_the_same(tmp_path, judge):
-    path = tmp_path / "eye.safetensors"
+    path = tmp_path / "detector.safetensors"
     judge.save(path, {"step": 1})
-    again = Eye.load(path)
+    again = Detector.load(path)
     picture = World().render(World().scene(SEED))
     assert again.look([picture]) == judge.look([picture])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["eye.json", "eye.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["detector.json", "detector.safetensors"]
 
 
 def test_overlapping_boxes_of_a_class_are_one():
@@ -129,19 +128,30 @@ def test_loss_by_hand():
     assert loss((heat, place, size, colour), targets)["box"].item() == pytest.approx(1.0, abs=1e-5)
 
 
+def as_of_before_the_stage_was_renamed(folder):
+    """What `python -m train eye` left behind in place of detector.pt."""
+    state = load_state(folder / "detector.pt", "detector")
+    assert state["ema_updates"].keys() == {"detector"}
+    save_state(folder / "eye.pt", state | {"stage": "eye", "ema_updates": {"eye": state["ema_updates"]["detector"]}})
+    (folder / "detector.pt").unlink()
+
+
 def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
-    config = configs.load("mini", "eye")
+    config = configs.load("mini", "detector")
     small = argparse.Namespace(**{k: v for k, v in vars(config).items() if k.isupper()})
     small.BATCHES = ((0, ((64, 64, 3, 1.0),)), (1, ((64, 64, 3, 0.5), (64, 96, 2, 0.5))))
     small.VALIDATION, small.SHAPE = 2, {"widths": (8, 8, 16, 16), "blocks": (1, 1, 1), "neck": 16}
     for name, stops in (("whole", [3]), ("parts", [1, 2])):
         for stop in stops:
-            monkeypatch.setattr(eye, "Clock", lambda _limit, stop=stop: StopAfter(stop))
+            monkeypatch.setattr(detector, "Clock", lambda _limit, stop=stop: StopAfter(stop))
             options = argparse.Namespace(
                 out=tmp_path / name, vae=None, stop_after=None, steps=3, decay=None, init=None, device="cpu", workers=0
             )
-            eye.train(small, options)
-    one, two = (load_state(tmp_path / name / "eye.pt", "eye") for name in ("whole", "parts"))
+            detector.train(small, options)
+            if stop == 1:
+                as_of_before_the_stage_was_renamed(tmp_path / name)
+    assert not (tmp_path / "parts" / "detector.pt").exists()
+    one, two = (load_state(detector.state_file(tmp_path / name).path, "detector") for name in ("whole", "parts"))
     assert one["step"] == two["step"] == 3
     for part in ("model", "ema"):
         first, second = one[part], two[part]
@@ -156,7 +166,7 @@ def test_training_resumes_bit_for_bit(tmp_path, monkeypatch):
 
 
 def test_copies_keep_shape_and_differ():
-    config = configs.load("mini", "eye")
+    config = configs.load("mini", "detector")
     x = torch.from_numpy(World().batch([1, 2, 3, 4], 64, 96)[1]).permute(0, 3, 1, 2) / 127.5 - 1
     y = copies(x, config, 7, None)
     assert y.shape == x.shape

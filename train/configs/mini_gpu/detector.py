@@ -1,6 +1,6 @@
 """Lens-Eye on a GPU: the same net on more pictures; rendering is the limit, so give it `--workers`."""
 
-from ..mini.eye import *  # noqa: F403
+from ..mini.detector import *  # noqa: F403
 
 BATCHES = (
     (0, ((64, 64, 256, 1.0),)),

@@ -3,7 +3,7 @@
 SEED = 5
 SHAPE = {"widths": (32, 48, 96, 96), "blocks": (1, 3, 1), "neck": 64}
 # From a step on: (height, width, pictures of a batch, share of the batches).
-BATCHES = (
+BATCHES: tuple[tuple[int, tuple[tuple[int, int, int, float], ...]], ...] = (
     (0, ((64, 64, 32, 1.0),)),
     (2_000, ((64, 64, 32, 0.70), (96, 96, 16, 0.08), (128, 128, 8, 0.08), (64, 128, 16, 0.08), (128, 64, 16, 0.06))),
     (2_800, ((64, 64, 32, 0.46), (96, 96, 16, 0.10), (128, 128, 8, 0.24), (64, 128, 16, 0.10), (128, 64, 16, 0.10))),

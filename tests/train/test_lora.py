@@ -18,16 +18,16 @@ from tests.reference_model import ReferenceLens, relative
 from tests.train.clocks import StopAfter
 from train import configs, pretrain
 from train import export as shipping
-from train.loop import lora as adapters
 from train.loop.checkpoints import folder_tensors, load_state, save_state
 from train.loop.keys import keyed
+from train.loop.lora import Lora, attach_lora, init_lora, lora_layers, merge_lora, parse_lora, save_lora
 from train.networks import generator
 from train.networks.codec import Latents
 from train.networks.denoiser import Denoiser
 
 SHIPPED = Path(__file__).parents[2] / "lens" / "mini" / "base"
 CONFIG = json.loads((SHIPPED / "transformer" / "config.json").read_text())
-LORA = adapters.Lora(4, 6.0, "all")
+LORA = Lora(4, 6.0, "all")
 
 
 def base(kind=LensTransformer2DModel, **options):
@@ -62,14 +62,14 @@ def forward(model):
 def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
     """Beside the weights in training, in peft's forward on an independent Lens, merged at inference: one picture."""
     peft = pytest.importorskip("peft")
-    lora, model, reference = adapters.Lora(4, 6.0, targets), base().train(), ReferenceLens(CONFIG)
-    adapters.attach(model, lora)
-    adapters.start(model, 1)
+    lora, model, reference = Lora(4, 6.0, targets), base().train(), ReferenceLens(CONFIG)
+    attach_lora(model, lora)
+    init_lora(model, 1)
     plain = forward(model)
     assert relative(plain, forward(base().train())) == 0  # up is zero at first
     away_from_zero(model)
     ours = forward(model)
-    adapters.save(model, lora, tmp_path)
+    save_lora(model, lora, tmp_path)
 
     reference.load_state_dict({key: value.float() for key, value in folder_tensors(SHIPPED / "transformer").items()})
     theirs = peft.PeftModel.from_pretrained(reference.eval(), tmp_path)
@@ -81,7 +81,7 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
     inference = base().eval()
     lens.formats.lora.Adapters(inference).add(lens.formats.lora.read(tmp_path), 1.0)
     assert relative(forward(inference), ours) < 1e-5
-    adapters.merge(model)
+    merge_lora(model)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in inference.named_parameters()]
     for (name, p), q in zip(model.named_parameters(), inference.parameters()):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7, msg=name)  # the last block's text branch is zero
@@ -89,9 +89,9 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
 
 def test_the_start_is_pefts_gaussian():
     model = base()
-    adapters.attach(model, adapters.Lora(64, 128.0))
-    adapters.start(model, 1)
-    layers = dict(adapters.adapted(model))
+    attach_lora(model, Lora(64, 128.0))
+    init_lora(model, 1)
+    layers = dict(lora_layers(model))
     assert len(layers) == 4 * 6
     downs = torch.cat([p.flatten() for layer in layers.values() for p in layer.down])
     assert downs.std().item() == pytest.approx(1 / 64, rel=0.01)  # torch.nn.init.normal_(std=1 / r)
@@ -99,18 +99,18 @@ def test_the_start_is_pefts_gaussian():
     firsts = [p.flatten()[0].item() for layer in layers.values() for p in layer.down]
     assert len(set(firsts)) == len(firsts), "each has a key of its own"
     first, again = layers["blocks.0.image.qkv"], base()
-    adapters.attach(again, adapters.Lora(64, 128.0, "all"))
-    adapters.start(again, 1)  # whatever else is adapted
-    assert torch.equal(dict(adapters.adapted(again))["blocks.0.image.qkv"].down[0], first.down[0])
+    attach_lora(again, Lora(64, 128.0, "all"))
+    init_lora(again, 1)  # whatever else is adapted
+    assert torch.equal(dict(lora_layers(again))["blocks.0.image.qkv"].down[0], first.down[0])
 
 
 def test_ops_that_read_the_weight_find_the_adapter_in_it():
     model = base()
-    adapters.attach(model, LORA)
-    adapters.start(model, 1)
+    attach_lora(model, LORA)
+    init_lora(model, 1)
     away_from_zero(model)
     x = torch.randn(7, 128, generator=keyed(2, "x"))
-    for name, layer in adapters.adapted(model):
+    for name, layer in lora_layers(model):
         if layer.base.in_features == 128:
             whole = torch.nn.functional.linear(x, layer.weight, layer.bias)
             assert relative(whole, layer(x)) < 1e-5, name
@@ -121,8 +121,8 @@ def backward(compute, frozen):
     """The scaled engine's model with adapters, after a backward pass; the names that would train without them."""
     model = base(Denoiser, compute=compute, recompute="block").train()
     alive = {name for name, p in model.named_parameters() if p.requires_grad}
-    adapters.attach(model, LORA, frozen)
-    adapters.start(model, 1)
+    attach_lora(model, LORA, frozen)
+    init_lora(model, 1)
     away_from_zero(model)
     image, text, _, t = batch()
     packing = plan([(3, 4)] * 2, [5, 3], model.config.axes_dims_rope)
@@ -155,9 +155,9 @@ def test_only_adapters_train_in_the_model_of_the_scaled_engine(compute):
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("r=64", adapters.Lora(64, 128.0)),
-        ("r=8, alpha=4", adapters.Lora(8, 4.0)),
-        ("alpha=1.5,r=2,targets=all", adapters.Lora(2, 1.5, "all")),
+        ("r=64", Lora(64, 128.0)),
+        ("r=8, alpha=4", Lora(8, 4.0)),
+        ("alpha=1.5,r=2,targets=all", Lora(2, 1.5, "all")),
         *(
             (text, None)
             for text in ("64", "alpha=3", "r=0", "r=x", "r=8,alpha=nan", "r=8,rank=3", "r=8,r=9", "r=8,targets=qkv")
@@ -167,10 +167,10 @@ def test_only_adapters_train_in_the_model_of_the_scaled_engine(compute):
 def test_what_lora_may_say(text, expected):
     if expected is None:
         with pytest.raises(ValueError, match=r"--lora: .*expected for example r=64"):
-            adapters.parse(text)
+            parse_lora(text)
     else:
-        assert adapters.parse(text) == expected
-        assert adapters.parse(str(expected)) == expected
+        assert parse_lora(text) == expected
+        assert parse_lora(str(expected)) == expected
 
 
 # ------------------------------------------------------------------------------------------------ the stage
