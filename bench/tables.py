@@ -25,7 +25,7 @@ from .report import RESULTS, put
 from .result import NoResult, Result, Row, load
 from .suites.step import INVARIANT
 
-# of the shape classes of attention_backends.Need, the case that stands for each
+# of the shape classes of attention_backends.AttentionCall, the case that stands for each
 SHAPES = {
     "attention/4511,4096/bf16/forward": "long",
     "attention/8x968/bf16/forward": "short",
@@ -35,7 +35,7 @@ SHAPES = {
     "attention/8x968/bf16/gradients": "short backward",
 }
 ATTENTION = ("arch", "shape", "backend")
-LINEAR = ("arch", "product", "rows", "backend")
+LINEAR = ("arch", "gemm", "rows", "backend")
 INVARIANCE = ("arch", "case")
 Entry = dict[str, Any]
 
@@ -67,7 +67,7 @@ def linear_entries(result: Result, folder: Path = ROOT) -> list[Entry]:
     found = []
     for (case, subject), row in result.rows.items():
         if case.startswith("gemm/") and subject in linear_choice.BACKENDS and row.more.get("block"):
-            key = {"arch": result.identity["capability"], "product": row.more["product"], "rows": row.more["rows"]}
+            key = {"arch": result.identity["capability"], "gemm": row.more["gemm"], "rows": row.more["rows"]}
             found.append({**key, "backend": subject, **_told(result, row, folder)})
     return found
 

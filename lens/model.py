@@ -115,7 +115,7 @@ class Block(nn.Module):
             text_queries=not last,
             layout=packing.layout,
             norms=None if self.training else self.norms(),
-            invariant=groups[IMAGE] is not None,
+            batch_invariant=groups[IMAGE] is not None,
         )
         del q, k, v  # three rows of the width for every token, while the MLP needs the most
         live = both[:1] if last else both

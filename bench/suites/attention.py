@@ -1,8 +1,8 @@
 """Joint attention by every library that is installed: attention/<lengths>/<dtype>/<way>.
 
 Lengths are those of the joint sequences, "8x512" or "4511,4096". Ways: forward; training, the forward pass that writes
-logarithms; backward, both passes, by one library where it can; gradients, the backward pass alone from a result and
-logarithms that are given. Ours is what `lens.ops.attention.choice` chooses; its candidates, those without a rate too,
+lse; backward, both passes, by one library where it can; gradients, the backward pass alone from a result and
+lse that are given. Ours is what `lens.ops.attention.choice` chooses; its candidates, those without a rate too,
 are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads to the
 longest and adds one. What cannot serve a call here is left out with its own reason. The first case has lens-hopper in all
 its modes beside each other, told by the launcher's arguments.
@@ -130,13 +130,13 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: 
 
         return call
 
-    need, left_out = attention_choice.need_of(device, dtype, heads[1], max(joint), backward=recorded), {}
+    call, left_out = attention_choice.attention_call(device, dtype, heads[1], max(joint), backward=recorded), {}
     if way == "gradients":
-        return of_gradients(scale, joint, inputs, need)
+        return of_gradients(scale, joint, inputs, call)
     subjects = {OURS: Subject(graphless(ours, way), grad=recorded)}
     subjects[MASKED] = Subject(graphless(masked(joint), way), grad=recorded)
     for candidate in attention_choice.CANDIDATES:
-        if why := candidate.missing(need):
+        if why := candidate.why_unsupported(call):
             left_out[candidate.name] = why
         else:
             subjects[candidate.name] = Subject(graphless(forced(candidate.name), way), grad=recorded)
@@ -165,28 +165,30 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: 
     )
 
 
-def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need: attention_choice.Need) -> Work:
-    """Every library's backward pass from the same result, which is its own gradient, and the same logarithms."""
+def of_gradients(
+    scale: Scale, joint: Sequence[int], inputs: list[Triple], call: attention_choice.AttentionCall
+) -> Work:
+    """Every library's backward pass from the same result, which is its own gradient, and the same lse."""
     channels, dtype, device = scale.config.attention_head_dim, inputs[0][0].dtype, inputs[0][0].device
     offsets = torch.tensor([0, *joint]).cumsum(0).to(device, torch.int32)
     samples = Samples(offsets, offsets, max(joint), max(joint), channels**-0.5, joint, joint)
 
-    def logarithms(q: Tensor, k: Tensor) -> Tensor:
+    def lse_of(q: Tensor, k: Tensor) -> Tensor:
         parts = zip(q.split(list(joint)), k.split(list(joint)), strict=True)
-        return torch.cat([head_logarithms(a, b, samples.scale) for a, b in parts], 1)
+        return torch.cat([head_lse(a, b, samples.scale) for a, b in parts], 1)
 
-    given = [(*x, per_sample(joint)(*x), logarithms(*x[:2])) for x in inputs]
+    given = [(*x, per_sample(joint)(*x), lse_of(*x[:2])) for x in inputs]
 
     def by(name: str, *given: Tensor) -> Any:
         q, k, v, out, lse = given
         library = next(b for b in attention_choice.BACKWARDS if b.name == name)
-        assert library.call is not None
-        return library.call(library.load(True), out, q, k, v, out, lse, samples)
+        assert library.adapter is not None
+        return library.adapter(library.load(True), out, q, k, v, out, lse, samples)
 
-    subjects = {OURS: Subject(lambda *given: by(attention_choice.choose(need).gradients, *given))}
+    subjects = {OURS: Subject(lambda *given: by(attention_choice.choose(call).gradients, *given))}
     left_out = {}
     for library in attention_choice.BACKWARDS:
-        if why := library.missing(dataclasses.replace(need, backward=False)):
+        if why := library.why_unsupported(dataclasses.replace(call, backward=False)):
             left_out[library.name] = why
         else:
             subjects[library.name] = Subject(functools.partial(by, library.name))
@@ -208,7 +210,7 @@ def of_gradients(scale: Scale, joint: Sequence[int], inputs: list[Triple], need:
     )
 
 
-def head_logarithms(q: Tensor, k: Tensor, scale: float) -> Tensor:
+def head_lse(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """float32 [N, rows], head by head: a product of all of them would not fit."""
     heads = zip(q.unbind(1), k.unbind(1), strict=True)
     return torch.stack([((a.double() @ b.double().T) * scale).logsumexp(-1).float() for a, b in heads])

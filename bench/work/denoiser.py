@@ -147,7 +147,7 @@ class Denoiser:
         multiplies where no sample may depend on its batch."""
 
         def told() -> dict[str, Any]:
-            forced = {"linear": linear_choice.forced(), "attention": attention_choice.forced()}
+            forced = {"linear": linear_choice.override.name, "attention": attention_choice.override.name}
             forced["graphs"] = os.environ.get("LENS_GRAPHS")
             why = batch_invariance.why_library_gemm_of_model(self.model) if invariant else ""
             said = {"products": f"library, sample by sample: {why}" if why else "ours"} if invariant else {}
@@ -160,8 +160,8 @@ class Denoiser:
         """Whether both ways of every product have a measured rate for this device and the rows of a step."""
         model, rows = self.model, sum(self.images) + sum(self.texts)
         config = model.config
-        needs = linear_choice.needs(config.block_gemms, config.attention_head_dim, model.device, model.dtype, rows)
-        entries = [linear_choice.entry(name, need) for need in needs for name in linear_choice.BACKENDS]
+        calls = linear_choice.gemm_calls(config.block_gemms, config.attention_head_dim, model.device, model.dtype, rows)
+        entries = [linear_choice.entry(name, call) for call in calls for name in linear_choice.BACKENDS]
         return all(e is not None and e["status"] == "measured" for e in entries)
 
     def ours(self, index: int) -> Callable[..., Tensor]:

@@ -78,9 +78,9 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
         if name == "w13":
             return linear_fused.linear_swiglu(x, layers)
         if not norm:
-            return linear_fused.linear_gated_residual(y, x, layers, gate, offsets, product=name)
+            return linear_fused.linear_gated_residual(y, x, layers, gate, offsets, gemm=name)
         modulation = norms, scales, shift
-        return linear_fused.linear_gated_residual_norm_modulate(y, x, layers, gate, *modulation, offsets, product=name)
+        return linear_fused.linear_gated_residual_norm_modulate(y, x, layers, gate, *modulation, offsets, gemm=name)
 
     def forced(way: str, cluster: int = 0) -> Callable[..., Any]:
         def run(x: list[Tensor], y: list[Tensor]) -> Any:
@@ -118,9 +118,9 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
     subjects = {OURS: Subject(call)}
     left_out: dict[str, str] = {}
     arch = linear_choice.capability(device.index) if device.type == "cuda" else (0, 0)
-    need = linear_choice.Need(name, device.type, arch, dtype, sum(rows), depth, columns, head)
+    asked = linear_choice.GemmCall(name, device.type, arch, dtype, sum(rows), depth, columns, head)
     subjects["library"] = Subject(forced("library"))
-    if why := linear_choice.missing(need):
+    if why := linear_choice.why_unsupported(asked):
         left_out |= dict.fromkeys(("fused", *CLUSTERS), why)
     else:
         subjects |= {way: Subject(forced("fused", n)) for way, n in {"fused": 0, **CLUSTERS}.items()}
@@ -147,7 +147,7 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
         bytes=moves,
         data=[layer.weight for layer in layers],
         left_out=left_out,
-        more={"product": name, "rows": total, "block": norm or name in ("qkv", "w13")},
+        more={"gemm": name, "rows": total, "block": norm or name in ("qkv", "w13")},
     )
 
 

@@ -41,17 +41,19 @@ def gemms() -> list[tuple[str, str, str]]:
     forced one cannot run."""
     rows, config = [], LensConfig()
     device = torch.device("cuda")
-    for need in linear_choice.needs(config.block_gemms, config.attention_head_dim, device, torch.bfloat16, 8192 + 415):
+    for call in linear_choice.gemm_calls(
+        config.block_gemms, config.attention_head_dim, device, torch.bfloat16, 8192 + 415
+    ):
         try:
-            chosen, why = linear_choice.decide(need)
+            chosen, why = linear_choice.decide(call)
         except RuntimeError as error:
             chosen, why = "none", str(error)
-        rows.append((need.product, chosen, why))
+        rows.append((call.gemm, chosen, why))
     return rows
 
 
 def _reason(op: str, chosen: str, device: str) -> str:
-    if (forced := backend.forced()) is not None:
+    if (forced := backend.override()) is not None:
         return f"forced to {forced}"
     if chosen == "reference":
         return backend.unavailable(device)

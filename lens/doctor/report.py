@@ -169,22 +169,22 @@ def attention(device: torch.device) -> list[Finding]:
         return [Finding("Attention", "cpu", OK, detail)]
     found = []
     with torch.cuda.device(device):
-        needs = {
-            "plain steps": attention_choice.usual(),
-            "captured steps": attention_choice.usual(device_lengths=True),
-            "batch-invariant steps": attention_choice.usual(device_lengths=True, invariant=True),
-            "training": attention_choice.usual(backward=True),
+        calls = {
+            "plain steps": attention_choice.released_call(),
+            "captured steps": attention_choice.released_call(device_lengths=True),
+            "batch-invariant steps": attention_choice.released_call(device_lengths=True, batch_invariant=True),
+            "training": attention_choice.released_call(backward=True),
         }
-    forced = {False: attention_choice.forced(), True: attention_choice.forced_backward()}
-    parts = [(f"Attention for {use}", need, False) for use, need in needs.items()]
-    for section, need, backward in [*parts, ("Gradients of attention", needs["training"], True)]:
-        for name, chosen, why in attention_choice.report(need, backward):
+    forced = {False: attention_choice.override.name, True: attention_choice.override_backward.name}
+    parts = [(f"Attention for {use}", call, False) for use, call in calls.items()]
+    for section, call, backward in [*parts, ("Gradients of attention", calls["training"], True)]:
+        for name, chosen, why in attention_choice.report(call, backward):
             status = OK if chosen or not forced[backward] else NOTE
             found.append(Finding(section, name, status, f"{'CHOSEN' if chosen else 'not'}: {why}"))
-    return [*found, *text_lengths(needs["captured steps"], needs["plain steps"])]
+    return [*found, *text_lengths(calls["captured steps"], calls["plain steps"])]
 
 
-def text_lengths(binned: attention_choice.Need, exact: attention_choice.Need) -> list[Finding]:
+def text_lengths(binned: attention_choice.AttentionCall, exact: attention_choice.AttentionCall) -> list[Finding]:
     """Whether a captured step of the released model is told exact text lengths, for runs of 415 text tokens."""
     section, found = "Text lengths of captured steps", []
     for side, steps, halves in ((64, 20, 2), (64, 4, 1), (90, 20, 2)):
@@ -202,7 +202,7 @@ def products(device: torch.device) -> list[Finding]:
     """Who multiplies in a block of the released model: the library with a row kernel after it, or our fused GEMM."""
     section = "Products with a row op behind them"
     if device.type != "cuda":
-        wanted = linear_choice.forced() == "fused"
+        wanted = linear_choice.override.name == "fused"
         detail = "torch's, sample by sample; the fused ones need a CUDA device"
         return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
     with torch.cuda.device(device):

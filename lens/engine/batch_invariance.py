@@ -51,14 +51,20 @@ def price(arch: tuple[int, int], status: str = "measured") -> float | None:
 def why_library_gemm(config: LensConfig, device: torch.device, dtype: torch.dtype, layers: Sequence[Any] = ()) -> str:
     """Why the library multiplies in blocks whose samples must not depend on their batch, hence one by one; "" where
     ours do it. RuntimeError where ours are forced and cannot run."""
-    if linear_choice.idle(alone=True):
+    if linear_choice.idle(batch_invariant=True):
         return "the reference ops were asked for"
-    for need in linear_choice.needs(
-        config.block_gemms, config.attention_head_dim, device, dtype, 0, plain=all(map(plain, layers)), alone=True
+    for call in linear_choice.gemm_calls(
+        config.block_gemms,
+        config.attention_head_dim,
+        device,
+        dtype,
+        0,
+        plain=all(map(plain, layers)),
+        batch_invariant=True,
     ):
-        chosen, why = linear_choice.decide(need)
+        chosen, why = linear_choice.decide(call)
         if chosen == "library":
-            return f"{need.product}: {why}"
+            return f"{call.gemm}: {why}"
     return ""
 
 
@@ -71,7 +77,9 @@ def why_library_gemm_of_model(model: LensTransformer2DModel, device: torch.devic
 def why_attention_is_not_invariant(config: LensConfig, device: torch.device, dtype: torch.dtype) -> str:
     """Why attention, as it is forced, cannot keep samples apart, or ""."""
     try:
-        attention_choice.choose(attention_choice.need_of(device, dtype, config.attention_head_dim, 0, invariant=True))
+        attention_choice.choose(
+            attention_choice.attention_call(device, dtype, config.attention_head_dim, 0, batch_invariant=True)
+        )
     except RuntimeError as error:
         return str(error)
     return ""

@@ -15,7 +15,7 @@ from lens.cost import step_attention_flops, step_gemm_flops
 
 from ..config import LensConfig
 from ..ops.attention import choice as attention_choice
-from ..ops.attention.choice import Need
+from ..ops.attention.choice import AttentionCall
 from ..packing import TEXT_BIN
 
 CAPTURE_SECONDS = 0.2  # of the host, besides one step that runs as it is; predicted
@@ -45,9 +45,9 @@ class Forecast:
         return f"text in bins of {TEXT_BIN} rows, {self.binned} instead of {self.exact}: {bill}"
 
 
-def forecast(config: LensConfig, lengths: Sequence[int], binned: Need, exact: Need) -> Forecast:
+def forecast(config: LensConfig, lengths: Sequence[int], binned: AttentionCall, exact: AttentionCall) -> Forecast:
     """For samples of ``lengths`` joint rows. RuntimeError where no library can serve one of the needs."""
-    device, host = (attention_choice.choose(need).name for need in (binned, exact))
+    device, host = (attention_choice.choose(call).name for call in (binned, exact))
     rates = attention_choice.entry(device, binned), attention_choice.entry(host, exact)
     flops, other = step_attention_flops(config, lengths), step_gemm_flops(config, sum(lengths)) / OTHER_FLOPS
     if rates[0] is None or rates[1] is None:

@@ -101,7 +101,7 @@ class Engine:
             return "sizes are mixed"
         if model.training:
             return "the model is in training"
-        if backend.forced() == "reference":
+        if backend.override() == "reference":
             return "the reference ops read lengths on the host"
         try:
             invariant = model.invariant and self.text_bin != 1
@@ -110,15 +110,17 @@ class Engine:
                     f"batch_invariant has the library multiply text sample by sample ({why}), by lengths the host must "
                     "know: text_bin = 1 captures each combination of them"
                 )
-            attention_choice.choose(self._need(model, grids[0][0] * grids[0][1], self.text_bin != 1))
+            attention_choice.choose(self._attention_call(model, grids[0][0] * grids[0][1], self.text_bin != 1))
         except RuntimeError as error:
             return str(error)
         return ""
 
-    def _need(self, model: LensTransformer2DModel, longest: int, device_lengths: bool) -> attention_choice.Need:
+    def _attention_call(
+        self, model: LensTransformer2DModel, longest: int, device_lengths: bool
+    ) -> attention_choice.AttentionCall:
         head_dim = model.config.attention_head_dim
-        return attention_choice.need_of(
-            model.device, model.dtype, head_dim, longest, device_lengths, invariant=model.invariant
+        return attention_choice.attention_call(
+            model.device, model.dtype, head_dim, longest, device_lengths, batch_invariant=model.invariant
         )
 
     def bin_of(self, model: LensTransformer2DModel, job: Job) -> int:
@@ -127,7 +129,7 @@ class Engine:
             return self.text_bin
         grid = job.grids[0]
         lengths = [grid[0] * grid[1] + len(index) for index in job.all_indices]
-        binned, exact = (self._need(model, max(lengths), device_lengths) for device_lengths in (True, False))
+        binned, exact = (self._attention_call(model, max(lengths), device_lengths) for device_lengths in (True, False))
         steps = job.steps - job.step
         return 1 if forecast(model.config, lengths, binned, exact).lengths(steps) == "exact" else TEXT_BIN
 
@@ -156,12 +158,12 @@ class Engine:
         cache.keep(
             lambda key: isinstance(key, tuple) and key[0] == placed
         )  # weights that moved left their graphs behind
-        attention = attention_choice.choose(self._need(model, binned.longest, not binned.exact)).name
+        attention = attention_choice.choose(self._attention_call(model, binned.longest, not binned.exact)).name
         # the bounds of our own attention's scores are numbers of the graph
         norms = (
             tuple(w._version for block in model.layers() for w in block.norms()) if attention == OWN_ATTENTION else ()
         )
-        choices = backend.forced(), linear_choice.forced(), attention, norms, model.invariant
+        choices = backend.override(), linear_choice.override.name, attention, norms, model.invariant
         texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
         if binned.exact:
             texts = tuple(binned.text_lengths)

@@ -229,7 +229,7 @@ def load(model: LensTransformer2DModel, state: State, job: Job, binned: Binned) 
 def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     """Why steps of this plan run op by op; "" where they are one call."""
     invariant = model.invariant
-    if linear_choice.idle(alone=invariant and model.device.type == "cuda"):
+    if linear_choice.idle(batch_invariant=invariant and model.device.type == "cuda"):
         return "the library multiplies"  # nearly always, and said without a look at anything else
     if model.training:
         return "the model is in training"
@@ -240,20 +240,22 @@ def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
         return f"needs image tokens in multiples of 64 channels, got {config.in_channels}"
     layers = [model.image_in, model.image_out]
     layers += [layer for b in model.layers() for s in b.streams() for layer in (s.qkv, s.out, s.w13, s.w2)]
-    needs = linear_choice.needs(
+    calls = linear_choice.gemm_calls(
         config.block_gemms,
         config.attention_head_dim,
         model.device,
         model.dtype,
         0 if invariant else sum(i + t for i, t in lengths),
         plain=all(map(plain, layers)),
-        alone=invariant,
+        batch_invariant=invariant,
     )
-    by_library = [need.product for need in needs if linear_choice.choose(need) != "fused"]
+    by_library = [call.gemm for call in calls if linear_choice.choose(call) != "fused"]
     if by_library:
         return f"the library multiplies {', '.join(by_library)}"
     longest = max((i + t for i, t in lengths), default=0) if packing.layout is None else packing.layout.longest
     captured, head_dim = packing.layout is not None, config.attention_head_dim
-    need = attention_choice.need_of(model.device, model.dtype, head_dim, longest, captured, invariant=invariant)
-    chosen = attention_choice.choose(need).name
+    call = attention_choice.attention_call(
+        model.device, model.dtype, head_dim, longest, captured, batch_invariant=invariant
+    )
+    chosen = attention_choice.choose(call).name
     return "" if chosen == OWN_ATTENTION else f"attention is {chosen}'s"

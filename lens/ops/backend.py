@@ -84,7 +84,7 @@ def choose(op: str, x: Tensor) -> str:
     return "reference" if reason else device
 
 
-def forced() -> str | None:
+def override() -> str | None:
     """The choice that is forced, if any."""
     return None if _choice == "auto" else _choice
 

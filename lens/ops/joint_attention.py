@@ -28,7 +28,7 @@ def joint_attention(
     scale: float | None = None,
     layout: DeviceLayout | None = None,
     norms: HeadNorms | None = None,
-    invariant: bool = False,
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """softmax(q k^T * scale) v within each sample, not causal: image_out [RI, N * H], text_out [RT, N * H].
 
@@ -39,7 +39,7 @@ def joint_attention(
     scale: H^-0.5 by default
     layout: with it the offsets alone say where samples lie, and of the lengths only the totals count
     norms: the weights of the norms that q and k come from; they bound the scores, which saves a kernel the maxima
-    invariant: a sample's bits must not depend on the others of the call; on a CPU they never do
+    batch_invariant: a sample's bits must not depend on the others of the call; on a CPU they never do
     Raises ValueError for shapes, dtypes, devices, lengths or (CPU, eager) offsets that do not fit. Differentiable.
     """
     op = "joint_attention"
@@ -60,7 +60,7 @@ def joint_attention(
     offsets, scale = (image_offsets, text_offsets), q.shape[-1] ** -0.5 if scale is None else float(scale)
     if layout is not None:
         return attend_with_device_lengths(
-            q, k, v, sum(image_lengths), *offsets, text_queries, scale, layout, norms, invariant
+            q, k, v, sum(image_lengths), *offsets, text_queries, scale, layout, norms, batch_invariant
         )
     chosen = backend.choose(op, q)
     if chosen == "reference":
@@ -71,8 +71,8 @@ def joint_attention(
     if sum(query_lengths) == 0:
         return q[:0].flatten(1), q[:0].flatten(1)
     if chosen == "cuda":
-        need = attention_choice.need_of_call(q, k, v, max(joint_lengths), False, invariant)
-        if (streams := attention_choice.streams(need)) is not None:
+        call = attention_choice.call_of(q, k, v, max(joint_lengths), False, batch_invariant)
+        if (streams := attention_choice.streams(call)) is not None:
             return streams(q, k, v, *offsets, sum(image_lengths), max(joint_lengths), text_queries, scale, norms)
     if not text_queries:
         q = _split_streams(q, image_lengths, text_lengths, *offsets)[0]
@@ -83,7 +83,7 @@ def joint_attention(
         joint_offsets = image_offsets + text_offsets
         query_offsets = joint_offsets if text_queries else image_offsets
         longest = max(query_lengths), max(joint_lengths)
-        samples = Samples(query_offsets, joint_offsets, *longest, scale, query_lengths, joint_lengths, invariant)
+        samples = Samples(query_offsets, joint_offsets, *longest, scale, query_lengths, joint_lengths, batch_invariant)
         out = attention_choice.run(q, k, v, samples)
     out = out.flatten(1)
     return _split_streams(out, image_lengths, text_lengths, *offsets) if text_queries else (out, out[:0])
@@ -132,18 +132,20 @@ def attend_with_device_lengths(
     scale: float,
     layout: DeviceLayout,
     norms: HeadNorms | None,
-    invariant: bool,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor]:
     """`joint_attention` without one look at a length: what a captured step replays for other texts of the same total."""
-    need = attention_choice.need_of_call(q, k, v, layout.longest, True, invariant)
-    if (streams := attention_choice.streams(need)) is not None:
+    call = attention_choice.call_of(q, k, v, layout.longest, True, batch_invariant)
+    if (streams := attention_choice.streams(call)) is not None:
         offsets = image_offsets, text_offsets
         return streams(q, k, v, *offsets, images, layout.longest, text_queries, scale, norms)
     longest = layout.longest if text_queries else layout.longest_image
     query_offsets = layout.joint_offsets if text_queries else image_offsets
     if not text_queries:
         q = q[:images] if layout.image_rows is None else q.index_select(0, layout.image_rows)
-    samples = Samples(query_offsets, layout.joint_offsets, longest, layout.longest, scale, invariant=invariant)
+    samples = Samples(
+        query_offsets, layout.joint_offsets, longest, layout.longest, scale, batch_invariant=batch_invariant
+    )
     out = attention_choice.run(q, k, v, samples).flatten(1)
     if not text_queries:
         return out, out[:0]

@@ -14,22 +14,18 @@ import torch
 
 
 class Override:
-    """The name that a choice is forced to: the environment variable's, or that of `use`. None: the table decides."""
+    """The name that a choice is forced to: the environment variable's, or that of `use`. None: the order decides."""
 
     def __init__(self, variable: str, module: str, names: Callable[[], Sequence[str]]) -> None:
         self.variable = variable
         self.module = module
         self.names = names  # that `use` takes
-        self.name: str | None = os.environ.get(variable) or None
+        self.name: str | None = os.environ.get(variable) or None  # the name that is forced, if any
         self.changed: Callable[[], None] = lambda: None  # forgets choices made before
-
-    def forced(self) -> str | None:
-        """The name that is forced, if any."""
-        return self.name
 
     @contextlib.contextmanager
     def use(self, name: str | None) -> Iterator[None]:
-        """Force a name inside the block (None: choose by the table). The choice holds for the whole process."""
+        """Force a name inside the block (None: choose by the order). The choice holds for the whole process."""
         if name is not None and name not in self.names():
             raise ValueError(f"{self.module}: name must be {one_of(self.names())}, got {name!r}")
         before, self.name = self.name, name

@@ -1,4 +1,4 @@
-"""The gradients of attention as the suite measures them: each library gets the same result and logarithms."""
+"""The gradients of attention as the suite measures them: each library gets the same result and lse."""
 
 import torch
 
@@ -9,7 +9,7 @@ from lens.ops.attention.choice import Candidate
 
 
 def exact(module, dout, q, k, v, out, lse, samples):
-    """Gradients from the logarithms alone, in float64."""
+    """Gradients from the lse alone, in float64."""
     made = [torch.zeros_like(x, dtype=torch.float64) for x in (q, k, v)]
     start = 0
     for rows in samples.joint_lengths:
@@ -35,7 +35,7 @@ def test_a_library_that_is_right_passes_and_one_that_cannot_run_is_left_out(monk
     got, expected = (call(*work.inputs[1]) for call in (work.subjects["here"].call, work.oracle))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a.double(), b.double(), atol=work.bound, rtol=work.bound)
-    monkeypatch.setattr(attention_choice, "choose", lambda need: attention_choice.Choice(here))
+    monkeypatch.setattr(attention_choice, "choose", lambda call: attention_choice.Choice(here))
     for a, b in zip(work.subjects["ours"].call(*work.inputs[1]), got, strict=True):
         assert torch.equal(a, b)
     heads = TINY.config.num_attention_heads * TINY.config.attention_head_dim

@@ -49,15 +49,15 @@ def test_a_step_is_by_measured_rates_where_every_product_has_both(monkeypatch):
 
     def lines(arch: str, *products: str, rows: int = 47, status: str = "measured") -> list[dict]:
         shared = dict(arch=arch, rows=rows, tflops=1, status=status, source="x")
-        return [dict(shared, product=p, backend=b) for p in products for b in linear_choice.BACKENDS]
+        return [dict(shared, gemm=p, backend=b) for p in products for b in linear_choice.BACKENDS]
 
     for table, by in (
-        (lines("0.0", *linear_choice.PRODUCTS), True),
-        (lines("0.0", *linear_choice.PRODUCTS)[:-1], False),
+        (lines("0.0", *linear_choice.GEMMS), True),
+        (lines("0.0", *linear_choice.GEMMS)[:-1], False),
         (lines("0.0", "qkv"), False),
-        (lines("9.0", *linear_choice.PRODUCTS), False),
-        (lines("0.0", *linear_choice.PRODUCTS, rows=48), False),
-        (lines("0.0", *linear_choice.PRODUCTS, status="predicted"), False),
+        (lines("9.0", *linear_choice.GEMMS), False),
+        (lines("0.0", *linear_choice.GEMMS, rows=48), False),
+        (lines("0.0", *linear_choice.GEMMS, status="predicted"), False),
     ):
         monkeypatch.setattr(linear_choice, "table", lambda table=table: table)
         assert d.who(False)()["by_measured_rates"] == by
@@ -169,7 +169,7 @@ def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):
     )
     told = []
 
-    def forward(q, k, v, image_offsets, text_offsets, images, text_queries, scale, bound, polynomial, logarithms):
+    def forward(q, k, v, image_offsets, text_offsets, images, text_queries, scale, bound, polynomial, lse):
         told.append((bound, polynomial))
         places = image_offsets.diff().tolist(), text_offsets.diff().tolist(), image_offsets, text_offsets
         return *ops.reference.joint_attention(q, k, v, *places, text_queries, scale), None

@@ -38,7 +38,7 @@ def attention(*rates, case="attention/4511,4096/bf16/forward"):
 
 def products(fused, library, rows=8607):
     case = "gemm/w13_swiglu/8192+text415/bf16"
-    of = {"product": "w13", "rows": rows, "block": True}
+    of = {"gemm": "w13", "rows": rows, "block": True}
     return [timed(case, 0.5e-3, n, rate * 0.5e9, **of) for n, rate in (("fused", fused), ("library", library))]
 
 
@@ -79,16 +79,16 @@ def test_gradients_have_lines_of_their_own(tmp_path, places):
 
 
 def test_products_are_measured_as_a_block_calls_them(tmp_path, places):
-    alone = timed("gemm/w2_residual/8192/bf16", 1e-3, "fused", 1e11, product="w2", rows=8192, block=False)
+    alone = timed("gemm/w2_residual/8192/bf16", 1e-3, "fused", 1e11, gemm="w2", rows=8192, block=False)
     plain = timed("gemm/w13/8192/bf16", 1e-3, "matmul", 1e11)
     made = result(*products(688, 571), alone, plain, capability="9.0")
     assert tables.tables([as_file(tmp_path / "gemm.json", made)], **places) == [places["linear"]]
     found = entries(places["linear"], status="measured")
-    assert [(e["product"], e["rows"], e["backend"], e["tflops"]) for e in found] == [
+    assert [(e["gemm"], e["rows"], e["backend"], e["tflops"]) for e in found] == [
         ("w13", 8607, "fused", 688.0),
         ("w13", 8607, "library", 571.0),
     ]
-    lines = [e["product"] for e in entries(places["linear"])]
+    lines = [e["gemm"] for e in entries(places["linear"])]
     assert lines == sorted(lines, key=lines.index), "new lines stand with their product"
 
 
@@ -99,14 +99,14 @@ def test_both_tables_are_read_by_what_chooses_by_them(tmp_path, places, monkeypa
     tables.tables([as_file(tmp_path / "all.json", result(*rows, capability="9.0"))], **places)
     monkeypatch.setattr(attention_choice, "TABLE", places["attention"])
     monkeypatch.setattr(linear_choice, "TABLE", places["linear"])
-    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
+    monkeypatch.setattr(linear_choice, "why_unsupported", lambda call: "")
     caches = (attention_choice.table, attention_choice.choose, linear_choice.table, linear_choice.choose)
     try:
         for cache in caches:
             cache.cache_clear()
-        need = attention_choice.Need("cuda", (9, 0), torch.bfloat16, 64, False, True, 4511)
-        assert attention_choice.choose(need).name == "torch-cudnn-varlen"
-        products_need = linear_choice.Need("w13", "cuda", (9, 0), torch.bfloat16, 8607, 1536, 8192)
+        call = attention_choice.AttentionCall("cuda", (9, 0), torch.bfloat16, 64, False, True, 4511)
+        assert attention_choice.choose(call).name == "torch-cudnn-varlen"
+        products_need = linear_choice.GemmCall("w13", "cuda", (9, 0), torch.bfloat16, 8607, 1536, 8192)
         assert linear_choice.decide(products_need)[0] == "fused"
     finally:
         for cache in caches:

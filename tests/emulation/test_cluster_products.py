@@ -65,7 +65,7 @@ def test_refusals(emulated, monkeypatch, cluster, multiprocessors):
 
 @torch.no_grad()
 def test_forced_from_python(emulated, monkeypatch):
-    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
+    monkeypatch.setattr(linear_choice, "why_unsupported", lambda call: "")
     monkeypatch.setattr(emulated, "multiprocessors", 4)
     rows, layer = torch.randn(200, 64).bfloat16(), torch.nn.Linear(64, 128, bias=False, dtype=torch.bfloat16)
     results = []

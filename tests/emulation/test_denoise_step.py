@@ -123,10 +123,10 @@ def whole(model: LensTransformer2DModel, given: Inputs) -> Tensor:
 @pytest.fixture
 def forced(monkeypatch):
     """Everything is forced to our kernels, as on a machine that has them."""
-    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
+    monkeypatch.setattr(linear_choice, "why_unsupported", lambda call: "")
     monkeypatch.setattr(backend, "without", lambda kernel: "")
     own = dataclasses.replace(attention_choice.CANDIDATES[0], name=denoise_step.OWN_ATTENTION)
-    monkeypatch.setattr(attention_choice, "choose", lambda need: own)
+    monkeypatch.setattr(attention_choice, "choose", lambda call: own)
     with linear_choice.use("fused"):
         yield
 
@@ -351,13 +351,15 @@ def test_when_a_step_is_one_call(forced, monkeypatch):
     with linear_choice.use("library"):
         assert why() == "the library multiplies"
     hook = ours.layers()[1].text.w2.register_forward_hook(lambda *_: None)
-    monkeypatch.setattr(linear_choice, "missing", lambda need: "" if need.plain else "a layer is no plain Linear")
+    monkeypatch.setattr(
+        linear_choice, "why_unsupported", lambda call: "" if call.plain else "a layer is no plain Linear"
+    )
     with pytest.raises(RuntimeError, match="fused was asked for but cannot run: a layer is no plain Linear"):
         why()
     hook.remove()
     assert why() == ""
     with monkeypatch.context() as patched:
-        patched.setattr(attention_choice, "choose", lambda need: attention_choice.CANDIDATES[-1])
+        patched.setattr(attention_choice, "choose", lambda call: attention_choice.CANDIDATES[-1])
         assert why() == "attention is torch-sdpa's"
     with monkeypatch.context() as patched:
         patched.setattr(backend, "without", lambda kernel: f"lens._C was built without {kernel}")

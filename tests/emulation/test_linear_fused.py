@@ -12,7 +12,7 @@ from tests.ops.test_linear_fused import IMAGES, against_spec, by_op, inputs, lay
 
 @pytest.fixture
 def fused(emulated, monkeypatch):
-    monkeypatch.setattr(linear_choice, "missing", lambda need: "")
+    monkeypatch.setattr(linear_choice, "why_unsupported", lambda call: "")
     with linear_choice.use("fused"):
         yield emulated
 

@@ -402,11 +402,11 @@ def test_attention_is_chosen_by_the_rows_of_pictures_and_their_text(pipe, monkey
     monkeypatch.setattr(attention_choice, "LONG", 10)  # a picture has 6 rows
     monkeypatch.setattr(pipe.engine, "why_not_captured", lambda *_: "")
     with monkeypatch.context() as watched:
-        watched.setattr(attention_choice, "choose", lambda need: asked.append(need) or choose(need))
+        watched.setattr(attention_choice, "choose", lambda call: asked.append(call) or choose(call))
         pipe(PROMPTS[1], seed=3, **SMALL)
     assert len(pipe.driver.graphs) == 1
-    assert {need.device_lengths for need in asked} == {True, False}
-    assert {need.longest for need in asked} == {10}
+    assert {call.device_lengths for call in asked} == {True, False}
+    assert {call.longest for call in asked} == {10}
 
 
 def test_batch_invariance_by_the_library_is_captured_for_exact_lengths_alone(pipe):
@@ -438,7 +438,7 @@ def test_batch_invariance_by_ours_is_captured_in_bins(pipe, monkeypatch):
     monkeypatch.setattr(batch_invariance, "why_library_gemm_of_model", lambda model: "")
     assert pipe.engine.why_not_captured(model, [(2, 3)]) == ""
     asked: list = []
-    monkeypatch.setattr(linear_fused, "_ours", lambda product, op, x, layers, lengths, *_: asked.append(lengths))
+    monkeypatch.setattr(linear_fused, "_use_fused", lambda gemm, op, x, layers, lengths, *_: asked.append(lengths))
     with pytest.raises(RuntimeError, match="the library multiplies samples alone by lengths that the host must know"):
         pipe(PROMPTS, seed=3, **SMALL)
     rows = 6

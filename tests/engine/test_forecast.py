@@ -14,12 +14,12 @@ from lens.engine.forecast import forecast
 from lens.engine.graphs import GraphCache
 from lens.engine.run import Engine
 from lens.ops.attention import choice as attention_choice
-from lens.ops.attention.choice import Need
+from lens.ops.attention.choice import AttentionCall
 from tests.engine.test_engine import PROMPTS, SMALL, close, own
 from tests.recorded_graph import OFFSETS_ALONE, RecordingDriver
 from tests.small_pipeline import shared
 
-HOPPER = Need("cuda", (9, 0), torch.bfloat16, 64, False, False, 4096)
+HOPPER = AttentionCall("cuda", (9, 0), torch.bfloat16, 64, False, False, 4096)
 GUIDED_1024, GUIDED_1440, TURBO = [4096, 4511], [8100, 8515], [4296]
 
 
@@ -35,7 +35,7 @@ def rates(monkeypatch):
             n: None if r is None else {"tflops": r, "status": "predicted", "source": "test"} for n, r in table.items()
         }
         monkeypatch.setattr(attention_choice, "CANDIDATES", [device, host])
-        monkeypatch.setattr(attention_choice, "entry", lambda name, need: lines[name])
+        monkeypatch.setattr(attention_choice, "entry", lambda name, call: lines[name])
         attention_choice.choose.cache_clear()
 
     yield libraries

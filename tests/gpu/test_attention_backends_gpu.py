@@ -1,4 +1,4 @@
-"""Libraries of attention on a device: logarithms of each, gradients of each from the logarithms of every other."""
+"""Libraries of attention on a device: lse of each, gradients of each from the lse of every other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.ops.harness import error, offsets_of, same_bits
 
 pytestmark = pytest.mark.gpu
 IMAGES, TEXTS = [300, 64, 0, 513], [30, 0, 12, 70]
-GIVING = [c for c in CANDIDATES if c.logarithms and c.call is not None]
+GIVING = [c for c in CANDIDATES if c.gives_lse and c.adapter is not None]
 PAIRS = [(c.name, b.name) for c in GIVING for b in BACKWARDS]
 
 
@@ -30,14 +30,14 @@ def arguments() -> tuple:
 
 @pytest.mark.parametrize("candidate", GIVING, ids=lambda c: c.name)
 def test_logarithms_are_natural_of_scaled_scores_without_padding(candidate):
-    need = attention_choice.usual()
-    if why := candidate.missing(need):
+    call = attention_choice.released_call()
+    if why := candidate.why_unsupported(call):
         pytest.skip(why)
     q, k, v = draw(3, 64)
     lengths = [i + t for i, t in zip(IMAGES, TEXTS, strict=True)]
     offsets = offsets_of(lengths).cuda()
     samples = Samples(offsets, offsets, max(lengths), max(lengths), 0.2, lengths, lengths)
-    out, lse = candidate.call(q, k, v, samples, candidate.load(False), logarithms=True)
+    out, lse = candidate.adapter(q, k, v, samples, candidate.load(False), with_lse=True)
     assert (out.shape, lse.shape, lse.dtype) == (q.shape, (3, len(q)), torch.float32)
     assert lse.is_contiguous()
     start = 0
@@ -53,7 +53,7 @@ def test_logarithms_are_natural_of_scaled_scores_without_padding(candidate):
 def test_gradients_of_any_library_for_any_forward_pass(forward, backward, text_queries):
     with attention_choice.use(forward), attention_choice.use_backward(backward):
         try:
-            chosen = attention_choice.choose(attention_choice.usual(backward=True))
+            chosen = attention_choice.choose(attention_choice.released_call(backward=True))
         except RuntimeError as why:
             pytest.skip(str(why))
         assert (chosen.name, chosen.gradients) == (forward, backward)
@@ -65,7 +65,7 @@ def test_gradients_of_any_library_for_any_forward_pass(forward, backward, text_q
     exact = torch.cat(reference.joint_attention(*wide, *arguments(), text_queries, 0.2))
     for a, b in zip(got, torch.autograd.grad(exact, wide, torch.ones_like(exact)), strict=True):
         assert error(a, b) <= 0.02 * b.abs().max() + 1e-3
-    if next(b for b in BACKWARDS if b.name == backward).repeatable:
+    if next(b for b in BACKWARDS if b.name == backward).deterministic:
         assert all(same_bits(a, b) for a, b in zip(got, again, strict=True))
 
 
@@ -76,7 +76,7 @@ def test_what_trains_on_torch_alone_and_unforced_is_the_same_bits_every_time(nam
     leaves = [x.requires_grad_() for x in draw(8, 64, images=images, texts=texts)]
     offsets = offsets_of(images).cuda(), offsets_of(texts).cuda()
     with attention_choice.use(name):
-        chosen: Choice = attention_choice.choose(attention_choice.usual(backward=True))
+        chosen: Choice = attention_choice.choose(attention_choice.released_call(backward=True))
         out = torch.cat(ops.joint_attention(*leaves, images, texts, *offsets))
     weight = torch.randn_like(out)
     first = torch.autograd.grad(out, leaves, weight, retain_graph=True)

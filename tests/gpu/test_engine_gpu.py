@@ -50,7 +50,7 @@ def attention_inputs(shape, grad=False):
 
 def runnable(name: str, **changes) -> None:
     candidate = next(c for c in attention_choice.CANDIDATES if c.name == name)
-    if why := candidate.missing(attention_choice.usual(**changes)):
+    if why := candidate.why_unsupported(attention_choice.released_call(**changes)):
         pytest.skip(f"{name} {why}")
 
 

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 RELEASED = LensConfig(num_layers=2)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 ours_alone = pytest.mark.skipif(not HOPPER, reason="our products need an sm_90")
-INVARIANT = [c.name for c in attention_choice.CANDIDATES if not c.varies]
+INVARIANT = [c.name for c in attention_choice.CANDIDATES if not c.why_not_invariant]
 
 
 def invariant_model(config: LensConfig = CONFIG) -> LensTransformer2DModel:
@@ -43,7 +43,7 @@ def drawing(config: LensConfig, grid: tuple[int, int], tokens: int) -> Job:
 
 def runnable(name: str) -> None:
     candidate = next(c for c in attention_choice.CANDIDATES if c.name == name)
-    if why := candidate.missing(attention_choice.usual(invariant=True)):
+    if why := candidate.why_unsupported(attention_choice.released_call(batch_invariant=True)):
         pytest.skip(f"{name} {why}")
 
 
@@ -84,7 +84,9 @@ def test_samples_of_other_sizes(name, case):
 
 
 @ours_alone
-@pytest.mark.parametrize("name", [c.name for c in attention_choice.CANDIDATES if not c.varies and c.device_lengths])
+@pytest.mark.parametrize(
+    "name", [c.name for c in attention_choice.CANDIDATES if not c.why_not_invariant and c.device_lengths]
+)
 def test_released_width_captured(name):
     """1024 x 1024 in one bin of text and beside a longer one; by lens-hopper the step is one call."""
     runnable(name)
@@ -101,14 +103,16 @@ def test_released_width_captured(name):
 def test_the_choice_does_not_look_at_the_batch():
     model = invariant_model(RELEASED)
     for rows in (1, 600, 4511):
-        needs = [
-            attention_choice.need_of(model.device, model.dtype, 64, rows, device_lengths, invariant=True)
+        calls = [
+            attention_choice.attention_call(model.device, model.dtype, 64, rows, device_lengths, batch_invariant=True)
             for device_lengths in (True, False)
         ]
-        assert len({attention_choice.choose(need).name for need in needs}) == 1
+        assert len({attention_choice.choose(call).name for call in calls}) == 1
     assert all(
-        linear_choice.choose(need) == "fused"
-        for need in linear_choice.needs(RELEASED.block_gemms, 64, model.device, model.dtype, 0, alone=True)
+        linear_choice.choose(call) == "fused"
+        for call in linear_choice.gemm_calls(
+            RELEASED.block_gemms, 64, model.device, model.dtype, 0, batch_invariant=True
+        )
     )
 
 

@@ -41,7 +41,7 @@ def on_hopper():
         pytest.skip("the device is no sm_90")
     with attention_choice.use("lens-hopper"):
         try:
-            attention_choice.choose(attention_choice.usual())
+            attention_choice.choose(attention_choice.released_call())
         except RuntimeError as error:
             pytest.fail(str(error))
 
@@ -61,7 +61,7 @@ def attend(qkv, images, texts, bound=INFINITE, polynomial=0, text_queries=True):
 def expected(qkv, images, texts, rounded=False):
     """image, text, lse in float64, head by head; `rounded`: probabilities in bfloat16, as any fast kernel has them."""
     q, k, v = qkv
-    image, text, logarithms, start = [], [], [], 0
+    image, text, lse, start = [], [], [], 0
     for i, t in zip(images, texts, strict=True):
         rows, heads, sums = slice(start, start + i + t), [], []
         for head in range(q.shape[1]):
@@ -74,9 +74,9 @@ def expected(qkv, images, texts, rounded=False):
         out = torch.cat(heads, -1)
         image.append(out[:i])
         text.append(out[i:])
-        logarithms.append(torch.stack(sums))
+        lse.append(torch.stack(sums))
         start += i + t
-    return torch.cat(image), torch.cat(text), torch.cat(logarithms, -1)
+    return torch.cat(image), torch.cat(text), torch.cat(lse, -1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -162,7 +162,7 @@ def served(gradients: str) -> str:
     """The name where it can run after ours; otherwise the test is left out with the reason."""
     with attention_choice.use_backward(gradients):
         try:
-            chosen = attention_choice.choose(attention_choice.usual(backward=True))
+            chosen = attention_choice.choose(attention_choice.released_call(backward=True))
         except RuntimeError as error:
             if gradients == "torch-flash":
                 raise
@@ -171,7 +171,7 @@ def served(gradients: str) -> str:
     return gradients
 
 
-@pytest.mark.parametrize("gradients", [b.name for b in attention_choice.BACKWARDS if b.repeatable])
+@pytest.mark.parametrize("gradients", [b.name for b in attention_choice.BACKWARDS if b.deterministic])
 def test_gradients_by_attention_library_are_the_same_bits_every_time(gradients):
     images, texts, heads = [2048, 2048], [100, 0], 8
     leaves = [x.requires_grad_() for x in draw(images, texts, heads)]

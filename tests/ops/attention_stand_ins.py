@@ -28,7 +28,7 @@ def true_attention(q, k, v, query_offsets: Tensor, offsets: Tensor, scale: float
     return torch.cat(parts).to(q.dtype)
 
 
-def true_logarithms(q, k, query_offsets: Tensor, offsets: Tensor, scale: float) -> Tensor:
+def true_lse(q, k, query_offsets: Tensor, offsets: Tensor, scale: float) -> Tensor:
     """[N, RQ]"""
     ends = query_offsets.tolist(), offsets.tolist()
     parts = [
@@ -39,7 +39,7 @@ def true_logarithms(q, k, query_offsets: Tensor, offsets: Tensor, scale: float) 
 
 
 def true_gradients(dout, q, k, v, out, lse, query_offsets: Tensor, offsets: Tensor, scale: float) -> list[Tensor]:
-    """From the logarithms that are given, as every library does, in float64."""
+    """From the lse that is given, as every library does, in float64."""
     assert lse.shape == (q.shape[1], q.shape[0])
     assert lse.is_contiguous()
     assert dout.shape == out.shape == q.shape
@@ -82,7 +82,7 @@ class Fake2(types.SimpleNamespace):
         checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
         out = true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale)
-        return (out, true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, scale), None) if return_attn_probs else out
+        return (out, true_lse(q, k, cu_seqlens_q, cu_seqlens_k, scale), None) if return_attn_probs else out
 
     @staticmethod
     def _flash_attn_varlen_backward(
@@ -110,7 +110,7 @@ class Fake3(types.SimpleNamespace):
         assert (seqused_q, seqused_k, causal, qv, num_splits, deterministic) == (None, None, False, None, 1, True)
         checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
         scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-        lse = true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, scale)
+        lse = true_lse(q, k, cu_seqlens_q, cu_seqlens_k, scale)
         return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, scale), lse
 
     @staticmethod
@@ -138,7 +138,7 @@ class Fake4(types.SimpleNamespace):
         assert (seqused_q, seqused_k, page_table, causal, learnable_sink) == (None, None, None, False, None)
         assert (num_splits, deterministic) == (1, True)
         checked(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-        lse = true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale) if return_lse else None
+        lse = true_lse(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale) if return_lse else None
         return true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale), lse
 
     @staticmethod
@@ -204,7 +204,7 @@ def torch_flash_forward(
 ):
     assert (dropout_p, is_causal, return_debug_mask) == (0.0, False, False)
     checked(cum_seq_q, cum_seq_k, max_q, max_k)
-    lse = true_logarithms(query, key, cum_seq_q, cum_seq_k, scale)
+    lse = true_lse(query, key, cum_seq_q, cum_seq_k, scale)
     return true_attention(query, key, value, cum_seq_q, cum_seq_k, scale), lse, None, None, None
 
 
@@ -239,7 +239,7 @@ def torch_cudnn_forward(
 ):  # fmt: skip
     assert (attn_bias, compute_log_sumexp, dropout_p, is_causal) == (None, True, 0.0, False)
     places, rows = of_equal_lengths(query, key), [packed(x) for x in (query, key, value)]
-    lse = unpacked(true_logarithms(*rows[:2], *places, scale).T[..., None], query)
+    lse = unpacked(true_lse(*rows[:2], *places, scale).T[..., None], query)
     return unpacked(true_attention(*rows, *places, scale), query), lse, *[None] * 7
 
 
@@ -267,7 +267,7 @@ TORCH = {
 
 def runs_here(real: Candidate) -> Candidate:
     changes = {f: getattr(real, f) for f in inspect.signature(Candidate).parameters}
-    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None, rests_on=())
+    changes |= dict(device="cpu", arch=((0, 0), (0, 0)), forward_modules=(), backward_modules=None, also_requires=())
     changes |= dict(dtypes=(torch.float32, torch.float64), function="")
     if real.kernel:
         changes |= dict(kernel="", head_dim=(1, 64))

@@ -15,7 +15,7 @@ from lens.ops.attention import backward, forward, hopper
 from lens.ops.attention import choice as attention_choice
 from lens.ops.attention.choice import BACKWARDS, CANDIDATES, Candidate, Choice, choose, use
 from lens.ops.attention.hopper import HeadNorms, known_bound, score_bound
-from lens.ops.attention.layout import DeviceLayout, Samples, repeatable
+from lens.ops.attention.layout import DeviceLayout, Samples, with_deterministic_backward
 from tests.ops.attention_stand_ins import (
     BY_NAME,
     IMAGES,
@@ -29,7 +29,7 @@ from tests.ops.attention_stand_ins import (
     torch_cudnn_backward,
     true_attention,
     true_gradients,
-    true_logarithms,
+    true_lse,
 )
 from train.networks.denoiser import _keep
 
@@ -88,8 +88,8 @@ def test_device_lengths(monkeypatch, cudnn_op, name):
     choose.cache_clear()
 
 
-PAIRS = [(c.name, "") for c in CANDIDATES if c.backward and c.call is not None and c.name != "torch-cudnn"]
-PAIRS += [(c.name, b.name) for c in CANDIDATES for b in BACKWARDS if c.logarithms and b.name != Choice(c).gradients]
+PAIRS = [(c.name, "") for c in CANDIDATES if c.backward and c.adapter is not None and c.name != "torch-cudnn"]
+PAIRS += [(c.name, b.name) for c in CANDIDATES for b in BACKWARDS if c.gives_lse and b.name != Choice(c).gradients]
 
 
 @pytest.mark.parametrize("text_queries", [True, False])
@@ -106,7 +106,7 @@ def test_gradients_of_every_library_for_every_forward_pass(monkeypatch, name, gr
         return torch.autograd.grad((image[:14] * weight).sum() + text.square().sum(), tensors)
 
     with use(name), attention_choice.use_backward(gradients_of or None):
-        chosen = choose(attention_choice.need_of_call(*tensors, 10, False))
+        chosen = choose(attention_choice.call_of(*tensors, 10, False))
         assert (chosen.name, chosen.gradients) == (name, gradients_of or chosen.gradients)
         assert (chosen.backward is not None) == bool(gradients_of)
         found = gradients(ops.joint_attention)
@@ -138,7 +138,7 @@ def test_libraries_get_channels_side_by_side(monkeypatch):
 
     real = [x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in inputs(torch.float64)]
     assert {x.stride(-1) for x in real} == {2}
-    monkeypatch.setattr(attention_choice, "choose", lambda need: Choice(Candidate("any", attend)))
+    monkeypatch.setattr(attention_choice, "choose", lambda call: Choice(Candidate("any", attend)))
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
     out = attention_choice.run(*real, Samples(joint, joint, 10, 10, 0.3))
     assert seen == [1, 1, 1]
@@ -153,7 +153,7 @@ def test_what_stands_in_for_torchs_flash_splits_no_keys_under_batch_invariance(m
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: replaced)
     module = types.SimpleNamespace(varlen_attn=lambda *_, **options: given.append(options) or torch.zeros(1))
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
-    forward.torch_varlen(*inputs(), Samples(joint, joint, 10, 10, 8**-0.5, invariant=invariant), module)
+    forward.torch_varlen(*inputs(), Samples(joint, joint, 10, 10, 8**-0.5, batch_invariant=invariant), module)
     assert given == [{"num_splits": 1} if replaced and invariant else {}]
 
 
@@ -164,7 +164,7 @@ def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
         deterministic,
     ):  # fmt: skip
         made = true_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, softmax_scale)
-        return (made, true_logarithms(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale)) if gives else made
+        return (made, true_lse(q, k, cu_seqlens_q, cu_seqlens_k, softmax_scale)) if gives else made
 
     module = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func, __name__="flash_attn_interface")
     q, k, v = inputs()
@@ -173,12 +173,12 @@ def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
     plain = forward.flash_attn_3(q, k, v, samples, module)
     torch.testing.assert_close(plain, true_attention(q, k, v, joint, joint, 0.3))
     if gives:
-        out, lse = forward.flash_attn_3(q, k, v, samples, module, logarithms=True)
+        out, lse = forward.flash_attn_3(q, k, v, samples, module, with_lse=True)
         assert torch.equal(out, plain)
-        torch.testing.assert_close(lse, true_logarithms(q, k, joint, joint, 0.3))
+        torch.testing.assert_close(lse, true_lse(q, k, joint, joint, 0.3))
     else:
-        with pytest.raises(RuntimeError, match="this release of flash_attn_interface gives no logarithms"):
-            forward.flash_attn_3(q, k, v, samples, module, logarithms=True)
+        with pytest.raises(RuntimeError, match="this release of flash_attn_interface gives no lse"):
+            forward.flash_attn_3(q, k, v, samples, module, with_lse=True)
 
 
 @pytest.mark.parametrize("grad", [True, False])
@@ -240,7 +240,7 @@ def test_equal_samples_share_a_call_of_cudnn_and_lengths_come_from_the_device_wh
     )
     q, k, v, dout = (torch.randn(14, 2, 8, dtype=torch.float64) for _ in range(4))
     offsets = offsets_of(lengths)
-    lse, out = true_logarithms(q, k, offsets, offsets, 0.3), true_attention(q, k, v, offsets, offsets, 0.3)
+    lse, out = true_lse(q, k, offsets, offsets, 0.3), true_attention(q, k, v, offsets, offsets, 0.3)
     expected = true_gradients(dout, q, k, v, out, lse, offsets, offsets, 0.3)
     for known in (lengths, None):
         got = backward.torch_cudnn(None, dout, q, k, v, out, lse, Samples(offsets, offsets, 4, 4, 0.3, known, known))
@@ -335,9 +335,9 @@ def test_torch_kernels_are_told_to_be_repeatable():
         pass
 
     x, fill = torch.ones(3, requires_grad=True), torch.utils.deterministic.fill_uninitialized_memory
-    repeatable(WatchedAttention.apply(x)).sum().backward()
+    with_deterministic_backward(WatchedAttention.apply(x)).sum().backward()
     WatchedAttention.apply(x).sum().backward()
-    repeatable(Product.apply(x)).sum().backward()
+    with_deterministic_backward(Product.apply(x)).sum().backward()
     assert seen == [True, False, False, False, False, False], "a product wants a setting of cuBLAS there"
     assert not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory == fill

@@ -14,7 +14,7 @@ import torch
 from lens import ops
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
-from lens.ops.attention.choice import BACKWARDS, Candidate, Choice, Need, choose, need_of, report, use
+from lens.ops.attention.choice import BACKWARDS, AttentionCall, Candidate, Choice, attention_call, choose, report, use
 from lens.ops.attention.layout import DeviceLayout, Samples
 from tests.ops.attention_stand_ins import BY_NAME, IMAGES, TEXTS, Fake2, inputs, offsets_of, true_attention
 
@@ -29,7 +29,7 @@ ALL_MODULES = {
 }
 
 
-def need(**changes: object) -> Need:
+def call(**changes: object) -> AttentionCall:
     released = dict(
         device="cuda",
         arch=(9, 0),
@@ -39,7 +39,7 @@ def need(**changes: object) -> Need:
         device_lengths=False,
         longest=4511,
     )
-    return Need(**{**released, **changes})
+    return AttentionCall(**{**released, **changes})
 
 
 @pytest.fixture
@@ -62,15 +62,15 @@ def machine(monkeypatch):
 
 
 def test_the_highest_rate_among_what_is_installed_wins(machine):
-    assert choose(need()).name == "flash-attn-3"
+    assert choose(call()).name == "flash-attn-3"
     machine("torch.nn.attention.varlen", "flash_attn")
-    assert choose(need()).name == "torch-cudnn"  # 408 beats 321 for long samples
-    assert choose(need(longest=600)).name == "flash-attn-2"  # and loses for short ones, a launch for each
-    assert choose(need(device_lengths=True)).name == "flash-attn-2"  # a captured step has no lengths to loop over
+    assert choose(call()).name == "torch-cudnn"  # 408 beats 321 for long samples
+    assert choose(call(longest=600)).name == "flash-attn-2"  # and loses for short ones, a launch for each
+    assert choose(call(device_lengths=True)).name == "flash-attn-2"  # a captured step has no lengths to loop over
     machine("torch.nn.attention.varlen")
-    assert choose(need(device_lengths=True)).name == "torch-varlen"
+    assert choose(call(device_lengths=True)).name == "torch-varlen"
     machine()
-    assert choose(need(arch=(7, 5))).name == "torch-sdpa"
+    assert choose(call(arch=(7, 5))).name == "torch-sdpa"
 
 
 @pytest.mark.parametrize(
@@ -89,11 +89,11 @@ def test_the_highest_rate_among_what_is_installed_wins(machine):
     ],
 )
 def test_what_a_candidate_lacks_is_said(machine, changes, name, why):
-    rows = {row[0]: row for row in report(need(**changes))}
+    rows = {row[0]: row for row in report(call(**changes))}
     assert not rows[name][1]
     assert why in rows[name][2]
     with use(name), pytest.raises(RuntimeError, match=f"{name} was asked for but cannot run: "):
-        choose(need(**changes))
+        choose(call(**changes))
 
 
 def test_batch_invariance_refuses_what_looks_at_other_samples(machine, monkeypatch):
@@ -105,23 +105,28 @@ def test_batch_invariance_refuses_what_looks_at_other_samples(machine, monkeypat
         ("torch-cudnn-varlen", "is not batch-invariant: cuDNN plans all samples of a call as one problem"),
         ("flash-attn-4", "is not batch-invariant: on Blackwell its tiles follow the longest sample of the call"),
     ):
-        assert not next(c for c in attention_choice.CANDIDATES if c.name == name).missing(need())
-        rows = {row[0]: row for row in report(need(invariant=True))}
+        assert not next(c for c in attention_choice.CANDIDATES if c.name == name).why_unsupported(call())
+        rows = {row[0]: row for row in report(call(batch_invariant=True))}
         assert rows[name] == (name, False, why)
         with use(name), pytest.raises(RuntimeError, match=f"{name} was asked for but cannot run: {why}"):
-            choose(need(invariant=True))
+            choose(call(batch_invariant=True))
     libraries = {"flash_attn": "flash-attn-2", "": "torch-varlen", "flash_attn_interface": "flash-attn-3"}
     for installed, expected in libraries.items():
         machine("torch.nn.attention.varlen", installed)
         for device_lengths in (True, False):
             for longest in (1, 600, 4511):
-                asked = need_of(torch.device("meta"), torch.bfloat16, 64, longest, device_lengths, invariant=True)
+                asked = attention_call(
+                    torch.device("meta"), torch.bfloat16, 64, longest, device_lengths, batch_invariant=True
+                )
                 asked = dataclasses.replace(asked, device="cuda", arch=(9, 0))
                 assert choose(asked).name == expected, (installed, device_lengths, longest)
-    assert "plain steps run what captured ones do" in {r[0]: r for r in report(need(invariant=True))}["torch-cudnn"][2]
-    assert choose(need(invariant=True, dtype=torch.float32)).name == "torch-sdpa", "one call per sample"
+    assert (
+        "plain steps run what captured ones do"
+        in {r[0]: r for r in report(call(batch_invariant=True))}["torch-cudnn"][2]
+    )
+    assert choose(call(batch_invariant=True, dtype=torch.float32)).name == "torch-sdpa", "one call per sample"
     with pytest.raises(RuntimeError, match="no attention backend can serve"):
-        choose(need(invariant=True, dtype=torch.float32, device_lengths=True))
+        choose(call(batch_invariant=True, dtype=torch.float32, device_lengths=True))
 
 
 @pytest.mark.parametrize("places", [False, True])
@@ -129,31 +134,31 @@ def test_batch_invariance_is_asked_of_the_choice(monkeypatch, places):
     asked = []
     monkeypatch.setattr(backend, "choose", lambda op, x: "cuda")
     candidate = Candidate("zero", lambda q, k, v, samples, module: torch.zeros_like(q))
-    monkeypatch.setattr(attention_choice, "choose", lambda need: asked.append(need) or Choice(candidate))
+    monkeypatch.setattr(attention_choice, "choose", lambda call: asked.append(call) or Choice(candidate))
     q, offsets = torch.randn(5, 1, 8), torch.tensor([0, 5], dtype=torch.int32)
     none = torch.zeros(2, dtype=torch.int32)
     where = DeviceLayout(None, None, 5, 5, offsets) if places else None
     with torch.no_grad():
         for invariant in (False, True):
-            ops.joint_attention(q, q, q, [5], [0], offsets, none, layout=where, invariant=invariant)
-    assert [need.invariant for need in asked] == [False, False, True, True]
+            ops.joint_attention(q, q, q, [5], [0], offsets, none, layout=where, batch_invariant=invariant)
+    assert [call.batch_invariant for call in asked] == [False, False, True, True]
 
 
 def test_our_kernel_is_not_chosen_on_a_prediction(machine, monkeypatch):
     for changes in ({}, {"longest": 600}, {"device_lengths": True}, {"backward": True}):
-        rows = {row[0]: row for row in report(need(**changes))}
+        rows = {row[0]: row for row in report(call(**changes))}
         assert not rows["lens-hopper"][1]
         assert "not chosen before it was measured; LENS_ATTENTION=lens-hopper forces it" in rows["lens-hopper"][2]
         with use("lens-hopper"):
-            assert choose(need(**changes)).name == "lens-hopper"
-            assert report(need(**changes))[0][2].startswith("forced; predicted")
-            assert "forces it" not in report(need(**changes))[0][2]
-    measured = {**attention_choice.entry("lens-hopper", need()), "status": "measured"}
+            assert choose(call(**changes)).name == "lens-hopper"
+            assert report(call(**changes))[0][2].startswith("forced; predicted")
+            assert "forces it" not in report(call(**changes))[0][2]
+    measured = {**attention_choice.entry("lens-hopper", call()), "status": "measured"}
     table = {**attention_choice.table(), ("9.0", "long", "lens-hopper"): measured}
     monkeypatch.setattr(attention_choice, "table", lambda: table)
     choose.cache_clear()
-    assert choose(need()).name == "lens-hopper"
-    assert choose(need(longest=600)).name == "flash-attn-3"
+    assert choose(call()).name == "lens-hopper"
+    assert choose(call(longest=600)).name == "flash-attn-3"
 
 
 @pytest.mark.parametrize(
@@ -170,32 +175,35 @@ def test_what_our_kernel_lacks_is_said(machine, monkeypatch, changes, why):
     if not changes:
         monkeypatch.setattr(backend, "without", lambda kernel: f"lens._C was built without {kernel}")
     with use("lens-hopper"), pytest.raises(RuntimeError, match=f"lens-hopper was asked for but cannot run: {why}"):
-        choose(need(**changes))
+        choose(call(**changes))
 
 
 def test_the_forward_only_package_serves_no_training(machine):
     machine("fa3_fwd_interface")
-    assert choose(need()).name == "flash-attn-3"
-    assert BY_NAME["flash-attn-3"].missing(need(backward=True)) == "flash_attn_interface is not installed (backward)"
-    assert choose(need(backward=True)).name == "torch-sdpa", "mixed with nothing before that was measured"
+    assert choose(call()).name == "flash-attn-3"
+    assert (
+        BY_NAME["flash-attn-3"].why_unsupported(call(backward=True))
+        == "flash_attn_interface is not installed (backward)"
+    )
+    assert choose(call(backward=True)).name == "torch-sdpa", "mixed with nothing before that was measured"
     with use("flash-attn-3"):
-        assert choose(need(backward=True)).gradients == "torch-flash", "its logarithms serve another's gradients"
+        assert choose(call(backward=True)).gradients == "torch-flash", "its lse serves another's gradients"
 
 
 def test_a_library_without_its_compiler_is_not_there(machine):
     machine("flash_attn", "flash_attn.cute")
-    assert BY_NAME["flash-attn-4"].missing(need()) == "cutlass is not installed, which it is built on"
-    assert choose(need(device_lengths=True)).name == "flash-attn-2"
+    assert BY_NAME["flash-attn-4"].why_unsupported(call()) == "cutlass is not installed, which it is built on"
+    assert choose(call(device_lengths=True)).name == "flash-attn-2"
 
 
 def test_every_candidate_is_reported_once_with_a_reason_and_one_is_chosen(machine):
     for changes in ({}, {"backward": True}, {"device_lengths": True}, {"dtype": torch.float32}, {"arch": (8, 6)}):
-        rows = report(need(**changes))
+        rows = report(call(**changes))
         assert sorted(name for name, _, _ in rows) == sorted(BY_NAME)
         assert [chosen for _, chosen, _ in rows].count(True) == 1
         assert rows[0][1], "the chosen one comes first"
         assert all(why for _, _, why in rows)
-    rows = report(need(device="cpu"))
+    rows = report(call(device="cpu"))
     assert not any(chosen for _, chosen, _ in rows)
 
 
@@ -216,17 +224,17 @@ def test_the_choice_in_a_few_words(machine, monkeypatch):
 
 def test_forcing(machine):
     with use("torch-sdpa"):
-        assert choose(need()).name == "torch-sdpa"
-        name, chosen, why = report(need())[0]
+        assert choose(call()).name == "torch-sdpa"
+        name, chosen, why = report(call())[0]
         assert (name, chosen) == ("torch-sdpa", True)
         assert why.startswith("forced; predicted 310 TFLOP/s for long calls on 9.0")
-    assert choose(need()).name == "flash-attn-3"
+    assert choose(call()).name == "flash-attn-3"
     with pytest.raises(ValueError, match=r"name must be one of lens-hopper, .*, got 'flash'"), use("flash"):
         pass
 
 
 def test_environment():
-    code = "from lens.ops.attention import choice as a; print(a.forced()); a.choose(a.Need('cuda',(9,0),None,64,0,0,9))"
+    code = "from lens.ops.attention import choice as a; print(a.override.name); a.choose(a.AttentionCall('cuda',(9,0),None,64,0,0,9))"
     run = subprocess.run(
         [sys.executable, "-c", code], env={"LENS_ATTENTION": "quick", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, cwd=backend.__file__.split("lens")[0], timeout=300,
@@ -292,15 +300,15 @@ def test_a_library_computes_its_own_gradients_unless_two_were_measured_to_be_fas
     lines = [("long", "torch-varlen", 900), ("long", "flash-attn-2", 300)]
     lines += [("long backward", "torch-flash", 200), ("long backward", "flash-attn-2", 250)]
     rates(monkeypatch, *((*line, "predicted") for line in lines))
-    assert names(choose(need(backward=True))) == ("flash-attn-2", "flash-attn-2", False), "1/300 + 2.5/250"
+    assert names(choose(call(backward=True))) == ("flash-attn-2", "flash-attn-2", False), "1/300 + 2.5/250"
     rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(need(backward=True))) == ("torch-varlen", "flash-attn-2", True), "the best of both"
+    assert names(choose(call(backward=True))) == ("torch-varlen", "flash-attn-2", True), "the best of both"
     with use("torch-varlen"):
-        assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False), "forced for both passes"
+        assert names(choose(call(backward=True))) == ("torch-varlen", "torch-flash", False), "forced for both passes"
     lines[3] = ("long backward", "flash-attn-2", 199)
     rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False)
-    for row in report(need(backward=True)), report(need(backward=True), backward=True):
+    assert names(choose(call(backward=True))) == ("torch-varlen", "torch-flash", False)
+    for row in report(call(backward=True)), report(call(backward=True), backward=True):
         assert row[0][1:] == (True, row[0][2])
         assert [chosen for _, chosen, _ in row].count(True) == 1
 
@@ -311,11 +319,11 @@ def test_a_forward_pass_in_training_is_chosen_by_its_rate_there(machine, monkeyp
     lines = [("long", "lens-hopper", 540), ("long training", "lens-hopper", 300), ("long", "torch-varlen", 320)]
     lines += [("long backward", "torch-flash", 200)]
     rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(need())) == ("lens-hopper", "lens-hopper", False)
-    assert names(choose(need(backward=True))) == ("torch-varlen", "torch-flash", False)
+    assert names(choose(call())) == ("lens-hopper", "lens-hopper", False)
+    assert names(choose(call(backward=True))) == ("torch-varlen", "torch-flash", False)
     lines[1] = ("long training", "lens-hopper", 330)
     rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(need(backward=True))) == ("lens-hopper", "torch-flash", True)
+    assert names(choose(call(backward=True))) == ("lens-hopper", "torch-flash", True)
 
 
 def test_short_samples_have_rates_of_their_own_in_training(machine, monkeypatch):
@@ -325,20 +333,20 @@ def test_short_samples_have_rates_of_their_own_in_training(machine, monkeypatch)
         ("short", "flash-attn-2", 200), ("short", "torch-varlen", 100), ("short", "torch-flash", 100),
     )]  # fmt: skip
     rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert choose(need(backward=True)).gradients == "torch-flash"
-    assert choose(need(backward=True, longest=600)).gradients == "flash-attn-2"
+    assert choose(call(backward=True)).gradients == "torch-flash"
+    assert choose(call(backward=True, longest=600)).gradients == "flash-attn-2"
 
 
 def test_a_rate_of_another_architecture_decides_nothing_beside_one_of_this(machine, monkeypatch):
     machine("flash_attn", "torch.nn.attention.varlen")
     rates(monkeypatch, ("long", "flash-attn-2", 900, "predicted"), arch="8.0")
-    assert choose(need(arch=(8, 6))).name == "flash-attn-2"
+    assert choose(call(arch=(8, 6))).name == "flash-attn-2"
     table = dict(attention_choice.table())
     rates(monkeypatch, ("long", "torch-varlen", 100, "measured"), arch="8.6")
     own = attention_choice.table()
     monkeypatch.setattr(attention_choice, "table", lambda: {**table, **own})
     choose.cache_clear()
-    assert choose(need(arch=(8, 6))).name == "torch-varlen"
+    assert choose(call(arch=(8, 6))).name == "torch-varlen"
 
 
 def test_gradients_that_change_from_run_to_run_are_taken_only_where_they_are_forced(machine, monkeypatch):
@@ -346,7 +354,7 @@ def test_gradients_that_change_from_run_to_run_are_taken_only_where_they_are_for
     lines = [("long", "torch-cudnn", 400), ("long backward", "torch-cudnn", 400)]
     lines += [("long", "torch-varlen", 300), ("long backward", "torch-flash", 200)]
     rates(monkeypatch, *((*line, "measured") for line in lines))
-    asked = need(backward=True)
+    asked = call(backward=True)
     assert names(choose(asked)) == ("torch-cudnn", "torch-flash", True)
     why = {row[0]: row[2] for row in report(asked, backward=True)}["torch-cudnn"]
     assert "other bits every time, which torch cannot switch off; LENS_ATTENTION_BACKWARD=torch-cudnn forces it" in why
@@ -363,7 +371,7 @@ def test_gradients_that_change_from_run_to_run_are_taken_only_where_they_are_for
 
 def test_forced_gradients_that_cannot_run_raise(machine):
     machine("torch.nn.attention.varlen")
-    asked = need(backward=True)
+    asked = call(backward=True)
     for name, why in (("flash-attn-3", "flash_attn_interface is not installed"), ("flash-attn-2", "flash_attn")):
         with (
             attention_choice.use_backward(name),
@@ -373,23 +381,23 @@ def test_forced_gradients_that_cannot_run_raise(machine):
     with (
         attention_choice.use_backward("torch-cudnn"),
         use("torch-sdpa"),
-        pytest.raises(RuntimeError, match=r"torch-sdpa with the gradients of torch-cudnn .* it gives no logarithms"),
+        pytest.raises(RuntimeError, match=r"torch-sdpa with the gradients of torch-cudnn .* it gives no lse"),
     ):
         choose(asked)
     with attention_choice.use_backward("torch-cudnn"):
-        assert choose(need()).backward is None, "inference does not ask for gradients"
+        assert choose(call()).backward is None, "inference does not ask for gradients"
     with pytest.raises(ValueError, match="must be one of flash-attn-3"), attention_choice.use_backward("torch-sdpa"):
         pass
 
 
 def test_heads_too_wide_for_a_fixed_order_are_left_to_another_library(machine):
-    """flash-attn 3 refuses a repeatable backward pass beyond 192 channels, by its own words."""
+    """flash-attn 3 refuses a deterministic backward pass beyond 192 channels, by its own words."""
     machine("flash_attn_interface", "torch.nn.attention.varlen")
-    assert names(choose(need(backward=True, head_dim=192))) == ("flash-attn-3", "flash-attn-3", False)
-    assert choose(need(head_dim=256)).name == "flash-attn-3"
-    assert names(choose(need(backward=True, head_dim=256))) == ("torch-varlen", "torch-flash", False)
+    assert names(choose(call(backward=True, head_dim=192))) == ("flash-attn-3", "flash-attn-3", False)
+    assert choose(call(head_dim=256)).name == "flash-attn-3"
+    assert names(choose(call(backward=True, head_dim=256))) == ("torch-varlen", "torch-flash", False)
     with use("flash-attn-3"):
-        assert names(choose(need(backward=True, head_dim=256))) == ("flash-attn-3", "torch-flash", True)
+        assert names(choose(call(backward=True, head_dim=256))) == ("flash-attn-3", "torch-flash", True)
 
 
 def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine):

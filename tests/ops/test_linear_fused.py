@@ -11,7 +11,7 @@ from lens.doctor import ops as doctor
 from lens.ops import backend, reference
 from lens.ops.linear import choice as linear_choice
 from lens.ops.linear import fused as linear_fused
-from lens.ops.linear.choice import Need
+from lens.ops.linear.choice import GemmCall
 from tests.ops.harness import DTYPES, Maker, cast, error, offsets_of, same_bits
 
 HEADS, HEAD, HIDDEN = 2, 64, 128
@@ -185,7 +185,7 @@ def test_sample_by_sample():
 # ---- who multiplies
 
 
-NEED = Need("w13", "cuda", (9, 0), torch.bfloat16, 8192, 1536, 8192)
+NEED = GemmCall("w13", "cuda", (9, 0), torch.bfloat16, 8192, 1536, 8192)
 
 
 @pytest.fixture
@@ -199,7 +199,7 @@ def able(monkeypatch):
 
 
 def entries(status: str, fused: float) -> list[dict]:
-    common = {"arch": "9.0", "product": "w13", "source": "x"}
+    common = {"arch": "9.0", "gemm": "w13", "source": "x"}
     return [
         {**common, "rows": 4096, "backend": "library", "tflops": 600, "status": status},
         {**common, "rows": 4096, "backend": "fused", "tflops": fused, "status": status},
@@ -224,7 +224,7 @@ def test_measured_rates_decide(able, status, fused, rows, expected):
     assert why
 
 
-def at(rows: int = 8192, **changes) -> Need:
+def at(rows: int = 8192, **changes) -> GemmCall:
     return dataclasses.replace(NEED, rows=rows, **changes)
 
 
@@ -236,7 +236,7 @@ REFUSALS = [
     (dict(backward=True), "has no backward pass"),
     (dict(plain=False), "no plain torch.nn.Linear"),
     (dict(depth=96), "needs input columns in multiples of 64, got 96"),
-    (dict(product="qkv", head_dim=128), "needs heads of 64 channels, these have 128"),
+    (dict(gemm="qkv", head_dim=128), "needs heads of 64 channels, these have 128"),
 ]
 
 
@@ -250,7 +250,7 @@ def test_what_ours_cannot_serve(able, changes, message):
     with linear_choice.use("fused"), pytest.raises(RuntimeError, match="fused was asked for but cannot run") as told:
         linear_choice.choose(at(**changes))
     assert message in str(told.value)
-    assert str(told.value).startswith(f"lens.{linear_choice.PRODUCTS[at(**changes).product]}: ")
+    assert str(told.value).startswith(f"lens.{linear_choice.GEMMS[at(**changes).gemm]}: ")
 
 
 def test_forced(able, monkeypatch):
@@ -259,14 +259,14 @@ def test_forced(able, monkeypatch):
         assert linear_choice.choose(at()) == "library"
     able.setattr(linear_choice, "table", lambda: entries("measured", 1))
     with linear_choice.use("fused"):
-        assert linear_choice.choose(at(alone=True)) == "fused"
+        assert linear_choice.choose(at(batch_invariant=True)) == "fused"
         made = typed(inputs([3], [2]), torch.float32)
         with pytest.raises(RuntimeError, match=r"lens.linear_swiglu: fused was asked for but cannot run: runs on cuda"):
             linear_fused.linear_swiglu(made["normed"], layers(made["w13"]))
-    assert linear_choice.forced() is None
+    assert linear_choice.override.name is None
     with pytest.raises(ValueError, match="must be library or fused, got 'quick'"), linear_choice.use("quick"):
         pass
-    monkeypatch.setattr(linear_choice._forcing, "name", "quick")
+    monkeypatch.setattr(linear_choice.override, "name", "quick")
     with pytest.raises(RuntimeError, match="LENS_LINEAR must be library or fused, got 'quick'"):
         linear_choice.choose(at(rows=1))
 
@@ -275,36 +275,36 @@ def test_forced(able, monkeypatch):
 def test_under_batch_invariance_ours_serves_wherever_it_can_whatever_rows_and_rates(able, table):
     able.setattr(linear_choice, "table", lambda: table)
     for rows in (0, 1, 8192, 9000):
-        chosen, why = linear_choice.decide(at(rows, alone=True))
+        chosen, why = linear_choice.decide(at(rows, batch_invariant=True))
         assert (chosen, why) == ("fused", "batch-invariant: a row's bits depend on that row alone")
-    chosen, why = linear_choice.decide(at(alone=True, arch=(8, 0)))
+    chosen, why = linear_choice.decide(at(batch_invariant=True, arch=(8, 0)))
     assert (chosen, why) == ("library", "fused needs compute capability 9.0, this is 8.0")
     with linear_choice.use("library"):
-        assert linear_choice.choose(at(alone=True)) == "library"
+        assert linear_choice.choose(at(batch_invariant=True)) == "library"
 
 
 def test_batch_invariance_wakes_the_choice(able):
     """Nothing measured, nothing forced: the library serves unseen, but not those who must not depend on their batch."""
     able.setattr(linear_choice, "measured", lambda: False)
     assert linear_choice.idle()
-    assert not linear_choice.idle(alone=True)
+    assert not linear_choice.idle(batch_invariant=True)
     with backend.use("reference"):
-        assert linear_choice.idle(alone=True)
+        assert linear_choice.idle(batch_invariant=True)
 
 
 def test_a_need_that_must_not_depend_on_its_batch_has_no_rows(monkeypatch):
     """The products of both streams and of one ask for the same, however many rows and samples there are."""
     asked = []
-    monkeypatch.setattr(linear_choice, "idle", lambda alone=False: False)
-    monkeypatch.setattr(linear_choice, "choose", lambda need: asked.append(need) or "library")
+    monkeypatch.setattr(linear_choice, "idle", lambda batch_invariant=False: False)
+    monkeypatch.setattr(linear_choice, "choose", lambda call: asked.append(call) or "library")
     for lengths in ([2], [2, 3]):
         x = torch.randn(sum(lengths), 8)
         linear_fused.linear_swiglu([x, x[:2]], [torch.nn.Linear(8, 4, bias=False)] * 2, (lengths, [2]))
         linear_fused.linear_swiglu([x], [torch.nn.Linear(8, 4, bias=False)], (lengths,))
         linear_fused.linear_swiglu([x], [torch.nn.Linear(8, 4, bias=False)])
     assert len(set(asked)) == 3
-    assert {need.rows for need in asked if need.alone} == {0}
-    assert {need.rows for need in asked if not need.alone} == {2, 5}
+    assert {call.rows for call in asked if call.batch_invariant} == {0}
+    assert {call.rows for call in asked if not call.batch_invariant} == {2, 5}
 
 
 def test_lengths_that_only_the_device_knows_are_refused_by_the_library():
@@ -320,13 +320,13 @@ def test_lengths_that_only_the_device_knows_are_refused_by_the_library():
 def test_a_build_without_the_kernels_says_so(monkeypatch):
     monkeypatch.setattr(backend, "unavailable", lambda device: "")
     monkeypatch.setattr(backend, "_extension", object())
-    assert linear_choice.missing(at()) == "lens._C was built without linear_swiglu"
+    assert linear_choice.why_unsupported(at()) == "lens._C was built without linear_swiglu"
 
 
 def test_the_table_is_whole_and_nothing_in_it_is_claimed_as_measured():
     """A measured line needs a committed result; until there is one, the library is the default everywhere."""
-    products = {(e["product"], e["backend"]) for e in linear_choice.table() if e["arch"] == "9.0"}
-    assert products == {(p, b) for p in linear_choice.PRODUCTS for b in linear_choice.BACKENDS}
+    products = {(e["gemm"], e["backend"]) for e in linear_choice.table() if e["arch"] == "9.0"}
+    assert products == {(p, b) for p in linear_choice.GEMMS for b in linear_choice.BACKENDS}
     assert linear_choice.measured() == any(e["status"] == "measured" for e in linear_choice.table())
 
 
@@ -345,7 +345,7 @@ def test_a_table_without_a_source_is_refused(tmp_path, monkeypatch):
 def test_the_report_names_every_product(able):
     able.setattr(linear_choice, "capability", lambda index: (9, 0))
     rows = doctor.gemms()
-    assert [name for name, _, _ in rows] == list(linear_choice.PRODUCTS)
+    assert [name for name, _, _ in rows] == list(linear_choice.GEMMS)
     assert all(by == "library" and "not measured against each other yet" in why for _, by, why in rows)
     with linear_choice.use("fused"):
         assert {by for _, by, _ in doctor.gemms()} == {"fused"}

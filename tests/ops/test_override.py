@@ -14,16 +14,16 @@ ENTRY = {"backend": "a", "tflops": 3, "status": "measured", "source": "somewhere
 
 def test_a_forced_name_lasts_for_its_block_and_choices_are_forgotten_at_both_ends(monkeypatch):
     monkeypatch.setenv("LENS_TEST_CHOICE", "b")
-    forcing, seen = Override("LENS_TEST_CHOICE", "here", lambda: ["a", "b", "c"]), []
-    forcing.changed = lambda: seen.append(forcing.forced())
-    assert forcing.forced() == "b"
-    with contextlib.suppress(KeyError), forcing.use("a"), forcing.use(None):
+    override, seen = Override("LENS_TEST_CHOICE", "here", lambda: ["a", "b", "c"]), []
+    override.changed = lambda: seen.append(override.name)
+    assert override.name == "b"
+    with contextlib.suppress(KeyError), override.use("a"), override.use(None):
         raise KeyError
     assert seen == ["a", None, "a", "b"]
-    with pytest.raises(ValueError, match=r"^here: name must be one of a, b, c, got 'd'$"), forcing.use("d"):
+    with pytest.raises(ValueError, match=r"^here: name must be one of a, b, c, got 'd'$"), override.use("d"):
         pass
     monkeypatch.setenv("LENS_TEST_CHOICE", "")
-    assert Override("LENS_TEST_CHOICE", "here", lambda: []).forced() is None
+    assert Override("LENS_TEST_CHOICE", "here", lambda: []).name is None
     assert one_of(["a", "b"]) == "a or b"
 
 

@@ -3,7 +3,7 @@
 An adapter takes the library's module, dout, q, k, v, out, lse and the samples' places -> dq, dk, dv. dout, q and out
 are [RQ, N, H], k and v [R, N, H]; lse, float32 [N, RQ] without padding, holds the natural logarithm of every softmax
 denominator of scaled scores. flash-attn from 2.6 on, 3, 4 and torch's copy of 2 take it as it is, cuDNN by groups of
-equal samples as [B, N, queries, 1] (torch's form with offsets differs from release to release: its logarithms are
+equal samples as [B, N, queries, 1] (torch's form with offsets differs from release to release: its lse is
 [RQ, N, 1] or [N, RQ], and some take the channels for the longest sample). Sums are in a fixed order but for cuDNN's,
 which torch has no switch for.
 """

@@ -1,8 +1,8 @@
 """Attention on CUDA: one adapter per library, all with the same signature; choice.py chooses among them.
 
 An adapter takes q [RQ, N, H], k, v [R, N, H], the samples' places and the library's module -> out [RQ, N, H]; where it
-takes `logarithms`, too, then (out, lse) as backward.py describes it. Channels lie side by side; samples are
-told by offsets, or one call each; there is no mask. Backward passes are asked to be repeatable bit for bit, which
+takes `with_lse`, too, then (out, lse) as backward.py describes it. Channels lie side by side; samples are
+told by offsets, or one call each; there is no mask. Backward passes are asked to be deterministic, which
 cuDNN's cannot be.
 """
 
@@ -18,35 +18,37 @@ from torch import Tensor
 from torch.nn import attention
 
 from lens.ops.attention import layout
-from lens.ops.attention.layout import Samples, repeatable
+from lens.ops.attention.layout import Samples, with_deterministic_backward
 
 torch_flash_forward = torch.ops.aten._flash_attention_forward
 torch_cudnn_forward = torch.ops.aten._scaled_dot_product_cudnn_attention
 SDPA = attention.SDPBackend
-REPEATABLE = [SDPA.FLASH_ATTENTION, SDPA.EFFICIENT_ATTENTION, SDPA.MATH]
+DETERMINISTIC = [SDPA.FLASH_ATTENTION, SDPA.EFFICIENT_ATTENTION, SDPA.MATH]
 
 
-def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
-    if logarithms:  # what varlen_attn calls; its own logarithms change shape between releases
+def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, with_lse: bool = False) -> Any:
+    if with_lse:  # what varlen_attn calls; its own lse changes shape between releases
         places = samples.query_offsets, samples.joint_offsets, samples.longest_query, samples.longest
         return torch_flash_forward(q, k, v, *places, 0.0, False, False, scale=samples.scale)[:2]
     # the default scale is left to the kernel: not every torch this package runs on takes the argument
     options: dict[str, Any] = {} if samples.scale == q.shape[-1] ** -0.5 else {"scale": samples.scale}
-    if samples.invariant and attention.current_flash_attention_impl():
+    if samples.batch_invariant and attention.current_flash_attention_impl():
         options["num_splits"] = 1  # one that this process put in its place may split keys by the longest sample
     lengths = samples.longest_query, samples.longest
-    return repeatable(module.varlen_attn(q, k, v, samples.query_offsets, samples.joint_offsets, *lengths, **options))
+    return with_deterministic_backward(
+        module.varlen_attn(q, k, v, samples.query_offsets, samples.joint_offsets, *lengths, **options)
+    )
 
 
-def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
-    if not logarithms:
+def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, with_lse: bool = False) -> Any:
+    if not with_lse:
         with attention.sdpa_kernel(SDPA.CUDNN_ATTENTION):
             return _sample_by_sample(q, k, v, samples)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = q.new_empty(*q.shape[:2], 1, dtype=torch.float32)
     for queries, rows, query_starts, starts in layout.groups(*samples.lengths(), shared=True):
         query, keys = layout.gather(q, query_starts, queries), [layout.gather(x, starts, rows) for x in (k, v)]
-        # no bias; with logarithms; no dropout, not causal, no debug mask
+        # no bias; with lse; no dropout, not causal, no debug mask
         made = torch_cudnn_forward(query, *keys, None, True, 0.0, False, False, scale=samples.scale)
         layout.scatter(out, query_starts, made[0])
         layout.scatter(lse, query_starts, made[1].reshape(*query.shape[:3], 1))
@@ -55,7 +57,7 @@ def torch_cudnn(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, 
 
 def torch_cudnn_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
     offsets, lengths = (samples.query_offsets, samples.joint_offsets), (samples.longest_query, samples.longest)
-    # no bias; with the logarithms of the denominators, which it always makes; no dropout, not causal, no debug mask
+    # no bias; with lse, which it always makes; no dropout, not causal, no debug mask
     options: tuple[Any, ...] = (True, 0.0, False, False)
     attend: Callable[..., Sequence[Tensor]] = torch.ops.aten._cudnn_attention_forward
     return attend(q, k, v, None, *offsets, *lengths, *options, scale=samples.scale)[0]
@@ -64,8 +66,8 @@ def torch_cudnn_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module
 def torch_sdpa(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any) -> Tensor:
     if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
         return _sample_by_sample(q, k, v, samples)
-    # torch prefers cuDNN's on some devices, and no switch makes those gradients repeatable
-    with attention.sdpa_kernel(REPEATABLE):
+    # torch prefers cuDNN's on some devices, and no switch makes its backward pass deterministic
+    with attention.sdpa_kernel(DETERMINISTIC):
         return _sample_by_sample(q, k, v, samples)
 
 
@@ -78,37 +80,37 @@ def _sample_by_sample(q: Tensor, k: Tensor, v: Tensor, samples: Samples) -> Tens
         if parts[0].shape[0]:
             query, key, value = (x.transpose(0, 1)[None] for x in parts)
             out = F.scaled_dot_product_attention(query, key, value, scale=samples.scale)
-            done.append(repeatable(out)[0].transpose(0, 1))
+            done.append(with_deterministic_backward(out)[0].transpose(0, 1))
     return torch.cat(done) if len(done) > 1 else done[0]
 
 
-def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
-    more = {"return_attn_probs": True} if logarithms else {}  # no probabilities come without dropout
-    return _flash(module, q, k, v, samples, logarithms, dropout_p=0.0, **more)
+def flash_attn_2(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, with_lse: bool = False) -> Any:
+    more = {"return_attn_probs": True} if with_lse else {}  # no probabilities come without dropout
+    return _flash(module, q, k, v, samples, with_lse, dropout_p=0.0, **more)
 
 
-def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
+def flash_attn_3(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, with_lse: bool = False) -> Any:
     # releases before it was an argument return them always, or never
-    known = logarithms and "return_attn_probs" in inspect.signature(module.flash_attn_varlen_func).parameters
+    known = with_lse and "return_attn_probs" in inspect.signature(module.flash_attn_varlen_func).parameters
     more = {"return_attn_probs": True} if known else {}
     # keys in one piece: a sum's order is its own
-    return _flash(module, q, k, v, samples, logarithms, num_splits=1, **more)
+    return _flash(module, q, k, v, samples, with_lse, num_splits=1, **more)
 
 
-def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, logarithms: bool = False) -> Any:
-    more = {"return_lse": True} if logarithms else {}
-    return _flash(module, q, k, v, samples, logarithms, num_splits=1, **more)
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, with_lse: bool = False) -> Any:
+    more = {"return_lse": True} if with_lse else {}
+    return _flash(module, q, k, v, samples, with_lse, num_splits=1, **more)
 
 
 def _flash(
-    module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, logarithms: bool, **options: Any
+    module: Any, q: Tensor, k: Tensor, v: Tensor, samples: Samples, with_lse: bool, **options: Any
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The three generations share these names; some return (out, logarithms) whether asked or not, 2 a third thing."""
+    """The three generations share these names; some return (out, lse) whether asked or not, 2 a third thing."""
     options |= dict(cu_seqlens_q=samples.query_offsets, cu_seqlens_k=samples.joint_offsets)
     options |= dict(max_seqlen_q=samples.longest_query, max_seqlen_k=samples.longest, softmax_scale=samples.scale)
     made = module.flash_attn_varlen_func(q, k, v, causal=False, deterministic=True, **options)
-    if not logarithms:
+    if not with_lse:
         return made[0] if isinstance(made, tuple) else made
     if not isinstance(made, tuple):
-        raise RuntimeError(f"lens.joint_attention: this release of {module.__name__} gives no logarithms for gradients")
+        raise RuntimeError(f"lens.joint_attention: this release of {module.__name__} gives no lse for gradients")
     return made[0], made[1]

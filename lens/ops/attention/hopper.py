@@ -82,7 +82,7 @@ def forward(
     scale: float,
     score_bound: float,
     polynomial: int,
-    logarithms: bool,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """image_out [RI, N * 64], text_out [RT, N * 64] or [0, N * 64], lse float32 [N, RS] or [N, 0].
 
@@ -92,7 +92,7 @@ def forward(
     rows, heads, channels = q.shape
     if scale <= 0:
         raise ValueError(f"lens.joint_attention: scale must be positive for lens-hopper, got {scale}")
-    image, text, lse = _outputs(q, images, text_queries, logarithms)
+    image, text, lse = _outputs(q, images, text_queries, with_lse)
     backend.launch(
         "joint_attention",
         q,
@@ -103,7 +103,7 @@ def forward(
         text_offsets=text_offsets.contiguous(),
         image_out=image,
         text_out=text if text_queries else None,
-        lse=lse if logarithms else None,
+        lse=lse if with_lse else None,
         RI=images,
         RT=rows - images,
         B=image_offsets.shape[0] - 1,
@@ -116,17 +116,17 @@ def forward(
     return image, text, lse
 
 
-def _outputs(q: Tensor, images: int, text_queries: bool, logarithms: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, images: int, text_queries: bool, with_lse: bool) -> tuple[Tensor, Tensor, Tensor]:
     rows, heads, channels = q.shape
     width = heads * channels
     text = q.new_empty(rows - images if text_queries else 0, width)
-    return q.new_empty(images, width), text, q.new_empty(heads, rows if logarithms else 0, dtype=torch.float32)
+    return q.new_empty(images, width), text, q.new_empty(heads, rows if with_lse else 0, dtype=torch.float32)
 
 
 @forward.register_fake
 def _fake(q: Tensor, k: Tensor, v: Tensor, image_offsets: Tensor, text_offsets: Tensor, images: int, *rest: Any) -> Any:
-    text_queries, _, _, _, logarithms = rest
-    return _outputs(q, images, text_queries, logarithms)
+    text_queries, _, _, _, with_lse = rest
+    return _outputs(q, images, text_queries, with_lse)
 
 
 class _Recorded(torch.autograd.Function):

@@ -22,7 +22,7 @@ class Samples:
     scale: float
     query_lengths: Sequence[int] | None = None
     joint_lengths: Sequence[int] | None = None
-    invariant: bool = False  # a sample's bits must not depend on the others of the call
+    batch_invariant: bool = False  # a sample's bits must not depend on the others of the call
 
     def lengths(self) -> tuple[Sequence[int], Sequence[int]]:
         """Rows that ask and rows of every sample, on the host; waits for the device where only it knows them."""
@@ -98,9 +98,9 @@ def deterministic() -> Iterator[None]:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
-def repeatable(out: Tensor) -> Tensor:
-    """Make the backward pass of torch's own attention kernels `deterministic`. Plain products are by themselves, and
-    would raise for want of a setting of cuBLAS."""
+def with_deterministic_backward(out: Tensor) -> Tensor:
+    """Make the backward pass of torch's own attention kernels `deterministic`. Plain matrix products are by
+    themselves, and would raise for want of a setting of cuBLAS."""
     node = out.grad_fn
     if node is None or torch.compiler.is_compiling() or not any(word in node.name() for word in ("Attention", "attn")):
         return out

@@ -24,7 +24,7 @@ from lens.ops import backend
 from lens.ops.override import Override, capability, dotted, one_of, rates
 
 BACKENDS = ("library", "fused")
-PRODUCTS = {
+GEMMS = {
     "qkv": "linear_qkv_norm_rope",
     "w13": "linear_swiglu",
     "out": "linear_gated_residual",
@@ -32,8 +32,8 @@ PRODUCTS = {
 }  # and the op that computes each
 TABLE = Path(__file__).with_name("linear_table.json")
 HEAD_DIM = 64  # of the one epilogue that knows heads
-_forcing = Override("LENS_LINEAR", "lens.ops.linear.choice", lambda: BACKENDS)
-forced, use = _forcing.forced, _forcing.use
+override = Override("LENS_LINEAR", "lens.ops.linear.choice", lambda: BACKENDS)
+use = override.use
 _cluster = 0
 
 
@@ -55,10 +55,10 @@ def in_clusters(blocks: int) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Need:
+class GemmCall:
     """What one call asks for."""
 
-    product: str
+    gemm: str
     device: str
     arch: tuple[int, int]  # compute capability
     dtype: torch.dtype
@@ -68,27 +68,27 @@ class Need:
     head_dim: int = HEAD_DIM
     plain: bool = True  # the layers are torch.nn.Linear, with nothing around or hooked to them
     backward: bool = False  # a gradient is recorded
-    alone: bool = False  # a sample's bits must not depend on its batch
+    batch_invariant: bool = False  # a sample's bits must not depend on its batch
 
 
-def missing(need: Need) -> str:
+def why_unsupported(call: GemmCall) -> str:
     """Why our kernel cannot serve the call, or ""."""
-    op = PRODUCTS[need.product]
-    if need.device != "cuda":
-        return f"runs on cuda, not on {need.device}"
+    op = GEMMS[call.gemm]
+    if call.device != "cuda":
+        return f"runs on cuda, not on {call.device}"
     if why := backend.unavailable("cuda") or backend.without(op):
         return why
-    if need.arch != (9, 0):
-        return f"needs compute capability 9.0, this is {dotted(need.arch)}"
-    if need.dtype != torch.bfloat16:
-        return f"computes in bfloat16, not in {str(need.dtype).removeprefix('torch.')}"
-    if need.backward:
+    if call.arch != (9, 0):
+        return f"needs compute capability 9.0, this is {dotted(call.arch)}"
+    if call.dtype != torch.bfloat16:
+        return f"computes in bfloat16, not in {str(call.dtype).removeprefix('torch.')}"
+    if call.backward:
         return "has no backward pass: training multiplies by the library"
-    if not need.plain:
+    if not call.plain:
         return "a layer is no plain torch.nn.Linear"
-    if need.product == "qkv" and need.head_dim != HEAD_DIM:
-        return f"needs heads of {HEAD_DIM} channels, these have {need.head_dim}"
-    for what, size in (("input", need.depth), ("output", need.columns)):
+    if call.gemm == "qkv" and call.head_dim != HEAD_DIM:
+        return f"needs heads of {HEAD_DIM} channels, these have {call.head_dim}"
+    for what, size in (("input", call.depth), ("output", call.columns)):
         if size % 64:
             return f"needs {what} columns in multiples of 64, got {size}"
     return ""
@@ -97,7 +97,7 @@ def missing(need: Need) -> str:
 @functools.cache
 def table() -> list[dict[str, Any]]:
     """Entries of linear_table.json: arch, product, rows (at least), backend, tflops, status, source."""
-    return rates(TABLE, backend=BACKENDS, product=PRODUCTS)
+    return rates(TABLE, backend=BACKENDS, gemm=GEMMS)
 
 
 @functools.cache
@@ -106,36 +106,36 @@ def measured() -> bool:
     return any(e["status"] == "measured" and e["backend"] == "fused" for e in table())
 
 
-def idle(alone: bool = False) -> bool:
+def idle(batch_invariant: bool = False) -> bool:
     """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured.
-    alone: of those whose samples must not depend on their batch."""
-    return forced() != "fused" and (not (measured() or alone) or backend.forced() == "reference")
+    batch_invariant: of those whose samples must not depend on their batch."""
+    return override.name != "fused" and (not (measured() or batch_invariant) or backend.override() == "reference")
 
 
-def entry(name: str, need: Need) -> dict[str, Any] | None:
+def entry(name: str, call: GemmCall) -> dict[str, Any] | None:
     """The table's line of the most rows that the call reaches; None where it has none."""
-    key = dotted(need.arch), need.product, name
-    of = (e for e in table() if (e["arch"], e["product"], e["backend"]) == key)
-    return max((e for e in of if e["rows"] <= need.rows), key=lambda e: int(e["rows"]), default=None)
+    key = dotted(call.arch), call.gemm, name
+    of = (e for e in table() if (e["arch"], e["gemm"], e["backend"]) == key)
+    return max((e for e in of if e["rows"] <= call.rows), key=lambda e: int(e["rows"]), default=None)
 
 
-def decide(need: Need) -> tuple[str, str]:
+def decide(call: GemmCall) -> tuple[str, str]:
     """(backend, why). RuntimeError where a forced one cannot run."""
-    why = missing(need)
-    if (name := forced()) is not None:
-        op = f"lens.{PRODUCTS[need.product]}"
+    why = why_unsupported(call)
+    if (name := override.name) is not None:
+        op = f"lens.{GEMMS[call.gemm]}"
         if name not in BACKENDS:
-            raise RuntimeError(f"{op}: {_forcing.variable} must be {one_of(BACKENDS)}, got {name!r}")
+            raise RuntimeError(f"{op}: {override.variable} must be {one_of(BACKENDS)}, got {name!r}")
         if name == "fused" and why:
             raise RuntimeError(f"{op}: fused was asked for but cannot run: {why}")
         return name, "forced"
     if why:
         return "library", f"fused {why}"
-    if need.alone:
+    if call.batch_invariant:
         return "fused", "batch-invariant: a row's bits depend on that row alone"
-    ours, library = entry("fused", need), entry("library", need)
+    ours, library = entry("fused", call), entry("library", call)
     if ours is None or library is None:
-        return "library", f"no rates for {need.product} with {need.rows} rows in {TABLE.name}"
+        return "library", f"no rates for {call.gemm} with {call.rows} rows in {TABLE.name}"
     said = ", ".join(f"{e['backend']} {e['status']} {e['tflops']:g} TFLOP/s" for e in (ours, library))
     if "predicted" in (ours["status"], library["status"]):
         return "library", f"not measured against each other yet ({said})"
@@ -143,23 +143,23 @@ def decide(need: Need) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose(need: Need) -> str:
+def choose(call: GemmCall) -> str:
     """The backend that serves the call: "library" or "fused"."""
-    return decide(need)[0]
+    return decide(call)[0]
 
 
-_forcing.changed = choose.cache_clear
+override.changed = choose.cache_clear
 
 
-def needs(
+def gemm_calls(
     gemms: Mapping[str, tuple[int, int]],
     head_dim: int,
     device: torch.device,
     dtype: torch.dtype,
     rows: int,
     **more: bool,
-) -> list[Need]:
-    """What the blocks of a model ask for with ``rows`` rows (0 with ``alone``), GEMM by GEMM: gemms holds the (input,
+) -> list[GemmCall]:
+    """What the blocks of a model ask for with ``rows`` rows (0 with ``batch_invariant``), GEMM by GEMM: gemms holds the (input,
     output) columns of each."""
     arch = capability(device.index) if device.type == "cuda" else (0, 0)
-    return [Need(name, device.type, arch, dtype, rows, *gemms[name], head_dim, **more) for name in PRODUCTS]
+    return [GemmCall(name, device.type, arch, dtype, rows, *gemms[name], head_dim, **more) for name in GEMMS]

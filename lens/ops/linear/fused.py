@@ -73,7 +73,7 @@ def linear_qkv_norm_rope(
     """
     op, head_dim = "linear_qkv_norm_rope", q_weight[0].shape[-1]
     weights = q_weight[0], k_weight[0], q_weight[1], k_weight[1]
-    if not _ours("qkv", op, x, layers, lengths, head_dim):
+    if not _use_fused("qkv", op, x, layers, lengths, head_dim):
         image, text = (linear(*of) for of in zip(layers, x, lengths, strict=True))
         return qk_norm_rope(image, text, *weights, cos, sin, image_offsets, text_offsets, eps)
     linears = [_weights(op, layer, a) for layer, a in zip(layers, x, strict=True)]
@@ -94,7 +94,7 @@ def linear_swiglu(x: Sequence[Tensor], layers: Sequence[Layer], lengths: Lengths
     Raises ValueError for shapes, dtypes or devices that do not fit. Differentiable.
     """
     op = "linear_swiglu"
-    if not _ours("w13", op, x, layers, lengths):
+    if not _use_fused("w13", op, x, layers, lengths):
         return [swiglu(linear(*of)) for of in zip(layers, x, lengths)]
     linears = [_weights(op, layer, a, biased=False) for layer, a in zip(layers, x, strict=True)]
     return kernels.swiglu(list(x), [w for w, _ in linears])
@@ -107,18 +107,18 @@ def linear_gated_residual(
     gate: Sequence[Tensor],
     offsets: Sequence[Tensor],
     lengths: Lengths = (None, None),
-    product: str = "out",
+    gemm: str = "out",
 ) -> list[Tensor]:
     """x_s + gate_sb * layer_s(y_s) for one or both streams s, b the sample of the row: [R_s, D].
 
     x: [R_s, D] float32, bfloat16 (float32 arithmetic) or float64; y: [R_s, K], dtype of x
     layers: K -> D columns, with or without bias
     gate, offsets: of each stream, as in gated_residual; offsets of a stream that is left out are not read
-    lengths: with them every sample has the bits it has alone; product: "out" or "w2", the line of the table
+    lengths: with them every sample has the bits it has alone; gemm: "out" or "w2", the line of the table
     Raises ValueError for shapes, dtypes, devices or (CPU) offsets that do not fit. Differentiable.
     """
     op = "linear_gated_residual"
-    if not _ours(product, op, y, layers, lengths):
+    if not _use_fused(gemm, op, y, layers, lengths):
         return [gated_residual(a, linear(*of), g, o) for a, g, o, of in zip(x, gate, offsets, zip(layers, y, lengths))]
     linears = [_weights(op, layer, b) for layer, b in zip(layers, y, strict=True)]
     offsets = offsets[: len(x)]
@@ -140,12 +140,12 @@ def linear_residual(
     gate: Sequence[Tensor],
     offsets: Sequence[Tensor],
     lengths: Lengths = (None, None),
-    product: str = "out",
+    gemm: str = "out",
 ) -> list[Residual]:
     """linear_gated_residual whose last sum waits for the norm that follows, where the library multiplies: one pass does
     both then. `residual_norm_modulate` takes the result."""
-    if _ours(product, "linear_gated_residual", y, layers, lengths):
-        return [(a,) for a in linear_gated_residual(x, y, layers, gate, offsets, lengths, product)]
+    if _use_fused(gemm, "linear_gated_residual", y, layers, lengths):
+        return [(a,) for a in linear_gated_residual(x, y, layers, gate, offsets, lengths, gemm)]
     return [(a, linear(*of), g) for a, g, of in zip(x, gate, zip(layers, y, lengths))]
 
 
@@ -181,22 +181,22 @@ def linear_gated_residual_norm_modulate(
     offsets: Sequence[Tensor],
     eps: float = 1e-6,
     lengths: Lengths = (None, None),
-    product: str = "out",
+    gemm: str = "out",
 ) -> tuple[list[Tensor], list[Tensor]]:
     """linear_gated_residual and rms_norm_modulate of its result: x_new [R_s, D] and normed [R_s, D] of every stream s.
 
     weight, scale, shift, eps: as in rms_norm_modulate. A norm needs whole rows, which no tile of ours holds: after our
     GEMM it is a pass of its own, after the library's one pass with the residual.
     """
-    residuals = linear_residual(x, y, layers, gate, offsets, lengths, product)
+    residuals = linear_residual(x, y, layers, gate, offsets, lengths, gemm)
     return residual_norm_modulate(residuals, weight, scale, shift, offsets, eps)
 
 
 # ---- which way
 
 
-def _ours(
-    product: str,
+def _use_fused(
+    gemm: str,
     op: str,
     x: Sequence[Tensor],
     layers: Sequence[Layer],
@@ -206,27 +206,27 @@ def _ours(
     """Whether our kernel serves the call; the streams agree in number, and a forced kernel that cannot run raises."""
     if len(layers) != len(x) or len(lengths) < len(x):
         checks.refuse(op, f"layers and lengths must be one per stream, got {len(layers)} for {len(x)} streams")
-    alone = any(of is not None for of in lengths[: len(x)])
-    if linear_choice.idle(alone and x[0].is_cuda):
+    batch_invariant = any(of is not None for of in lengths[: len(x)])
+    if linear_choice.idle(batch_invariant and x[0].is_cuda):
         return False
     linears = [layer for layer in layers if plain(layer) and isinstance(layer, nn.Linear)]
     sizes = (linears[0].in_features, linears[0].out_features) if linears else (0, 0)
     recorded = torch.is_grad_enabled() and any(
         t.requires_grad for t in (*x, *(p for layer in linears for p in layer.parameters()))
     )
-    need = linear_choice.Need(
-        product,
+    call = linear_choice.GemmCall(
+        gemm,
         x[0].device.type,
         linear_choice.capability(x[0].device.index) if x[0].is_cuda else (0, 0),
         x[0].dtype,
-        0 if alone else sum(a.shape[0] for a in x),
+        0 if batch_invariant else sum(a.shape[0] for a in x),
         *sizes,
         head_dim,
         plain=len(linears) == len(layers),
         backward=recorded,
-        alone=alone,
+        batch_invariant=batch_invariant,
     )
-    return linear_choice.choose(need) == "fused"
+    return linear_choice.choose(call) == "fused"
 
 
 def plain(layer: Layer) -> bool:
