@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("results", type=Path, nargs="*")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 where README or picture are stale")
     report.set_defaults(do=_report)
-    tables = commands.add_parser("tables", help="measured rates into the tables by which lens.ops chooses kernels")
+    tables = commands.add_parser("tables", help="committed results into the orders by which lens.ops chooses kernels")
     tables.add_argument("results", type=Path, nargs="*", help="default: all of bench/results")
     tables.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is stale")
     tables.set_defaults(do=_tables)

@@ -153,14 +153,3 @@ def decode_bytes(channels: tuple[int, ...], pixels: int, itemsize: int = 2) -> i
 def encode_bytes(width: int, tokens: int = 512, itemsize: int = 2) -> int:
     """A generous bound of the text encoder's activations: 64 rows of its width for every token."""
     return 64 * width * tokens * itemsize
-
-
-def step_attention_flops(config: LensConfig, lengths: Sequence[int]) -> float:
-    """Of one step: 4 L D T^2 for each sample of T joint rows, softmax left out."""
-    return 4.0 * config.num_layers * config.inner_dim * sum(n * n for n in lengths)
-
-
-def step_gemm_flops(config: LensConfig, rows: int) -> float:
-    """Of one step's blocks: two for each weight of a stream and row, modulation left out."""
-    parameters, modulation = transformer_parameters(config)
-    return float(parameters - modulation) * rows

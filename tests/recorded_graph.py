@@ -137,5 +137,13 @@ OFFSETS_ALONE = Candidate(
 
 def offsets_alone(monkeypatch: Any, candidate: Candidate = OFFSETS_ALONE) -> None:
     """Within the test, attention of captured steps is computed by ``varlen``."""
-    monkeypatch.setattr(attention_choice, "CANDIDATES", [candidate])
+    candidates(monkeypatch, candidate)
+
+
+def candidates(monkeypatch: Any, *known: Candidate) -> None:
+    """Within the test there are these candidates of attention, and every order holds them."""
+    names = tuple(c.name for c in known)
+    orders = {("8.0", f"{length}{training}"): names for length in ("long", "short") for training in ("", " training")}
+    monkeypatch.setattr(attention_choice, "CANDIDATES", list(known))
+    monkeypatch.setattr(attention_choice, "ORDERS", orders)
     attention_choice.choose.cache_clear()

@@ -143,26 +143,25 @@ class Denoiser:
         return step
 
     def who(self, invariant: bool) -> Callable[[], dict[str, Any]]:
-        """What a row says of its step: what was forced, if anything; whether measured rates chose the products; who
-        multiplies where no sample may depend on its batch."""
+        """What a row says of its step: what was forced, if anything; whether measured orders chose the GEMMs; under
+        batch invariance, which kernels computed them."""
 
         def told() -> dict[str, Any]:
             forced = {"linear": linear_choice.override.name, "attention": attention_choice.override.name}
             forced["graphs"] = os.environ.get("LENS_GRAPHS")
             why = batch_invariance.why_library_gemm_of_model(self.model) if invariant else ""
-            said = {"products": f"library, sample by sample: {why}" if why else "ours"} if invariant else {}
+            said = {"gemms": f"library, sample by sample: {why}" if why else "ours"} if invariant else {}
             forced = {k: v for k, v in forced.items() if v}
-            return {"forced": forced, "by_measured_rates": self.by_measured_rates(), **said}
+            return {"forced": forced, "by_measured_orders": self.by_measured_orders(), **said}
 
         return told
 
-    def by_measured_rates(self) -> bool:
-        """Whether both ways of every product have a measured rate for this device and the rows of a step."""
+    def by_measured_orders(self) -> bool:
+        """Whether a committed result ordered both kernels of every GEMM for this device and the rows of a step."""
         model, rows = self.model, sum(self.images) + sum(self.texts)
         config = model.config
         calls = linear_choice.gemm_calls(config.block_gemms, config.attention_head_dim, model.device, model.dtype, rows)
-        entries = [linear_choice.entry(name, call) for call in calls for name in linear_choice.BACKENDS]
-        return all(e is not None and e["status"] == "measured" for e in entries)
+        return all("fused" in linear_choice.order(call) for call in calls)
 
     def ours(self, index: int) -> Callable[..., Tensor]:
         """Op by op, the host launching each."""

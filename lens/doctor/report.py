@@ -13,9 +13,7 @@ from pathlib import Path
 import torch
 
 from .. import __version__
-from ..config import LensConfig
 from ..engine import batch_invariance, residency
-from ..engine.forecast import forecast
 from ..ops.attention import choice as attention_choice
 from ..ops.linear import choice as linear_choice
 from . import ops, selftest
@@ -33,7 +31,7 @@ def examine(model: str = "mini", device: torch.device | None = None) -> list[Fin
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     findings = [*system(), *devices(), *extension(), *op_backends(device), *attention(device)]
-    findings += [*products(device), *memory(device)]
+    findings += [*gemms(device), *memory(device)]
     findings += packages()
     findings += selftest.run_ops(device)
     threads = torch.get_num_threads()
@@ -153,7 +151,7 @@ def op_backends(device: torch.device) -> list[Finding]:
         status = BROKEN if chosen == "none" else NOTE if chosen == "reference" else OK
         found.append(Finding(section, op, status, f"{chosen}: {reason}"))
     if device.type == "cpu":
-        detail = "yes, bit for bit: every matrix product, attention and decode runs sample by sample"
+        detail = "yes, bit for bit: every GEMM, attention and decode runs sample by sample"
         found.append(Finding(section, "batch invariant", OK, detail))
     else:
         yes, detail = batch_invariance.report(device)
@@ -181,26 +179,12 @@ def attention(device: torch.device) -> list[Finding]:
         for name, chosen, why in attention_choice.report(call, backward):
             status = OK if chosen or not forced[backward] else NOTE
             found.append(Finding(section, name, status, f"{'CHOSEN' if chosen else 'not'}: {why}"))
-    return [*found, *text_lengths(calls["captured steps"], calls["plain steps"])]
-
-
-def text_lengths(binned: attention_choice.AttentionCall, exact: attention_choice.AttentionCall) -> list[Finding]:
-    """Whether a captured step of the released model is told exact text lengths, for runs of 415 text tokens."""
-    section, found = "Text lengths of captured steps", []
-    for side, steps, halves in ((64, 20, 2), (64, 4, 1), (90, 20, 2)):
-        lengths = [side * side + 415, side * side][:halves]
-        name = f"{16 * side}x{16 * side}, {steps} {'guided ' * (halves - 1)}steps"
-        try:
-            detail = forecast(LensConfig(), lengths, binned, exact).describe(steps)
-        except RuntimeError as error:
-            return [Finding(section, name, NOTE, str(error))]
-        found.append(Finding(section, name, OK, detail))
     return found
 
 
-def products(device: torch.device) -> list[Finding]:
-    """Who multiplies in a block of the released model: the library with a row kernel after it, or our fused GEMM."""
-    section = "Products with a row op behind them"
+def gemms(device: torch.device) -> list[Finding]:
+    """Which kernel computes each GEMM of a block of the released model: cuBLASLt's with a row kernel after it, or ours."""
+    section = "GEMMs with a row op behind them"
     if device.type != "cuda":
         wanted = linear_choice.override.name == "fused"
         detail = "torch's, sample by sample; the fused ones need a CUDA device"

@@ -16,7 +16,6 @@ from ..ops.denoise_step import OWN_ATTENTION
 from ..ops.linear import choice as linear_choice
 from ..packing import TEXT_BIN, Binned, Grid, bin_texts
 from . import batch_invariance
-from .forecast import forecast
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .job import Job
 from .step import State, advance, capacity, fixed_state, free_state, load, solve
@@ -77,17 +76,18 @@ class Engine:
     cache: where captured steps are kept; None makes one on the CUDA device of the model, with ``budget`` bytes
     for graphs, their buffers and their workspace. LENS_GRAPHS=off turns capturing off.
     text_bin: text rows of a captured step are rounded up to a multiple of it. 1 captures every combination of text
-    lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample. None:
-    64, or 1 for runs in which that is predicted to save more than it costs; see ``lens.engine.forecast``.
+    lengths anew: then the host knows the lengths, and attention may be a library that takes one call per sample.
     """
 
-    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30, text_bin: int | None = None):
-        if text_bin is not None and text_bin < 1:
+    def __init__(self, cache: GraphCache[State] | None = None, budget: int = 8 << 30, text_bin: int = TEXT_BIN):
+        if text_bin < 1:
             raise ValueError(f"lens.Engine: text_bin must be positive, got {text_bin}")
         self.cache = cache
         self.budget = budget
         self.text_bin = text_bin
-        self.weights_move = False  # they visit the device for each call: what was captured last time reads thin air
+        self.weights_move = (
+            False  # they visit the device for each call: a graph captured earlier would read freed addresses
+        )
 
     def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid]) -> str:
         """Why steps of this batch run without a graph, or ""."""
@@ -123,16 +123,6 @@ class Engine:
             model.device, model.dtype, head_dim, longest, device_lengths, batch_invariant=model.invariant
         )
 
-    def bin_of(self, model: LensTransformer2DModel, job: Job) -> int:
-        """The multiple that this job's text rows are rounded up to; 1: exact lengths."""
-        if self.text_bin is not None:
-            return self.text_bin
-        grid = job.grids[0]
-        lengths = [grid[0] * grid[1] + len(index) for index in job.all_indices]
-        binned, exact = (self._attention_call(model, max(lengths), device_lengths) for device_lengths in (True, False))
-        steps = job.steps - job.step
-        return 1 if forecast(model.config, lengths, binned, exact).lengths(steps) == "exact" else TEXT_BIN
-
     @torch.no_grad()
     def start(self, model: LensTransformer2DModel, job: Job) -> Run:
         """A run at step ``job.step``; close it."""
@@ -140,7 +130,7 @@ class Engine:
             return Run(model, free_state(model, job), None, None)
         if self.cache is None or self.cache.device not in (None, model.device):  # the model may have moved
             self.cache = GraphCache(CudaDriver(model.device), self.budget, model.device)
-        binned = bin_texts(job.grids[0], job.all_indices, self.bin_of(model, job))
+        binned = bin_texts(job.grids[0], job.all_indices, self.text_bin)
         if not self.cache.claim():  # the same buffers' worth of its own, the same kernels, the same bits
             state = fixed_state(model, job, binned)
             load(model, state, job, binned)

@@ -1,14 +1,11 @@
-"""What the choices among implementations share: a name that is forced, a table of rates, a device's architecture."""
+"""What the choices among implementations share: a name that is forced, a device's architecture."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -42,17 +39,6 @@ def one_of(names: Sequence[str]) -> str:
     return " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
 
 
-def rates(path: Path, **known: Collection[str]) -> list[dict[str, Any]]:
-    """Entries of a table of rates: tflops, status (measured or predicted), source and keys. ValueError for one that is
-    no rate, or has a key that is not among those known."""
-    entries: list[dict[str, Any]] = json.loads(path.read_text())["entries"]
-    for e in entries:
-        allowed = {**known, "status": ("measured", "predicted")}
-        if any(e[key] not in values for key, values in allowed.items()) or not e["source"] or not e["tflops"] > 0:
-            raise ValueError(f"{path.name}: a measured or predicted rate with its source expected, got {e}")
-    return entries
-
-
 @functools.cache
 def capability(index: int | None) -> tuple[int, int]:
     """Compute capability of a CUDA device; None: the current one when first asked."""
@@ -60,5 +46,5 @@ def capability(index: int | None) -> tuple[int, int]:
 
 
 def dotted(arch: tuple[int, int]) -> str:
-    """An architecture as tables and messages have it."""
+    """An architecture as orders and messages have it."""
     return f"{arch[0]}.{arch[1]}"

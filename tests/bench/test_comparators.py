@@ -16,6 +16,7 @@ from bench.work.scale import TINY
 from lens import ops
 from lens.ops.attention import choice as attention_choice
 from lens.ops.linear import choice as linear_choice
+from tests.recorded_graph import candidates
 
 CPU = torch.device("cpu")
 CEILINGS = {"copy": 1e10, "matmul": 1e11}
@@ -43,24 +44,18 @@ def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided, batch):
         assert distance(d.engine(2)(*inputs), oracle) > 1e-3, "another step of the schedule is another result"
 
 
-def test_a_step_is_by_measured_rates_where_every_product_has_both(monkeypatch):
-    """One product's on this device, or all of another's, leave the rest to the library."""
-    d = Denoiser(TINY, CPU, (4, 5), 7, True)
-
-    def lines(arch: str, *products: str, rows: int = 47, status: str = "measured") -> list[dict]:
-        shared = dict(arch=arch, rows=rows, tflops=1, status=status, source="x")
-        return [dict(shared, gemm=p, backend=b) for p in products for b in linear_choice.BACKENDS]
-
-    for table, by in (
-        (lines("0.0", *linear_choice.GEMMS), True),
-        (lines("0.0", *linear_choice.GEMMS)[:-1], False),
-        (lines("0.0", "qkv"), False),
-        (lines("9.0", *linear_choice.GEMMS), False),
-        (lines("0.0", *linear_choice.GEMMS, rows=48), False),
-        (lines("0.0", *linear_choice.GEMMS, status="predicted"), False),
+def test_a_step_is_by_measured_orders_where_every_gemm_has_one(monkeypatch):
+    """One GEMM's on this device, or all of another's, leave the rest to the library."""
+    d, both = Denoiser(TINY, CPU, (4, 5), 7, True), ("library", "fused")
+    for orders, rows, by in (
+        ({("0.0", gemm): both for gemm in linear_choice.GEMMS}, 47, True),
+        ({("0.0", gemm): both for gemm in linear_choice.GEMMS}, 48, False),
+        ({("0.0", "qkv"): both}, 47, False),
+        ({("9.0", gemm): both for gemm in linear_choice.GEMMS}, 47, False),
     ):
-        monkeypatch.setattr(linear_choice, "table", lambda table=table: table)
-        assert d.who(False)()["by_measured_rates"] == by
+        monkeypatch.setattr(linear_choice, "ORDERS", orders)
+        monkeypatch.setattr(linear_choice, "ROWS", rows)
+        assert d.who(False)()["by_measured_orders"] == by
 
 
 def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
@@ -179,7 +174,7 @@ def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):
     left_out = case.prepare(CPU).left_out
     assert {left_out[name] for name in attention.MODES} == {left_out[attention.OWN]}
     able = dataclasses.replace(own, device="cpu", arch=((0, 0), (0, 0)), dtypes=(torch.float32,), kernel="")
-    monkeypatch.setattr(attention_choice, "CANDIDATES", [able])
+    candidates(monkeypatch, able)
     work = case.prepare(CPU)
     with torch.no_grad():
         for name in attention.MODES:

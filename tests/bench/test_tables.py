@@ -1,4 +1,4 @@
-"""Measured rates in the tables that choose kernels: their arithmetic, their place, their source."""
+"""Committed results in the orders that choose kernels, and in the price of batch invariance: places, sources, refusals."""
 
 import json
 
@@ -13,33 +13,27 @@ from lens.ops.linear import choice as linear_choice
 from tests.bench.results import result, row
 from tests.bench.test_compare import as_file
 
-ATTENTION, LINEAR = attention_choice.TABLE, linear_choice.TABLE
-
 
 @pytest.fixture
 def places(tmp_path):
-    """Copies of the tables, and what points to them."""
-    originals = {"attention": ATTENTION, "linear": LINEAR, "invariance": batch_invariance.TABLE}
-    copies = {name: tmp_path / original.name for name, original in originals.items()}
+    """Copies of what is rewritten, and what points to them."""
+    originals = {"attention": tables.ATTENTION, "linear": tables.LINEAR, "invariance": batch_invariance.TABLE}
+    copies = {name: tmp_path / f"{name}{original.suffix}" for name, original in originals.items()}
     for name, original in originals.items():
         copies[name].write_text(original.read_text())
     return {**copies, "folder": tmp_path}
 
 
-def timed(case, seconds, subject, flops, **more):
-    made = row(case, seconds, subject=subject)
-    made.more.update({"flops": flops, **more})
+def attention(case="attention/4511,4096/bf16/forward", **milliseconds):
+    """Rows of a case by subject; "_" stands for "-"."""
+    return [row(case, 1e-3 * ms, subject=name.replace("_", "-")) for name, ms in milliseconds.items()]
+
+
+def gemms(fused, library, rows=8607, gemm="w13", block=True):
+    made = [row(f"gemm/{gemm}/{rows}", ms / 1e3, subject=n) for n, ms in (("fused", fused), ("library", library))]
+    for one in made:
+        one.more.update({"gemm": gemm, "rows": rows, "block": block})
     return made
-
-
-def attention(*rates, case="attention/4511,4096/bf16/forward"):
-    return [timed(case, 1e-3, name, rate * 1e9) for name, rate in rates]
-
-
-def products(fused, library, rows=8607):
-    case = "gemm/w13_swiglu/8192+text415/bf16"
-    of = {"gemm": "w13", "rows": rows, "block": True}
-    return [timed(case, 0.5e-3, n, rate * 0.5e9, **of) for n, rate in (("fused", fused), ("library", library))]
 
 
 def entries(path, **wanted):
@@ -47,80 +41,88 @@ def entries(path, **wanted):
     return [e for e in found if all(e[k] == v for k, v in wanted.items())]
 
 
-def test_a_rate_is_flops_over_the_best_time_and_names_case_file_and_commit(tmp_path, places):
-    rows = attention(("torch-cudnn", 412.34), ("ours", 412), ("sdpa_masked", 220))
-    path = as_file(tmp_path / "attention.json", result(*rows, capability="9.0"))
-    assert tables.tables([path], **places) == [places["attention"]]
-    assert entries(places["attention"], arch="9.0", shape="long", backend="torch-cudnn") == [
-        {
-            "arch": "9.0",
-            "shape": "long",
-            "backend": "torch-cudnn",
-            "tflops": 412.3,
-            "status": "measured",
-            "source": "attention/4511,4096/bf16/forward, NVIDIA H200, attention.json, commit c",
-        }
-    ]
-    assert not entries(places["attention"], backend="sdpa_masked") + entries(places["attention"], backend="ours")
-    untouched = [
-        e for e in entries(ATTENTION) if (e["shape"], e["backend"], e["arch"]) != ("long", "torch-cudnn", "9.0")
-    ]
-    assert entries(places["attention"], status="predicted") == untouched, "in their order, too"
+def order(path, arch, use):
+    return tables.orders_in(path.read_text())[arch, use]
 
 
-def test_gradients_have_lines_of_their_own(tmp_path, places):
-    rows = attention(("flash-attn-2", 199.96), ("torch-flash", 190), case="attention/8x968/bf16/gradients")
-    tables.tables([as_file(tmp_path / "attention.json", result(*rows, capability="9.0"))], **places)
-    found = entries(places["attention"], status="measured")
-    assert [(e["shape"], e["backend"], e["tflops"]) for e in found] == [
-        ("short backward", "flash-attn-2", 200.0),
-        ("short backward", "torch-flash", 190.0),
-    ]
+def written(tmp_path, places, *rows, name="a.json", **identity):
+    """The files that one result changes."""
+    made = result(*rows, **{"capability": "9.0", **identity})
+    return tables.tables([as_file(tmp_path / name, made)], **places)
 
 
-def test_products_are_measured_as_a_block_calls_them(tmp_path, places):
-    alone = timed("gemm/w2_residual/8192/bf16", 1e-3, "fused", 1e11, gemm="w2", rows=8192, block=False)
-    plain = timed("gemm/w13/8192/bf16", 1e-3, "matmul", 1e11)
-    made = result(*products(688, 571), alone, plain, capability="9.0")
-    assert tables.tables([as_file(tmp_path / "gemm.json", made)], **places) == [places["linear"]]
-    found = entries(places["linear"], status="measured")
-    assert [(e["gemm"], e["rows"], e["backend"], e["tflops"]) for e in found] == [
-        ("w13", 8607, "fused", 688.0),
-        ("w13", 8607, "library", 571.0),
-    ]
-    lines = [e["gemm"] for e in entries(places["linear"])]
-    assert lines == sorted(lines, key=lines.index), "new lines stand with their product"
+def test_timed_names_are_sorted_among_their_places_and_the_line_names_its_result(tmp_path, places):
+    before = tables.ATTENTION.read_text()
+    rows = attention(torch_cudnn=0.7, torch_varlen=0.5, flash_attn_2=0.6, ours=0.1, sdpa_masked=0.2)
+    assert written(tmp_path, places, *rows) == [places["attention"]]
+    after = places["attention"].read_text()
+    expected = ("flash-attn-3", "flash-attn-4", "torch-varlen", "flash-attn-2", "torch-cudnn", "torch-sdpa")
+    assert order(places["attention"], "9.0", "long") == expected, "flash-attn-3, -4 and sdpa were not timed"
+    assert "),  # NVIDIA H200, a.json, commit c\n" in after
+    assert len(set(after.splitlines()) - set(before.splitlines())) == 1, "nothing else changes"
+    compile(after, "choice.py", "exec")
 
 
-def test_both_tables_are_read_by_what_chooses_by_them(tmp_path, places, monkeypatch):
-    import torch
+def test_our_kernel_enters_before_what_it_beats(tmp_path, places):
+    """By a committed result alone, and `--check` refuses it without one."""
+    rows = attention(lens_hopper=0.55, torch_cudnn=0.7, torch_varlen=0.5, flash_attn_2=0.6)
+    written(tmp_path, places, *rows)
+    expected = (
+        "flash-attn-3",
+        "flash-attn-4",
+        "torch-varlen",
+        "lens-hopper",
+        "flash-attn-2",
+        "torch-cudnn",
+        "torch-sdpa",
+    )
+    assert order(places["attention"], "9.0", "long") == expected
+    assert tables.tables([tmp_path / "a.json"], check=True, **places) == []
+    with pytest.raises(ValueError, match=r"without a committed result: lens-hopper in the order \('9.0', 'long'\)"):
+        tables.tables([], check=True, **places)
+    slowest = attention(lens_hopper=0.9, torch_cudnn=0.7)
+    written(tmp_path, places, *slowest, name="b.json", capability="8.9")
+    expected = ("flash-attn-2", "torch-varlen", "torch-sdpa", "torch-cudnn", "lens-hopper")
+    assert order(places["attention"], "8.9", "long") == expected, "behind all, and beginning with 8.0's order"
 
-    rows = [*attention(("torch-cudnn-varlen", 640)), *products(700, 600)]
-    tables.tables([as_file(tmp_path / "all.json", result(*rows, capability="9.0"))], **places)
-    monkeypatch.setattr(attention_choice, "TABLE", places["attention"])
-    monkeypatch.setattr(linear_choice, "TABLE", places["linear"])
-    monkeypatch.setattr(linear_choice, "why_unsupported", lambda call: "")
-    caches = (attention_choice.table, attention_choice.choose, linear_choice.table, linear_choice.choose)
-    try:
-        for cache in caches:
-            cache.cache_clear()
-        call = attention_choice.AttentionCall("cuda", (9, 0), torch.bfloat16, 64, False, True, 4511)
-        assert attention_choice.choose(call).name == "torch-cudnn-varlen"
-        products_need = linear_choice.GemmCall("w13", "cuda", (9, 0), torch.bfloat16, 8607, 1536, 8192)
-        assert linear_choice.decide(products_need)[0] == "fused"
-    finally:
-        for cache in caches:
-            cache.cache_clear()
+
+@pytest.mark.parametrize("length", ["long", "short"])
+def test_training_is_ordered_by_both_passes_and_a_pair_enters_where_it_beats_both_its_libraries(
+    tmp_path, places, length
+):
+    case = {"long": "attention/4511,4096/bf16", "short": "attention/8x968/bf16"}[length]
+    forward = dict(lens_hopper=0.4, torch_cudnn=0.5, flash_attn_2=0.7, torch_varlen=0.6, torch_sdpa=0.9)
+    rows = attention(f"{case}/training", **forward)
+    rows += attention(f"{case}/gradients", flash_attn_2=1.5, torch_flash=2.0, torch_cudnn=1.0)
+    written(tmp_path, places, *rows)
+    expected = ("flash-attn-3", "flash-attn-4", "lens-hopper + flash-attn-2")  # 1.9 s
+    expected += ("torch-cudnn + flash-attn-2", "torch-varlen + flash-attn-2", "flash-attn-2")  # 2.0, 2.1, 2.2
+    expected += ("lens-hopper + torch-flash", "torch-cudnn + torch-flash")  # 2.4, 2.5: before torch-varlen's own, 2.6
+    expected += ("torch-varlen", "torch-sdpa")
+    assert order(places["attention"], "9.0", f"{length} training") == expected, "torch-cudnn's gradients serve nowhere"
+    assert tables.tables([tmp_path / "a.json"], **places) == []
+
+
+def test_ours_comes_first_where_it_is_faster_at_every_number_of_rows(tmp_path, places):
+    kernels = [*gemms(0.5, 0.6), *gemms(0.3, 0.31, rows=4296), *gemms(0.1, 0.9, gemm="w2", block=False)]
+    kernels += [*gemms(0.5, 0.6, gemm="qkv"), *gemms(0.4, 0.3, rows=4296, gemm="qkv"), *gemms(1, 9, 100, gemm="out")]
+    assert written(tmp_path, places, *kernels) == [places["linear"]]
+    assert order(places["linear"], "9.0", "w13") == ("fused", "library")
+    assert order(places["linear"], "9.0", "qkv") == ("library", "fused")
+    assert order(places["linear"], "9.0", "w2") == ("library",), "not as a block calls it"
+    assert order(places["linear"], "9.0", "out") == ("library",), "too few rows"
+    with pytest.raises(ValueError, match=r"without a committed result: fused in the order \('9.0', 'qkv'\)"):
+        tables.tables([], check=True, **places)
 
 
 FIRST = batch_invariance.CASES[0]
 
 
-def priced(case, plain, invariant, products="ours", rates=True, **forced):
+def priced(case, plain, invariant, gemms="ours", orders=True, **forced):
     """A step and the same under batch_invariant, in milliseconds."""
     rows = [row(case, 1e-3 * ms, subject=name) for name, ms in (("ours", plain), ("ours_batch_invariant", invariant))]
     for made in rows:
-        made.more.update({"forced": forced, "products": products, "by_measured_rates": rates})
+        made.more.update({"forced": forced, "gemms": gemms, "by_measured_orders": orders})
     return rows
 
 
@@ -149,8 +151,8 @@ def test_the_price_of_batch_invariance_decides_its_default_once_every_case_is_me
         priced(FIRST, 60, 60, linear="fused"),
         [*priced(FIRST, 60, 60, linear="fused")[:1], *priced(FIRST, 60, 60)[1:]],
         [*priced(FIRST, 60, 60)[:1], *priced(FIRST, 60, 60, linear="fused")[1:]],
-        priced(FIRST, 60, 60, products="library, sample by sample: w13"),
-        priced(FIRST, 60, 60, rates=False),
+        priced(FIRST, 60, 60, gemms="library, sample by sample: w13"),
+        priced(FIRST, 60, 60, orders=False),
         priced("step/1024/cfg/text200/bf16", 60, 60),
         priced(FIRST, 60, 60)[:1],
         priced(FIRST, 60, 60)[1:],
@@ -171,48 +173,34 @@ def test_no_other_measurement_is_a_price(tmp_path, places, rows):
     assert tables.tables([as_file(tmp_path / "step.json", made)], **places) == []
 
 
-def test_a_later_result_replaces_an_earlier_one_and_the_second_time_changes_nothing(tmp_path, places):
+def test_a_later_result_counts_and_the_second_time_changes_nothing(tmp_path, places):
     paths = [
-        as_file(tmp_path / f"{k}.json", result(*attention(("torch-varlen", rate)), capability="9.0"))
-        for k, rate in enumerate((300, 330))
+        as_file(tmp_path / f"{k}.json", result(*attention(torch_varlen=ms, flash_attn_2=0.5), capability="9.0"))
+        for k, ms in enumerate((0.6, 0.4))
     ]
     tables.tables(paths, **places)
-    assert [e["tflops"] for e in entries(places["attention"], backend="torch-varlen", shape="long", arch="9.0")] == [
-        330
-    ]
+    assert order(places["attention"], "9.0", "long")[3:5] == ("torch-varlen", "flash-attn-2")
     assert tables.tables(paths, **places) == []
-    with pytest.raises(ValueError, match=r"stale: attention_table\.json"):
+    with pytest.raises(ValueError, match=r"stale: .*attention\.py"):
         tables.tables(paths[:1], check=True, **places)
-    assert [e["tflops"] for e in entries(places["attention"], backend="torch-varlen", shape="long", arch="9.0")] == [
-        330
-    ]
-
-
-def test_another_architecture_gets_lines_of_its_own(tmp_path, places):
-    made = result(*attention(("torch-varlen", 900)), capability="10.0", device="NVIDIA B200")
-    tables.tables([as_file(tmp_path / "b200.json", made)], **places)
-    assert [e["backend"] for e in entries(places["attention"], arch="10.0", shape="long")] == [
-        "flash-attn-4",
-        "torch-varlen",
-    ]
-    assert len(entries(places["attention"])) == len(entries(ATTENTION)) + 1
+    assert order(places["attention"], "9.0", "long")[3:5] == ("torch-varlen", "flash-attn-2")
 
 
 def test_results_of_a_cpu_and_other_files_are_refused(tmp_path, capsys):
     (tmp_path / "a.json").write_text("{}")
     assert bench.main(["tables", str(tmp_path / "a.json")]) == 2
-    cpu = as_file(tmp_path / "b.json", result(*attention(("torch-varlen", 1)), device="AMD EPYC"))
+    cpu = as_file(tmp_path / "b.json", result(*attention(torch_varlen=1), device="AMD EPYC"))
     assert bench.main(["tables", str(cpu)]) == 2
-    assert "the tables are of GPUs" in capsys.readouterr().err
+    assert "the orders are of GPUs" in capsys.readouterr().err
 
 
-def test_the_tables_are_what_the_committed_results_say(capsys):
+def test_the_orders_are_what_the_committed_results_say(capsys):
     assert bench.main(["tables", "--check"]) == 0, capsys.readouterr().err
+    for path, orders in ((tables.ATTENTION, attention_choice.ORDERS), (tables.LINEAR, linear_choice.ORDERS)):
+        assert tables.orders_in(path.read_text()) == orders
 
 
-def test_the_cases_of_the_tables_exist():
-    assert [c.id for c in cases(("attention",)) if c.id in tables.SHAPES]
-    assert len([c for c in cases(("attention",)) if c.id in tables.SHAPES]) == len(tables.SHAPES)
-    classes = {f"{length}{which}" for length in ("long", "short") for which in ("", " training", " backward")}
+def test_the_cases_of_the_orders_exist():
+    assert set(tables.CASES) <= {c.id for c in cases(("attention",))}
+    assert {use for _, use in attention_choice.ORDERS} <= set(tables.CASES.values())
     assert set(batch_invariance.CASES) <= {c.id for c in cases(("step",)) if "ours_batch_invariant" in c.subjects}
-    assert set(tables.SHAPES.values()) == classes

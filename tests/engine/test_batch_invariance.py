@@ -111,12 +111,12 @@ def test_an_attention_that_is_forced_and_looks_at_other_samples_is_not_refused_b
 
 
 def test_attention_is_asked_the_same_whatever_the_longest_sample():
-    """A rate of the table is of long or of short calls, and a neighbour may make a call long."""
+    """An order is of long or of short calls, and a neighbour may make a call long."""
     asked = {
         attention_choice.attention_call(torch.device("cpu"), BFLOAT16, 64, longest, batch_invariant=True)
         for longest in (1, attention_choice.LONG - 1, attention_choice.LONG, 4511)
     }
-    assert [call.shape for call in asked] == ["long"]
+    assert [call.use for call in asked] == ["long"]
 
 
 def test_who_multiplies_is_said(gpu):

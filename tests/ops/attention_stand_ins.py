@@ -12,7 +12,8 @@ from lens import ops
 from lens.ops import backend
 from lens.ops.attention import backward, forward
 from lens.ops.attention import choice as attention_choice
-from lens.ops.attention.choice import BACKWARDS, CANDIDATES, Candidate, choose
+from lens.ops.attention.choice import BACKWARDS, CANDIDATES, Candidate
+from tests.recorded_graph import candidates
 
 BY_NAME = {c.name: c for c in CANDIDATES}
 
@@ -282,6 +283,5 @@ def on_cpu(monkeypatch, name: str) -> None:
         monkeypatch.setattr(module, op, stand_in)
     gradients = {op: stand_in for (module, op), stand_in in TORCH.items() if module is backward}
     assert set(gradients) <= set(vars(backward)), "the adapters call what is replaced"
-    monkeypatch.setattr(attention_choice, "CANDIDATES", [runs_here(BY_NAME[name])])
     monkeypatch.setattr(attention_choice, "BACKWARDS", [runs_here(b) for b in BACKWARDS])
-    choose.cache_clear()
+    candidates(monkeypatch, runs_here(BY_NAME[name]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import subprocess
 import sys
 import warnings
@@ -14,7 +13,17 @@ import torch
 from lens import ops
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
-from lens.ops.attention.choice import BACKWARDS, AttentionCall, Candidate, Choice, attention_call, choose, report, use
+from lens.ops.attention.choice import (
+    BACKWARDS,
+    ORDERS,
+    AttentionCall,
+    Candidate,
+    Choice,
+    attention_call,
+    choose,
+    report,
+    use,
+)
 from lens.ops.attention.layout import DeviceLayout, Samples
 from tests.ops.attention_stand_ins import BY_NAME, IMAGES, TEXTS, Fake2, inputs, offsets_of, true_attention
 
@@ -61,16 +70,41 @@ def machine(monkeypatch):
 # ------------------------------------------------------------------------------------------------ the choice
 
 
-def test_the_highest_rate_among_what_is_installed_wins(machine):
+def test_the_first_of_the_order_that_is_installed_serves(machine):
     assert choose(call()).name == "flash-attn-3"
     machine("torch.nn.attention.varlen", "flash_attn")
-    assert choose(call()).name == "torch-cudnn"  # 408 beats 321 for long samples
-    assert choose(call(longest=600)).name == "flash-attn-2"  # and loses for short ones, a launch for each
+    assert choose(call()).name == "torch-cudnn"  # before flash-attn-2 for long samples
+    assert choose(call(longest=600)).name == "flash-attn-2"  # and behind it for short ones, a launch for each
     assert choose(call(device_lengths=True)).name == "flash-attn-2"  # a captured step has no lengths to loop over
     machine("torch.nn.attention.varlen")
     assert choose(call(device_lengths=True)).name == "torch-varlen"
     machine()
     assert choose(call(arch=(7, 5))).name == "torch-sdpa"
+
+
+def test_an_adapter_and_its_name_in_an_order_add_a_library(machine, monkeypatch):
+    """Chosen where it can serve, explained by the doctor where it cannot, forced where it is in no order."""
+    added = Candidate("fast", lambda q, k, v, samples, module: q, forward_modules=("fast",), head_dim=(8, 64))
+    monkeypatch.setattr(attention_choice, "CANDIDATES", [*attention_choice.CANDIDATES, added])
+    monkeypatch.setitem(ORDERS, ("9.0", "long"), ("fast", *ORDERS["9.0", "long"]))
+    machine("fast", "flash_attn")
+    assert choose(call()) == Choice(added)
+    assert report(call())[0] == ("fast", True, "the first in the order for long calls on 9.0 that can serve")
+    rows = {name: why for name, _, why in report(call())}
+    assert rows["flash-attn-2"] == "after fast in the order for long calls on 9.0"
+    for changes, expected, why in (
+        (dict(head_dim=128), "torch-cudnn", "needs heads of a multiple of 8 up to 64 channels, these have 128"),
+        (dict(longest=9), "flash-attn-2", "not in the order for short calls on 9.0 without a committed result; "
+         "LENS_ATTENTION=fast forces it"),
+    ):  # fmt: skip
+        assert choose(call(**changes)).name == expected
+        assert {name: said for name, _, said in report(call(**changes))}["fast"] == why
+    with use("fast"):
+        assert choose(call(longest=9)).name == "fast"
+    machine()
+    assert {name: why for name, _, why in report(call())}["fast"] == "fast is not installed"
+    with use("fast"), pytest.raises(RuntimeError, match="fast was asked for but cannot run: fast is not installed"):
+        choose(call())
 
 
 @pytest.mark.parametrize(
@@ -98,9 +132,7 @@ def test_what_a_candidate_lacks_is_said(machine, changes, name, why):
 
 def test_batch_invariance_refuses_what_looks_at_other_samples(machine, monkeypatch):
     """And chooses the same for captured and plain steps, whatever the longest sample of the call is."""
-    table = attention_choice.table()
-    fastest = {(a, s, n): {**e, "tflops": 999} for (a, s, _), e in table.items() for n in ("torch-cudnn-varlen",)}
-    monkeypatch.setattr(attention_choice, "table", lambda: {**table, **fastest})
+    monkeypatch.setitem(ORDERS, ("9.0", "long"), ("torch-cudnn-varlen", *ORDERS["9.0", "long"]))
     for name, why in (
         ("torch-cudnn-varlen", "is not batch-invariant: cuDNN plans all samples of a call as one problem"),
         ("flash-attn-4", "is not batch-invariant: on Blackwell its tiles follow the longest sample of the call"),
@@ -120,10 +152,7 @@ def test_batch_invariance_refuses_what_looks_at_other_samples(machine, monkeypat
                 )
                 asked = dataclasses.replace(asked, device="cuda", arch=(9, 0))
                 assert choose(asked).name == expected, (installed, device_lengths, longest)
-    assert (
-        "plain steps run what captured ones do"
-        in {r[0]: r for r in report(call(batch_invariant=True))}["torch-cudnn"][2]
-    )
+    assert "after flash-attn-3 in" in {r[0]: r for r in report(call(batch_invariant=True))}["torch-cudnn"][2]
     assert choose(call(batch_invariant=True, dtype=torch.float32)).name == "torch-sdpa", "one call per sample"
     with pytest.raises(RuntimeError, match="no attention backend can serve"):
         choose(call(batch_invariant=True, dtype=torch.float32, device_lengths=True))
@@ -144,18 +173,16 @@ def test_batch_invariance_is_asked_of_the_choice(monkeypatch, places):
     assert [call.batch_invariant for call in asked] == [False, False, True, True]
 
 
-def test_our_kernel_is_not_chosen_on_a_prediction(machine, monkeypatch):
+def test_our_kernel_is_in_no_order_without_a_committed_result(machine, monkeypatch):
+    """`python -m bench tables --check` holds what is in the orders to the results."""
     for changes in ({}, {"longest": 600}, {"device_lengths": True}, {"backward": True}):
         rows = {row[0]: row for row in report(call(**changes))}
         assert not rows["lens-hopper"][1]
-        assert "not chosen before it was measured; LENS_ATTENTION=lens-hopper forces it" in rows["lens-hopper"][2]
+        assert "without a committed result; LENS_ATTENTION=lens-hopper forces it" in rows["lens-hopper"][2]
         with use("lens-hopper"):
             assert choose(call(**changes)).name == "lens-hopper"
-            assert report(call(**changes))[0][2].startswith("forced; predicted")
-            assert "forces it" not in report(call(**changes))[0][2]
-    measured = {**attention_choice.entry("lens-hopper", call()), "status": "measured"}
-    table = {**attention_choice.table(), ("9.0", "long", "lens-hopper"): measured}
-    monkeypatch.setattr(attention_choice, "table", lambda: table)
+            assert report(call(**changes))[0] == ("lens-hopper", True, "forced")
+    monkeypatch.setitem(ORDERS, ("9.0", "long"), ("lens-hopper", *ORDERS["9.0", "long"]))
     choose.cache_clear()
     assert choose(call()).name == "lens-hopper"
     assert choose(call(longest=600)).name == "flash-attn-3"
@@ -185,7 +212,7 @@ def test_the_forward_only_package_serves_no_training(machine):
         BY_NAME["flash-attn-3"].why_unsupported(call(backward=True))
         == "flash_attn_interface is not installed (backward)"
     )
-    assert choose(call(backward=True)).name == "torch-sdpa", "mixed with nothing before that was measured"
+    assert choose(call(backward=True)).name == "torch-sdpa", "in no pair without a committed result"
     with use("flash-attn-3"):
         assert choose(call(backward=True)).gradients == "torch-flash", "its lse serves another's gradients"
 
@@ -225,9 +252,9 @@ def test_the_choice_in_a_few_words(machine, monkeypatch):
 def test_forcing(machine):
     with use("torch-sdpa"):
         assert choose(call()).name == "torch-sdpa"
-        name, chosen, why = report(call())[0]
-        assert (name, chosen) == ("torch-sdpa", True)
-        assert why.startswith("forced; predicted 310 TFLOP/s for long calls on 9.0")
+        first, *others = report(call())
+        assert first == ("torch-sdpa", True, "forced")
+        assert ("flash-attn-3", False, "torch-sdpa is forced") in others
     assert choose(call()).name == "flash-attn-3"
     with pytest.raises(ValueError, match=r"name must be one of lens-hopper, .*, got 'flash'"), use("flash"):
         pass
@@ -266,28 +293,29 @@ def test_nothing_is_imported_before_it_is_chosen(tmp_path, monkeypatch):
     assert not {"flash_attn", "flash_attn_interface", "fa3_fwd_interface"} & set(sys.modules)
 
 
-def test_the_table_names_candidates_and_sources():
-    entries = json.loads(attention_choice.TABLE.read_text())["entries"]
-    assert len({(e["arch"], e["shape"], e["backend"]) for e in entries}) == len(entries)
-    gradients = {b.name: b for b in BACKWARDS}
-    for e in entries:
-        length, _, which = e["shape"].partition(" ")
-        assert length in ("long", "short")
-        assert which in ("", "training", "backward")
-        assert e["status"] in ("measured", "predicted")
-        assert len(e["source"]) > 10
-        low, high = (gradients if which == "backward" else BY_NAME)[e["backend"]].arch
-        assert low <= tuple(map(int, e["arch"].split("."))) <= high
-    assert "torch-cudnn-varlen" not in {e["backend"] for e in entries}  # never chosen before it was measured
+def test_the_orders_name_what_can_serve_there():
+    backwards = {b.name: b for b in BACKWARDS}
+    for (arch, use_), names_ in ORDERS.items():
+        assert use_.partition(" ")[0] in ("long", "short")
+        assert len(set(names_)) == len(names_)
+        assert any(BY_NAME[n].dtypes != attention_choice.HALF for n in names_ if n in BY_NAME), (
+            "float32 has to be served"
+        )
+        for name in names_:
+            forward, _, gradients = name.partition(" + ")
+            choice = Choice(BY_NAME[forward], backwards[gradients] if gradients else None)
+            low, high = choice.forward.arch
+            assert low <= tuple(map(int, arch.split("."))) <= high
+            if use_.endswith("training"):
+                assert backwards[choice.gradients].deterministic
+    assert {use for arch, use in ORDERS if arch == "8.0"} == {"long", "short", "long training", "short training"}
 
 
 # ------------------------------------------------------------------------------------------------ who computes gradients
 
 
-def rates(monkeypatch, *lines, arch="9.0") -> None:
-    """The table: (shape, candidate, TFLOP/s, status)."""
-    table = {(arch, s, n): dict(arch=arch, shape=s, tflops=t, status=status, source="x") for s, n, t, status in lines}
-    monkeypatch.setattr(attention_choice, "table", lambda: table)
+def ordered(monkeypatch, *names: str, use: str = "long training", arch: str = "9.0") -> None:
+    monkeypatch.setitem(ORDERS, (arch, use), names)
     choose.cache_clear()
 
 
@@ -295,74 +323,39 @@ def names(choice: Choice) -> tuple[str, str, bool]:
     return choice.name, choice.gradients, choice.backward is not None
 
 
-def test_a_library_computes_its_own_gradients_unless_two_were_measured_to_be_faster(machine, monkeypatch):
+def test_a_library_computes_its_own_gradients_unless_a_pair_comes_before_it(machine, monkeypatch):
     machine("flash_attn", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen")
-    lines = [("long", "torch-varlen", 900), ("long", "flash-attn-2", 300)]
-    lines += [("long backward", "torch-flash", 200), ("long backward", "flash-attn-2", 250)]
-    rates(monkeypatch, *((*line, "predicted") for line in lines))
-    assert names(choose(call(backward=True))) == ("flash-attn-2", "flash-attn-2", False), "1/300 + 2.5/250"
-    rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(call(backward=True))) == ("torch-varlen", "flash-attn-2", True), "the best of both"
+    assert names(choose(call(backward=True))) == ("flash-attn-2", "flash-attn-2", False)
+    ordered(monkeypatch, "lens-hopper + flash-attn-3", "torch-varlen + flash-attn-2", "torch-varlen", "torch-sdpa")
+    assert names(choose(call(backward=True))) == ("torch-varlen", "flash-attn-2", True), "no flash-attn-3 is here"
+    assert names(choose(call(backward=True, longest=600))) == ("flash-attn-2", "flash-attn-2", False), "another order"
+    for row in report(call(backward=True)), report(call(backward=True), backward=True):
+        assert row[0][1:] == (True, "the first in the order for long training calls on 9.0 that can serve")
+        assert [chosen for _, chosen, _ in row].count(True) == 1
     with use("torch-varlen"):
         assert names(choose(call(backward=True))) == ("torch-varlen", "torch-flash", False), "forced for both passes"
-    lines[3] = ("long backward", "flash-attn-2", 199)
-    rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(call(backward=True))) == ("torch-varlen", "torch-flash", False)
-    for row in report(call(backward=True)), report(call(backward=True), backward=True):
-        assert row[0][1:] == (True, row[0][2])
-        assert [chosen for _, chosen, _ in row].count(True) == 1
 
 
-def test_a_forward_pass_in_training_is_chosen_by_its_rate_there(machine, monkeypatch):
-    """Ours takes the running maximum where a gradient is recorded: what it reaches with a bound must not choose it."""
-    machine("torch.nn.attention.varlen")
-    lines = [("long", "lens-hopper", 540), ("long training", "lens-hopper", 300), ("long", "torch-varlen", 320)]
-    lines += [("long backward", "torch-flash", 200)]
-    rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(call())) == ("lens-hopper", "lens-hopper", False)
-    assert names(choose(call(backward=True))) == ("torch-varlen", "torch-flash", False)
-    lines[1] = ("long training", "lens-hopper", 330)
-    rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert names(choose(call(backward=True))) == ("lens-hopper", "torch-flash", True)
-
-
-def test_short_samples_have_rates_of_their_own_in_training(machine, monkeypatch):
-    machine("flash_attn", "flash_attn.flash_attn_interface", "torch.nn.attention.varlen")
-    lines = [(f"{length}{which}", name, rate) for which in ("", " backward") for length, name, rate in (
-        ("long", "flash-attn-2", 200), ("long", "torch-varlen", 300), ("long", "torch-flash", 300),
-        ("short", "flash-attn-2", 200), ("short", "torch-varlen", 100), ("short", "torch-flash", 100),
-    )]  # fmt: skip
-    rates(monkeypatch, *((*line, "measured") for line in lines))
-    assert choose(call(backward=True)).gradients == "torch-flash"
-    assert choose(call(backward=True, longest=600)).gradients == "flash-attn-2"
-
-
-def test_a_rate_of_another_architecture_decides_nothing_beside_one_of_this(machine, monkeypatch):
-    machine("flash_attn", "torch.nn.attention.varlen")
-    rates(monkeypatch, ("long", "flash-attn-2", 900, "predicted"), arch="8.0")
+def test_an_architecture_without_an_order_goes_by_its_family_and_then_by_8_0(machine, monkeypatch):
+    machine("flash_attn", "torch.nn.attention.varlen", "flash_attn.cute", "cutlass")
     assert choose(call(arch=(8, 6))).name == "flash-attn-2"
-    table = dict(attention_choice.table())
-    rates(monkeypatch, ("long", "torch-varlen", 100, "measured"), arch="8.6")
-    own = attention_choice.table()
-    monkeypatch.setattr(attention_choice, "table", lambda: {**table, **own})
-    choose.cache_clear()
+    assert choose(call(arch=(10, 3))).name == "flash-attn-4"
+    assert choose(call(arch=(12, 0))).name == "flash-attn-2"
+    ordered(monkeypatch, "torch-varlen", "torch-sdpa", use="long", arch="8.6")
     assert choose(call(arch=(8, 6))).name == "torch-varlen"
 
 
-def test_gradients_that_change_from_run_to_run_are_taken_only_where_they_are_forced(machine, monkeypatch):
+def test_nondeterministic_gradients_are_taken_only_where_they_are_forced(machine):
     machine("torch.nn.attention.varlen")
-    lines = [("long", "torch-cudnn", 400), ("long backward", "torch-cudnn", 400)]
-    lines += [("long", "torch-varlen", 300), ("long backward", "torch-flash", 200)]
-    rates(monkeypatch, *((*line, "measured") for line in lines))
     asked = call(backward=True)
-    assert names(choose(asked)) == ("torch-cudnn", "torch-flash", True)
+    assert names(choose(asked)) == ("torch-varlen", "torch-flash", False)
     why = {row[0]: row[2] for row in report(asked, backward=True)}["torch-cudnn"]
-    assert "other bits every time, which torch cannot switch off; LENS_ATTENTION_BACKWARD=torch-cudnn forces it" in why
+    assert "nondeterministic, which torch cannot switch off; LENS_ATTENTION_BACKWARD=torch-cudnn forces it" in why
     with attention_choice.use_backward("torch-cudnn"):
-        assert names(choose(asked)) == ("torch-cudnn", "torch-cudnn", False)
-        assert report(asked, backward=True)[0][2].startswith("forced; measured 400")
-        with use("torch-varlen"):
-            assert names(choose(asked)) == ("torch-varlen", "torch-cudnn", True)
+        assert names(choose(asked)) == ("torch-varlen", "torch-cudnn", True)
+        assert report(asked, backward=True)[0] == ("torch-cudnn", True, "forced")
+        with use("torch-cudnn"):
+            assert names(choose(asked)) == ("torch-cudnn", "torch-cudnn", False)
     with use("torch-cudnn"):
         assert names(choose(asked)) == ("torch-cudnn", "torch-cudnn", False), "forced for both passes"
     with use("lens-hopper"):
@@ -381,7 +374,7 @@ def test_forced_gradients_that_cannot_run_raise(machine):
     with (
         attention_choice.use_backward("torch-cudnn"),
         use("torch-sdpa"),
-        pytest.raises(RuntimeError, match=r"torch-sdpa with the gradients of torch-cudnn .* it gives no lse"),
+        pytest.raises(RuntimeError, match=r"torch-sdpa with the gradients of torch-cudnn .* gives no lse"),
     ):
         choose(asked)
     with attention_choice.use_backward("torch-cudnn"):
@@ -420,7 +413,8 @@ def test_a_broken_package_is_named_and_the_next_one_serves(monkeypatch, machine)
         return Fake2
 
     monkeypatch.setattr(attention_choice.importlib, "import_module", load)
-    monkeypatch.setattr(Choice, "rank", lambda *_: (0, 1.0))  # the first of the list
+    ordered(monkeypatch, "flash-attn-3", "flash-attn-2", use="long", arch="8.0")
+    ordered(monkeypatch, "flash-attn-3", "flash-attn-2", use="short", arch="8.0")
     q, k, v = inputs(torch.bfloat16)
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
     samples = Samples(joint, joint, 10, 10, 0.3)

@@ -1,7 +1,6 @@
-"""Products with a row op behind them: what they compute, who computes it, and what is said when the wanted one cannot."""
+"""GEMMs with a row op behind them: what they compute, which kernel does, and what is said when the wanted one cannot."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
@@ -108,7 +107,7 @@ def by_op(m: dict, lengths: tuple = (None, None)) -> dict[str, list[Tensor]]:
 
 
 def composed(m: dict) -> dict[str, list[Tensor]]:
-    """The spec with the roundings of the library way: a product is stored before the row op reads it."""
+    """The spec with the roundings of the library way: a GEMM's result is stored before the row op reads it."""
     dtype = m["x"][0].dtype
     exact = reference.linear
     reference.linear = lambda *args: exact(*args).to(dtype)
@@ -146,7 +145,7 @@ def test_row_ops_of_either_backend(choice):
 
 
 def test_gradients():
-    """Of the products' weights, biases and rows, by the library way: numerical differentiation in float64."""
+    """Of the GEMMs' weights, biases and rows, by the library way: numerical differentiation in float64."""
     made = inputs([3], [2])
     m = {k: [t.detach()[..., :8] if k in ("x", "normed", "hidden") else t for t in v] for k, v in made.items()}
     functional = torch.nn.functional
@@ -182,7 +181,7 @@ def test_sample_by_sample():
             assert same_bits(value, all_rows[: len(value)]), name
 
 
-# ---- who multiplies
+# ---- which kernel
 
 
 NEED = GemmCall("w13", "cuda", (9, 0), torch.bfloat16, 8192, 1536, 8192)
@@ -198,30 +197,28 @@ def able(monkeypatch):
     linear_choice.choose.cache_clear()
 
 
-def entries(status: str, fused: float) -> list[dict]:
-    common = {"arch": "9.0", "gemm": "w13", "source": "x"}
-    return [
-        {**common, "rows": 4096, "backend": "library", "tflops": 600, "status": status},
-        {**common, "rows": 4096, "backend": "fused", "tflops": fused, "status": status},
-        {**common, "rows": 9000, "backend": "fused", "tflops": 1, "status": status},
-    ]
+FUSED_FIRST, LIBRARY_FIRST = ("fused", "library"), ("library", "fused")
+
+
+def ordered(monkeypatch, names: tuple[str, ...]) -> None:
+    monkeypatch.setitem(linear_choice.ORDERS, ("9.0", "w13"), names)
+    linear_choice.choose.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("status", "fused", "rows", "expected"),
+    ("names", "rows", "expected", "why"),
     [
-        ("measured", 601, 8192, "fused"),
-        ("measured", 600, 8192, "library"),
-        ("predicted", 900, 8192, "library"),
-        ("measured", 900, 4095, "library"),  # no rates for so few rows
-        ("measured", 900, 9000, "library"),  # the line of the most rows counts
+        (FUSED_FIRST, 8192, "fused", "the first in the order for w13 with 8192 rows on 9.0"),
+        (LIBRARY_FIRST, 8192, "library", "the first in the order for w13 with 8192 rows on 9.0"),
+        (("library",), 8192, "library", "fused is not in the order for w13 with 8192 rows on 9.0 without a committed"),
+        (FUSED_FIRST, 4095, "library", "fused is not in the order for w13 with 4095 rows"),
     ],
 )
-def test_measured_rates_decide(able, status, fused, rows, expected):
-    able.setattr(linear_choice, "table", lambda: entries(status, fused))
-    chosen, why = linear_choice.decide(at(rows))
+def test_the_first_of_the_order_that_can_serve_is_chosen(able, names, rows, expected, why):
+    ordered(able, names)
+    chosen, said = linear_choice.decide(at(rows))
     assert chosen == expected
-    assert why
+    assert said.startswith(why)
 
 
 def at(rows: int = 8192, **changes) -> GemmCall:
@@ -242,7 +239,7 @@ REFUSALS = [
 
 @pytest.mark.parametrize(("changes", "message"), REFUSALS, ids=lambda v: ",".join(v) if isinstance(v, dict) else "")
 def test_what_ours_cannot_serve(able, changes, message):
-    able.setattr(linear_choice, "table", lambda: entries("measured", 900))
+    ordered(able, FUSED_FIRST)
     assert linear_choice.decide(at())[0] == "fused"
     chosen, why = linear_choice.decide(at(**changes))
     assert chosen == "library"
@@ -254,10 +251,10 @@ def test_what_ours_cannot_serve(able, changes, message):
 
 
 def test_forced(able, monkeypatch):
-    able.setattr(linear_choice, "table", lambda: entries("measured", 900))
+    ordered(able, FUSED_FIRST)
     with linear_choice.use("library"):
         assert linear_choice.choose(at()) == "library"
-    able.setattr(linear_choice, "table", lambda: entries("measured", 1))
+    ordered(able, LIBRARY_FIRST)
     with linear_choice.use("fused"):
         assert linear_choice.choose(at(batch_invariant=True)) == "fused"
         made = typed(inputs([3], [2]), torch.float32)
@@ -271,9 +268,9 @@ def test_forced(able, monkeypatch):
         linear_choice.choose(at(rows=1))
 
 
-@pytest.mark.parametrize("table", [entries("measured", 1), entries("measured", 900), entries("predicted", 1), []])
-def test_under_batch_invariance_ours_serves_wherever_it_can_whatever_rows_and_rates(able, table):
-    able.setattr(linear_choice, "table", lambda: table)
+@pytest.mark.parametrize("names", [FUSED_FIRST, LIBRARY_FIRST, ("library",)])
+def test_under_batch_invariance_ours_serves_wherever_it_can_whatever_rows_and_orders(able, names):
+    ordered(able, names)
     for rows in (0, 1, 8192, 9000):
         chosen, why = linear_choice.decide(at(rows, batch_invariant=True))
         assert (chosen, why) == ("fused", "batch-invariant: a row's bits depend on that row alone")
@@ -284,16 +281,18 @@ def test_under_batch_invariance_ours_serves_wherever_it_can_whatever_rows_and_ra
 
 
 def test_batch_invariance_wakes_the_choice(able):
-    """Nothing measured, nothing forced: the library serves unseen, but not those who must not depend on their batch."""
-    able.setattr(linear_choice, "measured", lambda: False)
+    """Nothing forced, "fused" first nowhere: the library serves unseen, but not samples that must not depend on their batch."""
+    ordered(able, LIBRARY_FIRST)
     assert linear_choice.idle()
     assert not linear_choice.idle(batch_invariant=True)
     with backend.use("reference"):
         assert linear_choice.idle(batch_invariant=True)
+    ordered(able, FUSED_FIRST)
+    assert not linear_choice.idle()
 
 
 def test_a_need_that_must_not_depend_on_its_batch_has_no_rows(monkeypatch):
-    """The products of both streams and of one ask for the same, however many rows and samples there are."""
+    """The GEMMs of both streams and of one ask for the same, however many rows and samples there are."""
     asked = []
     monkeypatch.setattr(linear_choice, "idle", lambda batch_invariant=False: False)
     monkeypatch.setattr(linear_choice, "choose", lambda call: asked.append(call) or "library")
@@ -323,30 +322,16 @@ def test_a_build_without_the_kernels_says_so(monkeypatch):
     assert linear_choice.why_unsupported(at()) == "lens._C was built without linear_swiglu"
 
 
-def test_the_table_is_whole_and_nothing_in_it_is_claimed_as_measured():
-    """A measured line needs a committed result; until there is one, the library is the default everywhere."""
-    products = {(e["gemm"], e["backend"]) for e in linear_choice.table() if e["arch"] == "9.0"}
-    assert products == {(p, b) for p in linear_choice.GEMMS for b in linear_choice.BACKENDS}
-    assert linear_choice.measured() == any(e["status"] == "measured" for e in linear_choice.table())
+def test_the_orders_hold_every_gemm_and_what_can_serve_wherever_ours_cannot():
+    assert {gemm for _, gemm in linear_choice.ORDERS} == set(linear_choice.GEMMS)
+    assert all("library" in names for names in linear_choice.ORDERS.values())
 
 
-def test_a_table_without_a_source_is_refused(tmp_path, monkeypatch):
-    bad = tmp_path / "linear_table.json"
-    bad.write_text(json.dumps({"entries": [{**entries("measured", 1)[0], "source": ""}]}))
-    monkeypatch.setattr(linear_choice, "TABLE", bad)
-    linear_choice.table.cache_clear()
-    try:
-        with pytest.raises(ValueError, match="rate with its source expected"):
-            linear_choice.table()
-    finally:
-        linear_choice.table.cache_clear()
-
-
-def test_the_report_names_every_product(able):
+def test_the_report_names_every_gemm(able):
     able.setattr(linear_choice, "capability", lambda index: (9, 0))
     rows = doctor.gemms()
     assert [name for name, _, _ in rows] == list(linear_choice.GEMMS)
-    assert all(by == "library" and "not measured against each other yet" in why for _, by, why in rows)
+    assert all(by == "library" and "without a committed result" in why for _, by, why in rows)
     with linear_choice.use("fused"):
         assert {by for _, by, _ in doctor.gemms()} == {"fused"}
         able.setattr(linear_choice, "capability", lambda index: (8, 0))

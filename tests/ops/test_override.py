@@ -1,15 +1,12 @@
-"""What both choices rest on: a forced name lasts for its block, choices are forgotten with it; tables are refused."""
+"""What both choices rest on: a forced name lasts for its block, and choices are forgotten with it."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 
 import pytest
 
-from lens.ops.override import Override, one_of, rates
-
-ENTRY = {"backend": "a", "tflops": 3, "status": "measured", "source": "somewhere"}
+from lens.ops.override import Override, one_of
 
 
 def test_a_forced_name_lasts_for_its_block_and_choices_are_forgotten_at_both_ends(monkeypatch):
@@ -25,14 +22,3 @@ def test_a_forced_name_lasts_for_its_block_and_choices_are_forgotten_at_both_end
     monkeypatch.setenv("LENS_TEST_CHOICE", "")
     assert Override("LENS_TEST_CHOICE", "here", lambda: []).name is None
     assert one_of(["a", "b"]) == "a or b"
-
-
-@pytest.mark.parametrize("change", [{"status": "guessed"}, {"source": ""}, {"tflops": 0}, {"backend": "z"}, {}])
-def test_an_entry_that_is_no_rate_is_refused(tmp_path, change):
-    path = tmp_path / "table.json"
-    path.write_text(json.dumps({"entries": [ENTRY, {**ENTRY, **change}]}))
-    if not change:
-        assert rates(path, backend=("a", "b")) == [ENTRY, ENTRY]
-    else:
-        with pytest.raises(ValueError, match=r"^table.json: a measured or predicted rate with its source expected"):
-            rates(path, backend=("a", "b"))

@@ -1,15 +1,15 @@
-"""Which library computes joint attention on a GPU, or its gradients: what is installed, what fits, what is fastest.
+"""Which library computes joint attention on a GPU, or its gradients: the first of an order that can serve the call.
 
-Every candidate declares what it needs (architecture, dtype, head dim) and what it can do (backward, lengths that only
-the device knows). Among those that can serve a call, the highest rate in attention_table.json wins; an entry there is
-"measured" or "predicted" and names its source. Our own kernel is a candidate like the others, except that a prediction
-alone never chooses it. LENS_ATTENTION=name, or `use(name)`, forces a choice; a forced candidate that cannot run raises.
-Nothing here is imported before it is chosen. No candidate is ever given a mask.
+Every candidate declares what it needs (architecture, dtype, head dim, modules) and what it can do (backward, lengths that
+only the device knows). ORDERS holds one tuple of names per (architecture, use), the fastest first; `python -m bench tables`
+rewrites it from committed results, and our own kernel is in an order only by one. LENS_ATTENTION=name, or `use(name)`,
+forces a candidate, in an order or not; a forced candidate that cannot run raises. Nothing here is imported before it is
+chosen. No candidate is ever given a mask. To add a library: an adapter in forward.py, a Candidate, its name in an order.
 
-Gradients are a choice of their own: a library's own pass, or, by its lse, one of BACKWARDS. The time of both passes
-counts. Two libraries are mixed where both rates are measured, or where one is forced; a forced forward keeps its own
-gradients if it has any. LENS_ATTENTION_BACKWARD=name, or `use_backward(name)`, forces them. Gradients whose sums are in
-no fixed order are never taken unforced.
+A call that records a gradient is served by a candidate with its own gradients, or by a pair: "torch-cudnn + flash-attn-3"
+takes the forward pass of the one and, by its lse, the gradients of the other, one of BACKWARDS. A pair is in an order only
+by a committed result. LENS_ATTENTION_BACKWARD=name, or `use_backward(name)`, forces the gradients; a forced forward pass
+keeps its own if it has any. A nondeterministic backward pass serves only where it is forced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lens.ops.attention import forward as adapters
 from lens.ops.attention import hopper
 from lens.ops.attention.backward import Mixed
 from lens.ops.attention.layout import Samples, dense
-from lens.ops.override import Override, capability, dotted, one_of, rates
+from lens.ops.override import Override, capability, dotted, one_of
 
 HALF = (torch.bfloat16, torch.float16)
 LONG = 1024  # rows of the longest sample from which a call counts as "long"
@@ -71,8 +71,8 @@ class AttentionCall:
     batch_invariant: bool = False  # a sample's bits must not depend on what else is in the call
 
     @property
-    def shape(self) -> str:
-        """The shape class of the table for the forward pass."""
+    def use(self) -> str:
+        """What ORDERS has a tuple for: "long", "short", "long training" or "short training"."""
         length = "long" if self.longest >= LONG else "short"
         return f"{length} training" if self.backward else length
 
@@ -156,6 +156,7 @@ CANDIDATES = [
         dtypes=(torch.bfloat16,),
         arch=((9, 0), (9, 0)),
         head_dim=(64, 64),
+        backward=False,
         gives_lse=True,
     ),
     Candidate(
@@ -177,7 +178,7 @@ CANDIDATES = [
     ),
     Candidate("torch-cudnn", adapters.torch_cudnn, head_dim=(8, 128), device_lengths=False, gives_lse=True),
     Candidate("flash-attn-2", adapters.flash_attn_2, forward_modules=("flash_attn",), gives_lse=True),
-    # a private op of torch: without a measured rate it is taken only where it is forced
+    # a private op of torch: in no order without a committed result
     Candidate(
         "torch-cudnn-varlen",
         adapters.torch_cudnn_varlen,
@@ -232,38 +233,32 @@ BACKWARDS = [
 
 # ------------------------------------------------------------------------------------------------ the choice
 
-TABLE = Path(__file__).with_name("attention_table.json")
+# (architecture, use) -> candidates and pairs, the fastest first. Lines without a source go by published figures of other
+# machines; an architecture without a line goes by its family's x.0, else by 8.0's.
+# fmt: off
+ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
+    # orders: begin
+    ("9.0", "long"): ("flash-attn-3", "flash-attn-4", "torch-cudnn", "flash-attn-2", "torch-varlen", "torch-sdpa"),
+    ("9.0", "short"): ("flash-attn-3", "flash-attn-4", "flash-attn-2", "torch-varlen", "torch-cudnn", "torch-sdpa"),
+    ("9.0", "long training"): ("flash-attn-3", "flash-attn-4", "flash-attn-2", "torch-varlen", "torch-sdpa"),
+    ("9.0", "short training"): ("flash-attn-3", "flash-attn-4", "flash-attn-2", "torch-varlen", "torch-sdpa"),
+    ("8.0", "long"): ("flash-attn-2", "torch-varlen", "torch-sdpa", "torch-cudnn"),
+    ("8.0", "short"): ("flash-attn-2", "torch-varlen", "torch-cudnn", "torch-sdpa"),
+    ("8.0", "long training"): ("flash-attn-2", "torch-varlen", "torch-sdpa"),
+    ("8.0", "short training"): ("flash-attn-2", "torch-varlen", "torch-sdpa"),
+    ("10.0", "long"): ("flash-attn-4", "flash-attn-2", "torch-varlen", "torch-sdpa", "torch-cudnn"),
+    # orders: end
+}
+# fmt: on
 override = Override("LENS_ATTENTION", "lens.ops.attention.choice", lambda: [c.name for c in CANDIDATES])
-use = override.use
 override_backward = Override(
     "LENS_ATTENTION_BACKWARD", "lens.ops.attention.choice", lambda: [c.name for c in BACKWARDS]
 )
-use_backward = override_backward.use
-
-
-@functools.cache
-def table() -> dict[tuple[str, str, str], dict[str, Any]]:
-    """(architecture, shape class, candidate) -> its entry: tflops, status, source."""
-    return {(e["arch"], e["shape"], e["backend"]): e for e in rates(TABLE)}
-
-
-def entry(name: str, call: AttentionCall, shape: str = "") -> dict[str, Any] | None:
-    """The table's line for this architecture, else for the first of its family, else for 8.0. A forward pass in
-    training that has no line of its own is the library's forward pass."""
-    shapes = (shape,) if shape else (call.shape, call.shape.removesuffix(" training"))
-    return next((found for a in _archs(call) for s in shapes if (found := table().get((a, s, name)))), None)
-
-
-def _archs(call: AttentionCall) -> tuple[str, ...]:
-    return dotted(call.arch), f"{call.arch[0]}.0", "8.0"
-
-
-def _backward_shape(call: AttentionCall) -> str:
-    return call.shape.replace("training", "backward")
+use, use_backward = override.use, override_backward.use
 
 
 class Choice(NamedTuple):
-    """Who computes a call."""
+    """Which candidates compute a call."""
 
     forward: Candidate
     backward: Candidate | None = None  # of BACKWARDS; None: the library's own, or no gradient is recorded
@@ -274,133 +269,122 @@ class Choice(NamedTuple):
 
     @property
     def gradients(self) -> str:
-        """The name of who computes the gradients."""
+        """The name of what computes the gradients."""
         return self.backward.name if self.backward else self.forward.own_backward or self.forward.name
 
-    def lines(self, call: AttentionCall) -> list[dict[str, Any] | None]:
-        """The table's lines of all passes that the call needs."""
-        found = [entry(self.name, call)]
-        return [*found, entry(self.gradients, call, _backward_shape(call))] if call.backward else found
-
-    def rank(self, call: AttentionCall) -> tuple[int, float]:
-        """The higher the better: how near the architecture of its rates is, for those of another decide nothing beside
-        this one's; then TFLOP/s of all passes, a backward pass being 2.5 forward ones."""
-        lines = [line for line in self.lines(call) if line is not None]
-        if len(lines) < 1 + call.backward:
-            return -len(_archs(call)), 0.0
-        archs = _archs(call)
-        near = -max(archs.index(line.get("arch", archs[0])) for line in lines)
-        work = [1.0, 2.5][: len(lines)]
-        return near, sum(work) / sum(w / float(line["tflops"]) for w, line in zip(work, lines, strict=True))
-
-    def doubt(self, call: AttentionCall) -> str:
-        """Why what could serve the call does so only where it is forced, or ""."""
-        measured = [line is not None and line["status"] == "measured" for line in self.lines(call)]
-        asked, gradients_asked = override.name == self.name, call.backward and override_backward.name == self.gradients
-        if call.backward and not gradients_asked and not (asked and self.backward is None):
-            by = next((b for b in BACKWARDS if b.name == self.gradients), self.forward)
-            if not by.deterministic:
-                force = f"{override_backward.variable}={by.name} forces it"
-                return f"its gradients are other bits every time, which torch cannot switch off; {force}"
-        if self.forward.kernel and not asked and not measured[0]:
-            return f"not chosen before it was measured; {override.variable}={self.name} forces it"
-        if self.backward is not None and not asked and not gradients_asked and not all(measured):
-            return f"{self.name} and {self.gradients} are not mixed before both were measured"
-        return ""
+    def why_unsupported(self, call: AttentionCall) -> str:
+        """Why it cannot serve the call, or ""."""
+        if self.backward is not None:
+            if not self.forward.gives_lse:
+                return f"gives no lse for the gradients of {self.backward.name}"
+            one_pass = replace(call, backward=False)
+            return self.forward.why_unsupported(one_pass) or self.backward.why_unsupported(one_pass)
+        own = _named(BACKWARDS, self.forward.name)
+        if call.backward and own and call.head_dim > own.head_dim[1]:
+            return (
+                f"its backward pass is deterministic up to {own.head_dim[1]} channels a head, not for {call.head_dim}"
+            )
+        return self.forward.why_unsupported(call)
 
 
-def _choices(call: AttentionCall) -> Iterator[Choice]:
-    """All that could serve the call."""
-    for c in CANDIDATES:
-        own = c.adapter is not None and not c.why_unsupported(call) and not _too_wide(c, call)
-        if own or (not call.backward and not c.why_unsupported(call)):
+def order(call: AttentionCall) -> tuple[str, tuple[str, ...]]:
+    """The architecture whose order the call goes by, and the order."""
+    archs = dotted(call.arch), f"{call.arch[0]}.0", "8.0"
+    return next((arch, ORDERS[arch, call.use]) for arch in archs if (arch, call.use) in ORDERS)
+
+
+def _named(known: list[Candidate], name: str) -> Candidate | None:
+    return next((c for c in known if c.name == name), None)
+
+
+def _in_order(call: AttentionCall) -> list[Choice]:
+    """The choices of the call's order, the best first."""
+    found = []
+    for name in order(call)[1]:
+        forward, _, gradients = name.partition(" + ")
+        candidate, backward = _named(CANDIDATES, forward), _named(BACKWARDS, gradients)
+        if candidate is not None and (backward is not None) == bool(gradients):
+            found.append(Choice(candidate, backward))
+    if call.batch_invariant:  # first what a captured step can run: a plain one, beside another size, must run the same
+        found.sort(key=lambda choice: not choice.forward.device_lengths)
+    return found
+
+
+def _forced(call: AttentionCall, name: str | None, gradients: str | None) -> Iterator[Choice]:
+    """The choices with the forward pass and the gradients that are forced, the best first."""
+    for c in [c for c in CANDIDATES if c.name == name] if name else [choice.forward for choice in _in_order(call)]:
+        if gradients in (None, Choice(c).gradients):
             yield Choice(c)
-        if call.backward and c.gives_lse and not c.why_unsupported(replace(call, backward=False)):
-            others = (b for b in BACKWARDS if not (own and b.name == Choice(c).gradients))
-            yield from (Choice(c, b) for b in others if not b.why_unsupported(replace(call, backward=False)))
+        if call.backward:
+            yield from (Choice(c, b) for b in BACKWARDS if b.name == gradients or (not gradients and b.deterministic))
 
 
-def _too_wide(c: Candidate, call: AttentionCall) -> bool:
-    """Whether a library's own gradients are in a fixed order for narrower heads alone."""
-    return call.backward and any(b.name == c.name and call.head_dim > b.head_dim[1] for b in BACKWARDS)
-
-
-def _why_unsupported(c: Candidate, call: AttentionCall) -> str:
-    """Why a candidate can serve no part of the call."""
+def _no_part(c: Candidate, call: AttentionCall) -> str:
+    """Why a candidate can serve no part of the call, or ""."""
     return c.why_unsupported(replace(call, backward=False) if c.gives_lse or c in BACKWARDS else call)
 
 
-def report(call: AttentionCall, backward: bool = False) -> list[tuple[str, bool, str]]:
-    """(candidate, whether it is chosen, why or why not) for every candidate, the chosen one first; backward: for the
-    gradients."""
-    known, able = (BACKWARDS if backward else CANDIDATES), list(_choices(call))
-    try:
-        best, none = choose(call), ""
-    except RuntimeError as error:
-        best, none = None, str(error)
-    shape = _backward_shape(call) if backward else call.shape
-    is_forced = (override_backward.name if backward else override.name) is not None
-    rows = []
-    for c in known:
-        served = [choice for choice in able if (choice.gradients if backward else choice.name) == c.name]
-        chosen = best is not None and (best.gradients if backward else best.name) == c.name
-        why = _why_unsupported(c, call) or none
-        if not why:
-            line = entry(c.name, call, shape if backward else "")
-            why = f"no rate for {shape} calls in {TABLE.name}"
-            if line:
-                rate = f"{line['status']} {line['tflops']:g} TFLOP/s for {line['shape']} calls"
-                why = f"{rate} on {line['arch']} ({line['source']})"
-            doubts = [choice.doubt(call) for choice in served]
-            if not chosen and doubts and all(doubts):
-                why += f"; {doubts[-1 if backward else 0]}"
-            if not chosen and call.batch_invariant and not c.device_lengths:
-                why += "; it reads the lengths on the host, and plain steps run what captured ones do"
-        if chosen and is_forced:
-            why = f"forced; {why}"
-        rank = max((choice.rank(call) for choice in served), default=(-9, 0.0))
-        rows.append(
-            (
-                (not chosen, not served or bool(_why_unsupported(c, call)), tuple(-r for r in rank)),
-                (c.name, chosen, why),
-            )
-        )
-    return [row for _, row in sorted(rows, key=lambda row: row[0])]
-
-
-def _checked_override(override: Override, known: list[Candidate], what: str, call: AttentionCall) -> str | None:
-    if (name := override.name) is None:
+def _checked_override(forced: Override, known: list[Candidate], what: str, call: AttentionCall) -> str | None:
+    """The name that is forced, if any. RuntimeError for one that is not known or cannot serve."""
+    if (name := forced.name) is None:
         return None
-    named = next((c for c in known if c.name == name), None)
-    if named is None:
+    if (candidate := _named(known, name)) is None:
         names = one_of([c.name for c in known])
         raise RuntimeError(f"lens.joint_attention: the {what} must be {names}, got {name!r}")
-    if why := _why_unsupported(named, call):
+    if why := _no_part(candidate, call):
         raise RuntimeError(f"lens.joint_attention: {name} was asked for but cannot run: {why}")
     return name
 
 
 @functools.lru_cache(maxsize=256)
 def choose(call: AttentionCall) -> Choice:
-    """Who serves the call. RuntimeError where what is forced, or everything, cannot."""
+    """The first that can serve the call. RuntimeError where what is forced, or everything in the order, cannot."""
     name = _checked_override(override, CANDIDATES, "attention backend", call)
-    other = call.backward and _checked_override(override_backward, BACKWARDS, "gradients' backend", call)
-    able = [c for c in _choices(call) if name in (None, c.name) and (not other or other == c.gradients)]
-    if not able and (name or other):
-        asked = " with the gradients of ".join(n for n in (name, other) if n)
-        raise RuntimeError(f"lens.joint_attention: {asked} was asked for but cannot run: it gives no lse for them")
-    if name and not other:
-        able = [c for c in able if c.backward is None] or able
-    sure = [c for c in able if not c.doubt(call)]
-    if not sure:
-        doubts = {c.name: c.doubt(call) for c in reversed(able)}
-        reasons = "; ".join(
-            f"{c.name} {_why_unsupported(c, call) or doubts.get(c.name, 'serves none')}" for c in CANDIDATES
-        )
-        raise RuntimeError(f"lens.joint_attention: no attention backend can serve {call}: {reasons}")
-    if call.batch_invariant:  # alone a sample's step may be captured and beside another size not: the same must run
-        sure = [c for c in sure if c.forward.device_lengths] or sure
-    return max(sure, key=lambda c: c.rank(call))  # the first of the list where rates tie
+    gradients = _checked_override(override_backward, BACKWARDS, "gradients' backend", call) if call.backward else None
+    reasons = []
+    for choice in _forced(call, name, gradients) if name or gradients else _in_order(call):
+        if not (why := choice.why_unsupported(call)):
+            return choice
+        reasons.append(f"{choice.name} {why}")
+    asked = " with the gradients of ".join(filter(None, (name, gradients)))
+    what = f"{asked} was asked for but cannot run" if asked else f"no attention backend can serve {call}"
+    raise RuntimeError(f"lens.joint_attention: {what}: {'; '.join(reasons)}")
+
+
+def report(call: AttentionCall, backward: bool = False) -> list[tuple[str, bool, str]]:
+    """(candidate, whether it is chosen, why or why not) for every candidate, the chosen one first; backward: for the
+    gradients."""
+    known, forced = (BACKWARDS, override_backward) if backward else (CANDIDATES, override)
+    try:
+        best, none = choose(call), ""
+    except RuntimeError as error:
+        best, none = None, str(error)
+
+    def part(choice: Choice) -> str:
+        return choice.gradients if backward else choice.name
+
+    arch, ordered = order(call)[0], _in_order(call)
+    where, places = f"the order for {call.use} calls on {arch}", [part(choice) for choice in ordered]
+    rows = []
+    for c in known:
+        chosen, force = best is not None and part(best) == c.name, f"{forced.variable}={c.name} forces it"
+        unsupported = _no_part(c, call) or none
+        reasons = [choice.why_unsupported(call) for choice in ordered if part(choice) == c.name]
+        if unsupported:
+            why = unsupported
+        elif chosen:
+            why = "forced" if forced.name else f"the first in {where} that can serve"
+        elif forced.name:
+            why = f"{forced.name} is forced"
+        elif not c.deterministic:
+            why = f"its backward pass is nondeterministic, which torch cannot switch off; {force}"
+        elif not reasons:
+            why = f"not in {where} without a committed result; {force}"
+        else:
+            why = reasons[0] if all(reasons) else f"after {part(best)} in {where}" if best else none
+        place = places.index(c.name) if c.name in places else len(places)
+        rows.append(((not chosen, bool(unsupported), place), (c.name, chosen, why)))
+    return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
 override.changed = override_backward.changed = choose.cache_clear
@@ -417,8 +401,8 @@ def attention_call(
 ) -> AttentionCall:
     """What a call on `device` asks for."""
     arch = capability(device.index) if device.type == "cuda" else (0, 0)
-    # the class is all that counts of the length, and few different needs keep the choice remembered; the longest of a
-    # call is another sample's business, so whoever must not depend on others asks as for long ones
+    # the class is all that counts of the length, and few different calls keep the choice remembered; under batch
+    # invariance the longest sample must not matter, so the call counts as long
     longest = LONG if longest >= LONG or batch_invariant else 0
     return AttentionCall(device.type, arch, dtype, head_dim, backward, device_lengths, longest, batch_invariant)
 
@@ -456,7 +440,7 @@ def call_of(
 
 
 def _loaded(call: AttentionCall) -> tuple[Choice, Any, Any]:
-    """Who serves the call and the modules of both passes, imported."""
+    """The choice for the call and the modules of both passes, imported."""
     while True:
         chosen = choose(call)
         try:

@@ -1,11 +1,11 @@
-"""Who multiplies in a block: the library (cuBLASLt) and a row kernel after it, or our GEMM with the row op in itself.
+"""Which kernel computes a block's GEMM and the row op behind it: the first of an order that can serve the call.
 
-The library is the default. A shape uses ours only where linear_table.json holds measured rates of both for its
-architecture, product and rows, and ours is the higher: predictions are shown and decide nothing. A rate counts the
-product's FLOPs over the time of product and row op together. LENS_LINEAR=fused | library, or `use(name)`, forces a
-choice for every product; where `fused` cannot run, that raises.
+"library" is cuBLASLt's GEMM and a row kernel after it, "fused" our GEMM with the row op in its epilogue. ORDERS holds one
+tuple per (architecture, GEMM) for calls of ROWS rows and more; `python -m bench tables` rewrites it from committed results,
+and "fused" is in an order only by one. Elsewhere the library serves. LENS_LINEAR=fused | library, or `use(name)`, forces a
+choice for every GEMM; where `fused` cannot run, that raises.
 
-Under batch_invariant rows and rates do not count, for they are the whole batch's: ours wherever it can run, because a
+Under batch invariance rows and orders do not count, for they are the whole batch's: "fused" wherever it can run, because a
 row's bits depend on that row alone; elsewhere the library, sample by sample. `lens/engine/batch_invariance.py` has the price.
 """
 
@@ -15,13 +15,11 @@ import contextlib
 import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 
 from lens.ops import backend
-from lens.ops.override import Override, capability, dotted, one_of, rates
+from lens.ops.override import Override, capability, dotted, one_of
 
 BACKENDS = ("library", "fused")
 GEMMS = {
@@ -29,8 +27,20 @@ GEMMS = {
     "w13": "linear_swiglu",
     "out": "linear_gated_residual",
     "w2": "linear_gated_residual",
-}  # and the op that computes each
-TABLE = Path(__file__).with_name("linear_table.json")
+}  # and the op of each
+LIBRARY = ("library",)
+BATCH_INVARIANT = ("fused", "library")
+ROWS = 4096  # the fewest rows of a call that the orders speak of
+# fmt: off
+ORDERS: dict[tuple[str, str], tuple[str, ...]] = {
+    # orders: begin
+    ("9.0", "qkv"): ("library",),
+    ("9.0", "w13"): ("library",),
+    ("9.0", "out"): ("library",),
+    ("9.0", "w2"): ("library",),
+    # orders: end
+}
+# fmt: on
 HEAD_DIM = 64  # of the one epilogue that knows heads
 override = Override("LENS_LINEAR", "lens.ops.linear.choice", lambda: BACKENDS)
 use = override.use
@@ -94,33 +104,22 @@ def why_unsupported(call: GemmCall) -> str:
     return ""
 
 
-@functools.cache
-def table() -> list[dict[str, Any]]:
-    """Entries of linear_table.json: arch, product, rows (at least), backend, tflops, status, source."""
-    return rates(TABLE, backend=BACKENDS, gemm=GEMMS)
-
-
-@functools.cache
-def measured() -> bool:
-    """Whether any rate of ours is measured: until then the library serves every call that is not forced."""
-    return any(e["status"] == "measured" and e["backend"] == "fused" for e in table())
+def order(call: GemmCall) -> tuple[str, ...]:
+    """The kernels of the call, the best first."""
+    if call.batch_invariant:
+        return BATCH_INVARIANT
+    return ORDERS.get((dotted(call.arch), call.gemm), LIBRARY) if call.rows >= ROWS else LIBRARY
 
 
 def idle(batch_invariant: bool = False) -> bool:
-    """Whether the library serves every call, which saves a look at each: nothing is forced, nothing measured.
+    """Whether the library serves every call, which saves a look at each: nothing is forced, "fused" is first nowhere.
     batch_invariant: of those whose samples must not depend on their batch."""
-    return override.name != "fused" and (not (measured() or batch_invariant) or backend.override() == "reference")
-
-
-def entry(name: str, call: GemmCall) -> dict[str, Any] | None:
-    """The table's line of the most rows that the call reaches; None where it has none."""
-    key = dotted(call.arch), call.gemm, name
-    of = (e for e in table() if (e["arch"], e["gemm"], e["backend"]) == key)
-    return max((e for e in of if e["rows"] <= call.rows), key=lambda e: int(e["rows"]), default=None)
+    first = batch_invariant or any(names[0] == "fused" for names in ORDERS.values())
+    return override.name != "fused" and (not first or backend.override() == "reference")
 
 
 def decide(call: GemmCall) -> tuple[str, str]:
-    """(backend, why). RuntimeError where a forced one cannot run."""
+    """(kernel, why). RuntimeError where a forced one cannot run."""
     why = why_unsupported(call)
     if (name := override.name) is not None:
         op = f"lens.{GEMMS[call.gemm]}"
@@ -132,19 +131,16 @@ def decide(call: GemmCall) -> tuple[str, str]:
     if why:
         return "library", f"fused {why}"
     if call.batch_invariant:
-        return "fused", "batch-invariant: a row's bits depend on that row alone"
-    ours, library = entry("fused", call), entry("library", call)
-    if ours is None or library is None:
-        return "library", f"no rates for {call.gemm} with {call.rows} rows in {TABLE.name}"
-    said = ", ".join(f"{e['backend']} {e['status']} {e['tflops']:g} TFLOP/s" for e in (ours, library))
-    if "predicted" in (ours["status"], library["status"]):
-        return "library", f"not measured against each other yet ({said})"
-    return ("fused" if ours["tflops"] > library["tflops"] else "library"), said
+        return order(call)[0], "batch-invariant: a row's bits depend on that row alone"
+    where = f"the order for {call.gemm} with {call.rows} rows on {dotted(call.arch)}"
+    if "fused" not in order(call):
+        return "library", f"fused is not in {where} without a committed result"
+    return order(call)[0], f"the first in {where}"
 
 
 @functools.lru_cache(maxsize=1024)
 def choose(call: GemmCall) -> str:
-    """The backend that serves the call: "library" or "fused"."""
+    """The kernel that serves the call: "library" or "fused"."""
     return decide(call)[0]
 
 

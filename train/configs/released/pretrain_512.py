@@ -81,7 +81,7 @@ OPEN = {
     "RECOMPUTE": "gradient checkpointing is stated, its granularity is not: block, or selective where memory allows",
     "RESHARD": "not given; False keeps gathered weights between the passes: 8.2 GB more, a third less traffic",
     "SHARD": "not given; the eight GPUs of a node hold one copy of the state, 66 GB with 16 GB of averages",
-    "ATTENTION": "not given; auto takes the fastest of lens/ops/attention/attention_table.json that is installed",
+    "ATTENTION": "not given; auto takes the first of the order in lens/ops/attention/choice.py that can serve",
     "SHEET": "ours; base and guidance of the pictures drawn at every save",
     "PROMPTS": "ours; fixed, with seeds 0, 1, ...",
     "VALIDATE_EVERY": "ours",
