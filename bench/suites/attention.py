@@ -2,7 +2,7 @@
 
 Lengths are those of the joint sequences, "8x512" or "4511,4096". Ways: forward; training, the forward pass that writes
 lse; backward, both passes, by one library where it can; gradients, the backward pass alone from a result and
-lse that are given. Ours is what `lens.ops.attention.choice` chooses; its candidates, those without a rate too,
+lse that are given. Ours is what `lens.ops.attention.choice` chooses; its candidates, those in no order too,
 are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads to the
 longest and adds one. What cannot serve a call here is left out with its own reason. The first case has lens-hopper in all
 its modes beside each other, told by the launcher's arguments.
@@ -225,7 +225,7 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
     wanted: list[list[tuple[int, int]]] = [[(main, t), (main, 0)] for t in reversed(scale.texts)]
     wanted += [[(main, 0)] * 2, [(main, longest)] * 2, [(main, longest)]]
     wanted += [[(least, scale.texts[0]), (main, longest), (large, scale.texts[-2]), (least, longest)]]
-    short = [(3 * least // 4, scale.texts[-2])] * (8 if not scale.tiny else 3)  # the table's
+    short = [(3 * least // 4, scale.texts[-2])] * (8 if not scale.tiny else 3)  # of the orders
     wanted += [short]
     wanted += [[(large, longest), (large, 0)], [(least, scale.texts[-2])] * (24 if not scale.tiny else 3)]
     kinds = [(lengths, "forward") for lengths in wanted] + [(wanted[0], "backward"), (wanted[-1], "backward")]

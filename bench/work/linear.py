@@ -26,7 +26,7 @@ from .scale import Scale
 
 CUTLASS = "cutlass"
 CLUSTERS = {"fused_alone": 1, "fused_clusters": 2}  # subject -> blocks that share a tile of the weight
-KINDS = {  # what -> the table's product, and whether a norm follows
+KINDS = {  # what -> the GEMM of linear/choice.py, and whether a norm follows
     "w13_swiglu": ("w13", False),
     "qkv_norm_rope": ("qkv", False),
     "w2_residual_norm": ("w2", True),

@@ -1,10 +1,10 @@
 """Batch invariance: which kernels give a sample the same bits in any batch, what that costs, when it is the default.
 
 Rows of our GEMMs depend on themselves alone (docs/gemm.md), so where they serve every GEMM of the blocks, invariance
-costs what ours lose to a choice by rates, and steps are captured as without it. Elsewhere the library multiplies sample
-by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was measured at every case of CASES and the
-highest is below LIMIT, unless an attention is forced that looks at other samples. invariance_table.json holds the
-prices; `python -m bench tables` writes those of committed results.
+costs what ours lose to the orders of linear/choice.py, and steps are captured as without it. Elsewhere the library's
+GEMMs run sample by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was
+measured at every case of CASES and the highest is below LIMIT, unless an attention is forced that looks at other samples.
+invariance_table.json holds the prices; `python -m bench tables` writes those of committed results.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def price(arch: tuple[int, int], status: str = "measured") -> float | None:
 
 
 def why_library_gemm(config: LensConfig, device: torch.device, dtype: torch.dtype, layers: Sequence[Any] = ()) -> str:
-    """Why the library multiplies in blocks whose samples must not depend on their batch, hence one by one; "" where
-    ours do it. RuntimeError where ours are forced and cannot run."""
+    """Why a GEMM of the blocks is the library's under batch invariance, hence sample by sample; "" where all are ours.
+    RuntimeError where ours are forced and cannot run."""
     if linear_choice.idle(batch_invariant=True):
         return "the reference ops were asked for"
     for call in linear_choice.gemm_calls(
@@ -108,14 +108,14 @@ def report(device: torch.device) -> tuple[bool, str]:
     except RuntimeError as error:
         return False, str(error)
     if why:
-        return False, f"{no}; batch_invariant=True multiplies sample by sample, not captured ({why})"
+        return False, f"{no}; batch_invariant=True runs GEMMs sample by sample, not captured ({why})"
     if why := why_attention_is_not_invariant(LensConfig(), device, torch.bfloat16):
         return False, f"{no}; batch_invariant=True raises ({why})"
     measured, predicted = price(arch), price(arch, "predicted")
     if measured is not None:
         said = f"{100 * measured:.1f} % of a step, measured"
         if measured < LIMIT:
-            return True, f"yes, bit for bit, by our products: {said}"
+            return True, f"yes, bit for bit, by our GEMMs: {said}"
     else:
         said = "not measured" if predicted is None else f"{100 * predicted:.1f} % of a step, predicted"
-    return False, f"{no}; batch_invariant=True takes our products in every block, captured ({said})"
+    return False, f"{no}; batch_invariant=True takes our GEMMs in every block, captured ({said})"

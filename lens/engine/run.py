@@ -107,7 +107,7 @@ class Engine:
             invariant = model.invariant and self.text_bin != 1
             if invariant and (why := batch_invariance.why_library_gemm_of_model(model)):
                 return (
-                    f"batch_invariant has the library multiply text sample by sample ({why}), by lengths the host must "
+                    f"batch_invariant runs the library's GEMMs on text sample by sample ({why}), by lengths the host must "
                     "know: text_bin = 1 captures each combination of them"
                 )
             attention_choice.choose(self._attention_call(model, grids[0][0] * grids[0][1], self.text_bin != 1))

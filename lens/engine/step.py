@@ -61,12 +61,12 @@ class State:
 
     def tensors(self) -> list[Tensor]:
         p, t = self.packing, self.table
-        places = [] if p.layout is None else [p.layout.image_rows, p.layout.text_rows, p.layout.joint_offsets]
+        layout = [] if p.layout is None else [p.layout.image_rows, p.layout.text_rows, p.layout.joint_offsets]
         own = [self.x, self.before, self.velocity, self.text, self.first, self.index, self.sigma, self.offsets]
         whole = [] if self.whole is None else self.whole.tensors()
         if (m := self.memory) is not None:
             own += [m.weight, m.clean, m.earlier]
-        all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *places, *whole]
+        all_ = [*own, self.noise, t.blocks, t.final, p.image_offsets, p.text_offsets, p.cos, p.sin, *layout, *whole]
         return [x for x in all_ if x is not None]
 
     @property
@@ -230,7 +230,7 @@ def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     """Why steps of this plan run op by op; "" where they are one call."""
     invariant = model.invariant
     if linear_choice.idle(batch_invariant=invariant and model.device.type == "cuda"):
-        return "the library multiplies"  # nearly always, and said without a look at anything else
+        return "the GEMMs are the library's"  # nearly always, and said without a look at anything else
     if model.training:
         return "the model is in training"
     if why := backend.without("denoise_step"):
@@ -251,7 +251,7 @@ def why_not(model: LensTransformer2DModel, packing: Packing) -> str:
     )
     by_library = [call.gemm for call in calls if linear_choice.choose(call) != "fused"]
     if by_library:
-        return f"the library multiplies {', '.join(by_library)}"
+        return f"the GEMMs of {', '.join(by_library)} are the library's"
     longest = max((i + t for i, t in lengths), default=0) if packing.layout is None else packing.layout.longest
     captured, head_dim = packing.layout is not None, config.attention_head_dim
     call = attention_choice.attention_call(

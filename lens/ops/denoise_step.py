@@ -7,16 +7,12 @@ host some 450 calls of Python; this one costs a call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from lens.ops import backend
 from lens.ops.attention.hopper import POLYNOMIAL
 from lens.ops.linear import choice as linear_choice
-
-if TYPE_CHECKING:
-    pass
 
 OWN_ATTENTION = "lens-hopper"
 
@@ -42,7 +38,7 @@ def denoise_step(
     """velocity [RI, C] of image_rows [RI, C] and text_rows [RT, D], all bfloat16; sizes as in csrc/params.h.
 
     weights: int64 [L, 2, 10] on the host, addresses by WEIGHTS; score_bounds: float64 [L] on the host
-    ends: weight and bias of the first product, weight and bias of the last
+    ends: weight and bias of the first GEMM, weight and bias of the last
     workspace: [RI + RT, 2 D + max(3 D, F)], whose content does not matter; hidden: F
     """
     head_dim, names = 2 * cos.shape[1], ("image_in", "image_in_bias", "image_out", "image_out_bias")

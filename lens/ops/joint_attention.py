@@ -1,4 +1,4 @@
-"""Attention of every sample over its own [image | text] rows; attention/choice.py says who does the work."""
+"""Attention of every sample over its own [image | text] rows; attention/choice.py says which library computes it."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ def expect_heads(
     image_offsets: Tensor,
     text_offsets: Tensor,
 ) -> None:
-    """The checks of norms, rotation and places for products of `width` columns, beside rows like `like`."""
+    """The checks of norms, rotation and offsets for QKV rows of `width` columns, beside rows like `like`."""
     checks.expect_rank(op, "image_q_weight", weights[0], "H")
     head_dim = weights[0].shape[0]
     if head_dim < 2 or head_dim % 2 or head_dim > 512:

@@ -159,7 +159,7 @@ def test_the_whole_transformer(emulated, case):
 
 
 def test_the_model_by_our_products(emulated, forced):
-    """Op by op: four products a block, both streams in each; the last block's text is left out."""
+    """Op by op: four GEMMs a block, both streams in each; the last block's text is left out."""
     given, ours = inputs("unequal text"), model()
     with torch.no_grad():
         exact, own = plainly(model(torch.float64), given.to(torch.float64)), plainly(ours, given)
@@ -284,7 +284,7 @@ def sample(given: Inputs, k: int) -> Inputs:
 @pytest.mark.parametrize("way", ["one call", "op by op"])
 @pytest.mark.parametrize("case", ["unequal text", "no text"])
 def test_a_sample_has_the_same_bits_alone_and_in_company(emulated, forced, case, way):
-    """Under batch_invariant, by our products; other sizes beside it, before it and behind it."""
+    """Under batch_invariant, by our GEMMs; other sizes beside it, before it and behind it."""
     together, ours = inputs(case), model()
     ours.batch_invariant = True
 
@@ -349,7 +349,7 @@ def test_when_a_step_is_one_call(forced, monkeypatch):
 
     assert why() == ""
     with linear_choice.use("library"):
-        assert why() == "the library multiplies"
+        assert why() == "the GEMMs are the library's"
     hook = ours.layers()[1].text.w2.register_forward_hook(lambda *_: None)
     monkeypatch.setattr(
         linear_choice, "why_unsupported", lambda call: "" if call.plain else "a layer is no plain Linear"

@@ -439,7 +439,9 @@ def test_batch_invariance_by_ours_is_captured_in_bins(pipe, monkeypatch):
     assert pipe.engine.why_not_captured(model, [(2, 3)]) == ""
     asked: list = []
     monkeypatch.setattr(linear_fused, "_use_fused", lambda gemm, op, x, layers, lengths, *_: asked.append(lengths))
-    with pytest.raises(RuntimeError, match="the library multiplies samples alone by lengths that the host must know"):
+    with pytest.raises(
+        RuntimeError, match="the library's GEMM runs sample by sample, by lengths that the host must know"
+    ):
         pipe(PROMPTS, seed=3, **SMALL)
     rows = 6
     assert asked == [([rows] * 4 + [0], linear_fused.ON_DEVICE)]
@@ -488,7 +490,7 @@ def test_no_step_looks_at_a_value_and_launches_are_counted(monkeypatch, layers):
     moved = [c[0] for c in recorded.calls if any(t.device.type != "meta" for t in c[3])]
     assert moved == []
     count = launches(recorded.calls)
-    # per block: four products, two row passes and an activation for each stream, the heads, attention. Once per step:
+    # per block: four GEMMs, two row passes and an activation for each stream, the heads, attention. Once per step:
     # both ends, the rows of the table and of the sigmas, three copies, the sampler. The last block drops its text.
     assert len(count) <= 16 * layers + 21, (len(count), count)
     assert count.count("lens::guidance_step") == 1

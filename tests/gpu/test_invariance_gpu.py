@@ -1,4 +1,4 @@
-"""batch_invariant on a device: a picture's bits alone and in company, by our products and by the library, captured too."""
+"""batch_invariant on a device: a picture's bits alone and in company, by our GEMMs and by the library, captured too."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.ops.harness import same_bits
 pytestmark = pytest.mark.gpu
 RELEASED = LensConfig(num_layers=2)
 HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-ours_alone = pytest.mark.skipif(not HOPPER, reason="our products need an sm_90")
+ours_alone = pytest.mark.skipif(not HOPPER, reason="our GEMMs need an sm_90")
 INVARIANT = [c.name for c in attention_choice.CANDIDATES if not c.why_not_invariant]
 
 
@@ -63,7 +63,7 @@ def in_company(given: Job, model: LensTransformer2DModel, runs: Engine) -> None:
     assert not same_bits(*found[0])
 
 
-# ---- our products
+# ---- our GEMMs
 
 
 @ours_alone

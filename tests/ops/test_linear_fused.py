@@ -309,10 +309,10 @@ def test_a_need_that_must_not_depend_on_its_batch_has_no_rows(monkeypatch):
 def test_lengths_that_only_the_device_knows_are_refused_by_the_library():
     x, lengths = torch.randn(3, 8), linear_fused.ON_DEVICE
     with pytest.raises(
-        RuntimeError, match=r"lens.linear: the library multiplies samples alone by lengths that the host"
+        RuntimeError, match=r"lens.linear: the library's GEMM runs sample by sample, by lengths that the host"
     ):
         linear_fused.linear(torch.nn.Linear(8, 8), x, lengths)
-    with pytest.raises(RuntimeError, match=r"lens.linear: the library multiplies samples alone"):
+    with pytest.raises(RuntimeError, match=r"lens.linear: the library's GEMM runs sample by sample"):
         linear_fused.linear_swiglu([x, x], [torch.nn.Linear(8, 4, bias=False)] * 2, ([3], lengths))
 
 

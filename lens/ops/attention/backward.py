@@ -1,6 +1,6 @@
 """Backward adapters of attention: gradients from q, k, v, out and the lse of any library's forward pass.
 
-An adapter takes the library's module, dout, q, k, v, out, lse and the samples' places -> dq, dk, dv. dout, q and out
+An adapter takes the library's module, dout, q, k, v, out, lse and the samples' layout -> dq, dk, dv. dout, q and out
 are [RQ, N, H], k and v [R, N, H]; lse, float32 [N, RQ] without padding, holds the natural logarithm of every softmax
 denominator of scaled scores. flash-attn from 2.6 on, 3, 4 and torch's copy of 2 take it as it is, cuDNN by groups of
 equal samples as [B, N, queries, 1] (torch's form with offsets differs from release to release: its lse is
@@ -25,7 +25,7 @@ torch_flash_backward = torch.ops.aten._flash_attention_backward  # torch's copy 
 torch_cudnn_backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 
 
-def _places(samples: Samples) -> tuple[Tensor, Tensor, int, int]:
+def _layout(samples: Samples) -> tuple[Tensor, Tensor, int, int]:
     return samples.query_offsets, samples.joint_offsets, samples.longest_query, samples.longest
 
 
@@ -39,7 +39,7 @@ def flash_attn_2(
     dq, dk, dv = _empty(q, k, v)
     # no dropout; by name what releases before 2.7 spell otherwise, so that they raise
     options: dict[str, Any] = dict(window_size_left=-1, window_size_right=-1, softcap=0.0, alibi_slopes=None)
-    given = *dense(dout, q, k, v, out), lse, dq, dk, dv, *_places(samples), 0.0, samples.scale, False
+    given = *dense(dout, q, k, v, out), lse, dq, dk, dv, *_layout(samples), 0.0, samples.scale, False
     module._flash_attn_varlen_backward(*given, **options, deterministic=True)
     return dq, dk, dv
 
@@ -48,7 +48,7 @@ def flash_attn_3(
     module: Any, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, samples: Samples
 ) -> Triple:
     dq, dk, dv = _empty(q, k, v)
-    offsets, longest = _places(samples)[:2], _places(samples)[2:]
+    offsets, longest = _layout(samples)[:2], _layout(samples)[2:]
     given = *dense(dout, q, k, v, out), lse, *offsets, None, None, *longest, dq, dk, dv, samples.scale, False
     module._flash_attn_backward(*given, deterministic=True)  # the None: rows used of each sample
     return dq, dk, dv
@@ -59,8 +59,8 @@ def flash_attn_4(
 ) -> Triple:
     dout, q, k, v, out = dense(dout, q, k, v, out)
     names = "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"
-    places = dict(zip(names, _places(samples), strict=True))
-    made = module._flash_attn_bwd(q, k, v, out, dout, lse, samples.scale, False, **places, deterministic=True)
+    where = dict(zip(names, _layout(samples), strict=True))
+    made = module._flash_attn_bwd(q, k, v, out, dout, lse, samples.scale, False, **where, deterministic=True)
     dq, dk, dv = made[:3]
     return dq, dk, dv
 
@@ -70,7 +70,7 @@ def torch_flash(
 ) -> Triple:
     # no dropout, whose generator is two zeros, not causal
     state = torch.zeros(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device)
-    given = *dense(dout, q, k, v, out), lse, *_places(samples), 0.0, False, *state
+    given = *dense(dout, q, k, v, out), lse, *_layout(samples), 0.0, False, *state
     with deterministic():
         dq, dk, dv = torch_flash_backward(*given, scale=samples.scale)
     return dq, dk, dv

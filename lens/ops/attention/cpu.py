@@ -1,7 +1,7 @@
 """Attention on a CPU: PyTorch's flash kernel, one call per sample, so that a sample's bits do not depend on its batch.
 
 Where a gradient is recorded, samples of equal lengths share a call: faster for small samples, and equal at rounding
-level only (the kernel's matrix products change bits with the alignment of its scratch memory, which a larger batch
+level only (the kernel's GEMMs change bits with the alignment of its scratch memory, which a larger batch
 moves).
 """
 

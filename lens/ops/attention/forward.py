@@ -1,6 +1,6 @@
 """Attention on CUDA: one adapter per library, all with the same signature; choice.py chooses among them.
 
-An adapter takes q [RQ, N, H], k, v [R, N, H], the samples' places and the library's module -> out [RQ, N, H]; where it
+An adapter takes q [RQ, N, H], k, v [R, N, H], the samples' layout and the library's module -> out [RQ, N, H]; where it
 takes `with_lse`, too, then (out, lse) as backward.py describes it. Channels lie side by side; samples are
 told by offsets, or one call each; there is no mask. Backward passes are asked to be deterministic, which
 cuDNN's cannot be.
@@ -28,8 +28,8 @@ DETERMINISTIC = [SDPA.FLASH_ATTENTION, SDPA.EFFICIENT_ATTENTION, SDPA.MATH]
 
 def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any, with_lse: bool = False) -> Any:
     if with_lse:  # what varlen_attn calls; its own lse changes shape between releases
-        places = samples.query_offsets, samples.joint_offsets, samples.longest_query, samples.longest
-        return torch_flash_forward(q, k, v, *places, 0.0, False, False, scale=samples.scale)[:2]
+        where = samples.query_offsets, samples.joint_offsets, samples.longest_query, samples.longest
+        return torch_flash_forward(q, k, v, *where, 0.0, False, False, scale=samples.scale)[:2]
     # the default scale is left to the kernel: not every torch this package runs on takes the argument
     options: dict[str, Any] = {} if samples.scale == q.shape[-1] ** -0.5 else {"scale": samples.scale}
     if samples.batch_invariant and attention.current_flash_attention_impl():

@@ -130,7 +130,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, image_offsets: Tensor, text_offsets: 
 
 
 class _Recorded(torch.autograd.Function):
-    """Ours with the gradients of a library, which sees the rows that ask in the order of the joint layout."""
+    """Our forward pass with the gradients of a library, which sees the query rows in the order of the joint layout."""
 
     @staticmethod
     def forward(
@@ -146,8 +146,8 @@ class _Recorded(torch.autograd.Function):
         scale: float,
         gradients: Callable[..., Any],
     ) -> tuple[Tensor, Tensor]:
-        places = image_offsets, text_offsets, images
-        image, text, lse = forward(q, k, v, *places, text_queries, scale, float("inf"), POLYNOMIAL, True)
+        layout = image_offsets, text_offsets, images
+        image, text, lse = forward(q, k, v, *layout, text_queries, scale, float("inf"), POLYNOMIAL, True)
         ctx.save_for_backward(q, k, v, image, text, lse, image_offsets, text_offsets)
         ctx.plan = longest, scale, gradients
         return image, text
@@ -196,8 +196,8 @@ def streams(
     gradients: an adapter of backward.py with its module, where a gradient is recorded
     """
     if gradients is not None:
-        places = image_offsets, text_offsets, images, longest
-        made: tuple[Tensor, Tensor] = _Recorded.apply(q, k, v, *places, text_queries, scale, gradients)
+        layout = image_offsets, text_offsets, images, longest
+        made: tuple[Tensor, Tensor] = _Recorded.apply(q, k, v, *layout, text_queries, scale, gradients)
         return made
     known = None if norms is None else known_bound(norms, scale)
     bound = float("inf") if known is None else known

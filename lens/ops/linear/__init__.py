@@ -1,1 +1,1 @@
-"""The GEMMs of a block with the row op behind each: our fused kernels, the library, and which one serves a call."""
+"""The GEMMs of a block with the row op behind each: our fused kernels, cuBLASLt's GEMM, and which one serves a call."""

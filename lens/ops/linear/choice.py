@@ -48,13 +48,13 @@ _cluster = 0
 
 
 def cluster() -> int:
-    """Blocks of ours that share a tile of the weight: 1, 2, or 0 for whatever the launcher predicts is quicker."""
+    """Blocks of our GEMM that share a tile of the weight: 1, 2, or 0 for whatever the launcher predicts is quicker."""
     return _cluster
 
 
 @contextlib.contextmanager
 def in_clusters(blocks: int) -> Iterator[None]:
-    """Launch ours in clusters of 1 or 2 blocks inside, op by op or a step in one call; the same bits. A captured step
+    """Launch our GEMMs in clusters of 1 or 2 blocks inside, op by op or a step in one call; the same bits. A captured step
     keeps what it was captured with. RuntimeError where none fits the device."""
     global _cluster
     before, _cluster = _cluster, blocks
@@ -93,7 +93,7 @@ def why_unsupported(call: GemmCall) -> str:
     if call.dtype != torch.bfloat16:
         return f"computes in bfloat16, not in {str(call.dtype).removeprefix('torch.')}"
     if call.backward:
-        return "has no backward pass: training multiplies by the library"
+        return "has no backward pass: training takes cuBLASLt's GEMM"
     if not call.plain:
         return "a layer is no plain torch.nn.Linear"
     if call.gemm == "qkv" and call.head_dim != HEAD_DIM:

@@ -1,8 +1,8 @@
-"""Products whose epilogue is a row op: QKV with norm and rotation, w1 | w3 with SwiGLU, a branch through its gate.
+"""GEMMs with a row op behind them: QKV with norm and rotation, w1 | w3 with SwiGLU, a branch through its gate.
 
 Each function takes both streams of a block, image first, with their own weights: one launch where the kernel is ours,
-because text rows alone cannot fill a GPU. Where the library multiplies (linear/choice.py says when and why), the row
-op follows as a kernel of its own; that is also the way of training. A layer is a torch.nn.Linear, or whatever maps rows
+because text rows alone cannot fill a GPU. After cuBLASLt's GEMM (linear/choice.py says when and why) the row op is a
+kernel of its own; that is also the way of training. A layer is a torch.nn.Linear, or whatever maps rows
 to rows in its place (an adapter around one), which the library way calls as it is.
 """
 
@@ -34,13 +34,13 @@ LINE = {"cpu": 64, "cuda": 256}  # bytes; the library's choice looks at no more 
 def linear(layer: Layer, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """``layer`` over packed rows [R, K] -> [R, M]; sample by sample where ``lengths`` are given.
 
-    Library matrix products change a row's bits with the number of rows and with the alignment of the first one, so a
+    A library's GEMM changes a row's bits with the number of rows and with the alignment of the first one, so a
     sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line. ON_DEVICE raises.
     """
     if lengths is None:
         return layer(x)
     if tuple(lengths) == ON_DEVICE:
-        raise RuntimeError("lens.linear: the library multiplies samples alone by lengths that the host must know")
+        raise RuntimeError("lens.linear: the library's GEMM runs sample by sample, by lengths that the host must know")
     parts, start = [], 0
     for length in lengths:
         if length:
@@ -142,7 +142,7 @@ def linear_residual(
     lengths: Lengths = (None, None),
     gemm: str = "out",
 ) -> list[Residual]:
-    """linear_gated_residual whose last sum waits for the norm that follows, where the library multiplies: one pass does
+    """linear_gated_residual whose last sum waits for the norm that follows, after the library's GEMM: one pass does
     both then. `residual_norm_modulate` takes the result."""
     if _use_fused(gemm, "linear_gated_residual", y, layers, lengths):
         return [(a,) for a in linear_gated_residual(x, y, layers, gate, offsets, lengths, gemm)]
@@ -192,7 +192,7 @@ def linear_gated_residual_norm_modulate(
     return residual_norm_modulate(residuals, weight, scale, shift, offsets, eps)
 
 
-# ---- which way
+# ---- which kernel
 
 
 def _use_fused(

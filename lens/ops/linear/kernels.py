@@ -1,4 +1,4 @@
-"""Our products with an epilogue as ops of torch: inference alone, bfloat16, no gradient; linear/fused.py calls them."""
+"""Our GEMMs with a fused epilogue as ops of torch: inference only, bfloat16, no gradient; linear/fused.py calls them."""
 
 from __future__ import annotations
 
