@@ -121,9 +121,10 @@ class OnPool(Method):
         pool: Pool,
         held: Sequence[tuple[Size, Part]],
         lr: float,
+        gemm: torch.dtype,
     ):
         self.config, self.folder, self.pool, self.held = config, folder, pool, held
-        self.padded, self.uncompiled = Padded(model, config.COMPILED), Padded(model, False)
+        self.padded, self.uncompiled = Padded(model, config.COMPILED, gemm), Padded(model, False)
         optimizer = adamw(trained_of(model), lr, config.BETAS, config.WEIGHT_DECAY)
         self.networks = {"model": Network(model, optimizer, Ema(model, config.EMA))}
         self.place = {"turn": 0, "position": 0}
@@ -184,7 +185,8 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
     made = Encoded(config, world, latents.encode, PoolReader(folder, configs.load("mini", "encoder")))
     pool = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked))
-    method = OnPool(config, model, folder, pool, held_out(config, made), config.LR * options.lr_scale)
+    gemm = getattr(torch, config.GEMM)
+    method = OnPool(config, model, folder, pool, held_out(config, made), config.LR * options.lr_scale, gemm)
     plan = Plan(
         STAGE,
         options.steps or config.STEPS,
@@ -196,7 +198,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
         validate_first=True,
         save_every=config.SAVE_EVERY,
     )
-    settings = {"STEPS": plan.steps, "DECAY": plan.decay}
+    settings = {"STEPS": plan.steps, "DECAY": plan.decay, "GEMM": config.GEMM}
     trainer = Trainer(plan, method, states, options.out, settings=settings)
     if before:
         trainer.resume(before)

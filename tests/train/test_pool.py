@@ -68,6 +68,22 @@ def test_padded_is_the_packed_model_with_its_gradients(compiled):
             torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_bfloat16_products_keep_float32_weights_sums_and_gradients():
+    model, given = model_of(), inputs()
+    want = Padded(model, False)(*given)
+    want.square().mean().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    got = Padded(model, False, torch.bfloat16)(*given)
+    got.square().mean().backward()
+    assert got.dtype == torch.float32
+    assert 0 < (got - want).norm() / want.norm() < 0.02
+    for name, p in model.named_parameters():
+        if name in gradients:
+            assert p.grad.dtype == torch.float32
+            assert (p.grad - gradients[name]).norm() < 0.1 * gradients[name].norm() + 1e-6, name
+
+
 def test_what_pads_a_text_changes_nothing():
     x, t, features, lengths, grid = inputs()
     longer = torch.cat([features, torch.full((4, 5, features.shape[2]), 9.0)], 1)
@@ -148,7 +164,16 @@ def test_a_caption_longer_than_every_bin_is_refused_by_name(tmp_path):
 def train(out, steps, **changes):
     recipe = configs.load("mini/pretrain_128", "pretrain")
     recipe = configs.override(
-        recipe, ["COMPILED=False", "VALIDATION=8", "VALIDATE_EVERY=4", "LOG_EVERY=2", "BATCH=4", "STRAIGHTEN=64"]
+        recipe,
+        [
+            "COMPILED=False",
+            "GEMM=float32",
+            "VALIDATION=8",
+            "VALIDATE_EVERY=4",
+            "LOG_EVERY=2",
+            "BATCH=4",
+            "STRAIGHTEN=64",
+        ],
     )
     recipe.POOL, recipe.SIZES = {"chunk": 16, "kept": 2, "reuse": 1}, {(64, 64): 0.5, (48, 96): 0.5}
     vars(recipe).update(changes)

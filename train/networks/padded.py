@@ -119,10 +119,14 @@ def key_bias(lengths: Sequence[int] | Tensor, image: int, text: int) -> Tensor:
 
 
 class Padded:
-    """`velocity` of one model; a block is compiled once where asked for, for all lengths and layers."""
+    """`velocity` of one model; a block is compiled once where asked for, for all lengths and layers.
 
-    def __init__(self, model: LensTransformer2DModel, compiled: bool):
-        self.model = model
+    gemm: dtype of the matrix products, by autocast: float32, or bfloat16, whose copies of the float32 weights are made at every
+    step. Norms, softmax and the residual stream stay in float32.
+    """
+
+    def __init__(self, model: LensTransformer2DModel, compiled: bool, gemm: torch.dtype = torch.float32):
+        self.model, self.gemm = model, gemm
         self.block: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_block, dynamic=True) if compiled else _block
 
     def __call__(self, x: Tensor, t: Tensor, features: Tensor, lengths: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -130,4 +134,5 @@ class Padded:
         image, text = x.shape[1], features.shape[1]
         cos, sin = grid_table(grid, text, self.model.config.axes_dims_rope, x.device)
         table = cos, sin, key_bias(lengths, image, text)
-        return velocity(self.model, x, features.to(x.dtype), t, table, self.block)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.gemm == torch.bfloat16):
+            return velocity(self.model, x, features.to(x.dtype), t, table, self.block).to(x.dtype)
