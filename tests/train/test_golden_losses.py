@@ -17,6 +17,7 @@ def losses(tmp_path_factory):
 @pytest.mark.parametrize("stage", STORED)
 def test_the_losses_of_a_stage_are_those_recorded(losses, stage):
     assert losses.keys() == STORED.keys()
-    # sums may be ordered otherwise by another processor, and by a library of another version; the pool keeps features in
-    # bfloat16, where such a difference now and then rounds the other way (4e-5 of a loss between AVX2 and AVX-512)
-    assert losses[stage] == pytest.approx(STORED[stage], rel=2e-4 if stage == "pool" else 1e-5)
+    # Sums may be ordered otherwise by another processor, and by a library of another version. Between AVX2 and AVX-512,
+    # where steps of Adam multiply it: 9e-4 in networks of convolutions; 4e-5 in the pool, whose features are bfloat16.
+    loose = stage == "pool" or stage.startswith(("vae", "detector"))
+    assert losses[stage] == pytest.approx(STORED[stage], rel=2e-3 if loose else 1e-5)
