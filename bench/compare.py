@@ -79,9 +79,9 @@ def lost(before: Result, after: Result, subjects: tuple[str, ...] | None = None)
     for case, subject in before.rows:
         wanted = case in asked["cases"] and (asked["subjects"] is None or subject in asked["subjects"])
         if wanted and (case, subject) not in after.rows:
-            told = after.bench["failed"].get(case, {}) | after.bench["left_out"].get(case, {})
+            reasons = after.bench["failed"].get(case, {}) | after.bench["left_out"].get(case, {})
             gone.append(
-                Lost(case, subject, told.get(subject, "not reached, or no longer there"), judged(subject, subjects))
+                Lost(case, subject, reasons.get(subject, "not reached, or no longer there"), judged(subject, subjects))
             )
     return gone
 

@@ -1,7 +1,7 @@
 """The machine card: what must be alike for two results to be compared, what was built, and the state of the device.
 
 identity    device, memory, multiprocessors, power limit, driver, torch, CUDA, threads: compared, unlike ones refused
-build       commit, nvcc, kernel configuration, versions: told, may differ (that is what one compares)
+build       commit, nvcc, kernel configuration, versions: written down, may differ (that is what one compares)
 state       clocks, temperature, power, throttle reasons, before and after the run
 """
 

@@ -88,8 +88,8 @@ class Bench:
             else:
                 rows = self._measured(case)
             for outcome in ("failed", "left_out"):
-                if told := {name: row[outcome] for name, row in rows.items() if outcome in row}:
-                    self.report[outcome][id] = told
+                if reasons := {name: row[outcome] for name, row in rows.items() if outcome in row}:
+                    self.report[outcome][id] = reasons
             self._rows = (id, rows)
         return self._rows[1]
 

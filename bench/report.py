@@ -22,13 +22,18 @@ from .roofline import H100_BF16, PAPER_SECONDS, SAME_CHIP
 from .work.throughput import CALLS
 
 RESULTS = ROOT / "bench" / "results"
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"
+README, CHART = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STAGES = ("text", "denoise", "decode")
 NAMES = {"lens": "Lens, 20 guided steps", "turbo": "Lens-Turbo, 4 steps"}
 FLOOR_TEXT = 300  # text tokens of the floor
-OVERLAP = 0.02  # share of a time from which overlapping stages are told; less is two measurements' difference
-BATCHES = {"1024/b1": 1, "1024/b4": 4, "1024/b8": 8, "mixed/queue": 0}  # pictures of a call; a queue tells its own
+OVERLAP = 0.02  # share of a time from which an overlap of stages is reported; less is two measurements' difference
+BATCHES = {
+    "1024/b1": 1,
+    "1024/b4": 4,
+    "1024/b8": 8,
+    "mixed/queue": 0,
+}  # images of a call; the row of a queue has its own number
 COLOURS = {"text": "#4f81bd", "denoise": "#2f5d8a", "decode": "#8fb4d9", "paper": "#c0c0c0"}
 
 
@@ -156,16 +161,16 @@ def throughput(results: dict[str, list[Result]]) -> list[str]:
             rates = []
             for label, batch in BATCHES.items():
                 rows = [r.rows[key] for r in of_device if (key := (case.format(label), subject)) in r.rows]
-                rates.append(f"{rows[-1].more.get('pictures', batch) / rows[-1].best:.3g}" if rows else "")
+                rates.append(f"{rows[-1].more.get('images', batch) / rows[-1].best:.3g}" if rows else "")
             if any(rates):
                 lines.append(f"| {device}, {what} | {' | '.join(rates)} |")
     if not lines:
         return []
-    head = "| pictures per second, Lens-Turbo, 1024x1024 | batch 1 | batch 4 | batch 8 | queue of mixed sizes |"
+    head = "| images per second, Lens-Turbo, 1024x1024 | batch 1 | batch 4 | batch 8 | queue of mixed sizes |"
     return [head, "|---|---|---|---|---|", *lines, ""]
 
 
-def picture(results: dict[str, list[Result]]) -> str:
+def chart(results: dict[str, list[Result]]) -> str:
     """SVG: for each variant a bar per system, stacked by stage, and the floor as a line."""
     width, left, bar, gap, top = 860, 250, 18, 8, 46
     body, y = [], top
@@ -214,10 +219,10 @@ def put(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def write(check: bool = False, results: Path = RESULTS, readme: Path = README, drawing: Path = PICTURE) -> list[Path]:
+def write(check: bool = False, results: Path = RESULTS, readme: Path = README, drawing: Path = CHART) -> list[Path]:
     """Write README table and picture; the changed files. check: change nothing, ValueError where one is stale."""
     found = gpu_results(results)
-    wanted = {readme: replaced(readme.read_text(encoding="utf-8"), speed_table(found)), drawing: picture(found)}
+    wanted = {readme: replaced(readme.read_text(encoding="utf-8"), speed_table(found)), drawing: chart(found)}
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if check and stale:
         raise ValueError(f"stale: {', '.join(p.name for p in stale)}; run python -m bench report")

@@ -89,7 +89,7 @@ def conditions(result: Result) -> str:
     words += [f"{i['threads']} thread(s)"] if "threads" in i else []
     words += [f"torch {i.get('torch')}", f"lens {b.get('lens')} at {b.get('commit')}"]
     if c:
-        words.append(f"copy {c['copy'] / 1e9:.0f} GB/s and matrix product {c['matmul'] / 1e12:.3g} TFLOP/s here")
+        words.append(f"copy {c['copy'] / 1e9:.0f} GB/s and GEMM {c['matmul'] / 1e12:.3g} TFLOP/s here")
     return "; ".join(words)
 
 
@@ -107,7 +107,7 @@ def table(result: Result) -> str:
             shares[2] += " (in cache)"
         if goal := row.more.get("goal"):
             shares[0] = f"goal {time_text(goal)}: {'met' if row.best < goal else 'MISSED'}"
-        rate = f" ({row.more['pictures'] / row.best:.3g} pictures/s)" if "pictures" in row.more else ""
+        rate = f" ({row.more['images'] / row.best:.3g} images/s)" if "images" in row.more else ""
         times = (
             f"{time_text(row.best)}{rate} | {time_text(row.median)} | {row.band:.1%} | {row.more.get('error', 0):.1e}"
         )

@@ -1,6 +1,6 @@
 """FLOPs and bytes that a piece of the model cannot avoid, and the share of this machine's ceilings that a time reaches.
 
-A product of [m, k] and [k, n] counts 2 m k n; attention 4 S_q S_k D (two products); everything else counts nothing.
+A GEMM of [m, k] and [k, n] counts 2 m k n; attention 4 S_q S_k D (two GEMMs); everything else counts nothing.
 Bytes are compulsory traffic: every weight and input read once, every output written once. B samples, I image and T
 text tokens of each, D width, F hidden width, L blocks; see `lens.ops.reference` for the alphabet.
 """
@@ -56,7 +56,7 @@ def roof(flops: float, moved_bytes: float, seconds: float, ceilings: dict[str, f
 
 def ceilings(device: torch.device) -> dict[str, float]:
     """Measured now on this device: bytes/s of a copy far larger than any cache (read plus written), and FLOP/s of a
-    square product of random numbers, bfloat16 on a GPU, float32 on a CPU."""
+    square GEMM of random numbers, bfloat16 on a GPU, float32 on a CPU."""
     from .case import Subject, generator
     from .timing import clock_of
 

@@ -106,7 +106,7 @@ def _decode(d: Drawing) -> Work:
         bound=0.1 if d.scale.dtype == torch.bfloat16 else 1e-3,
         flops=flops,
         bytes=moves,
-        select=lambda pictures: pictures[0],
+        select=lambda images: images[0],
     )
 
 
@@ -137,7 +137,7 @@ def _total(d: Drawing) -> Work:
     first: Callable[[Any], Any] = lambda pictures: pictures[0]  # noqa: E731
     return Work(
         inputs, subjects, lambda *a: first(d.pixels(d.reference())(*a)), BOUND[d.scale.dtype], *d.work(),
-        select=first, left_out=left_out, more={"pictures": len(d.grids)},
+        select=first, left_out=left_out, more={"images": len(d.grids)},
     )  # fmt: skip
 
 
@@ -173,7 +173,7 @@ def _mini(device: torch.device) -> Work:
         bound=1e-6 if device.type == "cpu" else 0.2,
         flops=20 * sum(step_flops(config, images, texts).values()),
         bytes=20 * step_traffic_bytes(config, images, texts, pipe.dtype.itemsize),
-        select=lambda pictures: pictures[0],
+        select=lambda images: images[0],
         note="FLOPs of the transformer alone, 12 text tokens assumed",
     )
 

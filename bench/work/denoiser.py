@@ -142,11 +142,11 @@ class Denoiser:
 
         return step
 
-    def who(self, invariant: bool) -> Callable[[], dict[str, Any]]:
-        """What a row says of its step: what was forced, if anything; whether measured rates chose the products; who
-        multiplies where no sample may depend on its batch."""
+    def fields_of_step(self, invariant: bool) -> Callable[[], dict[str, Any]]:
+        """Further fields of a step's row: what was forced, if anything; whether measured rates chose the GEMMs; which
+        GEMM serves where no sample may depend on its batch."""
 
-        def told() -> dict[str, Any]:
+        def fields() -> dict[str, Any]:
             forced = {"linear": linear_choice.forced(), "attention": attention_choice.forced()}
             forced["graphs"] = os.environ.get("LENS_GRAPHS")
             why = batch_invariance.why_library_gemm_of_model(self.model) if invariant else ""
@@ -154,10 +154,10 @@ class Denoiser:
             forced = {k: v for k, v in forced.items() if v}
             return {"forced": forced, "by_measured_rates": self.by_measured_rates(), **said}
 
-        return told
+        return fields
 
     def by_measured_rates(self) -> bool:
-        """Whether both ways of every product have a measured rate for this device and the rows of a step."""
+        """Whether both ways of every GEMM have a measured rate for this device and the rows of a step."""
         model, rows = self.model, sum(self.images) + sum(self.texts)
         config = model.config
         needs = linear_choice.needs(config.block_gemms, config.attention_head_dim, model.device, model.dtype, rows)

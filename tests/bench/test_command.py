@@ -128,7 +128,7 @@ def test_a_profile_of_ours_that_cannot_run_says_why_and_what_must_be_put_back_is
         raise RuntimeError("no kernel for this")
 
     back = []
-    subjects = {"ours": Subject(fails), "other": Subject(lambda x: x + 1, settle=lambda: back.append(1))}
+    subjects = {"ours": Subject(fails), "other": Subject(lambda x: x + 1, restore=lambda: back.append(1))}
     work = Work([(torch.randn(3),)], subjects, lambda x: x + 1, 1e-3, 1.0, 1.0)
     case = Case("t/x", tuple(subjects), lambda device: work)
     with pytest.raises(ValueError, match="t/x: ours has failed: RuntimeError: no kernel for this"):

@@ -60,7 +60,7 @@ def test_a_step_is_by_measured_rates_where_every_product_has_both(monkeypatch):
         (lines("0.0", *linear_choice.PRODUCTS, status="predicted"), False),
     ):
         monkeypatch.setattr(linear_choice, "table", lambda table=table: table)
-        assert d.who(False)()["by_measured_rates"] == by
+        assert d.fields_of_step(False)()["by_measured_rates"] == by
 
 
 def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
@@ -158,7 +158,7 @@ def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
     assert rows["ours"]["error"] <= rows["ours"]["bound"]
     kind = case.id.split("/")[-1]
     assert (rows["ours"]["flops"] + rows["ours"]["bytes"] > 0) is (kind not in ("host", "host_total", "first_latents"))
-    assert (rows["ours"].get("pictures", 0) > 1) is (kind == "stream")
+    assert (rows["ours"].get("images", 0) > 1) is (kind == "stream")
 
 
 def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):

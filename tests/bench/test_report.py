@@ -23,7 +23,7 @@ def results_in(folder):
 
 
 def test_without_results_nothing_is_claimed(tmp_path):
-    table, drawing = report.speed_table(report.gpu_results(tmp_path)), report.picture({})
+    table, drawing = report.speed_table(report.gpu_results(tmp_path)), report.chart({})
     assert table.count("not measured yet") == 2
     assert "3.15 s" in table
     assert "0.84 s" in table
@@ -42,7 +42,7 @@ def test_results_are_told_with_what_they_lack_and_what_they_are_compared_with(tm
 
 
 def test_the_picture_stacks_the_stages_to_scale(tmp_path):
-    drawing = report.picture(report.gpu_results(results_in(tmp_path)))
+    drawing = report.chart(report.gpu_results(results_in(tmp_path)))
     root = ET.fromstring(drawing)
     assert "reference, eager, NVIDIA H200" in drawing
     bars = [r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") == "18"]
@@ -65,7 +65,7 @@ def test_throughput_is_told_where_batches_were_measured():
     for case, ours, calls in (("1024/b8", 4.0, 4.8), ("mixed/queue", 3.2, 4.0)):
         for subject, seconds in (("ours", ours), ("calls", calls)):
             streamed = row(f"e2e/turbo/{case}/bf16/stream", seconds, subject=subject)
-            streamed.more["pictures"] = 24 if "b8" in case else 16
+            streamed.more["images"] = 24 if "b8" in case else 16
             newer.append(streamed)
     lines = report.throughput({"NVIDIA H200": [result(*rows), result(*newer)]})
     assert lines == [
@@ -108,7 +108,7 @@ def test_what_counts_is_the_total_whatever_its_stages_take_alone(total, told, dr
     assert f"| {told} on one NVIDIA H200 |" in report.speed_table(results)
     assert times.drawn == pytest.approx(drawn)
     assert sum(times.drawn.values()) == pytest.approx(times.seconds)
-    assert f">{told}</text>" in report.picture(results)
+    assert f">{told}</text>" in report.chart(results)
 
 
 def test_a_total_alone_lacks_nothing():
