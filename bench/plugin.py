@@ -171,4 +171,5 @@ def collect(bench: Bench, options: list[str] | None = None) -> int:
         f"--rootdir={machine.ROOT}",
     ]
     arguments += ["--benchmark-columns=min,median,rounds", "--benchmark-sort=name", "--benchmark-group-by=group"]
-    return int(pytest.main([*arguments, *(options or [])], plugins=[bench]))
+    arguments += options or ["--benchmark-quiet"]  # its own tables where its options were asked for: ours comes after
+    return int(pytest.main(arguments, plugins=[bench]))
