@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,8 @@ def _run(options: argparse.Namespace) -> int:
         return _mistake(
             f"no subject {', '.join(map(repr, sorted(unknown)))} here; these cases have {', '.join(sorted(offered))}"
         )
+    if options.cpu_time and (device.type != "cpu" or options.threads != 1):
+        return _mistake("--cpu-time counts one thread of a CPU: it needs --device cpu and --threads 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
@@ -68,12 +71,13 @@ def _run(options: argparse.Namespace) -> int:
         return _mistake("pytest-benchmark is missing: pip install -e '.[bench]'")
     from .plugin import Bench, collect
     from .result import parse, table, unsteadiness
-    from .timing import keep_freed_memory
+    from .timing import CpuClock, keep_freed_memory
 
     if device.type == "cpu" and not keep_freed_memory():
         print("bench: this C library has no mallopt; times hold the cost of new memory pages", file=sys.stderr)
     subjects = tuple(options.subject) if options.subject else None
-    bench = Bench(chosen, device, options.seconds, subjects, options.out, options.budget)
+    clock = CpuClock(time.thread_time) if options.cpu_time else None
+    bench = Bench(chosen, device, options.seconds, subjects, options.out, options.budget, clock)
     status = collect(bench, options.pytest)
     if bench.json:
         made = parse(options.out or Path("this run"), bench.json)
@@ -135,7 +139,7 @@ def _abba(options: argparse.Namespace) -> int:
         if (value := getattr(options, name)) is not None
         for word in (f"--{name}", str(value))
     ]
-    words += ["--tiny"] if options.tiny else []
+    words += [word for name, word in (("tiny", "--tiny"), ("cpu_time", "--cpu-time")) if getattr(options, name)]
     try:
         abba(options.checkout, words, options.out, options.rounds)
     except (OSError, ValueError) as error:
@@ -151,8 +155,8 @@ def _report(options: argparse.Namespace) -> int:
         if options.results:
             print("\n\n".join(table(load(path)) for path in options.results))
             return 0
-        for path in write(check=options.check):
-            print(path)
+        changed = write(check=options.check)
+        print("\n".join(map(str, changed)) or "README.md and its chart are up to date")
     except NoResult as error:
         return _mistake(str(error))
     except ValueError as error:
@@ -202,6 +206,11 @@ def _measurement(parser: argparse.ArgumentParser, subjects: str) -> None:
         "--seconds", type=_positive(float), default=1.0, help="time for each subject of a case (default: 1)"
     )
     parser.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU time of the one thread instead of wall time, where others use the cores (with --threads 1)",
+    )
 
 
 def parser() -> argparse.ArgumentParser:

@@ -101,6 +101,7 @@ def conditions(result: Result) -> str:
     i, b, c = result.identity, result.build, result.bench.get("ceilings", {})
     words = [str(i.get("device")), *(f"{k} {i[k]}" for k in ("driver", "cuda", "isa") if k in i)]
     words += [f"{i['threads']} thread(s)"] if "threads" in i else []
+    words += [str(i["clock"])] if "clock" in i else []
     words += [f"torch {i.get('torch')}", f"lens {b.get('lens')} at {b.get('commit')}"]
     if c:
         words.append(f"copy {c['copy'] / 1e9:.0f} GB/s and GEMM {c['matmul'] / 1e12:.3g} TFLOP/s here")

@@ -145,7 +145,13 @@ def test_the_throttle_reasons_are_named():
 
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"), ("AMD EPYC", "epyc"), ("", "unknown")],
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3"),
+        ("AMD EPYC", "epyc"),
+        ("Intel(R) Xeon(R) Processor", "xeon"),
+        ("", "unknown"),
+    ],
 )
 def test_results_lie_in_a_folder_of_their_device(name, folder):
     assert machine.folder_name({"device": name}) == folder

@@ -264,6 +264,7 @@ def test_the_workflow_runs_on_ones_own_gpu_without_secrets_and_not_for_pull_requ
     text = (ROOT / ".github" / "workflows" / "bench.yml").read_text()
     assert "runs-on: [self-hosted, gpu]" in text
     assert not [word for word in ("{{ secrets", "pull_request", "pip install") if word in text]
+    assert "pytest and pytest-benchmark" in text, "what the Python there needs is said"
     targets = (ROOT / "Makefile").read_text()
     assert "make gpu-check" in text
     assert "gpu-check:" in targets
@@ -286,3 +287,11 @@ def test_a_share_above_a_ceiling_is_explained():
     made.rows["x", "ours"].more["roof"]["of_copy"] = 2.1
     assert "210%" in table(made)
     assert "Above 100 %: the ceilings are a copy" in table(made)
+
+
+def test_a_hosted_workflow_runs_the_whole_check_for_pull_requests_without_secrets():
+    text = (ROOT / ".github" / "workflows" / "check.yml").read_text()
+    assert "\n  pull_request:\n" in text
+    assert "run: .ci/run\n" in text
+    assert not [word for word in ("{{ secrets", "self-hosted", "pull_request_target") if word in text]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
