@@ -159,9 +159,12 @@ def cpu_table(results: list[Result]) -> list[str]:
                     row = result.rows.get((case, other))
                     cells.append(f"{row.best / ours.best:.2g}x" if ours and row else "")
             lines.append(f"| {stem} | {' | '.join(cells)} |")
+        bands = sorted(row.band for key, row in result.rows.items() if _is_row_op(*key))
         lines += [
             "",
-            f"Eager and Inductor as multiples of our time, taken in turns within one run: {conditions(result)}.",
+            f"Best of rounds that eager, Inductor and ours took in turns within one run, eager and Inductor as "
+            f"multiples of our time. Our two passes differ by {bands[len(bands) // 2]:.0%} in the middle and {bands[-1]:.0%} at worst. "
+            f"{conditions(result)}.",
             "",
         ]
     return lines
