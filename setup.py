@@ -1,8 +1,9 @@
 """Drives CMakeLists.txt and names the build tools this machine lacks; all metadata is in pyproject.toml.
 
 Environment:
-    LENS_CUDA        AUTO (default): CUDA kernels where nvcc is found, or where there is a driver and nvcc can
-                     come from PyPI; ON: CUDA kernels or an error; OFF: CPU kernels alone
+    LENS_CUDA        AUTO (default): CUDA kernels where there is an NVIDIA driver (nvcc comes from PyPI where it is
+                     missing), or where LENS_CUDA_ARCHS names targets and nvcc is found; else the CPU kernels alone, and
+                     the build says so. ON: CUDA kernels or an error; OFF: CPU kernels alone
     LENS_CUDA_ARCHS  targets instead of the default list, e.g. "80 90a"
     LENS_CUTLASS     OFF (default); ON: also the CUTLASS instance that the matrix products are measured against, with
                      the headers of an installed nvidia-cutlass; or the folder that holds them
@@ -90,6 +91,13 @@ def nvcc_to_use() -> str | None:
     if cuda_mode() == "OFF":
         return None
     nvcc = toolkit_nvcc() or wheel_nvcc()
+    if nvcc and cuda_mode() == "AUTO" and not has_driver() and not os.environ.get("LENS_CUDA_ARCHS", "").strip():
+        print(
+            f"lens: {nvcc} is here, but no NVIDIA driver: building the CPU kernels alone. "
+            'LENS_CUDA=ON builds CUDA kernels for every target, LENS_CUDA_ARCHS="90a" for those named.',
+            file=sys.stderr,
+        )
+        return None
     if nvcc is None and wants_cuda_wheels():
         sys.exit(
             "lens: no nvcc for the CUDA kernels. Plain `pip install .` (with build isolation) takes it from "

@@ -1,6 +1,7 @@
-"""`python -m bench list | run | compare | report | tables`.
+"""`python -m bench list | run | abba | compare | report | tables`.
 
-Exit codes: 0 done; 1 slower than allowed, a wrong result, or a case that failed; 2 a mistake in the command.
+Exit codes: 0 done; 1 slower than allowed, a wrong result, or a case that failed; 2 a mistake in the command; 3 nothing
+could be told: every comparison is inconclusive.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,8 @@ def _run(options: argparse.Namespace) -> int:
         return _mistake(
             f"no subject {', '.join(map(repr, sorted(unknown)))} here; these cases have {', '.join(sorted(offered))}"
         )
+    if options.cpu_time and (device.type != "cpu" or options.threads != 1):
+        return _mistake("--cpu-time counts one thread of a CPU: it needs --device cpu and --threads 1")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     try:
@@ -66,22 +70,20 @@ def _run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("pytest_benchmark") is None:
         return _mistake("pytest-benchmark is missing: pip install -e '.[bench]'")
     from .plugin import Bench, collect
-    from .result import parse, table
-    from .timing import keep_freed_memory
+    from .result import parse, table, unsteadiness
+    from .timing import CpuClock, keep_freed_memory
 
     if device.type == "cpu" and not keep_freed_memory():
         print("bench: this C library has no mallopt; times hold the cost of new memory pages", file=sys.stderr)
     subjects = tuple(options.subject) if options.subject else None
-    bench = Bench(chosen, device, options.seconds, subjects, options.out, options.budget)
+    clock = CpuClock(time.thread_time) if options.cpu_time else None
+    bench = Bench(chosen, device, options.seconds, subjects, options.out, options.budget, clock)
     status = collect(bench, options.pytest)
     if bench.json:
         made = parse(options.out or Path("this run"), bench.json)
         print(table(made))
         if device.type == "cpu":
-            bands = sorted(row.band for row in made.rows.values())
-            if bands:
-                print(f"\nOne subject timed twice differs by {bands[len(bands) // 2]:.1%} in the middle, {bands[-1]:.1%} at worst: "
-                      "this machine sees no smaller change.")  # fmt: skip
+            print("".join(f"\n{line}" for line in unsteadiness(made)))
     return 1 if status else 0
 
 
@@ -105,18 +107,44 @@ def _profile(options: argparse.Namespace, chosen: list, device: torch.device) ->
 
 
 def _compare(options: argparse.Namespace) -> int:
-    from .compare import compare, lines, lost, sight
+    return _judge(options.before, options.after, tuple(options.subject) if options.subject else None)
+
+
+def _judge(before: Path, after: Path, subjects: tuple[str, ...] | None) -> int:
+    """Print the verdicts on two results, or folders of runs."""
+    from .compare import compare, lost, summary
     from .machine import Incomparable
-    from .result import NoResult, load
+    from .result import NoResult, load_runs
 
     try:
-        before, after = load(options.before), load(options.after)
-        subjects = tuple(options.subject) if options.subject else None
-        verdicts, gone = compare(before, after, subjects), lost(before, after, subjects)
+        sides = load_runs(before), load_runs(after)
+        verdicts, gone = compare(*sides, subjects), lost(*sides, subjects)
     except (NoResult, Incomparable) as error:
         return _mistake(f"cannot compare: {error}")
-    print("\n".join([*lines(verdicts), *map(str, gone), sight(verdicts)]))
-    return int(any(v.slower for v in verdicts) or any(subject.judged for subject in gone))
+    print("\n".join([*map(str, verdicts), *map(str, gone), summary(verdicts, min(map(len, sides)))]))
+    if any(v.word == "SLOWER" for v in verdicts) or any(subject.judged for subject in gone):
+        return 1
+    return 3 if verdicts and all(v.word == "inconclusive" for v in verdicts) else 0
+
+
+def _abba(options: argparse.Namespace) -> int:
+    from .abba import abba
+
+    words = [options.suite, "--subject", OURS] if not options.subject else [options.suite]
+    for name in ("case", "subject"):
+        words += [word for value in getattr(options, name) or () for word in (f"--{name}", value)]
+    words += [
+        word
+        for name in ("device", "seconds", "threads")
+        if (value := getattr(options, name)) is not None
+        for word in (f"--{name}", str(value))
+    ]
+    words += [word for name, word in (("tiny", "--tiny"), ("cpu_time", "--cpu-time")) if getattr(options, name)]
+    try:
+        abba(options.checkout, words, options.out, options.rounds)
+    except (OSError, ValueError) as error:
+        return _mistake(str(error))
+    return _judge(options.out / "before", options.out / "after", tuple(options.subject) if options.subject else None)
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -127,8 +155,8 @@ def _report(options: argparse.Namespace) -> int:
         if options.results:
             print("\n\n".join(table(load(path)) for path in options.results))
             return 0
-        for path in write(check=options.check):
-            print(path)
+        changed = write(check=options.check)
+        print("\n".join(map(str, changed)) or "README.md and its chart are up to date")
     except NoResult as error:
         return _mistake(str(error))
     except ValueError as error:
@@ -165,10 +193,30 @@ def _positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
     return number
 
 
+def _measurement(parser: argparse.ArgumentParser, subjects: str) -> None:
+    """What is measured, and for how long."""
+    parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"], help="default: all")
+    parser.add_argument("--case", action="append", metavar="GLOB", help='ids to run, as "ops/swiglu/*" (repeatable)')
+    parser.add_argument(
+        "--subject", action="append", help=f"only this way of doing it (repeatable); default: {subjects}"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch sees one")
+    parser.add_argument("--tiny", action="store_true", help="small stand-ins through the same code, for a CPU")
+    parser.add_argument(
+        "--seconds", type=_positive(float), default=1.0, help="time for each subject of a case (default: 1)"
+    )
+    parser.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's)")
+    parser.add_argument(
+        "--cpu-time",
+        action="store_true",
+        help="CPU time of the one thread instead of wall time, where others use the cores (with --threads 1)",
+    )
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine.")
-    commands = top.add_subparsers(required=True, metavar="list | run | compare | report | tables")
+    commands = top.add_subparsers(required=True, metavar="list | run | abba | compare | report | tables")
     listing = commands.add_parser("list", help="ids of all cases this machine can run")
     listing.add_argument("--case", action="append", metavar="GLOB", help="only ids like this (repeatable)")
     listing.add_argument("--gpu", action="store_true", help="the cases of a GPU, on any machine")
@@ -178,24 +226,24 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser(
         "run", help="compare results, then measure; prints a table, writes pytest-benchmark's JSON"
     )
-    run.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"], help="default: all")
-    run.add_argument("--case", action="append", metavar="GLOB", help='ids to run, such as "ops/swiglu/*" (repeatable)')
-    run.add_argument("--subject", action="append", help="only this way of doing it (repeatable); default: all")
-    run.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where torch sees one")
-    run.add_argument("--tiny", action="store_true", help="small stand-ins through the same code, for a CPU")
-    run.add_argument(
-        "--seconds", type=_positive(float), default=1.0, help="time for each subject of a case (default: 1)"
-    )
+    _measurement(run, "all")
     run.add_argument("--budget", type=float, metavar="SECONDS", help="start no case after this time")
-    run.add_argument("--threads", type=_positive(int), help="CPU threads (default: torch's)")
     run.add_argument("--out", type=Path, help="write the result here, anew after every subject")
     run.add_argument("--profile", action="store_true", help="one case: exactly one launch between CUDA profiler marks")
     run.add_argument("--trace", type=Path, metavar="FILE", help="one case: one call under the torch profiler")
     run.add_argument("--pytest", action="append", metavar="OPTION", help="pass on, as --pytest=--benchmark-autosave")
     run.set_defaults(do=_run)
-    two = commands.add_parser("compare", help="exit 1 where the second result is slower than the first")
-    two.add_argument("before", type=Path)
-    two.add_argument("after", type=Path)
+    turns = commands.add_parser("abba", help="this checkout against another, runs in turns A-B-B-A, then compared")
+    turns.add_argument("checkout", type=Path, help="the other checkout, with its own built lens._C: A")
+    _measurement(turns, "ours")
+    turns.add_argument("--rounds", type=_positive(int), default=3, help="of A-B-B-A: two runs a side each (default: 3)")
+    turns.add_argument("--out", type=Path, required=True, help="new folder of the results")
+    turns.set_defaults(do=_abba)
+    two = commands.add_parser(
+        "compare", help="exit 1 where the second result is slower than the first, 3 where none can be told"
+    )
+    two.add_argument("before", type=Path, help="a result, or a folder of runs")
+    two.add_argument("after", type=Path, help="likewise")
     two.add_argument("--subject", action="append", help="judge these subjects (default: ours)")
     two.set_defaults(do=_compare)
     report = commands.add_parser("report", help="results as tables; without arguments the README's table and picture")

@@ -38,15 +38,16 @@ class Subject:
 
     call: gets one of `Work.inputs`, returns the tensors that are compared. mode, on a GPU: "graph" replays a captured
     CUDA graph, so that no host time is measured; "stream" calls it as a user would, host gaps included.
-    timed: where the time is not that of the call: makes one and returns seconds. told: what else the row then says.
+    restore: what the comparison changed is put back by it before the timing. timed: where the time is not that of the call:
+    makes one and returns seconds. extra_fields: further fields of the row, asked for after the timing.
     """
 
     call: Callable[..., Any]
     mode: str = "graph"
     grad: bool = False  # records gradients
-    settle: Callable[[], Any] | None = None  # after the comparison, before the timing: what must be put back
+    restore: Callable[[], Any] | None = None
     timed: Callable[..., float] | None = None
-    told: Callable[[], dict[str, Any]] = dict
+    extra_fields: Callable[[], dict[str, Any]] = dict
 
 
 @dataclass
@@ -58,7 +59,7 @@ class Work:
     implementation can avoid, by the formulas of `bench.roofline`. data: further tensors that must not be constant.
     select: the part of a result that is compared. left_out: subjects this machine cannot run, with the reason.
     failed: subjects with a wrong result, and ours that did not run, filled by `bench.measure`. more: what else a row
-    says, such as {"pictures": 8}.
+    says, such as {"images": 8}.
     """
 
     inputs: Sequence[tuple[Any, ...]]

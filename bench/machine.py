@@ -1,7 +1,7 @@
 """The machine card: what must be alike for two results to be compared, what was built, and the state of the device.
 
 identity    device, memory, multiprocessors, power limit, driver, torch, CUDA, threads: compared, unlike ones refused
-build       commit, nvcc, kernel configuration, versions: told, may differ (that is what one compares)
+build       commit, nvcc, kernel configuration, versions: written down, may differ (that is what one compares)
 state       clocks, temperature, power, throttle reasons, before and after the run
 """
 
@@ -24,6 +24,18 @@ from lens.doctor.ops import report
 from lens.ops import backend
 
 ROOT = Path(__file__).parents[1]
+UNNAMED = (
+    "nvidia",
+    "tesla",
+    "geforce",
+    "rtx",
+    "amd",
+    "intel",
+    "r",
+    "tm",
+    "cpu",
+    "processor",
+)  # words that tell no device
 NOT_READ = "not read through nvidia-ml-py"
 
 
@@ -164,7 +176,7 @@ def card(device: torch.device) -> dict[str, Any]:
 def folder_name(identity: dict[str, Any]) -> str:
     """The folder of bench/results a device's results are committed in: "NVIDIA H200" -> "h200"."""
     words = re.findall(r"[a-z0-9]+", str(identity.get("device", "")).lower())
-    return "-".join(w for w in words if w not in ("nvidia", "tesla", "geforce", "rtx", "amd", "intel")) or "unknown"
+    return "-".join(w for w in words if w not in UNNAMED) or "unknown"
 
 
 def unlike(before: dict[str, Any], after: dict[str, Any]) -> list[str]:

@@ -89,8 +89,8 @@ def measure(
     memory: dict[str, dict[str, int]] = {}
     for name, launcher in launchers.items():
         try:
-            if settle := work.subjects[name].settle:
-                settle()
+            if restore := work.subjects[name].restore:
+                restore()
             launcher.ready()
         except Exception as error:  # such as a graph of many calls that does not fit
             _cannot_run(work, name, error)
@@ -122,7 +122,7 @@ def measure(
             "in_cache": in_cache,
             "host": min(launchers[name].host, default=None),
             **work.more,
-            **work.subjects[name].told(),
+            **work.subjects[name].extra_fields(),
             **memory[name],
         }
     return rows

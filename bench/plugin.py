@@ -21,6 +21,7 @@ from . import machine
 from .case import Case
 from .measure import forget_compiled, measure, release
 from .roofline import ceilings
+from .timing import Clock, CpuClock, clock_of
 
 SPENT = "the time budget was spent"  # why a case was left out that the next run should take
 _now = 0.0
@@ -61,9 +62,11 @@ class Bench:
         subjects: tuple[str, ...] | None = None,
         out: Path | None = None,
         budget: float | None = None,
+        clock: Clock | None = None,
     ):
         self.cases = {case.id: case for case in cases}
         self.device, self.seconds, self.subjects = device, seconds, subjects
+        self.clock = clock or clock_of(device)
         self.out, self.until = out, None if budget is None else time.monotonic() + budget
         asked = {"cases": list(self.cases), "subjects": None if subjects is None else list(subjects)}
         self.report: dict[str, Any] = {"asked": asked, "left_out": {}, "failed": {}}
@@ -74,8 +77,10 @@ class Bench:
     def start(self) -> None:
         """The card, the state before, and the ceilings."""
         self.card = machine.card(self.device)
+        if isinstance(self.clock, CpuClock) and self.clock.now is time.thread_time:
+            self.card["identity"]["clock"] = "one thread's CPU time"  # not to be compared with times on the wall
         self.report["before"] = machine.state(self.device)
-        self.report["ceilings"] = ceilings(self.device)
+        self.report["ceilings"] = ceilings(self.device, self.clock)
 
     def rows(self, id: str) -> dict[str, Any]:
         """A case's rows, measured when its first subject asks."""
@@ -88,14 +93,14 @@ class Bench:
             else:
                 rows = self._measured(case)
             for outcome in ("failed", "left_out"):
-                if told := {name: row[outcome] for name, row in rows.items() if outcome in row}:
-                    self.report[outcome][id] = told
+                if reasons := {name: row[outcome] for name, row in rows.items() if outcome in row}:
+                    self.report[outcome][id] = reasons
             self._rows = (id, rows)
         return self._rows[1]
 
     def _measured(self, case: Case) -> dict[str, Any]:
         try:
-            return measure(case, self.device, self.seconds, self.report["ceilings"], self.subjects)
+            return measure(case, self.device, self.seconds, self.report["ceilings"], self.subjects, self.clock)
         except Exception as error:  # of whatever kind: the other cases are measured, and the result says so
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:400]
             return {name: {"failed": reason} for name in self._asked(case)}
@@ -171,4 +176,5 @@ def collect(bench: Bench, options: list[str] | None = None) -> int:
         f"--rootdir={machine.ROOT}",
     ]
     arguments += ["--benchmark-columns=min,median,rounds", "--benchmark-sort=name", "--benchmark-group-by=group"]
-    return int(pytest.main([*arguments, *(options or [])], plugins=[bench]))
+    arguments += options or ["--benchmark-quiet"]  # its own tables where its options were asked for: ours comes after
+    return int(pytest.main(arguments, plugins=[bench]))

@@ -44,8 +44,8 @@ def prepared(case: Case, subject: str, device: torch.device) -> Any:
     if subject not in launchers:
         raise ValueError(f"{case.id}: {subject} cannot run here: {work.left_out[subject]}")
     launcher = launchers[subject]
-    if settle := work.subjects[subject].settle:
-        settle()
+    if restore := work.subjects[subject].restore:
+        restore()
     for _ in range(WARM_UPS):
         launcher.round()
     return launcher

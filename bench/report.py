@@ -1,7 +1,8 @@
-"""The README's speed table and its picture, from results committed under bench/results/<device>/ and nothing else.
+"""The README's speed tables and its chart, from results committed under bench/results/<device>/ and nothing else.
 
-The headline is e2e/<lens | turbo>/1024/b1: its total where decoding was measured, else its stages. Where no result of a
-GPU is committed, both say so and show the paper's time and the floor alone.
+The headline of a GPU is e2e/<lens | turbo>/1024/b1: its total where decoding was measured, else its stages. Where no result
+of a GPU is committed, one line says so, with the paper's times and the floors, and no chart is drawn. Of a CPU: the row
+ops beside their specification, eager and compiled by Inductor, ratios within one run.
 """
 
 from __future__ import annotations
@@ -17,18 +18,24 @@ from lens.formats.files import write_atomic
 
 from .case import OURS
 from .machine import ROOT
-from .result import Result, load_folder, time_text
+from .result import Result, conditions, load_folder, time_text
 from .roofline import H100_BF16, PAPER_SECONDS, SAME_CHIP
 from .work.throughput import CALLS
 
 RESULTS = ROOT / "bench" / "results"
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"
+README, CHART = ROOT / "README.md", ROOT / "docs" / "images" / "speed.svg"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 STAGES = ("text", "denoise", "decode")
 NAMES = {"lens": "Lens, 20 guided steps", "turbo": "Lens-Turbo, 4 steps"}
+CPU_SHAPE = "pair"  # of bench/suites/ops.py
 FLOOR_TEXT = 300  # text tokens of the floor
-OVERLAP = 0.02  # share of a time from which overlapping stages are told; less is two measurements' difference
-BATCHES = {"1024/b1": 1, "1024/b4": 4, "1024/b8": 8, "mixed/queue": 0}  # pictures of a call; a queue tells its own
+OVERLAP = 0.02  # share of a time from which an overlap of stages is reported; less is two measurements' difference
+BATCHES = {
+    "1024/b1": 1,
+    "1024/b4": 4,
+    "1024/b8": 8,
+    "mixed/queue": 0,
+}  # images of a call; the row of a queue has its own number
 COLOURS = {"text": "#4f81bd", "denoise": "#2f5d8a", "decode": "#8fb4d9", "paper": "#c0c0c0"}
 
 
@@ -123,8 +130,54 @@ def gpu_results(folder: Path = RESULTS) -> dict[str, list[Result]]:
     return found
 
 
-def speed_table(results: dict[str, list[Result]]) -> str:
+def cpu_results(folder: Path = RESULTS) -> list[Result]:
+    """Committed results of CPUs that hold row ops at CPU_SHAPE."""
+    found = [r for place in sorted(p for p in folder.glob("*") if p.is_dir()) for r in load_folder(place)]
+    return [r for r in found if "multiprocessors" not in r.identity and any(_is_row_op(*key) for key in r.rows)]
+
+
+def _is_row_op(case: str, subject: str) -> bool:
+    return case.startswith("ops/") and f"/{CPU_SHAPE}/" in case and case.endswith("/forward") and subject == OURS
+
+
+def cpu_table(results: list[Result]) -> list[str]:
+    """Markdown: for every row op in float32 and bfloat16 its time, and how many times that eager and Inductor take."""
+    lines = []
+    for result in results:
+        stems = dict.fromkeys(case.split("/")[1] for case, subject in result.rows if _is_row_op(case, subject))
+        lines += [
+            "| forward, two samples of 2,048 image tokens, width 1536 | float32 | eager | Inductor | bfloat16 | eager | Inductor |"
+        ]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for stem in stems:
+            cells = []
+            for dtype in ("fp32", "bf16"):
+                case = f"ops/{stem}/{CPU_SHAPE}/{dtype}/forward"
+                ours = result.rows.get((case, OURS))
+                cells.append(time_text(ours.best) if ours else "")
+                for other in ("spec_eager", "spec_compiled"):
+                    row = result.rows.get((case, other))
+                    cells.append(f"{row.best / ours.best:.2g}x" if ours and row else "")
+            lines.append(f"| {stem} | {' | '.join(cells)} |")
+        bands = sorted(row.band for key, row in result.rows.items() if _is_row_op(*key))
+        lines += [
+            "",
+            f"Best of rounds that eager, Inductor and ours took in turns within one run, eager and Inductor as "
+            f"multiples of our time. Our two passes differ by {bands[len(bands) // 2]:.0%} in the middle and {bands[-1]:.0%} at worst. "
+            f"{conditions(result)}.",
+            "",
+        ]
+    return lines
+
+
+def speed_table(results: dict[str, list[Result]], cpus: list[Result] | None = None) -> str:
     """Markdown between the README's markers."""
+    rows = cpu_table(cpus or [])
+    if not results:
+        paper = " and ".join(f"{PAPER_SECONDS[v]} s ({name})" for v, name in NAMES.items())
+        floors = " and ".join(time_text(floor_seconds(v)) for v in NAMES)
+        pending = "No GPU result is committed yet. To beat, 1024x1024, prompt to pixels, on one H100: the paper's "
+        return "\n".join([*rows, f"{pending}{paper}; the floors are {floors}."])
     lines = [
         "| 1024x1024, batch 1, prompt to pixels | paper, one H100 | floor at 989 TFLOP/s | here |",
         "|---|---|---|---|",
@@ -136,10 +189,10 @@ def speed_table(results: dict[str, list[Result]]) -> str:
                 missing = [s for s in STAGES if s not in times.stages] if times.total is None else []
                 partly = f", without {' and '.join(missing)}" if missing else ""
                 texts.append(f"{times} on one {device}{partly}")
-        here = "; ".join(texts) or "not measured yet"
+        here = "; ".join(texts) or "not measured"
         lines.append(f"| {name} | {PAPER_SECONDS[variant]} s | {time_text(floor_seconds(variant))} | {here} |")
     lines += ["", *throughput(results), f"{SAME_CHIP} ![The paper's times, ours and the floors](docs/images/speed.svg)"]
-    return "\n".join(lines)
+    return "\n".join([*rows, *lines])
 
 
 def throughput(results: dict[str, list[Result]]) -> list[str]:
@@ -156,16 +209,16 @@ def throughput(results: dict[str, list[Result]]) -> list[str]:
             rates = []
             for label, batch in BATCHES.items():
                 rows = [r.rows[key] for r in of_device if (key := (case.format(label), subject)) in r.rows]
-                rates.append(f"{rows[-1].more.get('pictures', batch) / rows[-1].best:.3g}" if rows else "")
+                rates.append(f"{rows[-1].more.get('images', batch) / rows[-1].best:.3g}" if rows else "")
             if any(rates):
                 lines.append(f"| {device}, {what} | {' | '.join(rates)} |")
     if not lines:
         return []
-    head = "| pictures per second, Lens-Turbo, 1024x1024 | batch 1 | batch 4 | batch 8 | queue of mixed sizes |"
+    head = "| images per second, Lens-Turbo, 1024x1024 | batch 1 | batch 4 | batch 8 | queue of mixed sizes |"
     return [head, "|---|---|---|---|---|", *lines, ""]
 
 
-def picture(results: dict[str, list[Result]]) -> str:
+def chart(results: dict[str, list[Result]]) -> str:
     """SVG: for each variant a bar per system, stacked by stage, and the floor as a line."""
     width, left, bar, gap, top = 860, 250, 18, 8, 46
     body, y = [], top
@@ -183,9 +236,6 @@ def picture(results: dict[str, list[Result]]) -> str:
                 body.append(f'<rect x="{x:.1f}" y="{y}" width="{seconds * scale:.1f}" height="{bar}" fill="{colour}"/>')
                 x += seconds * scale
             body.append(f'<text x="{x + 6:.1f}" y="{y + 14}">{escape(str(b.times))}</text>')
-            y += bar + gap
-        if len(drawn) == 1:
-            body.append(f'<text x="{left}" y="{y + 14}" fill="#a33">not measured yet on any GPU</text>')
             y += bar + gap
         x = left + floor * scale
         body.append(f'<line x1="{x:.1f}" y1="{first - 4}" x2="{x:.1f}" y2="{y}" stroke="#a33" stroke-dasharray="4 3"/>')
@@ -214,10 +264,13 @@ def put(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def write(check: bool = False, results: Path = RESULTS, readme: Path = README, drawing: Path = PICTURE) -> list[Path]:
-    """Write README table and picture; the changed files. check: change nothing, ValueError where one is stale."""
+def write(check: bool = False, results: Path = RESULTS, readme: Path = README, drawing: Path = CHART) -> list[Path]:
+    """Write README tables and, of GPU results, the chart; the changed files. check: change nothing, ValueError where one
+    is stale."""
     found = gpu_results(results)
-    wanted = {readme: replaced(readme.read_text(encoding="utf-8"), speed_table(found)), drawing: picture(found)}
+    wanted = {readme: replaced(readme.read_text(encoding="utf-8"), speed_table(found, cpu_results(results)))}
+    if found:
+        wanted[drawing] = chart(found)
     stale = [path for path, text in wanted.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     if check and stale:
         raise ValueError(f"stale: {', '.join(p.name for p in stale)}; run python -m bench report")

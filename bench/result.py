@@ -16,6 +16,12 @@ from typing import Any
 
 from .roofline import SAME_CHIP
 
+ABOVE = (
+    "Above 100 %: the ceilings are a copy of 64 MB or more and one large GEMM, measured once before. What fits a cache is faster than "
+    "the copy, and so is an op that reads more than it writes, for a CPU's plain store reads the line first."
+)
+DISTURBED = 1.25  # median over best of a CPU's rounds from which something else ran beside them
+
 
 @dataclass(frozen=True)
 class Row:
@@ -69,6 +75,14 @@ def load(path: Path) -> Result:
     return parse(path, value)
 
 
+def load_runs(path: Path) -> list[Result]:
+    """A result, or every run of a folder. NoResult where there is none."""
+    found = load_folder(path) if path.is_dir() else [load(path)]
+    if not found:
+        raise NoResult(f"{path}: no result of `python -m bench run` in this folder")
+    return found
+
+
 def load_folder(folder: Path) -> list[Result]:
     """Every result of a folder, oldest name first."""
     return [load(path) for path in sorted(folder.glob("*.json")) if path.name != "summary.json"]
@@ -87,10 +101,31 @@ def conditions(result: Result) -> str:
     i, b, c = result.identity, result.build, result.bench.get("ceilings", {})
     words = [str(i.get("device")), *(f"{k} {i[k]}" for k in ("driver", "cuda", "isa") if k in i)]
     words += [f"{i['threads']} thread(s)"] if "threads" in i else []
+    words += [str(i["clock"])] if "clock" in i else []
     words += [f"torch {i.get('torch')}", f"lens {b.get('lens')} at {b.get('commit')}"]
     if c:
-        words.append(f"copy {c['copy'] / 1e9:.0f} GB/s and matrix product {c['matmul'] / 1e12:.3g} TFLOP/s here")
+        words.append(f"copy {c['copy'] / 1e9:.0f} GB/s and GEMM {c['matmul'] / 1e12:.3g} TFLOP/s here")
     return "; ".join(words)
+
+
+def unsteadiness(result: Result) -> list[str]:
+    """What a CPU's times cannot show: how far two passes lie apart, and medians far above the best."""
+    rows = list(result.rows.values())
+    if not rows:
+        return []
+    bands = sorted(row.band for row in rows)
+    lines = [
+        f"Two passes of this run differ by {bands[len(bands) // 2]:.1%} in the middle, {bands[-1]:.1%} at worst; two runs may "
+        "differ by more: python -m bench abba."
+    ]
+    disturbed = [row for row in rows if row.median > DISTURBED * row.best]
+    if disturbed:
+        worst = max(row.median / row.best for row in disturbed)
+        lines.append(
+            f"{len(disturbed)} of {len(rows)} medians lie more than {DISTURBED - 1:.0%} above the best round, up to x{worst:.2f}: "
+            "others used these cores, or the rounds were few."
+        )
+    return lines
 
 
 def table(result: Result) -> str:
@@ -100,14 +135,16 @@ def table(result: Result) -> str:
         lines += [SAME_CHIP, ""]
     lines += ["| case | subject | best | median | band | error | of floor | of matrix peak | of copy |"]
     lines += ["|---|---|---|---|---|---|---|---|---|"]
+    above = False
     for row in result.rows.values():
         r = row.more.get("roof", {})
         shares = [f"{r[k]:.0%}" if r.get(k) else "" for k in ("of_floor", "of_matmul", "of_copy")]
+        above |= any(r.get(k, 0) > 1 for k in ("of_floor", "of_matmul", "of_copy"))
         if row.more.get("in_cache") and r.get("of_copy"):
             shares[2] += " (in cache)"
         if goal := row.more.get("goal"):
             shares[0] = f"goal {time_text(goal)}: {'met' if row.best < goal else 'MISSED'}"
-        rate = f" ({row.more['pictures'] / row.best:.3g} pictures/s)" if "pictures" in row.more else ""
+        rate = f" ({row.more['images'] / row.best:.3g} images/s)" if "images" in row.more else ""
         times = (
             f"{time_text(row.best)}{rate} | {time_text(row.median)} | {row.band:.1%} | {row.more.get('error', 0):.1e}"
         )
@@ -115,4 +152,4 @@ def table(result: Result) -> str:
     for outcome, words in (("left_out", "left out"), ("failed", "FAILED")):
         for case, subjects in result.bench.get(outcome, {}).items():
             lines += [f"| {case} | {subject} | {words}: {why} | | | | | | |" for subject, why in subjects.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *(["", ABOVE] if above else [])])

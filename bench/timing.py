@@ -63,7 +63,7 @@ class CpuLauncher:
 
 
 class CpuClock:
-    """Wall time; `now` may be replaced in tests."""
+    """Wall time by default; `now` may be another clock, as that of one thread's CPU time, which no neighbour lengthens."""
 
     l2 = 32 << 20  # what a large cache of a CPU may hold for one core
 

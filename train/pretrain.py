@@ -5,7 +5,7 @@
     python -m train pretrain --vae runs/vae --out runs/base --init lens/mini/base     # start from shipped weights
     python -m train pretrain --vae runs/vae --out runs/base --export lens/mini/base
     python -m train pretrain --init lens/mini/base --vae lens/mini/base/vae --lora r=16 --out runs/style    # adapters alone
-    python -m train pretrain --config mini_gpu --device cuda --workers 14 ...         # see bench/mini_gpu.sh
+    python -m train pretrain --config mini_gpu --device cuda --workers 14 ...         # see train/runs/mini_gpu.sh
     torchrun --nproc-per-node 8 -m train pretrain --config released/pretrain_512 ...  # see docs/training.md
 
 Loss: mean |v(x_t, t, text) - (eps - x0)|^2 over tokens and channels; x_t = (1 - t) x0 + t eps, t logit-normal around MU.

@@ -17,7 +17,7 @@ def cases(
 ) -> list[Case]:
     """Cases of some suites whose id matches one of the globs, with or without the "tiny/" in front.
 
-    gpu: whether they will run on one; cases that take a CPU minutes, and those of a CPU alone, are told apart here.
+    gpu: whether they will run on one; cases that take a CPU minutes, and those of a CPU alone, are parted here.
     """
     scale: Scale = TINY if tiny else RELEASED
     found: list[Case] = []

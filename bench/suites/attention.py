@@ -5,7 +5,7 @@ lse; backward, both passes, by one library where it can; gradients, the backward
 lse that are given. Ours is what `lens.ops.attention.choice` chooses; its candidates, those in no order too,
 are forced one by one, each on the same call. None gets a mask but the reference's way of doing it, which pads to the
 longest and adds one. What cannot serve a call here is left out with its own reason. The first case has lens-hopper in all
-its modes beside each other, told by the launcher's arguments.
+its modes beside each other, chosen by the launcher's arguments.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lens import LensPipeline
 from lens.cost import step_flops, step_traffic_bytes
+from lens.ops import backend
 from lens.text_encoder import PREFIX_TOKENS
 from lens.vae import PixelCodec
 
@@ -36,6 +37,9 @@ SUBJECTS = {
     "first_latents": (OURS,),
     "stream": throughput.SUBJECTS,
 }
+
+
+MINI_SUBJECTS = (OURS, "spec_eager")
 
 
 def _denoise(d: Drawing) -> Work:
@@ -106,7 +110,7 @@ def _decode(d: Drawing) -> Work:
         bound=0.1 if d.scale.dtype == torch.bfloat16 else 1e-3,
         flops=flops,
         bytes=moves,
-        select=lambda pictures: pictures[0],
+        select=lambda images: images[0],
     )
 
 
@@ -137,7 +141,7 @@ def _total(d: Drawing) -> Work:
     first: Callable[[Any], Any] = lambda pictures: pictures[0]  # noqa: E731
     return Work(
         inputs, subjects, lambda *a: first(d.pixels(d.reference())(*a)), BOUND[d.scale.dtype], *d.work(),
-        select=first, left_out=left_out, more={"pictures": len(d.grids)},
+        select=first, left_out=left_out, more={"images": len(d.grids)},
     )  # fmt: skip
 
 
@@ -155,7 +159,7 @@ STAGE: dict[str, Callable[[Drawing], Work]] = {
 
 def _mini(device: torch.device) -> Work:
     """Eight 64 x 64 pictures of the shipped Lens-Mini, 20 steps with guidance, weights loaded. The oracle draws the
-    first alone."""
+    first alone. spec_eager: the same pipeline with every op as its specification in plain PyTorch."""
     pipe: Any = LensPipeline.from_pretrained("mini", device=device)
     colours = ("red", "blue", "green", "pink", "white", "black", "yellow", "orange")
 
@@ -165,15 +169,20 @@ def _mini(device: torch.device) -> Work:
         return torch.from_numpy(out.images)
 
     config = pipe.transformer.config
+
+    def draw_by_specification(thing: str) -> Any:
+        with backend.use("reference"):
+            return draw(thing)
+
     images, texts = [16] * 16, [12] * 8 + [0] * 8
     return Work(
         inputs=[("apple",), ("star",)],
-        subjects={OURS: Subject(draw, mode="stream")},
+        subjects={OURS: Subject(draw, mode="stream"), "spec_eager": Subject(draw_by_specification, mode="stream")},
         oracle=lambda thing: draw(thing, 1)[0],
         bound=1e-6 if device.type == "cpu" else 0.2,
         flops=20 * sum(step_flops(config, images, texts).values()),
         bytes=20 * step_traffic_bytes(config, images, texts, pipe.dtype.itemsize),
-        select=lambda pictures: pictures[0],
+        select=lambda images: images[0],
         note="FLOPs of the transformer alone, 12 text tokens assumed",
     )
 
@@ -182,7 +191,7 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
     """By value: one picture of the main size, in all and stage by stage; the host, the first picture; many pictures;
     batches; the large size; mixed sizes. Mini anywhere."""
     if not gpu and not scale.tiny:
-        return [Case("e2e/mini/64/b8/fp32/total", (OURS,), _mini)]
+        return [Case("e2e/mini/64/b8/fp32/total", MINI_SUBJECTS, _mini)]
     main, large = scale.sizes[scale.main], scale.sizes[scale.large]
     mixed, text = list(scale.sizes.values()), scale.texts[-2]
     found: list[Case] = []
@@ -226,5 +235,5 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
     for batch in (4, 8):
         draw("lens", f"{scale.main}/b{batch}", [main] * batch, "total", "denoise")
     if not scale.tiny:
-        found.append(Case("e2e/mini/64/b8/bf16/total", (OURS,), _mini))
+        found.append(Case("e2e/mini/64/b8/bf16/total", MINI_SUBJECTS, _mini))
     return found

@@ -1,7 +1,7 @@
-"""The model's matrix products: gemm/<what>/<rows>/<dtype>.
+"""The model's GEMMs: gemm/<what>/<rows>/<dtype>.
 
 Rows are image rows of one sample or of a guided pair, "+text": with the text stream's own weights on its rows, which is
-what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows. The products with
+what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows. The GEMMs with
 the row op behind them are in suites/linear.py and come first.
 """
 
@@ -25,7 +25,7 @@ Layer = tuple[int, int, int, bool]  # rows, inputs, outputs, bias
 
 
 def layers_of(scale: Scale, what: str, rows: tuple[int, ...]) -> list[Layer]:
-    """The products of one case, one for each stream."""
+    """The GEMMs of one case, one for each stream."""
     c = scale.config
     d, f = c.inner_dim, c.mlp_hidden_dim
     sizes = {
@@ -63,8 +63,8 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
         return [F.linear(x, w, b) for x, stream in zip(xs, weights) for w, b in stream]
 
     def matmul(*xs: Tensor) -> list[Tensor]:
-        products = [(x @ w.t(), b) for x, stream in zip(xs, weights) for w, b in stream]
-        return [y if b is None else y + b for y, b in products]
+        results = [(x @ w.t(), b) for x, stream in zip(xs, weights) for w, b in stream]
+        return [y if b is None else y + b for y, b in results]
 
     def oracle(*xs: Tensor) -> list[Tensor]:
         wide = wider(dtype)
@@ -86,7 +86,7 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
 
 
 def cases(scale: Scale, gpu: bool) -> list[Case]:
-    """The products with their row ops; then alone, image rows of a pair and of one sample at the main size."""
+    """The GEMMs with their row ops; then alone, image rows of a pair and of one sample at the main size."""
     if not gpu and not scale.tiny:
         return []
     one, longest = scale.tokens(scale.main), scale.texts[-1]

@@ -33,8 +33,10 @@ def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.devi
     return Work(
         inputs=inputs,
         subjects={
-            OURS: Subject(d.engine(index), mode="stream", told=d.who(False)),  # it replays its own graph
-            INVARIANT: Subject(d.engine(index, invariant=True), mode="stream", told=d.who(True)),
+            OURS: Subject(
+                d.engine(index), mode="stream", extra_fields=d.fields_of_step(False)
+            ),  # it replays its own graph
+            INVARIANT: Subject(d.engine(index, invariant=True), mode="stream", extra_fields=d.fields_of_step(True)),
             "ours_op_by_op": Subject(d.ours(index), mode="stream"),
             "exact_compiled": Subject(d.exact(index)),
             "reference_eager": Subject(d.reference(index), mode="stream"),
@@ -45,7 +47,7 @@ def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.devi
         flops=sum(flops.values()),
         bytes=step_traffic_bytes(scale.config, d.images, d.texts, scale.dtype.itemsize),
         data=checked(inputs, d.model),
-        note=f"{flops['gemm'] / 1e12:.4g} TFLOP in products, {flops['attention'] / 1e12:.4g} in attention",
+        note=f"{flops['gemm'] / 1e12:.4g} TFLOP in GEMMs, {flops['attention'] / 1e12:.4g} in attention",
     )
 
 

@@ -1,7 +1,7 @@
 """What we are measured against, on our own weights: nothing here calls `lens.ops`.
 
 `Reference` is the structure of the reference implementation in plain PyTorch: text padded to one length, an additive
-mask, guidance as a doubled batch, rotation as a complex product, w1 and w3 as two products, modulation and text
+mask, guidance as a doubled batch, rotation as a complex product, w1 and w3 as two GEMMs, modulation and text
 projection at every step, every row computed. Eager it is comparator (a), under torch.compile (b).
 
 `Exact` is the honest competitor (c): our model on torch's ops with every exact saving, for torch.compile and CUDA

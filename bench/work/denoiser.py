@@ -142,11 +142,11 @@ class Denoiser:
 
         return step
 
-    def who(self, invariant: bool) -> Callable[[], dict[str, Any]]:
-        """What a row says of its step: what was forced, if anything; whether measured orders chose the GEMMs; under
+    def fields_of_step(self, invariant: bool) -> Callable[[], dict[str, Any]]:
+        """Further fields of a step's row: what was forced, if anything; whether measured orders chose the GEMMs; under
         batch invariance, which kernels computed them."""
 
-        def told() -> dict[str, Any]:
+        def fields() -> dict[str, Any]:
             forced = {"linear": linear_choice.override.name, "attention": attention_choice.override.name}
             forced["graphs"] = os.environ.get("LENS_GRAPHS")
             why = batch_invariance.why_library_gemm_of_model(self.model) if invariant else ""
@@ -154,7 +154,7 @@ class Denoiser:
             forced = {k: v for k, v in forced.items() if v}
             return {"forced": forced, "by_measured_orders": self.by_measured_orders(), **said}
 
-        return told
+        return fields
 
     def by_measured_orders(self) -> bool:
         """Whether a committed result ordered both kernels of every GEMM for this device and the rows of a step."""

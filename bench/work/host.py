@@ -1,7 +1,7 @@
 """What a picture costs the CPU, and what the first one costs: e2e/<variant>/<side>/b1/<dtype>/<host | first>....
 
 host            CPU time of the calling thread from the call to the last launch of the denoiser, features given: plan,
-                schedule, steps. Noise from seeds is drawn on a thread beside it, told as "other_threads" of the row.
+                schedule, steps. Noise from seeds is drawn on a thread beside it, which the row counts as "other_threads".
                 `ours_given_noise`: the same with latents that lie on the device.
 host_total      the same from prompt to pixels: with the launches of the text encoder and of the decoder
 first           seconds of the first call after loading, in a process of its own: libraries loaded, steps captured,
@@ -72,18 +72,18 @@ class Watched:
 
     def __init__(self, clock: HostClock, call: Callable[..., Any]):
         self.clock, self.call = clock, call
-        self.best, self.told = float("inf"), dict[str, Any]()
+        self.best, self.fields = float("inf"), dict[str, Any]()
 
     def timed(self, *arguments: Any) -> float:
         before = time.process_time() - time.thread_time()
         seconds = self.clock.seconds(lambda: self.call(*arguments))
         others = time.process_time() - time.thread_time() - before
         if seconds < self.best:
-            self.best, self.told = seconds, {"stages": dict(self.clock.parts), "other_threads": others}
+            self.best, self.fields = seconds, {"stages": dict(self.clock.parts), "other_threads": others}
         return seconds
 
     def subject(self) -> Subject:
-        return Subject(self.call, mode="stream", timed=self.timed, told=lambda: self.told)
+        return Subject(self.call, mode="stream", timed=self.timed, extra_fields=lambda: self.fields)
 
 
 def goal(d: Drawing, seconds: float) -> dict[str, float]:
@@ -134,12 +134,12 @@ def total(d: Drawing) -> Work:
         bound=BOUND[d.scale.dtype],
         flops=0.0,
         bytes=0.0,
-        select=lambda pictures: pictures[0],
+        select=lambda images: images[0],
         more=goal(d, HOST_GOAL),
     )
 
 
-class FirstPicture:
+class FirstImage:
     """A call in a process that has just loaded the model. The one made to be compared is the first one timed."""
 
     def __init__(self, d: Drawing, pixels: bool):
@@ -152,14 +152,14 @@ class FirstPicture:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "first.pt")
             words = ["--variant", d.variant, "--device", d.device.type, *["--tiny"] * d.scale.tiny]
-            command = [sys.executable, "-m", "bench.work.first_picture", *words, *["--pixels"] * self.pixels]
+            command = [sys.executable, "-m", "bench.work.first_image", *words, *["--pixels"] * self.pixels]
             threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
             done = subprocess.run(
                 [*command, "--out", str(file)], cwd=ROOT, env={**os.environ, **threads},
                 capture_output=True, text=True, timeout=LONGEST,
             )  # fmt: skip
             if done.returncode:
-                raise RuntimeError(f"bench.work.first_picture failed: {done.stderr.strip()[-300:]}")
+                raise RuntimeError(f"bench.work.first_image failed: {done.stderr.strip()[-300:]}")
             made = torch.load(file, weights_only=True)
         self.made.append(made["seconds"])
         self.stages = made["stages"]
@@ -171,7 +171,7 @@ class FirstPicture:
         return self.made.pop()
 
     def subject(self) -> Subject:
-        return Subject(self.call, mode="stream", timed=self.timed, told=lambda: {"stages": self.stages})
+        return Subject(self.call, mode="stream", timed=self.timed, extra_fields=lambda: {"stages": self.stages})
 
 
 def _first(d: Drawing, pixels: bool) -> Work:
@@ -188,7 +188,7 @@ def _first(d: Drawing, pixels: bool) -> Work:
         assert d.codec  # LeftOut where diffusers is missing
     return Work(
         inputs=[(d.noise(0),)],
-        subjects={OURS: FirstPicture(d, pixels).subject()},
+        subjects={OURS: FirstImage(d, pixels).subject()},
         oracle=oracle,
         bound=BOUND[d.scale.dtype],
         flops=0.0,
@@ -204,5 +204,5 @@ def first(d: Drawing) -> Work:
 
 
 def first_latents(d: Drawing) -> Work:
-    """Features to latents; told is the way from the noise."""
+    """Features to latents; its figure is the way from the noise."""
     return _first(d, False)

@@ -1,10 +1,10 @@
-"""A block's products with the row op behind each, as the model calls them: gemm/<what>/<rows>/<dtype>.
+"""A block's GEMMs with the row op behind each, as the model calls them: gemm/<what>/<rows>/<dtype>.
 
 what: qkv_norm_rope, w13_swiglu, out_residual_norm and w2_residual_norm, which make up a block, and the last two without
-their norm. Ours is what `lens.ops.linear.choice` chooses; `library` (cuBLASLt, then the row kernel) and `fused` (our
-product with the row op in its epilogue) are forced; `fused_alone` and `fused_clusters` force what `fused` chooses itself,
-blocks that copy alone or in twos for both. Text rows share the launch of ours. `cutlass`, in builds with
-LENS_CUTLASS, knows one stream with samples of one length. A rate counts the product's FLOPs over the time of all.
+their norm. `ours` is what `lens.ops.linear.choice` chooses; `library` (cuBLASLt, then the row kernel) and `fused` (our
+GEMM with the row op in its epilogue) are forced; `fused_alone` and `fused_clusters` force what `fused` chooses itself,
+thread blocks without and with clusters of two. Text rows share the launch of `ours`. `cutlass`, in builds with
+LENS_CUTLASS, knows one stream with samples of one length. A rate counts the GEMM's FLOPs over the time of all.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BOUND = {torch.bfloat16: 1.5e-2, torch.float32: 2e-5}
 
 
 def subjects_of(what: str) -> tuple[str, ...]:
-    """The ways of one product."""
+    """The ways of one GEMM."""
     return (OURS, *linear_choice.BACKENDS, *CLUSTERS, *[CUTLASS] * (what in ("w2_residual", "out_residual")))
 
 
@@ -72,7 +72,7 @@ def prepare(scale: Scale, what: str, images: list[int], texts: list[int], device
     cos, sin = angle.cos(), angle.sin()
 
     def call(x: list[Tensor], y: list[Tensor]) -> Any:
-        """x: what the product reads; y: the residual stream."""
+        """x: what the GEMM reads; y: the residual stream."""
         if name == "qkv":
             return linear_fused.linear_qkv_norm_rope(x, layers, q_norms, k_norms, cos, sin, offsets[0], offsets[1])
         if name == "w13":

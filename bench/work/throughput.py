@@ -2,7 +2,7 @@
 
 Ours decodes one batch while the next is denoised. `calls` draws the same requests by calls of the pipeline after one
 another: in batches of the same size, or, for the queue of mixed sizes, picture by picture as they came. Pictures per
-second: `pictures` of a row by its time.
+second: `images` of a row by its time.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def prepare(d: Drawing, batch: int, by: int) -> Work:
     def ours(turn: int, prompts: list[str]) -> list[Tensor]:
         requests = [Request(p, size=size, seed=seed) for p, size, seed in zip(prompts, d.sizes, seeds(turn))]
         drawn = pipe.stream(requests, max_pictures=batch, output_type="np")
-        return [torch.from_numpy(picture) for _, picture, _ in sorted(drawn, key=lambda one: one[0])]
+        return [torch.from_numpy(image) for _, image, _ in sorted(drawn, key=lambda one: one[0])]
 
     def calls(turn: int, prompts: list[str]) -> list[Tensor]:
-        pictures = []
+        images = []
         for k in range(0, len(prompts), by):
             part = slice(k, k + by)
             made = pipe(prompts[part], sizes=d.sizes[part], seed=seeds(turn)[part], output_type="np")
-            pictures += [torch.from_numpy(image) for image in made.images]
-        return pictures
+            images += [torch.from_numpy(image) for image in made.images]
+        return images
 
     def oracle(turn: int, prompts: list[str]) -> Tensor:
         last = replace(d, grids=d.grids[-1:])
@@ -56,6 +56,6 @@ def prepare(d: Drawing, batch: int, by: int) -> Work:
         bound=BOUND[d.scale.dtype],
         flops=d.work()[0],
         bytes=d.work()[1],
-        select=lambda pictures: pictures[-1],
-        more={"pictures": len(d.grids)},
+        select=lambda images: images[-1],
+        more={"images": len(d.grids)},
     )

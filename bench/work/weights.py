@@ -1,6 +1,6 @@
 """Models at any size with random weights, made on the device: nothing is downloaded.
 
-Scales keep activations sane: products have unit gain, norms lie around 1, gates around 0 with deviation 0.3, so that the
+Scales keep activations sane: GEMMs have unit gain, norms lie around 1, gates around 0 with deviation 0.3, so that the
 residual streams of 48 blocks grow by a small factor and attention is neither flat nor a single spike; text keys
 are larger, so that losing the text cannot hide in rounding. All-zero or constant weights would run faster than real ones.
 """

@@ -55,7 +55,7 @@ def test_a_step_is_by_measured_orders_where_every_gemm_has_one(monkeypatch):
     ):
         monkeypatch.setattr(linear_choice, "ORDERS", orders)
         monkeypatch.setattr(linear_choice, "ROWS", rows)
-        assert d.who(False)()["by_measured_orders"] == by
+        assert d.fields_of_step(False)()["by_measured_orders"] == by
 
 
 def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
@@ -153,7 +153,7 @@ def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
     assert rows["ours"]["error"] <= rows["ours"]["bound"]
     kind = case.id.split("/")[-1]
     assert (rows["ours"]["flops"] + rows["ours"]["bytes"] > 0) is (kind not in ("host", "host_total", "first_latents"))
-    assert (rows["ours"].get("pictures", 0) > 1) is (kind == "stream")
+    assert (rows["ours"].get("images", 0) > 1) is (kind == "stream")
 
 
 def test_our_attention_is_timed_in_all_its_modes_beside_each_other(monkeypatch):

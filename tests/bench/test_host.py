@@ -11,9 +11,9 @@ import torch
 
 from bench.result import table
 from bench.suites import cases
-from bench.work import first_picture
+from bench.work import first_image
 from bench.work.drawing import Drawing
-from bench.work.host import FirstPicture, HostClock, Watched, goal
+from bench.work.host import FirstImage, HostClock, Watched, goal
 from bench.work.scale import RELEASED, TINY
 from lens import sampler
 from tests.bench.results import result, row
@@ -61,7 +61,7 @@ def test_the_stages_of_the_fastest_call_are_told():
     watched = Watched(HostClock(pipe, lambda: pipe.now), lambda plan: setattr(pipe, "plan", plan) or pipe())
     for seconds in (5, 3, 7):
         assert watched.timed((("encode", 1), ("denoise", seconds))) == seconds + 1
-    assert watched.subject().told()["stages"] == {"encode": 1, "denoise": 3, "outside stages": 0}
+    assert watched.subject().extra_fields()["stages"] == {"encode": 1, "denoise": 3, "outside stages": 0}
 
 
 def spin(seconds):
@@ -78,7 +78,7 @@ def test_work_of_other_threads_is_told_beside_the_callers():
 
     watched = Watched(HostClock(Pipe()), call)
     assert watched.timed() < 0.04
-    assert 0.04 < watched.told["other_threads"] < 1
+    assert 0.04 < watched.fields["other_threads"] < 1
 
 
 def test_noise_drawn_by_the_caller_is_in_the_hosts_time_and_given_noise_is_not(monkeypatch):
@@ -93,31 +93,31 @@ def test_noise_drawn_by_the_caller_is_in_the_hosts_time_and_given_noise_is_not(m
     assert drawn - given > 0.04
 
 
-def test_a_first_picture_comes_from_a_process_of_its_own_and_is_timed_once_for_each_time(monkeypatch):
+def test_a_first_image_comes_from_a_process_of_its_own_and_is_timed_once_for_each_time(monkeypatch):
     calls = []
 
     def started(command, **options):
         calls.append(command)
-        first_picture.main(command[command.index("--variant") :])
+        first_image.main(command[command.index("--variant") :])
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", started)
-    first = FirstPicture(Drawing(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False)
+    first = FirstImage(Drawing(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False)
     (way,) = first.call()
     assert way.shape == (16, TINY.config.in_channels)
     assert first.timed() > 0
     assert len(calls) == 1, "the call that was compared is the first that was timed"
     first.timed()
     assert len(calls) == 2
-    assert calls[0][:3] == [sys.executable, "-m", "bench.work.first_picture"]
-    assert {"denoise", "encode"} <= set(first.subject().told()["stages"])
+    assert calls[0][:3] == [sys.executable, "-m", "bench.work.first_image"]
+    assert {"denoise", "encode"} <= set(first.subject().extra_fields()["stages"])
 
 
-def test_a_first_picture_that_fails_says_why(monkeypatch):
+def test_a_first_image_that_fails_says_why(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "CUDA out of memory")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        FirstPicture(Drawing(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False).call()
+        FirstImage(Drawing(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False).call()
 
 
 def test_a_goal_is_met_or_missed_where_there_is_one():
@@ -128,5 +128,5 @@ def test_a_goal_is_met_or_missed_where_there_is_one():
         r.more["goal"] = 2e-3
     text = table(made)
     assert text.count("goal 2 ms: met") == text.count("goal 2 ms: MISSED") == 1
-    made.rows["c", "ours"].more["pictures"] = 21
-    assert "2.1 ms (1e+04 pictures/s)" in table(made)
+    made.rows["c", "ours"].more["images"] = 21
+    assert "2.1 ms (1e+04 images/s)" in table(made)

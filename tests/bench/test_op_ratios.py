@@ -22,9 +22,10 @@ FUSED = (
 
 
 def ratios(names: list[str], out: Path) -> dict[str, tuple[float, float]]:
-    """Best times taken in turns, one thread, float32, forward; in a process of its own, for it tunes the allocator."""
+    """Best times taken in turns, CPU time of one thread, float32, forward; in a process of its own, for it tunes the
+    allocator."""
     picks = [word for name in names for word in ("--case", f"ops/{name}/pair/fp32/forward")]
-    command = [sys.executable, "-m", "bench", "run", "ops", *picks, "--threads", "1", "--seconds", "0.5"]
+    command = [sys.executable, "-m", "bench", "run", "ops", *picks, "--threads", "1", "--cpu-time", "--seconds", "0.5"]
     # without what pytest-xdist tells its workers, which makes pytest-benchmark stand aside
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     subprocess.run([*command, "--out", str(out)], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, check=True)

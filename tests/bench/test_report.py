@@ -23,13 +23,29 @@ def results_in(folder):
 
 
 def test_without_results_nothing_is_claimed(tmp_path):
-    table, drawing = report.speed_table(report.gpu_results(tmp_path)), report.picture({})
-    assert table.count("not measured yet") == 2
-    assert "3.15 s" in table
-    assert "0.84 s" in table
-    assert "681 ms" in table
-    assert drawing.count("not measured yet on any GPU") == 2
-    assert drawing.count("stroke-dasharray") == 2
+    table = report.speed_table(report.gpu_results(tmp_path), report.cpu_results(tmp_path))
+    assert table.startswith("No GPU result is committed yet.")
+    for number in ("3.15 s", "0.84 s", "681 ms", "71.3 ms"):
+        assert number in table
+    assert "|" not in table
+
+
+def test_a_cpus_row_ops_stand_beside_eager_and_inductor(tmp_path):
+    """Multiples within one run, below one where ours is slower; backward passes and other shapes have no place there."""
+    subjects = {"ours": 1e-3, "spec_eager": 8e-3, "spec_compiled": 0.9e-3}
+    rows = [
+        row(f"ops/swiglu/pair/fp32/{p}", s, subject=n) for n, s in subjects.items() for p in ("forward", "backward")
+    ]
+    rows += [row("ops/pack_tokens/mini/fp32/forward", 1.0)]
+    made = result(*rows, device="AMD EPYC", isa="avx512", threads=1)
+    del made.identity["multiprocessors"]
+    (tmp_path / "epyc").mkdir()
+    as_file(tmp_path / "epyc" / "ops.json", made)
+    table = report.speed_table({}, report.cpu_results(tmp_path))
+    assert "| swiglu | 1 ms | 8x | 0.9x |  |  |  |" in table
+    assert "pack_tokens" not in table
+    assert "AMD EPYC; driver 580; isa avx512; 1 thread(s)" in table
+    assert report.gpu_results(tmp_path) == {}
 
 
 def test_results_are_told_with_what_they_lack_and_what_they_are_compared_with(tmp_path):
@@ -42,7 +58,7 @@ def test_results_are_told_with_what_they_lack_and_what_they_are_compared_with(tm
 
 
 def test_the_picture_stacks_the_stages_to_scale(tmp_path):
-    drawing = report.picture(report.gpu_results(results_in(tmp_path)))
+    drawing = report.chart(report.gpu_results(results_in(tmp_path)))
     root = ET.fromstring(drawing)
     assert "reference, eager, NVIDIA H200" in drawing
     bars = [r for r in root.iter("{http://www.w3.org/2000/svg}rect") if r.get("height") == "18"]
@@ -65,7 +81,7 @@ def test_throughput_is_told_where_batches_were_measured():
     for case, ours, calls in (("1024/b8", 4.0, 4.8), ("mixed/queue", 3.2, 4.0)):
         for subject, seconds in (("ours", ours), ("calls", calls)):
             streamed = row(f"e2e/turbo/{case}/bf16/stream", seconds, subject=subject)
-            streamed.more["pictures"] = 24 if "b8" in case else 16
+            streamed.more["images"] = 24 if "b8" in case else 16
             newer.append(streamed)
     lines = report.throughput({"NVIDIA H200": [result(*rows), result(*newer)]})
     assert lines == [
@@ -108,7 +124,7 @@ def test_what_counts_is_the_total_whatever_its_stages_take_alone(total, told, dr
     assert f"| {told} on one NVIDIA H200 |" in report.speed_table(results)
     assert times.drawn == pytest.approx(drawn)
     assert sum(times.drawn.values()) == pytest.approx(times.seconds)
-    assert f">{told}</text>" in report.picture(results)
+    assert f">{told}</text>" in report.chart(results)
 
 
 def test_a_total_alone_lacks_nothing():
@@ -131,13 +147,16 @@ def test_writing_changes_only_what_is_between_the_markers_and_then_nothing(tmp_p
     with pytest.raises(ValueError, match="stale"):
         report.write(check=True, **where)
     assert readme.read_text().count("old") == 1
-    assert report.write(**where) == [readme, drawing]
+    assert report.write(**where) == [readme]
+    assert not drawing.exists(), "nothing to draw"
     text = readme.read_text()
     assert text.startswith("before\n")
     assert text.endswith("\nafter\n")
     assert "old" not in text
     assert report.write(**where) == []
     assert report.write(check=True, **where) == []
+    results_in(tmp_path / "none")
+    assert report.write(**where) == [readme, drawing]
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="must hold"):
         report.write(**where)

@@ -118,10 +118,10 @@ def test_a_wrong_result_is_not_timed_and_the_others_are(wrong, who, right):
 
 def test_a_subject_may_take_its_own_time_and_tell_more():
     ticks, taken = Ticks(), iter([3.0, 2.0, 4.0] * 3)
-    own = ticks.subject("a", 1, timed=lambda x: next(taken), told=lambda: {"parts": 2})
-    rows = measure(case_of({"ours": own}, more={"pictures": 8}), CPU, 0.0, CEILINGS, clock=ticks.clock())["ours"]
+    own = ticks.subject("a", 1, timed=lambda x: next(taken), extra_fields=lambda: {"parts": 2})
+    rows = measure(case_of({"ours": own}, more={"images": 8}), CPU, 0.0, CEILINGS, clock=ticks.clock())["ours"]
     assert (rows["best"], rows["passes"][0]) == (2.0, [3.0, 2.0, 4.0])
-    assert (rows["pictures"], rows["parts"]) == (8, 2)
+    assert (rows["images"], rows["parts"]) == (8, 2)
     assert ticks.calls == ["a"], "called once, to be compared"
 
 
@@ -142,7 +142,7 @@ def test_what_breaks_between_comparison_and_timing_is_one_subjects_failure(who, 
     def breaks():
         raise MemoryError("no room for so many calls")
 
-    subjects = {n: Subject(lambda x: x + 1, settle=breaks if n == who else None) for n in ("ours", "other")}
+    subjects = {n: Subject(lambda x: x + 1, restore=breaks if n == who else None) for n in ("ours", "other")}
     rows = measure(case_of(subjects), CPU, 0.0, CEILINGS)
     assert rows.pop(who) == {told: "MemoryError: no room for so many calls"}
     assert next(iter(rows.values()))["best"] > 0

@@ -162,6 +162,28 @@ def test_auto_takes_the_compiler_from_pypi_only_where_a_driver_is(setup_py, monk
     assert (setup_py.CUDA_WHEELS[0] in setup_py.build_tools()) is driver
 
 
+@pytest.mark.parametrize(
+    ("driver", "changes", "built"),
+    [
+        (True, {}, True),
+        (False, {}, False),
+        (False, {"LENS_CUDA": "ON"}, True),
+        (False, {"LENS_CUDA_ARCHS": "90a"}, True),
+    ],
+)
+def test_auto_without_a_driver_leaves_an_installed_nvcc_alone_and_says_so(
+    setup_py, monkeypatch, tmp_path, capsys, driver, changes, built
+):
+    for name in ("LENS_CUDA", "LENS_CUDA_ARCHS", "CUDACXX"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(setup_py, "toolkit_nvcc", lambda: "/opt/nvcc")
+    monkeypatch.setattr(setup_py, "has_driver", lambda: driver)
+    assert setup_py.nvcc_to_use() == ("/opt/nvcc" if built else None)
+    assert ("no NVIDIA driver: building the CPU kernels alone" in capsys.readouterr().err) is not built
+
+
 def test_driver_is_seen_through_its_device_or_its_library(setup_py, monkeypatch, tmp_path):
     monkeypatch.setattr(setup_py, "DRIVER_FILES", [str(tmp_path / "nvidiactl")])
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -6,7 +6,16 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-TOP = ["README.md", "Makefile", "CMakeLists.txt", "setup.py", "pyproject.toml", "constraints.txt", ".ci/run"]
+TOP = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "Makefile",
+    "CMakeLists.txt",
+    "setup.py",
+    "pyproject.toml",
+    "constraints.txt",
+    ".ci/run",
+]
 FOLDERS = ["lens", "csrc", "train", "bench", "tests", "docs"]
 TEXT = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".txt", ".json", ".jinja"}
 CPP = {".cpp", ".h", ".cu", ".cuh"}
@@ -109,6 +118,13 @@ def test_nothing_unfinished_and_nothing_of_one_machine():
     paths = [*files(*FOLDERS), *(ROOT / top for top in TOP)]
     data = [path for path in paths if "golden" in path.parts or path.suffix == ".json"]
     assert lines_with("|".join(bad), [path for path in paths if path not in data]) == []
+
+
+def test_every_file_that_contributors_are_sent_to_exists():
+    text = re.sub("<op>", "swiglu", (ROOT / "CONTRIBUTING.md").read_text())  # the op that it says to copy
+    named = [word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"/|\.(py|md|cuh?|h|cpp)$", word)]
+    assert len(named) > 15
+    assert [word for word in named if not (ROOT / word).exists() and not list(ROOT.rglob(word))] == []
 
 
 def test_links_in_the_documentation_lead_somewhere():

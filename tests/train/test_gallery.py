@@ -70,7 +70,9 @@ def page(**changes):
     shares = {"3": Share(0.5, 0.123, 0.877, 40), "vae": None}
     parts = {
         "model": about,
-        "classes": [Class("key", card("a key", right=False, reason="1 key asked, 0 seen"), Share(0.25, 0.1, 0.4, 20))],
+        "classes": [
+            Class("key", card("a key", right=False, reason="key: 1 asked for, 0 seen"), Share(0.25, 0.1, 0.4, 20))
+        ],
         "tasks": [Task("counting", "so many of a kind", [card(NASTY, 0), card("two", 1, False, NASTY)], shares, "3")],
         "columns": [("3", "guidance 3"), ("vae", "VAE ceiling")],
         "means": [("guidance 3", ["0.111", "0.222", "0.333", "0.444"])],
@@ -131,7 +133,7 @@ def test_failures_and_the_unjudged_are_said():
     kinds = [a["class"] for a in tree.every("figure") if "card" in a["class"]]
     assert kinds.count("card wrong") == 2
     assert kinds.count("card unjudged") == 1
-    assert "✗ wrong: 1 key asked, 0 seen" in tree.words
+    assert "✗ wrong: key: 1 asked for, 0 seen" in tree.words
     assert "1 of 2 right here" in tree.words
     assert tally([card(right=None)]) == "1 not judged"
     assert tally([card(), card(right=False), card(right=None)]) == "1 of 2 right, 1 not judged"

@@ -91,7 +91,7 @@ def judge(asked: Asked, seen: Sequence[Detection], found_above: float = FOUND) -
         enough, right_colour = len(have) >= want.count, None
         taken.append(have if enough else [])
         if not enough:
-            reasons.append(f"{want.count} {want.kind} asked, {len(have)} seen")
+            reasons.append(f"{want.kind}: {want.count} asked for, {len(have)} seen")
         elif want.colour is not None:
             right_colour = all(d.colour == want.colour for d in have)
             if not right_colour:

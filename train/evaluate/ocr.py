@@ -32,7 +32,7 @@ class Reader:
 
     def __init__(self) -> None:
         if not available():
-            raise ImportError("Reader: rapidocr_onnxruntime is not installed; pip install 'lens-t2i[eval]'")
+            raise ImportError("Reader: rapidocr_onnxruntime is not installed; pip install -e '.[eval]' from a checkout")
         from rapidocr_onnxruntime import RapidOCR
 
         self.engine = RapidOCR(det_limit_type="max", intra_op_num_threads=1, inter_op_num_threads=1)

@@ -25,7 +25,7 @@ def _writer_type() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:  # torch names whichever of its parts is missing
         print(
-            f"TensorBoard is off ({error}): pip install 'lens-t2i[train]' turns it on; log.jsonl holds the same numbers",
+            f"TensorBoard is off ({error}): pip install -e '.[train]' from a checkout turns it on; log.jsonl holds the same numbers",
             file=sys.stderr,
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""The first call after loading, in this process: `python -m bench.work.first_picture --variant turbo --out FILE`.
+"""The first call after loading, in this process: `python -m bench.work.first_image --variant turbo --out FILE`.
 
 Weights are made on the device, which stands for loading them; then one call is timed, kernels' modules, libraries,
 tables and captured steps with it. FILE, by torch.save: {"seconds", "stages": seconds by stage on the clock, "results":
@@ -21,7 +21,7 @@ from .scale import RELEASED, TINY
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.work.first_picture", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.work.first_image", description=__doc__.split("\n")[0])
     parser.add_argument("--variant", choices=["lens", "turbo"], default="turbo")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="the small stand-in of the model")

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # Lens-Mini on one GPU, from nothing to weights. In order: check [build] vae encoder pretrain export mixed export score pack
 #
-#     bash bench/mini_gpu.sh check vae encoder          # any number of stages in one call; what is done is skipped
-#     bash bench/mini_gpu.sh pretrain                   # saves and returns after LIMIT; again to resume
-#     bash bench/mini_gpu.sh export mixed export        # many sizes, from what the first stage exported
-#     bash bench/mini_gpu.sh export pack                # $RUN/home holds what to take along: files of 15 MB at most
-#     bash bench/mini_gpu.sh unpack FOLDER              # at home, or on the next machine: the reverse of pack
+#     bash train/runs/mini_gpu.sh check vae encoder          # any number of stages in one call; what is done is skipped
+#     bash train/runs/mini_gpu.sh pretrain                   # saves and returns after LIMIT; again to resume
+#     bash train/runs/mini_gpu.sh export mixed export        # many sizes, from what the first stage exported
+#     bash train/runs/mini_gpu.sh export pack                # $RUN/home holds what to take along: files of 15 MB at most
+#     bash train/runs/mini_gpu.sh unpack FOLDER              # at home, or on the next machine: the reverse of pack
 #
 # RUN (runs/gpu), PYTHON (python3), DEVICE (cuda), WORKERS (cores - 2), LIMIT (9m), RECIPE (mini_gpu) may be set, and
 # PRETRAIN and MIXED for further options of those stages: PRETRAIN='--init runs/gpu/mini --joint-steps 0 --steps 3000'
 # goes on from exported weights where the state of an earlier machine is gone.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 RUN=${RUN:-runs/gpu} PY=${PYTHON:-python3} DEVICE=${DEVICE:-cuda} LIMIT=${LIMIT:-9m} RECIPE=${RECIPE:-mini_gpu}
 WORKERS=${WORKERS:-$(( $(nproc) > 3 ? $(nproc) - 2 : 1 ))}
 MOST=15000000 # bytes of a file that is taken along
