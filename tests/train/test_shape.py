@@ -97,7 +97,7 @@ def test_damage_is_refused_and_the_more_the_farther(shapes, how):
     assert [o.outline for o in main] == sorted(o.outline for o in main)
     assert [o.soft for o in main] == sorted((o.soft for o in main), reverse=True)
     assert judge(geneval.asked(scene), seen[0]).right
-    assert not judge(geneval.asked(scene), seen[-1]).right
+    assert judge(geneval.asked(scene), seen[-1]).right == (how == "halo")  # a fringe around a whole shape is let pass
 
 
 def test_wrong_class_colour_place_and_number_are_refused(shapes):
@@ -203,8 +203,11 @@ def test_calibration_parts_what_can_be_parted():
     assert np.mean([fitted.soft(*one) < 0.5 for one in torn]) > 0.98
     shipped = Calibration.load()
     assert shipped.soft(0, 0) > 0.9
-    assert shipped.soft(0.25, 0.6) < 0.1
-    measured = json.loads(CALIBRATION.read_text())["measured"]
+    assert shipped.soft(0.25, 0.6) < 0.3
+    stored = json.loads(CALIBRATION.read_text())
+    measured, eye = stored["measured"], stored["judged_by_eye"]
+    assert eye["alike"] > 0.7
+    assert eye["accepted"] <= eye["true"]  # where it errs, it is stricter than a person
     assert min(row["six"] for name, row in measured.items() if name.startswith("render")) >= 0.97
 
 

@@ -17,7 +17,7 @@ redraws the picture from true renders and measures what is left. It has no learn
    It is 0 for a picture equal to a true render and near 1 for one that has nothing to do with it. Holes, speckle, torn
    outlines and what clings to the outside of the silhouette all count. Pixels in another object's box are left to that object.
 
-6. Outline: the same of slopes, S a triangle filter of five pixels per axis,
+6. Outline: the same of slopes, S a triangle filter of BLUR of the picture's shorter side per axis,
 
        outline = sum_W |grad S(P - T)|^2 / max(sum_W |grad S T|^2, 3 FLAT^2 |W|)
 
@@ -62,7 +62,8 @@ FAINT = 30.0  # of 255: the least contrast that a distance is measured against
 ALIKE = 0.6  # two detected boxes whose intersection over union exceeds this are one candidate
 SAME = 0.45  # two boxes whose intersection over union exceeds this are one object; so is one that lies inside the other
 INSIDE = 0.75  # by this share of the smaller
-FLAT = 5.0  # of 255 per pixel: the least slope that an outline is measured against
+FLAT = 320.0  # of 255 per shorter side: the least slope that an outline is measured against
+BLUR = 1 / 16  # of the shorter side: width of the filter whose slopes are outlines; half of it each way, and the middle
 STRETCH = 0.04  # of the longer side: by how much width and height may leave a class's own proportions
 STRAY = 45.0  # of 255, root mean square over channels: what the redrawn picture leaves unexplained
 LEAST = 6  # pixels: nothing smaller is an object
@@ -159,14 +160,16 @@ class ShapeJudge:
         else:
             canvas = work.canvas = filled(pixels, ~work.covered())
         redrawn, objects = work.redrawn(), []
-        torn, edges = _slopes(pixels - redrawn), _slopes(redrawn)
+        shorter = min(picture.shape[:2])
+        reach, flat = round(BLUR / 2 * shorter), FLAT / shorter
+        torn, edges = _slopes(pixels - redrawn, reach), _slopes(redrawn, reach)
         for k, one in enumerate(work.fits):
             own = work.window(k)
             left = float(((pixels - redrawn)[own] ** 2).sum())
             there = float(((redrawn - canvas)[own] ** 2).sum())
             norm = max(there, 3 * FAINT**2 * float(own.sum()))
             distance, margin = left / norm, (one.next_error - one.error) / norm
-            outline = float(torn[own].sum() / max(float(edges[own].sum()), 3 * FLAT**2 * float(own.sum())))
+            outline = float(torn[own].sum() / max(float(edges[own].sum()), 3 * flat**2 * float(own.sum())))
             soft = self.calibration.soft(distance, outline)
             objects.append(Found(one.kind, one.colour, one.box, distance, outline, margin, soft))
         return Seen(backdrop, tuple(objects), redrawn)
@@ -241,16 +244,16 @@ def patches(mask: np.ndarray) -> list[Box]:
     return sorted(out)
 
 
-def _slopes(pixels: np.ndarray) -> np.ndarray:
-    """float32 [H, W, 3] -> squared slope [H, W], summed over channels, after a triangle filter of five pixels per axis.
+def _slopes(pixels: np.ndarray, reach: int) -> np.ndarray:
+    """float32 [H, W, 3] -> squared slope [H, W], summed over channels, after a triangle filter of 2 reach + 1 pixels per axis.
 
     The filter takes away what a codec loses, which is fine detail; an outline out of its place stays.
     """
+    weights = reach + 1 - np.abs(np.arange(-reach, reach + 1, dtype=np.float32))
     for axis in (0, 1):
-        ends = [(2, 2) if a == axis else (0, 0) for a in range(3)]
+        ends = [(reach, reach) if a == axis else (0, 0) for a in range(3)]
         padded, size = np.pad(pixels, ends, mode="edge"), pixels.shape[axis]
-        parts = [padded.take(range(i, i + size), axis) for i in range(5)]
-        pixels = (parts[0] + 2 * parts[1] + 3 * parts[2] + 2 * parts[3] + parts[4]) / 9
+        pixels = sum(w * padded.take(range(i, i + size), axis) for i, w in enumerate(weights)) / weights.sum()
     slopes = [np.diff(pixels, axis=axis, append=pixels.take([-1], axis)) for axis in (0, 1)]
     return sum((slope**2).sum(-1) for slope in slopes)
 

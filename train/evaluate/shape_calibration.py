@@ -4,10 +4,11 @@
     python -m train evaluate shape --model mini --calibrate      # the threshold anew -> train/evaluate/assets/shape.json
     python -m train evaluate shape --model mini --sheet near.png # objects from the surest to the worst, with what they are held against
 
-The threshold is a logistic regression of (distance, outline) on objects at 64, 96 and 128 pixels: those of true renders, of
-their reconstructions through the model's VAE, and of reconstructions slightly moved, against those of renders that were
-damaged so that a person sees it at a glance (`damage.py`). Both sides weigh the same. What the model draws takes no part: it is
-only counted, beside the rest.
+The threshold is a logistic regression of (distance, outline) on objects that were made and on objects that were drawn. Made, at
+64, 96 and 128 pixels: true renders, their reconstructions through the model's VAE, and reconstructions slightly moved, against
+renders that were damaged so that a person sees it at a glance (`damage.py`). Drawn: 108 single objects of two Lens-Mini at 128
+pixels (assets/judged_by_eye.webp), of each of which a person said whether it is known at a glance and whole. The four sides
+weigh the same. What the model at hand draws takes no part: it is only counted, beside the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .mini_bench import GENEVAL, scenes_of, size_of
 from .shape import CALIBRATION, Calibration, ShapeJudge, judge
 from .sources import Size, Source, from_pipeline
 
+EYE = CALIBRATION.with_name("judged_by_eye.webp")
 FIRST_SEED = 2_300_000_000  # of the calibration's scenes, none of which Mini-Bench asks for
 TASKS = (*GENEVAL, "row")
 TRUE = ("render", "vae", "slight")
@@ -49,16 +51,33 @@ CLIPPED = 1.5  # distances beyond are all alike
 RIDGE = 1e-4  # keeps the regression finite where the two sides do not overlap
 
 
-def logistic(features: np.ndarray, right: np.ndarray) -> Calibration:
-    """Distances and outlines [n, 2] and whether each object is a true shape [n] -> the threshold, both sides weighing the same."""
+def logistic(features: np.ndarray, right: np.ndarray, group: np.ndarray | None = None) -> Calibration:
+    """Distances and outlines [n, 2] and whether each object is a true shape [n] -> the threshold.
+
+    Each side of each group [n] of objects (None: all are one) weighs the same.
+    """
     x = np.concatenate([np.ones((len(features), 1)), -np.minimum(features, CLIPPED)], 1)
-    weight = np.where(right, 0.5 / right.sum(), 0.5 / (~right).sum())
+    sides = 2 * (np.zeros(len(right), int) if group is None else group) + right
+    weight = 1 / (np.bincount(sides)[sides] * len(np.unique(sides)))
     ridge, w = RIDGE * np.diag([0.0, 1, 1]), np.zeros(3)
     for _ in range(50):  # Newton
         p = 1 / (1 + np.exp(-x @ w))
         gradient = x.T @ (weight * (p - right)) + ridge @ w
         w -= np.linalg.solve((x * (weight * p * (1 - p))[:, None]).T @ x + ridge, gradient)
     return Calibration(*(round(float(v), 3) for v in w))
+
+
+def judged_by_eye(detector: Detector) -> tuple[np.ndarray, np.ndarray]:
+    """(distance, outline) of the objects in judged_by_eye.webp [n, 2], and whether a person found each a true shape [n]."""
+    told = json.loads(EYE.with_suffix(".json").read_text(encoding="utf-8"))
+    page, side, across = np.asarray(Image.open(EYE).convert("RGB")), told["side"], told["across"]
+    places = [(i // across * side, i % across * side) for i in range(len(told["classes"]))]
+    pictures = [np.ascontiguousarray(page[y : y + side, x : x + side]) for y, x in places]
+    shapes, features = ShapeJudge(CORE, calibration=UNFITTED), []
+    for kind, picture, seen in zip(told["classes"], pictures, detector.look(pictures)):
+        named = [o for o in shapes.look(picture, seen).objects if o.kind == kind]
+        features.append(min(((o.distance, o.outline) for o in named), default=(CLIPPED, CLIPPED)))
+    return np.array(features), np.isin(np.arange(len(pictures)), told["true"])
 
 
 class Examined:
@@ -165,7 +184,13 @@ def run(options: argparse.Namespace) -> int:
             [one.features() for name, one in found.items() if name.split()[0] in w] for w in (TRUE, tuple(DAMAGES))
         ]
         right = np.repeat([True, False], [sum(map(len, side)) for side in sides])
-        calibration = logistic(np.concatenate([*sides[0], *sides[1]]), right)
+        eye, known = judged_by_eye(detector)
+        features = np.concatenate([*sides[0], *sides[1], eye])
+        calibration = logistic(features, np.concatenate([right, known]), np.repeat([0, 1], [len(right), len(known)]))
+        accepted = np.array([calibration.soft(*f) >= 0.5 for f in eye])
+        alike = {"true": known.mean(), "accepted": accepted.mean(), "alike": (accepted == known).mean()}
+        by_eye = {name: round(float(value), 4) for name, value in alike.items()} | {"objects": len(eye)}
+        print(f"judged by eye: {by_eye}")
     measured = {name: one.measured(calibration) for name, one in found.items()}
     print(
         f"soft = sigmoid({calibration.bias} - {calibration.distance_weight} distance - {calibration.outline_weight} outline)"
@@ -186,5 +211,9 @@ def run(options: argparse.Namespace) -> int:
             "guidance": options.guidance,
             "quantiles": QUANTILES,
         }
-        write_text(CALIBRATION, json.dumps({**vars(calibration), "how": how, "measured": measured}, indent=1) + "\n")
+        write_text(
+            CALIBRATION,
+            json.dumps({**vars(calibration), "how": how, "judged_by_eye": by_eye, "measured": measured}, indent=1)
+            + "\n",
+        )
     return 0
