@@ -194,7 +194,7 @@ def contact_sheet(images: Sequence[Image], captions: Sequence[str], scale: int |
 
 
 def _font(text: str) -> Any:
-    """Pillow's own font knows ASCII alone; other scripts are written in what the system has, or else as boxes."""
+    """Pillow's own font has only ASCII; other scripts use a font of the system, or else show as boxes."""
     from PIL import ImageFont
 
     for name in () if text.isascii() else _WIDE_FONTS:
@@ -216,7 +216,7 @@ def _resized(image: Image, scale: int | None) -> Image:
 
 
 def _wrapped(text: str, width: int, length: Any) -> list[str]:
-    """Lines no wider than ``width``: broken at spaces, inside words only where one alone is too wide."""
+    """Lines no wider than ``width``: broken at spaces, inside a word only where that word is too wide."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

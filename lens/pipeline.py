@@ -24,7 +24,7 @@ from .engine.batch_invariance import default as default_invariance
 from .engine.graphs import marked
 from .engine.job import Job, Text
 from .engine.overlap import Pending, host_lane_for
-from .engine.residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
 from .formats.hub import fingerprint as fingerprint_of
@@ -32,7 +32,8 @@ from .formats.hub import resolve, variant_hint
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
 from .formats.names import released_names
-from .formats.released import check_fit, load_scheduler, load_transformer, placement, read_defaults
+from .formats.released import check_fit, load_scheduler, load_transformer, read_defaults
+from .formats.released import placement as usable_placement
 from .formats.text_encoder import load_text_encoder, packed_experts
 from .formats.vae import load_vae
 from .model import LensTransformer2DModel
@@ -78,7 +79,7 @@ class LensPipeline:
         self.defaults = defaults
         self.fingerprint = fingerprint
         self.engine = Engine()
-        self.places: Places | None = None  # where the parts live, if not simply on one device
+        self.placement: Placement | None = None  # where the parts live, if not simply on one device
         self._batch_invariant = batch_invariant
         self._set_batch_invariance(self.device)
         self._tables = TableCache()
@@ -86,7 +87,7 @@ class LensPipeline:
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device if self.places is None else self.places.device
+        return self.transformer.device if self.placement is None else self.placement.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,15 +106,15 @@ class LensPipeline:
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
-        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
+        ``set_residency``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
-        device, dtype = placement(device, dtype)
+        device, dtype = usable_placement(device, dtype)
         root = resolve(source)
         defaults = read_defaults(root, variant, variant_hint(source))
         scheduler = load_scheduler(root / "scheduler")
         tokenizer = ChatTokenizer(root / "tokenizer")
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
-        parked = Places(policy, device) if isinstance(policy, Residency) else None
+        parked = Placement(policy, device) if isinstance(policy, Residency) else None
 
         def host(part: str) -> torch.device | str:
             """Where a part is loaded: what visits the device later need not pass it now."""
@@ -131,7 +132,7 @@ class LensPipeline:
         check_fit(root, transformer.config, encoder.width, codec.channels)
         pipe = cls(transformer, encoder, codec, scheduler, defaults, fingerprint_of(root))
         if policy is not None:
-            pipe.live(policy, device)
+            pipe.set_residency(policy, device)
         return pipe
 
     # ------------------------------------------------------------------------------------------------ adapters
@@ -158,7 +159,7 @@ class LensPipeline:
 
     def _adapted(self, names: set[str]) -> None:
         if any("modulation" in name or name.startswith("time_embedding") for name in names):
-            self._tables.forget()  # also where these weights were evicted: nobody watches their versions
+            self._tables.forget()  # also where these weights were evicted: the cache does not watch evicted ones
 
     # ------------------------------------------------------------------------------------------------ residency
 
@@ -166,14 +167,14 @@ class LensPipeline:
         """The modules a residency policy places, by name."""
         return {"text_encoder": self.text_encoder.model, "transformer": self.transformer, "vae": self.codec.vae}
 
-    def sizes(self, image_tokens: int | None = None, pictures: int = 1, guided: bool = True) -> Sizes:
-        """Bytes of the parts and of the stages' work, for pictures of ``image_tokens`` (default: the model's size)."""
+    def sizes(self, image_tokens: int | None = None, images: int = 1, guided: bool = True) -> Sizes:
+        """Bytes of the parts and of the stages' work, for images of ``image_tokens`` (default: the model's size)."""
         tokens = image_tokens or (self.defaults.base_resolution // 16) ** 2
         encoder, transformer, autoencoder = self.parts().values()
-        work = {"tokens": tokens, "pictures": pictures, "guided": guided}
+        work = {"tokens": tokens, "images": images, "guided": guided}
         return sizes_of(self.transformer.config, encoder, transformer, autoencoder, **work)
 
-    def live(self, residency: str | Residency = "auto", device: torch.device | str | None = None) -> Residency:
+    def set_residency(self, residency: str | Residency = "auto", device: torch.device | str | None = None) -> Residency:
         """Place the parts: "resident", "trimmed" (modulation weights on the host), "balanced" (the text encoder visits
         the device, too), "lean" (all parts visit it), or "auto": the first of these whose predicted peak fits the free
         memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
@@ -186,14 +187,16 @@ class LensPipeline:
         policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
         if device != self.device:
             self._set_batch_invariance(device)
-        places = Places(policy, device)
+        placement = Placement(policy, device)
         for part, module in parts.items():
-            places.add(part, module)
+            placement.add(part, module)
         if policy.modulation == "host":
             evict(self.transformer, "cpu")
         self.engine.weights_move = policy.transformer != "resident"
-        self.places = places
+        self.placement = placement
         return policy
+
+    live = set_residency  # its earlier name
 
     def _set_batch_invariance(self, device: torch.device) -> None:
         asked = self._batch_invariant
@@ -204,7 +207,7 @@ class LensPipeline:
         """A stage of a call ("encode", "denoise", "decode"); profilers see its name. Its part is on the device, where it
         is ``needed``.
         """
-        visit = self.places.using(STAGES[name]) if self.places and needed else contextlib.nullcontext()
+        visit = self.placement.using(STAGES[name]) if self.placement and needed else contextlib.nullcontext()
         with visit, marked(f"lens {name}"):
             yield
 
@@ -367,18 +370,19 @@ class LensPipeline:
         self,
         requests: Sequence[Request],
         max_tokens: int = 32768,
-        max_pictures: int = 8,
+        max_images: int = 8,
         output_type: str = "pil",
+        max_pictures: int | None = None,
         **encoding: Any,
     ) -> Iterator[tuple[int, Any, int | None]]:
-        """Draw many pictures: (index in ``requests``, picture, seed), each as soon as it is done.
+        """Draw many pictures: (index in ``requests``, image, seed), each as soon as it is done.
 
         Requests of equal steps and guidance are packed into batches of at most ``max_tokens`` rows (image and text,
-        both halves under guidance) and ``max_pictures``, see ``packing.TokenQueue``; on CUDA of one size, for the
+        both halves under guidance) and ``max_images`` (``max_pictures``: its earlier name), see ``packing.TokenQueue``; on CUDA of one size, for the
         captured step. A batch is decoded while the next is denoised. What shares a batch changes a picture by rounding
         at most, on a CPU by no bit. encoding: max_sequence_length, truncation, chat_date. Errors as of a call.
         """
-        return stream(self, requests, max_tokens, max_pictures, output_type, **encoding)
+        return stream(self, requests, max_tokens, max_pictures or max_images, output_type, **encoding)
 
     # ------------------------------------------------------------------------------------------------ denoise
 
@@ -483,11 +487,11 @@ class LensPipeline:
         if output_type == "latent":
             return job.shaped(torch.cat(rows))
         with self.stage("decode"):
-            pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, job.grids)]
-        self._expect_finite("decoded pixels", pictures)
+            images = [self.codec.decode(r, grid) for r, grid in zip(rows, job.grids)]
+        self._expect_finite("decoded pixels", images)
         if output_type == "pil":
-            return [vae.to_pil(p) for p in pictures]
-        arrays = [vae.to_numpy(p) for p in pictures]
+            return [vae.to_pil(p) for p in images]
+        arrays = [vae.to_numpy(p) for p in images]
         return np.stack(arrays) if job.same_size else arrays
 
     def _expect_finite(self, what: str, found: list[Tensor]) -> None:

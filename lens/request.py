@@ -128,7 +128,7 @@ class Request:
 
     @property
     def encoding(self) -> tuple[int, str, str | None]:
-        """What the text encoder is told besides the prompts."""
+        """The text encoder's arguments besides the prompts."""
         return self.max_sequence_length, self.truncation, self.chat_date
 
     def texts(self, negative: bool = False) -> list[str | None]:

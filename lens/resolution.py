@@ -12,8 +12,8 @@ from typing import Any
 TOKEN_PIXELS = 16  # the VAE's factor 8 times the 2x2 patch
 
 # (height, width) of the released buckets from tall to square; the wide ones are their transposes. Aspect ratios are
-# spoken of as "W:H". Other bases follow the formula of bucket_size, which is ours: the paper's tables for 512 and 768 are
-# in no public code.
+# spoken of as "W:H". Other bases follow the formula of bucket_size, which is this project's choice: the paper's tables
+# for 512 and 768 are in no public code.
 _TALL = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1))
 _PORTRAIT = {
     1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),

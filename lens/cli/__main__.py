@@ -312,16 +312,16 @@ def _model_name(source: str) -> str:
 def _same_checkpoint(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | None, explicit: bool) -> None:
     """Other weights draw another picture: refused, unless the user named those weights himself."""
     if pipe.fingerprint != recipe.fingerprint:
-        theirs, ours = recipe.fingerprint[:12], str(pipe.fingerprint)[:12]
-        what = f"{like} was drawn by other weights (fingerprint {theirs}, here {ours})"
+        drawn_with, loaded = recipe.fingerprint[:12], str(pipe.fingerprint)[:12]
+        what = f"{like} was drawn by other weights (fingerprint {drawn_with}, here {loaded})"
         if not explicit:
             raise CheckpointError(f"{what}; --model names the weights to use")
         warnings.warn(f"{what}: this will be another picture", stacklevel=2)
     elif recipe.version != __version__:
         warnings.warn(f"{like} was drawn by version {recipe.version}, this is {__version__}", stacklevel=2)
     if [digest for _, digest, _ in pipe.loras] != [digest for _, digest, _ in recipe.loras]:
-        theirs = ", ".join(name for name, _, _ in recipe.loras) or "no LoRA"
-        warnings.warn(f"{like} was drawn with {theirs}, not with these: this will be another picture", stacklevel=2)
+        names = ", ".join(name for name, _, _ in recipe.loras) or "no LoRA"
+        warnings.warn(f"{like} was drawn with {names}, not with these: this will be another picture", stacklevel=2)
 
 
 @contextmanager

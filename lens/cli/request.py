@@ -65,8 +65,8 @@ def loras(
             raise UsageError(f"the picture was drawn with the LoRA {names}: give it with --lora")
         return []
     if not scales:
-        said = [scale for _, _, scale in recipe.loras] if recipe is not None else []
-        scales = said if len(said) == len(given) else [1.0]
+        recorded = [scale for _, _, scale in recipe.loras] if recipe is not None else []
+        scales = recorded if len(recorded) == len(given) else [1.0]
     if len(scales) not in (1, len(given)):
         raise UsageError(f"--lora-scale must be given once, or once per --lora ({len(given)}), got {len(scales)}")
     if not all(math.isfinite(scale) for scale in scales):
@@ -134,9 +134,9 @@ def _sizes(
 
 def flag_names(message: str) -> str:
     """The library's argument names as the command line spells them."""
-    for ours, flag in (("base_resolution", "--base"), ("aspect_ratio", "--aspect"), ("sizes", "--size"),
+    for argument, flag in (("base_resolution", "--base"), ("aspect_ratio", "--aspect"), ("sizes", "--size"),
                        ("height", "--height"), ("width", "--width")):  # fmt: skip
-        message = message.replace(ours, flag)
+        message = message.replace(argument, flag)
     return message
 
 

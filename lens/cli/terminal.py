@@ -67,7 +67,7 @@ def clean_exits(saved: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def notices(quiet: bool) -> Iterator[None]:
-    """Warnings of ours as one line each; the libraries' own about their future stay out of the way."""
+    """Warnings of this package as one line each; deprecation warnings of libraries are not shown."""
     seen: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
@@ -120,11 +120,11 @@ def residency_plan(
     """Where the parts live and the memory predicted for the largest of these pictures, as one line."""
     from ..engine.residency import describe
 
-    if pipe.places is None:
+    if pipe.placement is None:
         return
     batch = max(len(b) for b in batched(sizes, batch_size))
     tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
-    console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.places.residency)))
+    console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.placement.residency)))
 
 
 def summary(

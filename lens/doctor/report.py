@@ -1,4 +1,4 @@
-"""lens doctor: what runs on this machine, why, and whether it is right. Every line of the report is a `Finding`."""
+"""The doctor's examination: what runs on this machine, why, and whether it is right, a `Finding` for each line."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def examine(model: str = "mini", device: torch.device | None = None) -> list[Fin
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     findings = [*system(), *devices(), *extension(), *op_backends(device), *attention(device)]
-    findings += [*products(device), *memory(device)]
+    findings += [*gemms(device), *memory(device)]
     findings += packages()
     findings += selftest.run_ops(device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a small picture gains nothing from more, and on busy cores each one costs
     try:
-        findings += selftest.draw_picture(model, device)
+        findings += selftest.draw_image(model, device)
     finally:
         torch.set_num_threads(threads)
     return findings
@@ -153,7 +153,7 @@ def op_backends(device: torch.device) -> list[Finding]:
         status = BROKEN if chosen == "none" else NOTE if chosen == "reference" else OK
         found.append(Finding(section, op, status, f"{chosen}: {reason}"))
     if device.type == "cpu":
-        detail = "yes, bit for bit: every matrix product, attention and decode runs sample by sample"
+        detail = "yes, bit for bit: every GEMM, attention and decode runs sample by sample"
         found.append(Finding(section, "batch invariant", OK, detail))
     else:
         yes, detail = batch_invariance.report(device)
@@ -185,7 +185,7 @@ def attention(device: torch.device) -> list[Finding]:
 
 
 def text_lengths(binned: attention_choice.Need, exact: attention_choice.Need) -> list[Finding]:
-    """Whether a captured step of the released model is told exact text lengths, for runs of 415 text tokens."""
+    """Whether a captured step of the released model is captured for exact text lengths, for runs of 415 text tokens."""
     section, found = "Text lengths of captured steps", []
     for side, steps, halves in ((64, 20, 2), (64, 4, 1), (90, 20, 2)):
         lengths = [side * side + 415, side * side][:halves]
@@ -198,12 +198,12 @@ def text_lengths(binned: attention_choice.Need, exact: attention_choice.Need) ->
     return found
 
 
-def products(device: torch.device) -> list[Finding]:
-    """Who multiplies in a block of the released model: the library with a row kernel after it, or our fused GEMM."""
-    section = "Products with a row op behind them"
+def gemms(device: torch.device) -> list[Finding]:
+    """The GEMM of each layer in a block of the released model: the library's with a row kernel after it, or our fused one."""
+    section = "GEMMs with a row op as epilogue"
     if device.type != "cuda":
         wanted = linear_choice.forced() == "fused"
-        detail = "torch's, sample by sample; the fused ones need a CUDA device"
+        detail = "torch's GEMM, sample by sample; GEMMs with a fused epilogue need a CUDA device"
         return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
     with torch.cuda.device(device):
         rows = ops.gemms()

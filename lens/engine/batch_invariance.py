@@ -1,8 +1,8 @@
 """Batch invariance: which kernels give a sample the same bits in any batch, what that costs, when it is the default.
 
 Rows of our GEMMs depend on themselves alone (docs/gemm.md), so where they serve every GEMM of the blocks, invariance
-costs what ours lose to a choice by rates, and steps are captured as without it. Elsewhere the library multiplies sample
-by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was measured at every case of CASES and the
+costs what our GEMMs lose to a choice by rates, and steps are captured as without it. Elsewhere cuBLASLt's GEMMs run
+sample by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was measured at every case of CASES and the
 highest is below LIMIT, unless an attention is forced that looks at other samples. invariance_table.json holds the
 prices; `python -m bench tables` writes those of committed results.
 """
@@ -49,8 +49,8 @@ def price(arch: tuple[int, int], status: str = "measured") -> float | None:
 
 
 def why_library_gemm(config: LensConfig, device: torch.device, dtype: torch.dtype, layers: Sequence[Any] = ()) -> str:
-    """Why the library multiplies in blocks whose samples must not depend on their batch, hence one by one; "" where
-    ours do it. RuntimeError where ours are forced and cannot run."""
+    """Why the library's GEMMs serve blocks whose samples must not depend on their batch, hence one sample at a time;
+    "" where our GEMMs serve them. RuntimeError where our GEMMs are forced and cannot run."""
     if linear_choice.idle(alone=True):
         return "the reference ops were asked for"
     for need in linear_choice.needs(
@@ -78,8 +78,8 @@ def why_attention_is_not_invariant(config: LensConfig, device: torch.device, dty
 
 
 def default(model: LensTransformer2DModel, device: torch.device | None = None) -> bool:
-    """``model.batch_invariant`` where nobody asked: on a CPU yes, on a GPU by the rule above. device: where the model
-    will run, its own by default."""
+    """The default of ``model.batch_invariant``: on a CPU yes, on a GPU by the rule above. device: where the model
+    will run, the model's own by default."""
     device = device or model.device
     if device.type != "cuda":
         return device.type == "cpu"
@@ -100,14 +100,14 @@ def report(device: torch.device) -> tuple[bool, str]:
     except RuntimeError as error:
         return False, str(error)
     if why:
-        return False, f"{no}; batch_invariant=True multiplies sample by sample, not captured ({why})"
+        return False, f"{no}; batch_invariant=True runs each GEMM sample by sample, not captured ({why})"
     if why := why_attention_is_not_invariant(LensConfig(), device, torch.bfloat16):
         return False, f"{no}; batch_invariant=True raises ({why})"
     measured, predicted = price(arch), price(arch, "predicted")
     if measured is not None:
         said = f"{100 * measured:.1f} % of a step, measured"
         if measured < LIMIT:
-            return True, f"yes, bit for bit, by our products: {said}"
+            return True, f"yes, bit for bit, by our GEMMs: {said}"
     else:
         said = "not measured" if predicted is None else f"{100 * predicted:.1f} % of a step, predicted"
-    return False, f"{no}; batch_invariant=True takes our products in every block, captured ({said})"
+    return False, f"{no}; batch_invariant=True takes our GEMMs in every block, captured ({said})"

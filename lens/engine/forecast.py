@@ -1,7 +1,7 @@
-"""How the texts of a captured step are told to attention, decided by predicted milliseconds.
+"""Bucketed or exact text lengths for a captured step: which is predicted faster.
 
 A step captured for a bin of texts serves every text of the bin, but its attention must read lengths from the device. One
-captured for exact lengths may take a library that is given them by the host, which can be faster, and is captured anew
+captured for exact lengths may take an attention library that reads lengths on the host, which can be faster, and is captured anew
 for other lengths. It pays where K steps save more than a capture costs. The rates are those of
 ``ops/attention/attention_table.json``; the answer depends on shapes and K alone, so equal calls run the same kernels.
 """
@@ -19,7 +19,7 @@ from ..ops.attention.choice import Need
 from ..packing import TEXT_BIN
 
 CAPTURE_SECONDS = 0.2  # of the host, besides one step that runs as it is; predicted
-OTHER_FLOPS = 530e12  # per second of matrix products and what lies between them, on Hopper; predicted
+OTHER_FLOPS = 530e12  # per second of GEMMs and the row ops between them, on Hopper; predicted
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Forecast:
     def describe(self, steps: int) -> str:
         milliseconds = f"{1e3 * self.saving:.1f} ms a step"
         if self.saving <= 0:
-            return f"text in bins of {TEXT_BIN} rows, {self.binned}: no library that is told lengths by the host is known to be faster"
+            return f"text in bins of {TEXT_BIN} rows, {self.binned}: no library that reads lengths on the host is known to be faster"
         bill = f"{steps} steps save {milliseconds}, a capture costs {1e3 * self.capture:.0f} ms (predicted)"
         if self.lengths(steps) == "exact":
             return f"exact text lengths, {self.exact} instead of {self.binned}: {bill}"

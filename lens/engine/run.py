@@ -87,7 +87,9 @@ class Engine:
         self.cache = cache
         self.budget = budget
         self.text_bin = text_bin
-        self.weights_move = False  # they visit the device for each call: what was captured last time reads thin air
+        self.weights_move = (
+            False  # they visit the device for each call: a graph captured earlier would read freed addresses
+        )
 
     def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid]) -> str:
         """Why steps of this batch run without a graph, or ""."""
@@ -139,7 +141,9 @@ class Engine:
         if self.cache is None or self.cache.device not in (None, model.device):  # the model may have moved
             self.cache = GraphCache(CudaDriver(model.device), self.budget, model.device)
         binned = bin_texts(job.grids[0], job.all_indices, self.bin_of(model, job))
-        if not self.cache.claim():  # the same buffers' worth of its own, the same kernels, the same bits
+        if (
+            not self.cache.claim()
+        ):  # another run has the graphs: own buffers of the same shape, the same kernels, the same bits
             state = fixed_state(model, job, binned)
             load(model, state, job, binned)
             return Run(model, state, None, None)

@@ -138,7 +138,7 @@ def test_who_multiplies_is_said(gpu):
 
 def test_the_doctors_words(gpu):
     cuda = torch.device("cuda", 0)
-    assert batch_invariance.report(cuda) == (True, "yes, bit for bit, by our products: 1.9 % of a step, measured")
+    assert batch_invariance.report(cuda) == (True, "yes, bit for bit, by our GEMMs: 1.9 % of a step, measured")
     gpu.prices = entries(0.01, 0.04, 0.01)
     yes, words = batch_invariance.report(cuda)
     assert (yes, words.endswith("captured (4.0 % of a step, measured)")) == (False, True)

@@ -87,7 +87,7 @@ def test_bins_where_nothing_is_faster_or_nothing_is_known(rates, binned, exact):
     found = of(GUIDED_1440)
     assert found.saving <= 0
     assert found.lengths(1000) == "binned"
-    assert "no library that is told lengths by the host is known to be faster" in found.describe(1000)
+    assert "no library that reads lengths on the host is known to be faster" in found.describe(1000)
 
 
 @pytest.mark.parametrize("rate", [3200.0, 320.0])
