@@ -8,7 +8,6 @@ exception or Ctrl-C in mid-call leaves it usable.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +38,7 @@ from .formats.vae import load_vae
 from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
-from .request import Request
+from .request import Request, finite
 from .sampler import Scheduler
 from .serving import stream
 from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
@@ -83,7 +82,7 @@ class LensPipeline:
         self._batch_invariant = batch_invariant
         self._set_batch_invariance(self.device)
         self._tables = TableCache()
-        self._adapters = Adapters(transformer)
+        self._adapters = Adapters(transformer, self._adapted)
 
     @property
     def device(self) -> torch.device:
@@ -142,15 +141,14 @@ class LensPipeline:
         rounded once. Further ones add to it. Not while a picture is being drawn.
 
         CheckpointError, which names the file and the key, for one that is broken or adapts another model; ValueError for
-        a scale that is no finite number. Nothing is changed then.
+        a scale that is no finite number. All or nothing: after an error or Ctrl-C the weights are those of before.
         """
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"load_lora: scale must be a finite number, got {scale!r}")
-        self._adapted(self._adapters.add(read_adapter(path), float(scale)))
+        factor = finite("load_lora: scale", scale)
+        self._adapters.add(read_adapter(path), factor)
 
     def unload_lora(self) -> None:
         """The weights as they were before the first ``load_lora``, bit for bit."""
-        self._adapted(self._adapters.clear())
+        self._adapters.clear()
 
     @property
     def loras(self) -> list[tuple[str, str, float]]:

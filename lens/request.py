@@ -56,7 +56,9 @@ class Request:
         steps = sampler.count("num_inference_steps", steps)
         each = sampler.count("num_images_per_prompt", self.num_images_per_prompt)
         length = sampler.count("max_sequence_length", self.max_sequence_length)
-        guidance = _guidance(defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale)
+        guidance = finite(
+            "guidance_scale", defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale, 0
+        )
         sampler.expect_solver(self.solver)
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
@@ -156,11 +158,22 @@ def joined(requests: Sequence[Request], seeds: Sequence[int]) -> Request:
     )
 
 
-def _guidance(value: Any) -> float:
+def finite(name: str, value: Any, least: float = -math.inf) -> float:
+    """A finite number, numpy's too, but neither True nor "5"."""
     try:
-        guidance = float(value)
-    except (TypeError, ValueError):
-        guidance = math.nan
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance_scale must be a finite number >= 0, got {value!r}")
-    return guidance
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= least):
+        bound = "" if least == -math.inf else f" >= {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {shortened(value)}")
+    return number
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it, which may be a number of 5,000 digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
