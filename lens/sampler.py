@@ -27,6 +27,7 @@ _SLOPE_10, _OFFSET_10 = 8.73809524e-5, 1.89833333
 _SLOPE_200, _OFFSET_200 = 1.6927e-4, 0.45666666
 _LARGE = 4300  # tokens above which only the 200-step line holds
 
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # as torch.manual_seed takes them; -1 is 2^64 - 1
 SOLVERS = ("euler", "dpm2m")  # first order, and second order for as many velocities
 
 
@@ -275,6 +276,6 @@ def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
             seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
         except TypeError:
             seeds = []
-    if len(seeds) != batch or not all(-(2**63) <= s < 2**64 for s in seeds):
+    if len(seeds) != batch or not all(MIN_SEED <= s <= MAX_SEED for s in seeds):
         raise ValueError(f"seed must be an int or one per picture ({batch}), each of 64 bits, got {seed!r}")
     return seeds

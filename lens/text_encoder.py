@@ -163,26 +163,37 @@ class ChatTokenizer:
         """The token ids of one rendered prompt, at most ``max_length`` long, preamble included.
 
         "reference" cuts the end of the whole (first the assistant turn, then the prompt); "prompt" cuts only the
-        prompt, keeps what follows it, and warns. Control markers typed in a prompt are encoded as ordinary text.
+        prompt and keeps what follows it. Both warn where they cut into the prompt. Control markers typed in a prompt are encoded as ordinary text.
         """
         if truncation not in TRUNCATIONS:
             raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}")
         before, after = self.frame(chat_date)
         if not self._marker.search(prompt):
             whole = self._encode(before + prompt + after)
-            if truncation == "reference" or len(whole) <= max_length:
+            if len(whole) <= max_length:
+                return whole
+            if truncation == "reference":
+                start, end = len(self._encode(before)), len(self._encode(after))
+                _notice_cut(len(whole) - start - end, max_length - start)
                 return whole[:max_length]
         head, middle, tail = self._encode(before), self._encode(prompt, markers=False), self._encode(after)
-        if truncation == "prompt" and len(head) + len(middle) + len(tail) > max_length:
+        if truncation == "reference":
+            _notice_cut(len(middle), max_length - len(head))
+        elif len(head) + len(middle) + len(tail) > max_length:
             keep = max_length - len(head) - len(tail)
             if keep < 0:
                 raise ValueError(
                     f"max_sequence_length must be at least {len(head) + len(tail)} with truncation='prompt', "
                     f"got {max_length}"
                 )
-            warnings.warn(f"the prompt has {len(middle)} tokens; only the first {keep} are kept", stacklevel=4)
+            _notice_cut(len(middle), keep)
             middle = middle[:keep]
         return (head + middle + tail)[:max_length]
+
+
+def _notice_cut(tokens: int, kept: int) -> None:
+    if kept < tokens:
+        warnings.warn(f"the prompt has {tokens} tokens; only the first {max(0, kept)} are kept", stacklevel=5)
 
 
 class TextEncoder:

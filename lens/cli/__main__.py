@@ -24,7 +24,7 @@ from rich.markup import escape
 from .. import __version__, image_file, resolution
 from ..formats.files import CheckpointError
 from ..formats.hub import EMBEDDED
-from ..request import joined
+from ..request import MAX_IMAGES, MAX_STEPS, joined
 from ..text_encoder import DEFAULT_CHAT_DATE
 from . import request as cli_request
 from . import terminal
@@ -108,7 +108,7 @@ FILE = 'Prompts from a text file, one per line; # starts a comment line; "-" is 
 LIKE = "Redraw a picture from the recipe inside it; every other option overrides its part of the recipe."
 PER_PROMPT = "Pictures per prompt (default: 1, or as many as --seed lists)."
 SEED = "Starting noise: S gives picture k the seed S + k; a list, one to each (default: random, reported)."
-SIZE = "Height x width in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
+SIZE = "Width x height in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
 BASE = "Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect."
 GUIDANCE = "How strongly the prompt pulls; 1 turns guidance off and halves the work (default: the model's)."
 CHAT_DATE = f'Date written into the text encoder\'s chat, or "today" (default: {DEFAULT_CHAT_DATE}).'
@@ -133,14 +133,18 @@ def generate(
     file: Annotated[str | None, _what("--file", "-f", help=FILE)] = None,
     negative: Annotated[str | None, _what("--negative", help="What the pictures should not show.")] = None,
     like: Annotated[Path | None, _what("--like", metavar="PICTURE.png", help=LIKE)] = None,
-    images_per_prompt: Annotated[int | None, _what("--images-per-prompt", "-n", min=1, help=PER_PROMPT)] = None,
+    images_per_prompt: Annotated[
+        int | None, _what("--images-per-prompt", "-n", min=1, max=MAX_IMAGES, help=PER_PROMPT)
+    ] = None,
     seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=SEED)] = None,
-    size: Annotated[list[str] | None, _how("--size", metavar="HxW", help=SIZE)] = None,
+    size: Annotated[list[str] | None, _how("--size", metavar="WxH", help=SIZE)] = None,
     height: Annotated[int | None, _how("--height", help="Height in pixels; needs --width.")] = None,
     width: Annotated[int | None, _how("--width", help="Width in pixels; needs --height.")] = None,
     base: Annotated[int | None, _how("--base", help=BASE)] = None,
     aspect: Annotated[str | None, _how("--aspect", metavar="W:H", help="From 1:2 to 2:1; needs --base.")] = None,
-    steps: Annotated[int | None, _how("--steps", min=1, help="Denoising steps (default: the model's).")] = None,
+    steps: Annotated[
+        int | None, _how("--steps", min=1, max=MAX_STEPS, help="Denoising steps (default: the model's).")
+    ] = None,
     guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=GUIDANCE)] = None,
     solver: Annotated[Solver | None, _how("--solver", help=SOLVER)] = None,
     chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=CHAT_DATE)] = None,
@@ -186,6 +190,7 @@ def generate(
             raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
         if sheet is not None and sheet.suffix.lower() != ".png":
             raise UsageError(f"--sheet must name a .png file, got {str(sheet)!r}")
+        cli_request.check_names(paths, sheet)
         cli_request.make_folders([*paths, *([sheet] if sheet else [])])
 
         began = time.perf_counter()
@@ -203,6 +208,8 @@ def generate(
         options |= {"num_inference_steps": n_steps, "guidance_scale": strength}
         requests = [replace(r, **options).resolved(pipe.defaults) for r in lines]
         sizes = [pair for r in requests for pair in r.sizes or ()]
+        if not quiet:
+            terminal.sizes_drawn(sizes)
         if residency is not None and not quiet:
             terminal.residency_plan(pipe, sizes, batch_size, strength)
 
@@ -274,7 +281,7 @@ def _load(
     for value, known in ((kind, Variant), (number_type, DType)):
         if value is not None and value not in known.__members__:
             raise image_file.RecipeError(f"the recipe names {value!r}, expected one of {', '.join(known.__members__)}")
-    with terminal.console.status(f"loading {escape(source)}") if not quiet else terminal.nothing():
+    with terminal.console.status(f"loading {escape(terminal.printable(source))}") if not quiet else terminal.nothing():
         return LensPipeline.from_pretrained(
             source,
             variant=kind,
@@ -365,7 +372,7 @@ def doctor(
         warnings.simplefilter("ignore")
         with terminal.console.status("examining") if not as_json else terminal.nothing():
             findings = examination.examine(model, _device(device))
-        typer.echo(report.as_json(findings) if as_json else report.as_text(findings))
+        typer.echo(report.as_json(findings) if as_json else terminal.printable(report.as_text(findings)))
         if report.broken(findings):
             raise typer.Exit(1)
 
