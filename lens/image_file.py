@@ -12,7 +12,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .formats.files import write_atomic
+from .ops import backend
 from .request import MAX_STEPS, shortened
 from .resolution import MAX_SIDE
 from .sampler import MAX_SEED, MIN_SEED
@@ -20,8 +23,10 @@ from .sampler import MAX_SEED, MIN_SEED
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_SINCE = {"solver", "loras"}  # fields that older recipes, or those with nothing to say, do not have
+_UNWRITTEN = {"loras", "threads", "hardware", "torch_version"}  # where there is nothing to say
+_SINCE = {"solver", *_UNWRITTEN}  # fields that not every recipe has
 RECIPE_KEY = "lens"  # the PNG text chunk (iTXt, UTF-8) that holds the recipe as one JSON object
+MAX_THREADS = 1024  # that a recipe may ask for
 NAME_MAX = 255  # bytes of a file name, of every file system in use
 DEFAULT_NAME = "{index:03d}-{prompt}-{seed}"
 _SLUG = 40  # characters
@@ -35,6 +40,37 @@ _PAPER, _INK = (250, 250, 248), (40, 40, 40)
 
 class RecipeError(ValueError):
     """A picture without a recipe, or with one that cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides the last bits of a picture besides its recipe."""
+
+    threads: int
+    hardware: str  # "cpu avx512", or "cuda 9.0"
+    torch_version: str
+
+    @classmethod
+    def here(cls, device: torch.device, threads: int) -> Machine:
+        """What draws on ``device``."""
+        if device.type == "cuda":
+            hardware = "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+        else:
+            hardware = f"cpu {torch.backends.cpu.get_cpu_capability().lower()}"
+            if not backend.unavailable("cpu") and backend.forced() != "reference":
+                hardware += f", {backend.isa()} kernels"
+        return cls(threads, hardware, torch.__version__)
+
+    def differences(self, other: Machine) -> str:
+        """What is known here and different there, as words."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        mine = {"threads": threads, "hardware": self.hardware, "torch_version": f"torch {self.torch_version}"}
+        named = {
+            name: (text, getattr(other, name))
+            for name, text in mine.items()
+            if getattr(self, name) and getattr(self, name) != getattr(other, name)
+        }
+        return ", ".join(f"{text} (here {there})" for text, there in named.values())
 
 
 @dataclass(frozen=True)
@@ -60,11 +96,16 @@ class Recipe:
     fingerprint: str
     solver: str = "euler"  # absent in recipes of versions that knew no other
     loras: tuple[tuple[str, str, float], ...] = ()  # (name, fingerprint, scale) of each; unwritten where there are none
+    threads: int = 0  # of the CPU; 0, and "" below: not known, unwritten
+    hardware: str = ""  # device and instruction set
+    torch_version: str = ""
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.threads, self.hardware, self.torch_version)
 
     def to_json(self) -> str:
-        values = asdict(self)
-        if not self.loras:
-            del values["loras"]
+        values = {name: value for name, value in asdict(self).items() if value or name not in _UNWRITTEN}
         return json.dumps(values, ensure_ascii=False)
 
     @classmethod
@@ -120,6 +161,8 @@ def _why_invalid(name: str, value: Any) -> str:
         return "" if sides else f"[height, width] in pixels, up to {MAX_SIDE}"
     if name == "seed":
         return "" if whole(value, MIN_SEED, MAX_SEED) else "an integer of 64 bits"
+    if name == "threads":
+        return "" if whole(value, 1, MAX_THREADS) else f"an integer from 1 to {MAX_THREADS}"
     if name == "steps":
         return "" if whole(value, 1, MAX_STEPS) else f"an integer from 1 to {MAX_STEPS}"
     if name == "guidance":

@@ -116,13 +116,25 @@ class ChatTokenizer:
         self._template = template_path.read_text(encoding="utf-8") if template_path.is_file() else HARMONY_TEMPLATE
         markers = [t.content for t in self._with_markers.get_added_tokens_decoder().values()]
         self._marker = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
-        self._frame = lru_cache(maxsize=32)(self._render_frame)
+        self._make_cache()
         if self._with_markers.token_to_id("<|message|>") == 200008:  # GPT-OSS's own tokenizer
             got = len(self._encode(self.frame(DEFAULT_CHAT_DATE)[0]))
             if got != PREFIX_TOKENS:
                 raise CheckpointError(
                     f"{self._template_name}: {PREFIX_TOKENS} tokens must precede the prompt, got {got}"
                 )
+
+    def _make_cache(self) -> None:
+        self._frame = lru_cache(maxsize=32)(self._render_frame)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and pickled without what it has rendered."""
+        return {name: value for name, value in self.__dict__.items() if name != "_frame"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain.encode_special_tokens = True  # a state that tokenizers do not write down
+        self._make_cache()
 
     def _encode(self, text: str, markers: bool = True) -> list[int]:
         tokenizer = self._with_markers if markers else self._plain
@@ -196,6 +208,27 @@ def _notice_cut(tokens: int, kept: int) -> None:
         warnings.warn(f"the prompt has {tokens} tokens; only the first {max(0, kept)} are kept", stacklevel=5)
 
 
+class _Capture(threading.local):
+    """What each thread's forward pass gave, by layer: two threads may share one encoder. A copy begins with nothing."""
+
+    taken: dict[int, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Capture, ()
+
+
+class _Hook:
+    """A forward hook that keeps a layer's output; an object, so that copies of the model point to their own capture."""
+
+    def __init__(self, capture: _Capture, layer: int):
+        self.capture = capture
+        self.layer = layer
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.capture.taken is not None:
+            self.capture.taken[self.layer] = output[0] if isinstance(output, tuple) else output
+
+
 class TextEncoder:
     """Prompts -> features [T, E] of selected layers of a GPT-OSS model, one prompt at a time: independent of others."""
 
@@ -209,17 +242,9 @@ class TextEncoder:
                 f"selected_layer_index must name layers 0..{depth - 1} of the text encoder, got {list(self.layers)}"
             )
         self.width = width
-        self._capture = threading.local()  # each thread's capture list: two threads may share one encoder
+        self._capture = _Capture()
         for layer in set(self.layers):
-            model.layers[layer].register_forward_hook(self._hook(layer))
-
-    def _hook(self, layer: int) -> Any:
-        def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            taken = getattr(self._capture, "taken", None)
-            if taken is not None:
-                taken[layer] = output[0] if isinstance(output, tuple) else output
-
-        return capture
+            model.layers[layer].register_forward_hook(_Hook(self._capture, layer))
 
     def tokenize(
         self,

@@ -7,11 +7,8 @@ pictures go to stdout, one per line; progress and notices to stderr.
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -21,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.markup import escape
 
-from .. import __version__, image_file, resolution
+from .. import __version__, image_file
 from ..formats.files import CheckpointError
 from ..formats.hub import EMBEDDED
 from ..request import MAX_IMAGES, MAX_STEPS, joined
@@ -32,8 +29,6 @@ from .request import UsageError
 
 if TYPE_CHECKING:
     from ..pipeline import LensPipeline
-
-_SMALL_WORK = 64 * 256  # tokens of a picture times width of the model, up to which one CPU thread is enough
 
 app = typer.Typer(
     name="lens",
@@ -197,9 +192,11 @@ def generate(
         pipe = _load(model, variant, device, dtype, recipe, quiet, residency)
         for adapter, factor in adapters:
             pipe.load_lora(adapter, factor)
+        pipe.set_progress_bar_config(disable=True)  # the command has its own, for all batches
         loaded = time.perf_counter()
         if recipe is not None:
             _same_checkpoint(recipe, pipe, like, explicit=model is not None)
+            _same_machine(recipe, pipe, like)
         # an explicit --variant brings its own steps and guidance; otherwise the recipe's hold
         kept = recipe if variant is None else None
         n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
@@ -215,10 +212,8 @@ def generate(
 
         drawn: list[Any] = []
         batches = cli_request.batched(sizes, batch_size)
-        with (
-            _few_threads(pipe, sizes) as threads,
-            terminal.step_progress(len(batches) * n_steps, quiet) as advance,
-        ):
+        machine = image_file.Machine.here(pipe.device, pipe.threads)
+        with terminal.step_progress(len(batches) * n_steps, quiet) as advance:
             for batch in batches:
                 together = joined([requests[k] for k in batch], [seeds[k] for k in batch])
                 for k, image in zip(batch, pipe.draw(together, advance, ()).images):
@@ -238,6 +233,9 @@ def generate(
                         version=__version__,
                         fingerprint=pipe.fingerprint or "",
                         loras=tuple(pipe.loras),
+                        threads=machine.threads,
+                        hardware=machine.hardware,
+                        torch_version=machine.torch_version,
                     )
                     image_file.save_png(image, paths[k], made)
                     saved.append(paths[k])
@@ -250,7 +248,7 @@ def generate(
             image_file.save_png(image_file.contact_sheet(drawn, captions, scale), sheet)
             typer.echo(sheet)
         if not quiet:
-            terminal.summary(pipe, sizes, n_steps, strength, threads, seconds, loaded - began)
+            terminal.summary(pipe, sizes, n_steps, strength, machine.threads, seconds, loaded - began)
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -331,24 +329,14 @@ def _same_checkpoint(recipe: image_file.Recipe, pipe: LensPipeline, like: Path |
         warnings.warn(f"{like} was drawn with {names}, not with these: this will be another picture", stacklevel=2)
 
 
-@contextmanager
-def _few_threads(pipe: LensPipeline, sizes: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """One CPU thread for work that more could not speed up, unless OMP_NUM_THREADS says otherwise.
-
-    Threads meet at every operation. Where one operation takes microseconds they bring nothing, and where the cores are
-    busy with something else each meeting waits for the scheduler: measured 100 times slower. Yields the number in use.
-    """
+def _same_machine(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | None) -> None:
+    """Redraw on as many threads as the picture was drawn on, and say what else may change its last bits."""
     import torch
 
-    tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
-    small = tokens * pipe.transformer.config.inner_dim <= _SMALL_WORK
-    before = torch.get_num_threads()
-    if small and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+    if recipe.threads and pipe.threads != recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    if differing := recipe.machine.differences(image_file.Machine.here(pipe.device, pipe.threads)):
+        warnings.warn(f"{like} was drawn with {differing}: the last bits may differ", stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------------ doctor

@@ -149,6 +149,15 @@ class Placement:
         self._moving = threading.Lock()  # a thread that finds a part in use must find all of it on the device
         self._host: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied where every part is resident. TypeError where parts visit the device: a copy would not know them."""
+        if self._host:
+            raise TypeError(
+                f"a pipeline with {', '.join(self._host)} on demand cannot be copied or pickled: "
+                "set_residency('resident') first"
+            )
+        return Placement, (self.residency, self.device)
+
     def add(self, part: str, module: nn.Module) -> None:
         """Put a part where it lives. ValueError where one that cannot move is wanted on demand."""
         # weights that were left out when loading are on the meta device and stay there

@@ -209,7 +209,7 @@ def merged(weight: Tensor, parts: Iterable[tuple[int, int, Pair, float]]) -> Ten
 class Adapters:
     """The adapters of one model. Weights they touch are kept as they were, in host memory, and come back bit for bit."""
 
-    def __init__(self, model: nn.Module, changed: Callable[[set[str]], None] = lambda names: None):
+    def __init__(self, model: nn.Module, changed: Callable[[set[str]], None] | None = None):
         """changed: called with the names of the weights that are others now, before anything can come between."""
         self.model = model
         self.changed = changed
@@ -248,7 +248,8 @@ class Adapters:
             self._kept = {name: kept for name, kept in self._kept.items() if name in wanted}
             self.loaded = list(loaded)
             names = set(before) | set(wanted)
-            self.changed(names)
+            if self.changed is not None:
+                self.changed(names)
         return names
 
     def _parts(self, loaded: Sequence[tuple[Adapter, float]]) -> dict[str, list[tuple[int, int, Pair, float]]]:

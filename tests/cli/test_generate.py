@@ -48,6 +48,9 @@ EXPECTED_RECIPE = {
     "fingerprint": fingerprint(DEV),
     "solver": "euler",
     "loras": (),
+    "threads": 1,
+    "hardware": image_file.Machine.here(torch.device("cpu"), 1).hardware,
+    "torch_version": torch.__version__,
 }
 
 
@@ -425,6 +428,45 @@ def test_a_flag_overrides_its_part_of_the_recipe(apple, tmp_path, flags, changed
         assert pixels(path).tobytes() != pixels(apple).tobytes()
 
 
+def test_like_says_where_another_machine_may_give_other_bits(apple, tmp_path):
+    recipe, notes = image_file.read_recipe(apple), {}
+    for name, change in {
+        "other.png": {"hardware": "cpu avx2", "torch_version": "9.9", "threads": 3},
+        "unknown.png": {"hardware": "", "torch_version": "", "threads": 0},
+    }.items():
+        with Image.open(apple) as image:
+            image_file.save_png(image, tmp_path / name, replace(recipe, **change))
+        result = run("generate", "--like", tmp_path / name, "--model", DEV, "-o", tmp_path / "again.png")
+        assert written(result)
+        notes[name] = " ".join(result.stderr.split())
+    here = recipe.machine
+    assert (
+        f"other.png was drawn with 3 threads (here 1), cpu avx2 (here {here.hardware}), torch 9.9 (here {here.torch_version}): "
+        "the last bits may differ"
+    ) in notes["other.png"]
+    assert "was drawn with" not in notes["unknown.png"]
+    assert "threads" not in json.loads(replace(recipe, threads=0).to_json())
+
+
+def test_like_draws_on_as_many_threads_as_the_picture_was(apple, tmp_path, monkeypatch):
+    """Of a model that is not small: the number decides bits, and one machine's cores are not another's."""
+    monkeypatch.setattr("lens.threads.SMALL_WIDTH", 16)
+    before, drawn_with = torch.get_num_threads(), []
+    draw = LensPipeline.draw
+    monkeypatch.setattr(LensPipeline, "draw", lambda *a: drawn_with.append(torch.get_num_threads()) or draw(*a))
+    with Image.open(apple) as image:
+        image_file.save_png(image, tmp_path / "two.png", replace(image_file.read_recipe(apple), threads=2))
+    try:
+        torch.set_num_threads(1)
+        again = run("generate", "--like", tmp_path / "two.png", "--model", DEV, "--steps", 1, "-o", tmp_path / "x.png")
+        assert written(again)
+    finally:
+        torch.set_num_threads(before)
+    assert drawn_with == [2]
+    assert image_file.read_recipe(tmp_path / "x.png").threads == 2
+    assert "threads" not in again.stderr.split("drawn in")[0]
+
+
 def test_like_finds_embedded_weights_by_name_and_refuses_others(apple, tmp_path, monkeypatch):
     monkeypatch.setitem(EMBEDDED, "mini", str(DEV))
     recipe = replace(image_file.read_recipe(apple), model="mini")
@@ -464,6 +506,7 @@ def broken_recipes():
     yield json.dumps(good).replace('"seed": 7', f'"seed": {"7" * 5000}'), "not valid JSON"
     yield json.dumps(good).replace('"seed": 7', f'"seed": {"[" * 100_000}'), "not valid JSON"
     yield json.dumps(good).replace("2.5", "1e999"), "guidance of its recipe must be a finite number >= 0, got inf"
+    yield json.dumps({**good, "threads": 10**6}), "threads of its recipe must be an integer from 1 to 1024"
     for key, value in [
         ("seed", -(2**63) - 1),
         ("seed", 2**64),

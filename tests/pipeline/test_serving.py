@@ -86,6 +86,13 @@ def test_same_sizes_come_first():
     assert queue.take() == []
 
 
+def test_a_batch_may_fill_the_budget_exactly():
+    queue = TokenQueue(10)
+    for k, tokens in enumerate([4, 6, 4, 7, 10]):
+        queue.add(k, (2, 2), tokens)
+    assert list(queue.batches()) == [[0, 1], [2], [3], [4]]
+
+
 def test_wrong_arguments():
     for wrong in ((0,), (5, 0)):
         with pytest.raises(ValueError, match="max_tokens and max_images must be positive"):
@@ -155,6 +162,21 @@ REQUESTS = [
     Request("", seed=5, size=(48, 32), num_inference_steps=1),
     Request("a bell", seed=6, size=(32, 48)),
 ]
+
+
+def test_a_blank_negative_costs_no_rows_of_the_budget(monkeypatch):
+    """Two guided requests fit together exactly where only the written texts are counted."""
+    pipe, batches = shared(), []
+    draw = type(pipe).draw
+    monkeypatch.setattr(type(pipe), "draw", lambda self, request: batches.append(request.count) or draw(self, request))
+    requests = [
+        Request("a", blank, size=(32, 32), seed=1, num_inference_steps=1, guidance_scale=4.0) for blank in ("", " ")
+    ]
+    text = len(pipe.encode_text("a")[0][0][0])
+    for budget, expected in ((2 * (2 * 4 + text), [2]), (2 * (2 * 4 + text) - 1, [1, 1])):
+        batches.clear()
+        list(pipe.stream(requests, max_tokens=budget, output_type="latent"))
+        assert batches == expected
 
 
 @pytest.mark.parametrize("output_type", ["np", "latent"])
