@@ -5,6 +5,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <utility>
+
 #include "dispatch.h"
 
 namespace lens {
@@ -26,6 +28,20 @@ class Reader {
   void size(const char* name, int64_t& field, int64_t minimum) {
     field = integer(name);
     expect_at_least(op_, name, minimum, field);
+    if (field > kMostSize) {
+      refuse(op_, std::string(name) + " must be at most 2^31 - 1, got " + std::to_string(field));
+    }
+    // the elements of an array are a product of at most three sizes, which must not overflow
+    int64_t smaller = field;
+    for (int64_t& largest : largest_) {
+      if (smaller > largest) std::swap(smaller, largest);
+    }
+    double product = 1;
+    for (int64_t largest : largest_) product *= double(largest);
+    if (product > kMostElements) {
+      refuse(op_, std::string("sizes must multiply to at most 2^48 elements, got ") + name + " = " +
+                      std::to_string(field) + " beside others");
+    }
   }
 
   void number(const char* name, double& field) {
@@ -43,6 +59,10 @@ class Reader {
                int64_t& stride) {
     array(name, field, elements);
     stride = integer(stride_name);
+    if (stride < 0 || stride > kMostSize) {
+      refuse(op_,
+             std::string(stride_name) + " must lie in [0, 2^31), got " + std::to_string(stride));
+    }
   }
 
   // host memory is read only on the CPU
@@ -85,8 +105,12 @@ class Reader {
     return number;
   }
 
+  static constexpr int64_t kMostSize = 2147483647;            // offsets count rows in int32
+  static constexpr double kMostElements = 281474976710656.0;  // 2^48: more than any memory holds
+
   const char* op_;
   const pybind11::kwargs& arguments_;
+  int64_t largest_[3] = {1, 1, 1};  // sizes so far
   size_t taken_ = 0;
   int device_ = -1;
 };

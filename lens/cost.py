@@ -1,6 +1,6 @@
 """FLOPs, bytes and parameters from shapes alone: the one place of these formulas.
 
-Forecasts, residency plans, the bench's roofline and the dry runs of training read them. A GEMM of [m, k] and [k, n]
+Predictions of step time, residency plans, the bench's roofline and the dry runs of training read them. A GEMM of [m, k] and [k, n]
 counts 2 m k n; attention 4 S_q S_k D (two GEMMs); everything else counts nothing. Traffic is compulsory: every weight
 and input read once, every output written once. B samples, I image and T text tokens of each, D width, F hidden width,
 L blocks; see `lens.ops.reference` for the alphabet.
@@ -33,7 +33,7 @@ def step_flops(config: LensConfig, images: Sequence[int], texts: Sequence[int]) 
     """One denoiser call on packed samples with every exact saving: {"gemm": ..., "attention": ...}.
 
     Text is projected once per prompt and modulation once per schedule, so neither counts. The last block needs of its
-    text only keys and values: its text queries, attention rows, output product and MLP are dead.
+    text only keys and values: its text queries, attention rows, output projection and MLP are dead.
     """
     d, f, layers, c = config.inner_dim, config.mlp_hidden_dim, config.num_layers, config.in_channels
     ri, rt = sum(images), sum(texts)
@@ -59,7 +59,7 @@ def table_flops(config: LensConfig, steps: int) -> int:
 
 def step_traffic_bytes(config: LensConfig, images: Sequence[int], texts: Sequence[int], item: int) -> int:
     """Compulsory traffic of one call: the blocks' weights without modulation, and the rows each fused stage must read
-    and write where products, attention and norms are kernels of their own.
+    and write where GEMMs, attention and norms are separate kernels.
 
     Per row of width D and block: norm 2 D, qkv 4 D, q k v through attention 4 D, out + residual 4 D, norm 2 D,
     w1 and w3 with SwiGLU D + F, w2 + residual F + 3 D.
@@ -117,8 +117,8 @@ def transformer_parameters(config: LensConfig) -> tuple[int, int]:
     """(all, of them modulation of the blocks) weights of an MMDiT: 4,104,225,152 and 1,359,839,232 as released."""
     width, hidden, features = config.inner_dim, config.mlp_hidden_dim, len(config.selected_layer_index)
     modulation = 6 * width * (width + 1)
-    products = 3 * width * (width + 1) + width * (width + 1) + 3 * width * hidden
-    stream = modulation + products + 2 * width + 2 * config.attention_head_dim
+    projections = 3 * width * (width + 1) + width * (width + 1) + 3 * width * hidden
+    stream = modulation + projections + 2 * width + 2 * config.attention_head_dim
     ends = config.in_channels * (2 * width + 1) + width + 2 * width * (width + 1)
     text = features * config.enc_hidden_dim * (width + 1) + width
     time = (256 + 1) * width + width * (width + 1)
@@ -128,7 +128,7 @@ def transformer_parameters(config: LensConfig) -> tuple[int, int]:
 def step_workspace_bytes(config: LensConfig, image_rows: int, text_rows: int, itemsize: int = 2) -> int:
     """Most memory alive inside a step, besides weights and the step's own buffers.
 
-    The peak lies in the image's MLP: its hidden rows thrice (both branches and their product), and two rows of the
+    The peak lies in the image's MLP: its hidden rows thrice (both branches and their elementwise product), and two rows of the
     width for every token: the residual and its normed rows.
     """
     rows = image_rows + text_rows

@@ -6,18 +6,30 @@ import json
 import math
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .formats.files import write_atomic
+from .ops import backend
+from .request import MAX_STEPS, shortened
+from .resolution import MAX_SIDE
+from .sampler import MAX_SEED, MIN_SEED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_UNWRITTEN = {"loras", "threads", "hardware", "torch_version"}  # where there is nothing to say
+_SINCE = {"solver", *_UNWRITTEN}  # fields that not every recipe has
 RECIPE_KEY = "lens"  # the PNG text chunk (iTXt, UTF-8) that holds the recipe as one JSON object
+MAX_THREADS = 1024  # that a recipe may ask for
+NAME_MAX = 255  # bytes of a file name, of every file system in use
 DEFAULT_NAME = "{index:03d}-{prompt}-{seed}"
+_SLUG = 40  # characters
 _NAME_FIELDS = ("index", "prompt", "seed")
 
 _SHEET_SMALL, _SHEET_LARGE = 192, 512  # a sheet enlarges smaller pictures and reduces larger ones, by whole factors
@@ -28,6 +40,37 @@ _PAPER, _INK = (250, 250, 248), (40, 40, 40)
 
 class RecipeError(ValueError):
     """A picture without a recipe, or with one that cannot be read; the message names the file."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What decides the last bits of a picture besides its recipe."""
+
+    threads: int
+    hardware: str  # "cpu avx512", or "cuda 9.0"
+    torch_version: str
+
+    @classmethod
+    def here(cls, device: torch.device, threads: int) -> Machine:
+        """What draws on ``device``."""
+        if device.type == "cuda":
+            hardware = "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
+        else:
+            hardware = f"cpu {torch.backends.cpu.get_cpu_capability().lower()}"
+            if not backend.unavailable("cpu") and backend.forced() != "reference":
+                hardware += f", {backend.isa()} kernels"
+        return cls(threads, hardware, torch.__version__)
+
+    def differences(self, other: Machine) -> str:
+        """What is known here and different there, as words."""
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        mine = {"threads": threads, "hardware": self.hardware, "torch_version": f"torch {self.torch_version}"}
+        named = {
+            name: (text, getattr(other, name))
+            for name, text in mine.items()
+            if getattr(self, name) and getattr(self, name) != getattr(other, name)
+        }
+        return ", ".join(f"{text} (here {there})" for text, there in named.values())
 
 
 @dataclass(frozen=True)
@@ -53,52 +96,84 @@ class Recipe:
     fingerprint: str
     solver: str = "euler"  # absent in recipes of versions that knew no other
     loras: tuple[tuple[str, str, float], ...] = ()  # (name, fingerprint, scale) of each; unwritten where there are none
+    threads: int = 0  # of the CPU; 0, and "" below: not known, unwritten
+    hardware: str = ""  # device and instruction set
+    torch_version: str = ""
+
+    @property
+    def machine(self) -> Machine:
+        return Machine(self.threads, self.hardware, self.torch_version)
 
     def to_json(self) -> str:
-        values = asdict(self)
-        if not self.loras:
-            del values["loras"]
+        values = {name: value for name, value in asdict(self).items() if value or name not in _UNWRITTEN}
         return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Recipe:
-        """Strict: every field present (``loras`` where there were any, ``solver`` since there are two) and of its type.
-        ``source`` is named in errors."""
+        """Strict: every field present (``loras`` where there were any, others since there was something to say) and of
+        its type. ``source`` is named in errors."""
         try:
             values = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # also an integer of more digits than Python reads
             raise RecipeError(f"{source}: its recipe is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise RecipeError(f"{source}: its recipe must be a JSON object, got {type(values).__name__}")
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) | {"loras", "solver"} != names:
-            got = sorted(values) if isinstance(values, dict) else type(values).__name__
-            raise RecipeError(f"{source}: its recipe must have the keys {sorted(names)}, got {got}")
+        missing, unknown = names - _SINCE - set(values), set(values) - names
+        if missing or unknown:
+            what = f"has no {', '.join(sorted(missing))}" if missing else f"has the unknown {_keys(unknown)}"
+            raise RecipeError(
+                f"{source}: its recipe {what}; it was written by version {shortened(values.get('version'))}, this "
+                f"is {_version()}"
+            )
         for name, value in values.items():
-            if not _is_valid(name, value):
-                raise RecipeError(f"{source}: {name} of its recipe is {value!r}")
+            if expected := _why_invalid(name, value):
+                raise RecipeError(f"{source}: {name} of its recipe must be {expected}, got {shortened(value)}")
         loras = tuple((name, digest, float(scale)) for name, digest, scale in values.get("loras", ()))
         return cls(**{**values, "size": tuple(values["size"]), "guidance": float(values["guidance"]), "loras": loras})
 
 
-def _is_valid(name: str, value: Any) -> bool:
-    def whole(v: Any, minimum: int) -> bool:
-        return isinstance(v, int) and not isinstance(v, bool) and v >= minimum
+def _keys(names: set[str]) -> str:
+    listed = ", ".join(shortened(name) for name in sorted(names)[:5])
+    return f"key{'s' if len(names) > 1 else ''} {listed}" + ", ..." * (len(names) > 5)
 
-    if name == "size":
-        return isinstance(value, list) and len(value) == 2 and all(whole(v, 1) for v in value)
-    if name in ("seed", "steps"):
-        return whole(value, 0 if name == "seed" else 1)
+
+def _version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _why_invalid(name: str, value: Any) -> str:
+    """What a field of a recipe must be, where ``value`` is not; else ""."""
+
+    def whole(v: Any, least: int, most: int) -> bool:
+        return isinstance(v, int) and not isinstance(v, bool) and least <= v <= most
 
     def number(v: Any) -> bool:
-        return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        try:
+            return isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)
+        except OverflowError:  # an integer beyond every float
+            return False
 
+    if name == "size":
+        sides = isinstance(value, list) and len(value) == 2 and all(whole(v, 1, MAX_SIDE) for v in value)
+        return "" if sides else f"[height, width] in pixels, up to {MAX_SIDE}"
+    if name == "seed":
+        return "" if whole(value, MIN_SEED, MAX_SEED) else "an integer of 64 bits"
+    if name == "threads":
+        return "" if whole(value, 1, MAX_THREADS) else f"an integer from 1 to {MAX_THREADS}"
+    if name == "steps":
+        return "" if whole(value, 1, MAX_STEPS) else f"an integer from 1 to {MAX_STEPS}"
     if name == "guidance":
-        return number(value) and value >= 0
+        return "" if number(value) and value >= 0 else "a finite number >= 0"
     if name == "loras":
-        return isinstance(value, list) and all(
+        triples = isinstance(value, list) and all(
             isinstance(v, list) and [isinstance(s, str) for s in v] == [True, True, False] and number(v[2])
             for v in value
         )
-    return isinstance(value, str)
+        return "" if triples else "a list of [name, fingerprint, scale]"
+    return "" if isinstance(value, str) else "a string"
 
 
 # ------------------------------------------------------------------------------------------------ files
@@ -118,6 +193,8 @@ def read_recipe(path: Path) -> Recipe:
     """The recipe of a picture written by `save_png`. A file that is no PNG or carries none raises RecipeError."""
     from PIL import Image, UnidentifiedImageError
 
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise RecipeError(f"{path}: not a readable PNG file: it is no regular file")
     try:
         with Image.open(path, formats=["PNG"]) as image:
             image.load()  # text chunks may follow the pixels
@@ -133,19 +210,37 @@ def read_recipe(path: Path) -> Recipe:
 
 def slug(prompt: str) -> str:
     """A prompt as part of a file name: words of any script joined by "-", as many as fit 40 characters."""
-    words = "-".join(re.findall(r"[^\W_]+", prompt.lower()))
-    if len(words) > 40:
-        words = words[:41].rpartition("-")[0] or words[:40]
+    kept = "".join(c if c.isalnum() or _joins(c) else " " for c in prompt.lower())
+    words = "-".join(filter(None, (_unjoined(word) for word in kept.split())))
+    if len(words) > _SLUG:
+        end = _SLUG
+        while end and _joins(words[end]):  # never between a letter and its marks
+            end -= 1
+        words = words[: _SLUG + 1].rpartition("-")[0] or words[:end]
     return words or "picture"
+
+
+def _joins(c: str) -> bool:
+    """Combining marks, without which Thai, Hindi or decomposed text is other text, and the joiners between letters."""
+    return unicodedata.category(c)[0] == "M" or c in "\u200c\u200d"
+
+
+def _unjoined(word: str) -> str:
+    """A word without marks that have no letter before them, and without joiners at its end."""
+    while word and _joins(word[0]):
+        word = word[1:]
+    return word.rstrip("\u200c\u200d")
 
 
 def check_name(pattern: str) -> None:
     """Refuse a file name pattern that cannot be filled in."""
     try:
         parts = list(string.Formatter().parse(pattern))
-        for _, field, _, _ in parts:
+        for _, field, form, _ in parts:
             if field is not None and field not in _NAME_FIELDS:
                 raise ValueError(f"unknown field {{{field}}}")
+            if "{" in (form or "") or any(int(width) > NAME_MAX for width in re.findall("[0-9]+", form or "")):
+                raise ValueError(f"{{{field}:{form}}} must be no wider than {NAME_MAX} characters")
         file_name(pattern, 0, "prompt", 0)
     except (ValueError, KeyError, IndexError, AttributeError) as error:
         known = ", ".join(f"{{{f}}}" for f in _NAME_FIELDS)
@@ -194,7 +289,7 @@ def contact_sheet(images: Sequence[Image], captions: Sequence[str], scale: int |
 
 
 def _font(text: str) -> Any:
-    """Pillow's own font knows ASCII alone; other scripts are written in what the system has, or else as boxes."""
+    """Pillow's own font has only ASCII; other scripts use a font of the system, or else show as boxes."""
     from PIL import ImageFont
 
     for name in () if text.isascii() else _WIDE_FONTS:
@@ -216,7 +311,7 @@ def _resized(image: Image, scale: int | None) -> Image:
 
 
 def _wrapped(text: str, width: int, length: Any) -> list[str]:
-    """Lines no wider than ``width``: broken at spaces, inside words only where one alone is too wide."""
+    """Lines no wider than ``width``: broken at spaces, inside a word only where that word is too wide."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""

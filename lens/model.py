@@ -26,8 +26,8 @@ TEXT_EPS = 1e-5  # RMSNorm of the encoder's features
 IMAGE, TEXT = 0, 1
 
 
-class Stream(nn.Module):
-    """The weights one stream (image or text) owns in a block."""
+class StreamWeights(nn.Module):
+    """The weights of one stream (image or text) in a block."""
 
     def __init__(self, config: LensConfig):
         super().__init__()
@@ -48,10 +48,10 @@ class Block(nn.Module):
 
     def __init__(self, config: LensConfig):
         super().__init__()
-        self.image = Stream(config)
-        self.text = Stream(config)
+        self.image = StreamWeights(config)
+        self.text = StreamWeights(config)
 
-    def streams(self) -> tuple[Stream, Stream]:
+    def streams(self) -> tuple[StreamWeights, StreamWeights]:
         return self.image, self.text
 
     def norms(self) -> ops.HeadNorms:
@@ -71,10 +71,10 @@ class Block(nn.Module):
 
         carried: a list is emptied, so that its tensors are freed where they are used up; a tuple is left as it is
         modulation: [B, 2, 6, D], this block's rows of a table; or temb [B, D], which the block projects itself
-        last: nothing reads the text behind this block: its queries, attention and MLP are left out, and the image
-        stream comes back alone, summed up
+        last: nothing reads the text behind this block: its queries, attention and MLP are left out, and only the
+        image stream is returned, summed up
         adapter: the one in force, of layers that hold several (train/loop/lora.py); recorded where the call is
-        groups: rows of every sample of each stream that must have the bits they have alone
+        groups: rows of every sample of each stream, where a sample's bits must not depend on its batch
         around: runs the block in its place, called with it and the arguments; a training's recomputation and rounding
         """
         if around is not None:
@@ -161,7 +161,7 @@ class LensTransformer2DModel(nn.Module):
 
     ``batch_invariant``: outside training a sample's bits do not depend on its neighbours. True for a model made on a CPU;
     a pipeline decides for its device, see ``engine/batch_invariance.py``. Row kernels never look at neighbours, nor do
-    our own GEMMs; the library's then run sample by sample.
+    our GEMMs; the library's GEMMs then run sample by sample.
     """
 
     def __init__(self, config: LensConfig):
@@ -195,7 +195,7 @@ class LensTransformer2DModel(nn.Module):
         return self.batch_invariant and not self.training
 
     def _groups(self, packing: Packing) -> linear_fused.Lengths:
-        """Of each stream: the rows of the samples that must have the bits they have alone, or None."""
+        """Of each stream: rows of every sample, where a sample's bits must not depend on its batch, or None."""
         if not self.invariant:
             return None, None
         # a captured step serves texts of other lengths, on pictures of one size

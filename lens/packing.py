@@ -55,7 +55,7 @@ def plan(
     """Plan a packed batch.
 
     grids: one (height, width) in tokens per sample. text_index: per sample the positions of its valid text tokens in
-    its own padded sequence (int64 [T]), or just their number where nothing precedes or splits them.
+    its own padded sequence (int64 [T]), or their number T where they are the first T.
     """
     if len(grids) != len(text_index):
         raise ValueError(
@@ -112,7 +112,7 @@ class Binned:
         return self.image_offsets + self.text_offsets
 
     def device_layout(self, move: Callable[[Tensor], Tensor]) -> DeviceLayout:
-        """What attention is told; ``move`` makes the tensors' copies on the device."""
+        """The layout that attention reads on the device; ``move`` makes the tensors' copies on the device."""
         image_rows, text_rows = (None, None) if self.in_one_piece else map(move, (self.image_rows, self.text_rows))
         return DeviceLayout(image_rows, text_rows, self.image_lengths[0], self.longest, move(self.joint_offsets))
 
@@ -218,20 +218,20 @@ class Waiting(Generic[Item]):
 
 
 class TokenQueue(Generic[Item]):
-    """Requests in, batches out, each of at most ``max_tokens`` packed rows and ``max_pictures``.
+    """Requests in, batches out, each of at most ``max_tokens`` packed rows and ``max_images``.
 
     The oldest request opens the next batch, so one that finds n others waiting is drawn in the (n + 1)-th batch at the
     latest, whatever arrives later. The batch is filled in order of age, first by requests of the same size, which one
     captured step can draw, then, unless ``same_size``, by any others of the kind. A request above the budget goes alone.
     """
 
-    def __init__(self, max_tokens: int, max_pictures: int = 64, same_size: bool = False):
-        if max_tokens < 1 or max_pictures < 1:
+    def __init__(self, max_tokens: int, max_images: int = 64, same_size: bool = False):
+        if max_tokens < 1 or max_images < 1:
             raise ValueError(
-                f"lens.TokenQueue: max_tokens and max_pictures must be positive, got {max_tokens} and {max_pictures}"
+                f"lens.TokenQueue: max_tokens and max_images must be positive, got {max_tokens} and {max_images}"
             )
         self.max_tokens = max_tokens
-        self.max_pictures = max_pictures
+        self.max_images = max_images
         self.same_size = same_size
         self._waiting: list[Waiting[Item]] = []
 
@@ -254,7 +254,7 @@ class TokenQueue(Generic[Item]):
         others = [] if self.same_size else [w for w in fitting if w.grid != first.grid]
         taken, tokens = [first], first.tokens
         for w in (*same, *others):
-            if len(taken) < self.max_pictures and tokens + w.tokens <= self.max_tokens:
+            if len(taken) < self.max_images and tokens + w.tokens <= self.max_tokens:
                 taken.append(w)
                 tokens += w.tokens
         chosen = {id(w) for w in taken}

@@ -8,7 +8,6 @@ exception or Ctrl-C in mid-call leaves it usable.
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,13 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import callbacks, sampler, vae
+from . import callbacks, sampler
+from . import vae as pixels
 from .config import Defaults
 from .engine.batch_invariance import default as default_invariance
 from .engine.graphs import marked
 from .engine.job import Job, Text
 from .engine.overlap import Pending, host_lane_for
-from .engine.residency import PRESETS, STAGES, Places, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
 from .formats.hub import fingerprint as fingerprint_of
@@ -32,19 +32,37 @@ from .formats.hub import resolve, variant_hint
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
 from .formats.names import released_names
-from .formats.released import check_fit, load_scheduler, load_transformer, placement, read_defaults
+from .formats.released import check_fit, load_scheduler, load_transformer, read_defaults
+from .formats.released import placement as usable_placement
 from .formats.text_encoder import load_text_encoder, packed_experts
 from .formats.vae import load_vae
 from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
-from .request import Request
+from .progress import counted_steps
+from .request import Request, finite
 from .sampler import Scheduler
 from .serving import stream
 from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
+from .threads import number_for, threads_for
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
 _Features = tuple[list[list[Tensor]], "list[Tensor] | None"]
+# what there is under another name
+_INSTEAD = {
+    **dict.fromkeys(
+        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
+        "set_residency('auto'), 'balanced' or 'lean' keeps parts on the host",
+    ),
+    **dict.fromkeys(
+        ("enable_vae_tiling", "enable_vae_slicing", "enable_attention_slicing"), "images are decoded one by one"
+    ),
+    "encode_prompt": "encode_text(prompts) gives (features, mask) for prompt_embeds and prompt_mask",
+    "set_adapters": "load_lora(path, scale) merges one, unload_lora() takes all out",
+    "fuse_lora": "load_lora merges into the weights at once",
+    "save_pretrained": "lens.formats.released.save_transformer writes the transformer",
+    "image_processor": "output_type gives 'pil', 'np', 'pt' or 'latent'",
+}
 Callback = Callable[["LensPipeline", int, Tensor, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -63,7 +81,7 @@ class LensPipeline:
         self,
         transformer: LensTransformer2DModel,
         text_encoder: TextEncoder,
-        codec: vae.PixelCodec,
+        codec: pixels.PixelCodec,
         scheduler: Scheduler,
         defaults: Defaults,
         fingerprint: str | None = None,
@@ -78,15 +96,16 @@ class LensPipeline:
         self.defaults = defaults
         self.fingerprint = fingerprint
         self.engine = Engine()
-        self.places: Places | None = None  # where the parts live, if not simply on one device
+        self.placement: Placement | None = None  # where the parts live, if not simply on one device
         self._batch_invariant = batch_invariant
+        self._progress = True
         self._set_batch_invariance(self.device)
         self._tables = TableCache()
-        self._adapters = Adapters(transformer)
+        self._adapters = Adapters(transformer, self._adapted)
 
     @property
     def device(self) -> torch.device:
-        return self.transformer.device if self.places is None else self.places.device
+        return self.transformer.device if self.placement is None else self.placement.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,20 +119,24 @@ class LensPipeline:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         residency: str | Residency | None = None,
+        torch_dtype: torch.dtype | None = None,
     ) -> LensPipeline:
         """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
-        ``live``; with a named one each part is loaded straight to where it lives. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
+        ``set_residency``; with a named one each part is loaded straight to where it lives. torch_dtype: dtype by
+        diffusers' name. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
-        device, dtype = placement(device, dtype)
+        if torch_dtype is not None and dtype not in (None, torch_dtype):
+            raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
+        device, dtype = usable_placement(device, dtype or torch_dtype)
         root = resolve(source)
         defaults = read_defaults(root, variant, variant_hint(source))
         scheduler = load_scheduler(root / "scheduler")
         tokenizer = ChatTokenizer(root / "tokenizer")
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
-        parked = Places(policy, device) if isinstance(policy, Residency) else None
+        parked = Placement(policy, device) if isinstance(policy, Residency) else None
 
         def host(part: str) -> torch.device | str:
             """Where a part is loaded: what visits the device later need not pass it now."""
@@ -127,12 +150,79 @@ class LensPipeline:
         home = device if packed else host("text_encoder")  # packed experts are counted, or refused, where they lie
         model = load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
         encoder = TextEncoder(tokenizer, model, layers)
-        codec = vae.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
+        codec = pixels.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
         check_fit(root, transformer.config, encoder.width, codec.channels)
         pipe = cls(transformer, encoder, codec, scheduler, defaults, fingerprint_of(root))
         if policy is not None:
-            pipe.live(policy, device)
+            pipe.set_residency(policy, device)
         return pipe
+
+    # ------------------------------------------------------------------------------------------------ as diffusers has it
+
+    def to(self, *where: Any, device: Any = None, dtype: torch.dtype | None = None) -> LensPipeline:
+        """The parts on a device and in a floating-point type, as ``torch.nn.Module.to``; returns the pipeline.
+
+        A residency that was set ends: all parts live on the device from then on. ValueError where adapters are loaded
+        and the type changes: what they were merged from is in the old one.
+        """
+        for argument in where:
+            if isinstance(argument, torch.dtype):
+                dtype = argument
+            else:
+                device = argument
+        if dtype is not None and dtype != self.dtype:
+            if self.loras:
+                raise ValueError(f"LensPipeline.to: unload_lora() before the dtype changes to {dtype}")
+            if not dtype.is_floating_point:
+                raise ValueError(f"LensPipeline.to: dtype must be a floating-point type, got {dtype}")
+            for part in self.parts().values():
+                _cast(part, dtype)
+            self.codec = pixels.PixelCodec(self.codec.vae)
+            self._tables.forget()
+        if device is not None or dtype is not None:
+            self.set_residency("resident", self.device if device is None else device)
+        return self
+
+    def load_lora_weights(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
+        """``load_lora`` by diffusers' name."""
+        self.load_lora(path, scale)
+
+    def unload_lora_weights(self) -> None:
+        """``unload_lora`` by diffusers' name."""
+        self.unload_lora()
+
+    @property
+    def vae(self) -> Any:
+        return self.codec.vae
+
+    @property
+    def tokenizer(self) -> ChatTokenizer:
+        return self.text_encoder.tokenizer
+
+    @property
+    def components(self) -> dict[str, Any]:
+        """The parts by the names of their folders."""
+        return {**self.parts(), "tokenizer": self.tokenizer, "scheduler": self.scheduler}
+
+    def set_progress_bar_config(self, disable: bool = False) -> None:
+        """Steps are counted on stderr, where it is a terminal and a call takes longer than two seconds; or never."""
+        self._progress = not disable
+
+    def __getattr__(self, name: str) -> Any:
+        """Only asked for what there is not: names of diffusers say what to call instead."""
+        hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+        raise AttributeError(f"LensPipeline has no {name!r}{hint}")
+
+    def __repr__(self) -> str:
+        config, where = self.transformer.config, str(self.device)
+        if self.placement is not None and self.placement.residency != PRESETS["resident"]:
+            where += f", {self.placement.residency}"
+        parts = (
+            f"{config.num_layers} blocks of width {config.inner_dim}, text encoder of width {self.text_encoder.width}"
+        )
+        steps = f"{self.defaults.num_inference_steps} steps, guidance {self.defaults.guidance_scale:g}"
+        loras = f", loras={[name for name, _, _ in self.loras]}" if self.loras else ""
+        return f"LensPipeline({self.defaults.variant}: {parts}; {steps}; {self.dtype}, {where}{loras})"
 
     # ------------------------------------------------------------------------------------------------ adapters
 
@@ -141,15 +231,14 @@ class LensPipeline:
         rounded once. Further ones add to it. Not while a picture is being drawn.
 
         CheckpointError, which names the file and the key, for one that is broken or adapts another model; ValueError for
-        a scale that is no finite number. Nothing is changed then.
+        a scale that is no finite number. All or nothing: after an error or Ctrl-C the weights are those of before.
         """
-        if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale):
-            raise ValueError(f"load_lora: scale must be a finite number, got {scale!r}")
-        self._adapted(self._adapters.add(read_adapter(path), float(scale)))
+        factor = finite("load_lora: scale", scale)
+        self._adapters.add(read_adapter(path), factor)
 
     def unload_lora(self) -> None:
         """The weights as they were before the first ``load_lora``, bit for bit."""
-        self._adapted(self._adapters.clear())
+        self._adapters.clear()
 
     @property
     def loras(self) -> list[tuple[str, str, float]]:
@@ -158,7 +247,7 @@ class LensPipeline:
 
     def _adapted(self, names: set[str]) -> None:
         if any("modulation" in name or name.startswith("time_embedding") for name in names):
-            self._tables.forget()  # also where these weights were evicted: nobody watches their versions
+            self._tables.forget()  # also where these weights were evicted: the cache does not watch evicted ones
 
     # ------------------------------------------------------------------------------------------------ residency
 
@@ -166,14 +255,14 @@ class LensPipeline:
         """The modules a residency policy places, by name."""
         return {"text_encoder": self.text_encoder.model, "transformer": self.transformer, "vae": self.codec.vae}
 
-    def sizes(self, image_tokens: int | None = None, pictures: int = 1, guided: bool = True) -> Sizes:
-        """Bytes of the parts and of the stages' work, for pictures of ``image_tokens`` (default: the model's size)."""
+    def sizes(self, image_tokens: int | None = None, images: int = 1, guided: bool = True) -> Sizes:
+        """Bytes of the parts and of the stages' work, for images of ``image_tokens`` (default: the model's size)."""
         tokens = image_tokens or (self.defaults.base_resolution // 16) ** 2
         encoder, transformer, autoencoder = self.parts().values()
-        work = {"tokens": tokens, "pictures": pictures, "guided": guided}
+        work = {"tokens": tokens, "images": images, "guided": guided}
         return sizes_of(self.transformer.config, encoder, transformer, autoencoder, **work)
 
-    def live(self, residency: str | Residency = "auto", device: torch.device | str | None = None) -> Residency:
+    def set_residency(self, residency: str | Residency = "auto", device: torch.device | str | None = None) -> Residency:
         """Place the parts: "resident", "trimmed" (modulation weights on the host), "balanced" (the text encoder visits
         the device, too), "lean" (all parts visit it), or "auto": the first of these whose predicted peak fits the free
         memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
@@ -186,14 +275,16 @@ class LensPipeline:
         policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
         if device != self.device:
             self._set_batch_invariance(device)
-        places = Places(policy, device)
+        placement = Placement(policy, device)
         for part, module in parts.items():
-            places.add(part, module)
+            placement.add(part, module)
         if policy.modulation == "host":
             evict(self.transformer, "cpu")
         self.engine.weights_move = policy.transformer != "resident"
-        self.places = places
+        self.placement = placement
         return policy
+
+    live = set_residency  # its earlier name
 
     def _set_batch_invariance(self, device: torch.device) -> None:
         asked = self._batch_invariant
@@ -204,9 +295,20 @@ class LensPipeline:
         """A stage of a call ("encode", "denoise", "decode"); profilers see its name. Its part is on the device, where it
         is ``needed``.
         """
-        visit = self.places.using(STAGES[name]) if self.places and needed else contextlib.nullcontext()
-        with visit, marked(f"lens {name}"):
+        visit = self.placement.using(STAGES[name]) if self.placement and needed else contextlib.nullcontext()
+        with threads_for(self._width(name), self.device), visit, marked(f"lens {name}"):
             yield
+
+    def _width(self, stage: str) -> int:
+        """Of the widest activations of a stage's part."""
+        if stage == "decode":
+            return max(self.codec.vae.config.block_out_channels)
+        return self.text_encoder.width if stage == "encode" else self.transformer.config.inner_dim
+
+    @property
+    def threads(self) -> int:
+        """CPU threads that images are drawn on: 1 for a small model on a CPU, else what torch is set to."""
+        return max(number_for(self._width(stage), self.device) for stage in STAGES)
 
     # ------------------------------------------------------------------------------------------------ text
 
@@ -228,9 +330,9 @@ class LensPipeline:
         chat_date: str | None = DEFAULT_CHAT_DATE,
     ) -> tuple[list[Tensor], Tensor]:
         """F tensors [B, T, E] (first 97 positions dropped, zero padded on the right) and mask bool [B, T]."""
-        return pad_features(
-            self.text_encoder.encode(prompt_list("prompt", prompts), max_sequence_length, truncation, chat_date)
-        )
+        texts = prompt_list("prompt", prompts)
+        with self.stage("encode"):
+            return pad_features(self.text_encoder.encode(texts, max_sequence_length, truncation, chat_date))
 
     def _text(self, features: list[list[Tensor]], index: list[Tensor] | None = None) -> Text:
         """Features of B samples, projected; those that several samples share are projected once."""
@@ -304,7 +406,7 @@ class LensPipeline:
         B ints; generator: one per picture, or one for a single draw of [B, I, C]; latents: [B, I, C] or a list of
         [I, C]. negative_prompt: one for all or one per prompt; a blank one carries no text; unread at guidance 1.
         prompt_embeds, negative_prompt_embeds: F tensors [B, T, E] in place of the prompts; masks bool [B, T], True =
-        valid, None = all. output_type: "pil" list, "np" float32 [B, H, W, 3] in [0, 1], "latent" float32 [B, I, C];
+        valid, None = all. output_type: "pil" list, "np" float32 [B, H, W, 3] in [0, 1], "pt" the same as tensor [B, 3, H, W], "latent" float32 [B, I, C];
         mixed sizes give lists. callback_on_step_end(pipe, i, t, tensors), t = 1000 sigma ([B] for mixed sizes), gets
         the tensors it names and may return replacements: latents; noise_pred (the guided velocity; the step is taken
         again); embeddings, for the steps to come, where another T means that all T tokens are valid. solver: "euler", or
@@ -350,6 +452,9 @@ class LensPipeline:
         request = request.resolved(self.defaults)
         if self.scheduler.stochastic_sampling and request.solver != "euler":
             raise ValueError(f"solver must be 'euler' where the scheduler adds noise to steps, got {request.solver!r}")
+        if self.placement is None or self.placement.residency.transformer == "resident":
+            with threads_for(self._width("denoise"), self.device):
+                self._tables.watch(self.transformer)
         shapes = [(h * w, self.transformer.config.in_channels) for h, w in request.grids]
         draw, seeds = sampler.plan_noise(shapes, request.seed, request.generator, request.latents)
         drawn = host_lane_for(self.device).submit(lambda: [_pinned(n, self.device) for n in draw()], ())
@@ -367,18 +472,19 @@ class LensPipeline:
         self,
         requests: Sequence[Request],
         max_tokens: int = 32768,
-        max_pictures: int = 8,
+        max_images: int = 8,
         output_type: str = "pil",
+        max_pictures: int | None = None,
         **encoding: Any,
     ) -> Iterator[tuple[int, Any, int | None]]:
-        """Draw many pictures: (index in ``requests``, picture, seed), each as soon as it is done.
+        """Draw many pictures: (index in ``requests``, image, seed), each as soon as it is done.
 
         Requests of equal steps and guidance are packed into batches of at most ``max_tokens`` rows (image and text,
-        both halves under guidance) and ``max_pictures``, see ``packing.TokenQueue``; on CUDA of one size, for the
+        both halves under guidance) and ``max_images`` (``max_pictures``: its earlier name), see ``packing.TokenQueue``; on CUDA of one size, for the
         captured step. A batch is decoded while the next is denoised. What shares a batch changes a picture by rounding
         at most, on a CPU by no bit. encoding: max_sequence_length, truncation, chat_date. Errors as of a call.
         """
-        return stream(self, requests, max_tokens, max_pictures, output_type, **encoding)
+        return stream(self, requests, max_tokens, max_pictures or max_images, output_type, **encoding)
 
     # ------------------------------------------------------------------------------------------------ denoise
 
@@ -429,7 +535,7 @@ class LensPipeline:
         offsets = offsets_of(job.lengths, self.device)
         run = self.engine.start(self.transformer, job)
         try:
-            for i in range(job.steps):
+            for i in counted_steps(job.steps, self._progress and callback is None):
                 run.step(self._step_noise(job, i))
                 if callback is None:
                     continue
@@ -483,11 +589,14 @@ class LensPipeline:
         if output_type == "latent":
             return job.shaped(torch.cat(rows))
         with self.stage("decode"):
-            pictures = [self.codec.decode(r, grid) for r, grid in zip(rows, job.grids)]
-        self._expect_finite("decoded pixels", pictures)
+            images = [self.codec.decode(r, grid) for r, grid in zip(rows, job.grids)]
+        self._expect_finite("decoded pixels", images)
         if output_type == "pil":
-            return [vae.to_pil(p) for p in pictures]
-        arrays = [vae.to_numpy(p) for p in pictures]
+            return [pixels.to_pil(p) for p in images]
+        if output_type == "pt":
+            planes = [((p + 1) / 2).permute(2, 0, 1) for p in images]
+            return torch.stack(planes) if job.same_size else planes
+        arrays = [pixels.to_numpy(p) for p in images]
         return np.stack(arrays) if job.same_size else arrays
 
     def _expect_finite(self, what: str, found: list[Tensor]) -> None:
@@ -507,6 +616,15 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
             if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
                 own = released_names(name) if part == "transformer" else [name]
                 yield from (f"{part}/{key}" for key in own)
+
+
+def _cast(part: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What a checkpoint holds, in another type, as loading makes it: tables computed in float32 stay as they are."""
+    for module in part.modules():
+        kept = [b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set]
+        for tensor in (*module._parameters.values(), *kept):
+            if tensor is not None and tensor.is_floating_point():
+                tensor.data = tensor.data.to(dtype)
 
 
 def _pinned(noise: Tensor, device: torch.device) -> Tensor:

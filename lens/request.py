@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,9 @@ from .packing import Grid, expect_tensors
 from .resolution import TOKEN_PIXELS
 from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, negative_list, prompt_list
 
-OUTPUT_TYPES = ("pil", "np", "latent")
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+MAX_STEPS = 1000  # of a schedule: its modulation table has a row per step, 1.8 MB each of the released model
+MAX_IMAGES = 100_000  # of a call or a command
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,13 @@ class Request:
         """The same with every default filled in and one text and size per prompt. ValueError for every mistake."""
         steps = defaults.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
         steps = sampler.count("num_inference_steps", steps)
+        if steps > MAX_STEPS:
+            raise ValueError(f"num_inference_steps must be at most {MAX_STEPS}, got {shortened(steps)}")
         each = sampler.count("num_images_per_prompt", self.num_images_per_prompt)
         length = sampler.count("max_sequence_length", self.max_sequence_length)
-        guidance = _guidance(defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale)
+        guidance = finite(
+            "guidance_scale", defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale, 0
+        )
         sampler.expect_solver(self.solver)
         if self.output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
@@ -66,7 +73,13 @@ class Request:
             if getattr(self, f"{name}_mask") is not None and getattr(self, f"{name}_embeds") is None:
                 raise ValueError(f"{name}_mask belongs to {name}_embeds, which are missing")
         prompts, count = self._prompts()
+        if each * count > MAX_IMAGES:
+            raise ValueError(
+                f"num_images_per_prompt times the prompts must be at most {MAX_IMAGES} images, got "
+                f"{shortened(each)} times {count}"
+            )
         negatives = negative_list(self.negative_prompt, count)
+        self._notice(guidance, negatives)
         if self.negative_prompt_embeds is not None and any(n is not None for n in negatives):
             raise ValueError("give only one of negative_prompt and negative_prompt_embeds")
         if self.size is not None and self.sizes is not None:
@@ -96,6 +109,18 @@ class Request:
             num_images_per_prompt=each,
             max_sequence_length=length,
         )
+
+    def _notice(self, guidance: float, negatives: Sequence[str | None]) -> None:
+        """Say what is drawn otherwise than it was probably meant."""
+        if guidance < 1:
+            text = "without the prompt" if guidance == 0 else "partly without the prompt"
+            warnings.warn(
+                f"guidance_scale {guidance:g} is below 1, so images are drawn {text}: 1 draws by the prompt alone, "
+                "more pulls towards it",
+                stacklevel=5,
+            )
+        if guidance == 1 and (self.negative_prompt_embeds is not None or any(negatives)):
+            warnings.warn("the negative prompt is not read at guidance_scale 1, only above it", stacklevel=5)
 
     def _prompts(self) -> tuple[list[str] | None, int]:
         """(P prompts, or None where features stand in for them, P)."""
@@ -128,7 +153,7 @@ class Request:
 
     @property
     def encoding(self) -> tuple[int, str, str | None]:
-        """What the text encoder is told besides the prompts."""
+        """The text encoder's arguments besides the prompts."""
         return self.max_sequence_length, self.truncation, self.chat_date
 
     def texts(self, negative: bool = False) -> list[str | None]:
@@ -156,11 +181,22 @@ def joined(requests: Sequence[Request], seeds: Sequence[int]) -> Request:
     )
 
 
-def _guidance(value: Any) -> float:
+def finite(name: str, value: Any, least: float = -math.inf) -> float:
+    """A finite number, numpy's too, but neither True nor "5"."""
     try:
-        guidance = float(value)
-    except (TypeError, ValueError):
-        guidance = math.nan
-    if not 0 <= guidance < math.inf:
-        raise ValueError(f"guidance_scale must be a finite number >= 0, got {value!r}")
-    return guidance
+        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= least):
+        bound = "" if least == -math.inf else f" >= {least:g}"
+        raise ValueError(f"{name} must be a finite number{bound}, got {shortened(value)}")
+    return number
+
+
+def shortened(value: Any) -> str:
+    """A value as an error shows it, which may be a number of 5,000 digits."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no int of more than 4,300 digits
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"

@@ -10,10 +10,11 @@ from fractions import Fraction
 from typing import Any
 
 TOKEN_PIXELS = 16  # the VAE's factor 8 times the 2x2 patch
+MAX_SIDE = 65_536  # pixels: the tokens of one image must be countable in int32, with room for a batch
 
 # (height, width) of the released buckets from tall to square; the wide ones are their transposes. Aspect ratios are
-# spoken of as "W:H". Other bases follow the formula of bucket_size, which is ours: the paper's tables for 512 and 768 are
-# in no public code.
+# spoken of as "W:H". Other bases follow the formula of bucket_size, which is this project's choice: the paper's tables
+# for 512 and 768 are in no public code.
 _TALL = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1))
 _PORTRAIT = {
     1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),
@@ -66,8 +67,15 @@ def _pixels(name: str, value: Any) -> int:
         pixels = operator.index(value)  # numpy's integers too, never 64.0
     except TypeError:
         pixels = 0
+    if pixels > MAX_SIDE:
+        raise ValueError(
+            f"{name} must be at most {MAX_SIDE} pixels, got {pixels if pixels < 10**18 else 'more than 10^18'}"
+        )
     if pixels < TOKEN_PIXELS or pixels % TOKEN_PIXELS:
-        raise ValueError(f"{name} must be a positive multiple of {TOKEN_PIXELS} pixels, got {value!r}")
+        below = pixels // TOKEN_PIXELS * TOKEN_PIXELS
+        near = [n for n in (below, below + TOKEN_PIXELS) if TOKEN_PIXELS <= n <= MAX_SIDE] if pixels > 0 else []
+        offer = f": {' or '.join(map(str, near))} is nearest" if near else ""
+        raise ValueError(f"{name} must be a positive multiple of {TOKEN_PIXELS} pixels, got {value!r}{offer}")
     return pixels
 
 
@@ -75,11 +83,11 @@ def check_size(height: int, width: int, max_trained: int) -> tuple[int, int]:
     """Refuse sizes that tokens cannot tile; warn outside 1:2 to 2:1 and above the largest trained base squared."""
     height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
-        warnings.warn(f"{height}x{width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=7)
+        warnings.warn(f"height {height}, width {width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=7)
     if height * width > max_trained**2:
         warnings.warn(
-            f"{height}x{width} is larger than the largest size this model was trained at "
-            f"({max_trained}x{max_trained}); composition may repeat or drift",
+            f"height {height}, width {width} is larger than the largest size this model was trained at "
+            f"({max_trained} by {max_trained}); composition may repeat or drift",
             stacklevel=7,  # the caller of the pipeline
         )
     return height, width

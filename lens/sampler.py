@@ -1,7 +1,7 @@
 """7. Sigmas, guidance, solvers: the schedule a picture walks from noise (sigma 1) to latents (sigma 0).
 
 The velocity is d x / d sigma, so an Euler step is x += (sigma_next - sigma) * v. Latents stay float32 between steps. These
-formulas stand here alone: pictures, the sheets of a training and rollouts read them.
+formulas stand only here: the pipeline, training's sample sheets and rollouts call them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ _SLOPE_10, _OFFSET_10 = 8.73809524e-5, 1.89833333
 _SLOPE_200, _OFFSET_200 = 1.6927e-4, 0.45666666
 _LARGE = 4300  # tokens above which only the 200-step line holds
 
+MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # as torch.manual_seed takes them; -1 is 2^64 - 1
 SOLVERS = ("euler", "dpm2m")  # first order, and second order for as many velocities
 
 
@@ -80,7 +81,7 @@ def sigmas(image_tokens: int, steps: int) -> Tensor:
 
 
 def conditioning_time(sigma: Tensor, dtype: torch.dtype, time_dtype: str = "reference") -> Tensor:
-    """sigma (float32) -> the time the network is told, float32 in [0, 1].
+    """sigma (float32) -> the network's timestep input, float32 in [0, 1].
 
     "reference" rounds twice in the model's dtype, round(round(1000 sigma) / 1000), as the released code does; "float32"
     keeps the exact sigma.
@@ -225,7 +226,7 @@ def plan_noise(
     generator: torch.Generator | Sequence[torch.Generator] | None,
     latents: Tensor | Sequence[Tensor] | None,
 ) -> tuple[Callable[[], list[Tensor]], list[int | None]]:
-    """The starting noise of B pictures of ``shapes`` [I, C], float32, and their seeds (None where not from a seed).
+    """The starting noise of B images of ``shapes`` [I, C], float32, and their seeds (None where not from a seed).
 
     The arguments are checked here and a generator of the caller's is drawn from; what comes from seeds is drawn when
     asked for, by any thread.
@@ -275,6 +276,6 @@ def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
             seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
         except TypeError:
             seeds = []
-    if len(seeds) != batch or not all(-(2**63) <= s < 2**64 for s in seeds):
+    if len(seeds) != batch or not all(MIN_SEED <= s <= MAX_SEED for s in seeds):
         raise ValueError(f"seed must be an int or one per picture ({batch}), each of 64 bits, got {seed!r}")
     return seeds

@@ -26,7 +26,7 @@ def stream(
     pipe: LensPipeline,
     requests: Sequence[Request],
     max_tokens: int,
-    max_pictures: int,
+    max_images: int,
     output_type: str,
     lane: Lane | None = None,
     **encoding: Any,
@@ -37,7 +37,7 @@ def stream(
         raise ValueError(f"output_type must be one of {tuple(finishers)}, got {output_type!r}")
     asked = [_line(pipe, k, replace(r, output_type="latent", **encoding)) for k, r in enumerate(requests)]
     seeds: list[Any] = [secrets.randbelow(2**31) if r.seed is None else r.seed for r in requests]
-    queue: TokenQueue[int] = TokenQueue(max_tokens, max_pictures, same_size=pipe.device.type == "cuda")
+    queue: TokenQueue[int] = TokenQueue(max_tokens, max_images, same_size=pipe.device.type == "cuda")
     for k, r in enumerate(asked):
         ((h, w),) = r.grids
         texts = [text for negative in (False, True) for text in r.texts(negative) if text is not None]
@@ -54,8 +54,8 @@ def stream(
             return [pipe.codec.decode(rows, asked[k].grids[0]) for rows, k in zip(latents, batch)]
 
     for batch, made in overlapped(queue.batches(), denoise, decode, list, lane or lane_for(pipe.device)):
-        for k, picture in zip(batch, made, strict=True):
-            yield k, finishers[output_type](picture), seeds[k]
+        for k, image in zip(batch, made, strict=True):
+            yield k, finishers[output_type](image), seeds[k]
 
 
 def _line(pipe: LensPipeline, k: int, request: Request) -> Request:

@@ -116,13 +116,25 @@ class ChatTokenizer:
         self._template = template_path.read_text(encoding="utf-8") if template_path.is_file() else HARMONY_TEMPLATE
         markers = [t.content for t in self._with_markers.get_added_tokens_decoder().values()]
         self._marker = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
-        self._frame = lru_cache(maxsize=32)(self._render_frame)
+        self._make_cache()
         if self._with_markers.token_to_id("<|message|>") == 200008:  # GPT-OSS's own tokenizer
             got = len(self._encode(self.frame(DEFAULT_CHAT_DATE)[0]))
             if got != PREFIX_TOKENS:
                 raise CheckpointError(
                     f"{self._template_name}: {PREFIX_TOKENS} tokens must precede the prompt, got {got}"
                 )
+
+    def _make_cache(self) -> None:
+        self._frame = lru_cache(maxsize=32)(self._render_frame)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copied and pickled without what it has rendered."""
+        return {name: value for name, value in self.__dict__.items() if name != "_frame"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._plain.encode_special_tokens = True  # a state that tokenizers do not write down
+        self._make_cache()
 
     def _encode(self, text: str, markers: bool = True) -> list[int]:
         tokenizer = self._with_markers if markers else self._plain
@@ -163,26 +175,59 @@ class ChatTokenizer:
         """The token ids of one rendered prompt, at most ``max_length`` long, preamble included.
 
         "reference" cuts the end of the whole (first the assistant turn, then the prompt); "prompt" cuts only the
-        prompt, keeps what follows it, and warns. Control markers typed in a prompt are encoded as ordinary text.
+        prompt and keeps what follows it. Both warn where they cut into the prompt. Control markers typed in a prompt are
+        encoded as ordinary text.
         """
         if truncation not in TRUNCATIONS:
             raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}")
         before, after = self.frame(chat_date)
         if not self._marker.search(prompt):
             whole = self._encode(before + prompt + after)
-            if truncation == "reference" or len(whole) <= max_length:
+            if len(whole) <= max_length:
+                return whole
+            if truncation == "reference":
+                start, end = len(self._encode(before)), len(self._encode(after))
+                _notice_cut(len(whole) - start - end, max_length - start)
                 return whole[:max_length]
         head, middle, tail = self._encode(before), self._encode(prompt, markers=False), self._encode(after)
-        if truncation == "prompt" and len(head) + len(middle) + len(tail) > max_length:
+        if truncation == "reference":
+            _notice_cut(len(middle), max_length - len(head))
+        elif len(head) + len(middle) + len(tail) > max_length:
             keep = max_length - len(head) - len(tail)
             if keep < 0:
                 raise ValueError(
                     f"max_sequence_length must be at least {len(head) + len(tail)} with truncation='prompt', "
                     f"got {max_length}"
                 )
-            warnings.warn(f"the prompt has {len(middle)} tokens; only the first {keep} are kept", stacklevel=4)
+            _notice_cut(len(middle), keep)
             middle = middle[:keep]
         return (head + middle + tail)[:max_length]
+
+
+def _notice_cut(tokens: int, kept: int) -> None:
+    if kept < tokens:
+        warnings.warn(f"the prompt has {tokens} tokens; only the first {max(0, kept)} are kept", stacklevel=5)
+
+
+class _Capture(threading.local):
+    """What each thread's forward pass gave, by layer: two threads may share one encoder. A copy begins with nothing."""
+
+    taken: dict[int, Tensor] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Capture, ()
+
+
+class _Hook:
+    """A forward hook that keeps a layer's output; an object, so that copies of the model point to their own capture."""
+
+    def __init__(self, capture: _Capture, layer: int):
+        self.capture = capture
+        self.layer = layer
+
+    def __call__(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        if self.capture.taken is not None:
+            self.capture.taken[self.layer] = output[0] if isinstance(output, tuple) else output
 
 
 class TextEncoder:
@@ -198,17 +243,9 @@ class TextEncoder:
                 f"selected_layer_index must name layers 0..{depth - 1} of the text encoder, got {list(self.layers)}"
             )
         self.width = width
-        self._capture = threading.local()  # each thread's capture list: two threads may share one encoder
+        self._capture = _Capture()
         for layer in set(self.layers):
-            model.layers[layer].register_forward_hook(self._hook(layer))
-
-    def _hook(self, layer: int) -> Any:
-        def capture(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            taken = getattr(self._capture, "taken", None)
-            if taken is not None:
-                taken[layer] = output[0] if isinstance(output, tuple) else output
-
-        return capture
+            model.layers[layer].register_forward_hook(_Hook(self._capture, layer))
 
     def tokenize(
         self,

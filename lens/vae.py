@@ -49,24 +49,24 @@ class PixelCodec:
         return self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1).permute(1, 2, 0)
 
     @torch.no_grad()
-    def encode(self, picture: Tensor) -> Tensor:
+    def encode(self, image: Tensor) -> Tensor:
         """Picture [H, W, 3] in [-1, 1] -> token rows [h*w, C]: posterior mode, patchify, (z - mean) / std."""
-        pixels = picture.to(self._mean.device, self._mean.dtype).permute(2, 0, 1)[None]
+        pixels = image.to(self._mean.device, self._mean.dtype).permute(2, 0, 1)[None]
         return (patchify(self.vae.encode(pixels).latent_dist.mode())[0] - self._mean) / self._std
 
 
-def to_numpy(picture: Tensor) -> np.ndarray:
+def to_numpy(image: Tensor) -> np.ndarray:
     """[-1, 1] -> float32 [H, W, 3] in [0, 1]."""
-    return ((picture.cpu() + 1) / 2).numpy()
+    return ((image.cpu() + 1) / 2).numpy()
 
 
-def to_uint8(picture: Tensor) -> np.ndarray:
+def to_uint8(image: Tensor) -> np.ndarray:
     """[-1, 1] -> uint8 [H, W, 3], truncated as the reference does, not rounded."""
-    return ((picture.cpu() + 1) * 127.5).to(torch.uint8).numpy()
+    return ((image.cpu() + 1) * 127.5).to(torch.uint8).numpy()
 
 
-def to_pil(picture: Tensor) -> Image:
+def to_pil(image: Tensor) -> Image:
     """[-1, 1] -> an 8-bit RGB picture."""
     from PIL.Image import fromarray
 
-    return fromarray(to_uint8(picture))
+    return fromarray(to_uint8(image))

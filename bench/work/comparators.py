@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lens.model import Block, LensTransformer2DModel, Stream
+from lens.model import Block, LensTransformer2DModel, StreamWeights
 
 NORM_EPS, TEXT_EPS = 1e-6, 1e-5
 Pair = tuple[Tensor, Tensor]
@@ -93,14 +93,14 @@ def _complex_turn(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(pairs * turn[None, :, None, :]).flatten(3).to(x.dtype)
 
 
-def _padded_heads(stream: Stream, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _padded_heads(stream: StreamWeights, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x.shape
     head = stream.q_norm.shape[0]
     q, k, v = stream.qkv(x).view(batch, length, 3, width // head, head).unbind(2)
     return _complex_turn(rms(q, stream.q_norm), turn), _complex_turn(rms(k, stream.k_norm), turn), v
 
 
-def _padded_mlp(stream: Stream, x: Tensor) -> Tensor:
+def _padded_mlp(stream: StreamWeights, x: Tensor) -> Tensor:
     w1, w3 = stream.w13.weight.chunk(2)
     return stream.w2(F.silu(F.linear(x, w1)) * F.linear(x, w3))
 
@@ -187,7 +187,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).to(x.dtype)
 
 
-def _heads(stream: Stream, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(stream: StreamWeights, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     head = stream.q_norm.shape[0]
     q, k, v = stream.qkv(x).view(len(x), 3, -1, head).unbind(1)
     return _turn(rms(q, stream.q_norm), cos, sin), _turn(rms(k, stream.k_norm), cos, sin), v
@@ -199,7 +199,7 @@ def _mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1)
 
 
-def _mlp(stream: Stream, x: Tensor) -> Tensor:
+def _mlp(stream: StreamWeights, x: Tensor) -> Tensor:
     a, u = stream.w13(x).chunk(2, dim=-1)
     return stream.w2(F.silu(a) * u)
 

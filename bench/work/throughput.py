@@ -33,7 +33,7 @@ def prepare(d: Drawing, batch: int, by: int) -> Work:
 
     def ours(turn: int, prompts: list[str]) -> list[Tensor]:
         requests = [Request(p, size=size, seed=seed) for p, size, seed in zip(prompts, d.sizes, seeds(turn))]
-        drawn = pipe.stream(requests, max_pictures=batch, output_type="np")
+        drawn = pipe.stream(requests, max_images=batch, output_type="np")
         return [torch.from_numpy(image) for _, image, _ in sorted(drawn, key=lambda one: one[0])]
 
     def calls(turn: int, prompts: list[str]) -> list[Tensor]:

@@ -113,8 +113,8 @@ LENS_PTX uint32_t cluster_address(const void* p, unsigned rank) {
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(p)), "r"(rank));
   return address;
 }
-// Released to the own block alone: to the cluster would put a MEMBAR.GPU before every arrival, and
-// what an arrival tells here is that reads are over, not that writes are there.
+// Release semantics of block scope, not of cluster scope: the latter puts a MEMBAR.GPU before every
+// arrival, and an arrival here says that reads are over, not that writes are visible.
 LENS_PTX void cluster_barrier_arrive(uint32_t address) {
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }

@@ -2,9 +2,9 @@
 // those of a cluster at the same time.
 //
 // A fiber runs until it meets a barrier or a warp operation, so what one thread does between two of
-// those is never seen half done by another. The seed decides who is next, and in which order the
-// blocks run: 0, as they are numbered; odd, any ready thread; even, whoever became ready last, so
-// that a warp runs ahead as far as the next barrier lets it. Code that needs an order it does not
+// those is never seen half done by another. The seed picks the next thread, and in which order the
+// blocks run: 0, as they are numbered; odd, any ready thread; even, the one that became ready last,
+// so a warp runs ahead as far as the next barrier lets it. Code that needs an order it does not
 // enforce gives wrong numbers under some seed; shared memory holds NaN before every block. Reported
 // as an error instead of hanging or passing: barriers that not all threads of a block reach, warp
 // operations whose participants do not agree on mask and place, shuffles from lanes outside the

@@ -7,11 +7,8 @@ pictures go to stdout, one per line; progress and notices to stderr.
 from __future__ import annotations
 
 import math
-import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -21,10 +18,10 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.markup import escape
 
-from .. import __version__, image_file, resolution
+from .. import __version__, image_file
 from ..formats.files import CheckpointError
 from ..formats.hub import EMBEDDED
-from ..request import joined
+from ..request import MAX_IMAGES, MAX_STEPS, joined
 from ..text_encoder import DEFAULT_CHAT_DATE
 from . import request as cli_request
 from . import terminal
@@ -32,8 +29,6 @@ from .request import UsageError
 
 if TYPE_CHECKING:
     from ..pipeline import LensPipeline
-
-_SMALL_WORK = 64 * 256  # tokens of a picture times width of the model, up to which one CPU thread is enough
 
 app = typer.Typer(
     name="lens",
@@ -108,7 +103,7 @@ FILE = 'Prompts from a text file, one per line; # starts a comment line; "-" is 
 LIKE = "Redraw a picture from the recipe inside it; every other option overrides its part of the recipe."
 PER_PROMPT = "Pictures per prompt (default: 1, or as many as --seed lists)."
 SEED = "Starting noise: S gives picture k the seed S + k; a list, one to each (default: random, reported)."
-SIZE = "Height x width in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
+SIZE = "Width x height in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
 BASE = "Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect."
 GUIDANCE = "How strongly the prompt pulls; 1 turns guidance off and halves the work (default: the model's)."
 CHAT_DATE = f'Date written into the text encoder\'s chat, or "today" (default: {DEFAULT_CHAT_DATE}).'
@@ -133,14 +128,18 @@ def generate(
     file: Annotated[str | None, _what("--file", "-f", help=FILE)] = None,
     negative: Annotated[str | None, _what("--negative", help="What the pictures should not show.")] = None,
     like: Annotated[Path | None, _what("--like", metavar="PICTURE.png", help=LIKE)] = None,
-    images_per_prompt: Annotated[int | None, _what("--images-per-prompt", "-n", min=1, help=PER_PROMPT)] = None,
+    images_per_prompt: Annotated[
+        int | None, _what("--images-per-prompt", "-n", min=1, max=MAX_IMAGES, help=PER_PROMPT)
+    ] = None,
     seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=SEED)] = None,
-    size: Annotated[list[str] | None, _how("--size", metavar="HxW", help=SIZE)] = None,
+    size: Annotated[list[str] | None, _how("--size", metavar="WxH", help=SIZE)] = None,
     height: Annotated[int | None, _how("--height", help="Height in pixels; needs --width.")] = None,
     width: Annotated[int | None, _how("--width", help="Width in pixels; needs --height.")] = None,
     base: Annotated[int | None, _how("--base", help=BASE)] = None,
     aspect: Annotated[str | None, _how("--aspect", metavar="W:H", help="From 1:2 to 2:1; needs --base.")] = None,
-    steps: Annotated[int | None, _how("--steps", min=1, help="Denoising steps (default: the model's).")] = None,
+    steps: Annotated[
+        int | None, _how("--steps", min=1, max=MAX_STEPS, help="Denoising steps (default: the model's).")
+    ] = None,
     guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=GUIDANCE)] = None,
     solver: Annotated[Solver | None, _how("--solver", help=SOLVER)] = None,
     chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=CHAT_DATE)] = None,
@@ -186,15 +185,18 @@ def generate(
             raise UsageError("--scale enlarges pictures of the contact sheet: give --sheet, too")
         if sheet is not None and sheet.suffix.lower() != ".png":
             raise UsageError(f"--sheet must name a .png file, got {str(sheet)!r}")
+        cli_request.check_names(paths, sheet)
         cli_request.make_folders([*paths, *([sheet] if sheet else [])])
 
         began = time.perf_counter()
         pipe = _load(model, variant, device, dtype, recipe, quiet, residency)
         for adapter, factor in adapters:
             pipe.load_lora(adapter, factor)
+        pipe.set_progress_bar_config(disable=True)  # the command has its own, for all batches
         loaded = time.perf_counter()
         if recipe is not None:
             _same_checkpoint(recipe, pipe, like, explicit=model is not None)
+            _same_machine(recipe, pipe, like)
         # an explicit --variant brings its own steps and guidance; otherwise the recipe's hold
         kept = recipe if variant is None else None
         n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
@@ -203,15 +205,15 @@ def generate(
         options |= {"num_inference_steps": n_steps, "guidance_scale": strength}
         requests = [replace(r, **options).resolved(pipe.defaults) for r in lines]
         sizes = [pair for r in requests for pair in r.sizes or ()]
+        if not quiet:
+            terminal.sizes_drawn(sizes)
         if residency is not None and not quiet:
             terminal.residency_plan(pipe, sizes, batch_size, strength)
 
         drawn: list[Any] = []
         batches = cli_request.batched(sizes, batch_size)
-        with (
-            _few_threads(pipe, sizes) as threads,
-            terminal.step_progress(len(batches) * n_steps, quiet) as advance,
-        ):
+        machine = image_file.Machine.here(pipe.device, pipe.threads)
+        with terminal.step_progress(len(batches) * n_steps, quiet) as advance:
             for batch in batches:
                 together = joined([requests[k] for k in batch], [seeds[k] for k in batch])
                 for k, image in zip(batch, pipe.draw(together, advance, ()).images):
@@ -231,6 +233,9 @@ def generate(
                         version=__version__,
                         fingerprint=pipe.fingerprint or "",
                         loras=tuple(pipe.loras),
+                        threads=machine.threads,
+                        hardware=machine.hardware,
+                        torch_version=machine.torch_version,
                     )
                     image_file.save_png(image, paths[k], made)
                     saved.append(paths[k])
@@ -243,7 +248,7 @@ def generate(
             image_file.save_png(image_file.contact_sheet(drawn, captions, scale), sheet)
             typer.echo(sheet)
         if not quiet:
-            terminal.summary(pipe, sizes, n_steps, strength, threads, seconds, loaded - began)
+            terminal.summary(pipe, sizes, n_steps, strength, machine.threads, seconds, loaded - began)
 
 
 # ------------------------------------------------------------------------------------------------ model
@@ -274,7 +279,7 @@ def _load(
     for value, known in ((kind, Variant), (number_type, DType)):
         if value is not None and value not in known.__members__:
             raise image_file.RecipeError(f"the recipe names {value!r}, expected one of {', '.join(known.__members__)}")
-    with terminal.console.status(f"loading {escape(source)}") if not quiet else terminal.nothing():
+    with terminal.console.status(f"loading {escape(terminal.printable(source))}") if not quiet else terminal.nothing():
         return LensPipeline.from_pretrained(
             source,
             variant=kind,
@@ -312,36 +317,26 @@ def _model_name(source: str) -> str:
 def _same_checkpoint(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | None, explicit: bool) -> None:
     """Other weights draw another picture: refused, unless the user named those weights himself."""
     if pipe.fingerprint != recipe.fingerprint:
-        theirs, ours = recipe.fingerprint[:12], str(pipe.fingerprint)[:12]
-        what = f"{like} was drawn by other weights (fingerprint {theirs}, here {ours})"
+        drawn_with, loaded = recipe.fingerprint[:12], str(pipe.fingerprint)[:12]
+        what = f"{like} was drawn by other weights (fingerprint {drawn_with}, here {loaded})"
         if not explicit:
             raise CheckpointError(f"{what}; --model names the weights to use")
         warnings.warn(f"{what}: this will be another picture", stacklevel=2)
     elif recipe.version != __version__:
         warnings.warn(f"{like} was drawn by version {recipe.version}, this is {__version__}", stacklevel=2)
     if [digest for _, digest, _ in pipe.loras] != [digest for _, digest, _ in recipe.loras]:
-        theirs = ", ".join(name for name, _, _ in recipe.loras) or "no LoRA"
-        warnings.warn(f"{like} was drawn with {theirs}, not with these: this will be another picture", stacklevel=2)
+        names = ", ".join(name for name, _, _ in recipe.loras) or "no LoRA"
+        warnings.warn(f"{like} was drawn with {names}, not with these: this will be another picture", stacklevel=2)
 
 
-@contextmanager
-def _few_threads(pipe: LensPipeline, sizes: Sequence[tuple[int, int]]) -> Iterator[int]:
-    """One CPU thread for work that more could not speed up, unless OMP_NUM_THREADS says otherwise.
-
-    Threads meet at every operation. Where one operation takes microseconds they bring nothing, and where the cores are
-    busy with something else each meeting waits for the scheduler: measured 100 times slower. Yields the number in use.
-    """
+def _same_machine(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | None) -> None:
+    """Redraw on as many threads as the picture was drawn on, and say what else may change its last bits."""
     import torch
 
-    tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
-    small = tokens * pipe.transformer.config.inner_dim <= _SMALL_WORK
-    before = torch.get_num_threads()
-    if small and pipe.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    try:
-        yield torch.get_num_threads()
-    finally:
-        torch.set_num_threads(before)
+    if recipe.threads and pipe.threads != recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    if differing := recipe.machine.differences(image_file.Machine.here(pipe.device, pipe.threads)):
+        warnings.warn(f"{like} was drawn with {differing}: the last bits may differ", stacklevel=2)
 
 
 # ------------------------------------------------------------------------------------------------ doctor
@@ -365,7 +360,7 @@ def doctor(
         warnings.simplefilter("ignore")
         with terminal.console.status("examining") if not as_json else terminal.nothing():
             findings = examination.examine(model, _device(device))
-        typer.echo(report.as_json(findings) if as_json else report.as_text(findings))
+        typer.echo(report.as_json(findings) if as_json else terminal.printable(report.as_text(findings)))
         if report.broken(findings):
             raise typer.Exit(1)
 

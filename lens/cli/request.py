@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import image_file, resolution
-from ..request import Request
+from ..request import MAX_IMAGES, Request, shortened
+from ..sampler import MAX_SEED, MIN_SEED
 from ..text_encoder import DEFAULT_CHAT_DATE, parse_date
 
+_PATH_MAX = 4095  # bytes, on Linux
 _BATCH, _BATCH_TOKENS = 8, 8192  # pictures, and image tokens, drawn at once unless --batch-size says otherwise
 
 
@@ -36,6 +38,9 @@ def parse(
     """One request per picture, prompt-major; no size where the model's own is meant. Mistakes are found here, before
     anything is loaded."""
     texts = [*(prompts or []), *(_read_prompts(file) if file is not None else [])]
+    if len(texts) * (per_prompt or 1) > MAX_IMAGES:
+        each = f" times --images-per-prompt {per_prompt}" if per_prompt else ""
+        raise UsageError(f"a command draws at most {MAX_IMAGES} pictures, got {len(texts)} prompts{each}")
     if not texts and recipe is not None:
         texts = [recipe.prompt]
     if not texts:
@@ -47,6 +52,8 @@ def parse(
     count = len(texts) * per_prompt
     if len(seeds) == 1:
         seeds = [seeds[0] + k for k in range(count)]
+        if seeds[-1] > MAX_SEED:
+            raise UsageError(f"--seed {seeds[0]} counts up to {seeds[-1]} for {count} pictures, beyond 2^64 - 1")
     if len(seeds) != count:
         raise UsageError(f"--seed must be one number or one per picture ({count}), got {len(seeds)}")
     unwanted = negative if negative is not None else recipe.negative if recipe else ""
@@ -65,8 +72,8 @@ def loras(
             raise UsageError(f"the picture was drawn with the LoRA {names}: give it with --lora")
         return []
     if not scales:
-        said = [scale for _, _, scale in recipe.loras] if recipe is not None else []
-        scales = said if len(said) == len(given) else [1.0]
+        recorded = [scale for _, _, scale in recipe.loras] if recipe is not None else []
+        scales = recorded if len(recorded) == len(given) else [1.0]
     if len(scales) not in (1, len(given)):
         raise UsageError(f"--lora-scale must be given once, or once per --lora ({len(given)}), got {len(scales)}")
     if not all(math.isfinite(scale) for scale in scales):
@@ -94,8 +101,8 @@ def _seeds(text: str | None, recipe: image_file.Recipe | None) -> list[int]:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
         raise UsageError(f"--seed must be a whole number or a list such as 1,2,3, got {text!r}") from None
-    if not all(0 <= s < 2**63 for s in seeds):
-        raise UsageError(f"--seed must lie between 0 and 2^63 - 1, got {text!r}")
+    if not all(MIN_SEED <= s <= MAX_SEED for s in seeds):
+        raise UsageError(f"--seed must lie between -2^63 and 2^64 - 1, got {shortened(text)}")
     return seeds
 
 
@@ -108,14 +115,17 @@ def _sizes(
     base: int | None,
     aspect: str | None,
 ) -> list[tuple[int, int] | None]:
-    """One (height, width) per prompt, or None for the model's own size."""
+    """One (height, width) per prompt, or None for the model's own size. --size says the width first, as --aspect does."""
     if size:
         try:
-            pairs = [tuple(int(n) for n in text.lower().replace("×", "x").split("x")) for text in size]
+            pairs = [tuple(int(n) for n in reversed(text.lower().replace("×", "x").split("x"))) for text in size]
         except ValueError:
             pairs = []
         if not pairs or any(len(pair) != 2 for pair in pairs):
-            raise UsageError(f"--size must be HEIGHTxWIDTH such as 64x96, got {', '.join(size)}")
+            raise UsageError(f"--size must be WIDTHxHEIGHT such as 96x64, got {', '.join(size)}")
+        for text, (h, w) in zip(size, pairs):
+            if wrong := [n for n in (w, h) if not 0 < n <= resolution.MAX_SIDE or n % resolution.TOKEN_PIXELS]:
+                raise UsageError(f"--size {text}: {_offer(wrong[0], w, h)}")
         given: Any = pairs * count if len(pairs) == 1 else pairs
         if len(given) != count:
             raise UsageError(f"--size must be given once, or once per prompt ({count}), got {len(pairs)}")
@@ -132,11 +142,21 @@ def _sizes(
     return [(h * resolution.TOKEN_PIXELS, w * resolution.TOKEN_PIXELS) for h, w in grids]
 
 
+def _offer(wrong: int, width: int, height: int) -> str:
+    """What is wrong about a size, and the valid one next to it."""
+    step, most = resolution.TOKEN_PIXELS, resolution.MAX_SIDE
+    near = [min(most, max(step, round(n / step) * step)) if n <= most else most for n in (width, height)]
+    nearest = f"; the nearest is {near[0]}x{near[1]}" if min(width, height) > 0 else ""
+    return (
+        f"width and height must be multiples of {step} pixels, from {step} to {most}, got {shortened(wrong)}{nearest}"
+    )
+
+
 def flag_names(message: str) -> str:
     """The library's argument names as the command line spells them."""
-    for ours, flag in (("base_resolution", "--base"), ("aspect_ratio", "--aspect"), ("sizes", "--size"),
+    for argument, flag in (("base_resolution", "--base"), ("aspect_ratio", "--aspect"), ("sizes", "--size"),
                        ("height", "--height"), ("width", "--width")):  # fmt: skip
-        message = message.replace(ours, flag)
+        message = message.replace(argument, flag)
     return message
 
 
@@ -160,9 +180,30 @@ def make_folders(files: Sequence[Path]) -> None:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
 
 
+def _check_length(file: Path) -> None:
+    for part in file.parts:
+        if (got := len(os.fsencode(part))) > image_file.NAME_MAX:
+            raise UsageError(f"a file name has at most {image_file.NAME_MAX} bytes, got {got}: {shortened(part)}")
+    if (got := len(os.fsencode(file.absolute()))) > _PATH_MAX:
+        raise UsageError(f"a path has at most {_PATH_MAX} bytes, got {got}: {shortened(str(file))}")
+
+
+def check_names(files: Sequence[Path], sheet: Path | None) -> None:
+    """Refuse names that no file system takes and a sheet that would replace a picture. Errors: UsageError."""
+    for file in [*files, *([sheet] if sheet else [])]:
+        _check_length(file)
+    if sheet is not None and os.path.realpath(sheet) in {os.path.realpath(file) for file in files}:
+        raise UsageError(f"--sheet {sheet} is also the file of a picture: give it another name")
+
+
 def paths(output: Path | None, name: str | None, prompts: Sequence[str], seeds: Sequence[int]) -> list[Path]:
     """Where each picture goes. -o FILE.png is one picture; anything else is a folder."""
+    if output == Path("-"):
+        raise UsageError(
+            "--output: a picture is not written to stdout: name a file or a folder (./- if it is called so)"
+        )
     target = output if output is not None else Path()
+    _check_length(target)
     if target.suffix and not target.is_dir() and target.suffix.lower() != ".png":
         raise UsageError(f"--output: pictures are written as .png, which can carry the recipe, got {str(output)!r}")
     if target.suffix.lower() == ".png" and not target.is_dir():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from .. import image_file, resolution
 from ..formats.files import CheckpointError
@@ -23,7 +26,23 @@ if TYPE_CHECKING:
 
 _PLAIN_PROGRESS_SECONDS = 10.0  # between lines of progress where stderr is no terminal
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text as a terminal may show it: control characters, which could drive the terminal, and those that turn the
+    direction of what follows are spelled out. Names in files come from strangers."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+class Terminal(Console):
+    """A console on which every text is printable."""
+
+    def render_str(self, text: str, **how: Any) -> Text:
+        return super().render_str(printable(text), **how)
+
+
+console = Terminal(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager
@@ -67,8 +86,16 @@ def clean_exits(saved: Sequence[Path]) -> Iterator[None]:
 
 @contextmanager
 def notices(quiet: bool) -> Iterator[None]:
-    """Warnings of ours as one line each; the libraries' own about their future stay out of the way."""
+    """Warnings of this package as one line each; deprecation warnings of libraries are not shown."""
     seen: set[str] = set()
+
+    record_of = logging.getLogRecordFactory()
+
+    def printable_record(*args: Any, **kwargs: Any) -> logging.LogRecord:
+        """What libraries log about a file quotes the file."""
+        record = record_of(*args, **kwargs)
+        record.msg, record.args = printable(record.getMessage()), ()
+        return record
 
     def show(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
         if issubclass(category, UserWarning) and str(message) not in seen and not quiet:
@@ -78,7 +105,11 @@ def notices(quiet: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show
-        yield
+        logging.setLogRecordFactory(printable_record)
+        try:
+            yield
+        finally:
+            logging.setLogRecordFactory(record_of)
 
 
 @contextmanager
@@ -120,11 +151,18 @@ def residency_plan(
     """Where the parts live and the memory predicted for the largest of these pictures, as one line."""
     from ..engine.residency import describe
 
-    if pipe.places is None:
+    if pipe.placement is None:
         return
     batch = max(len(b) for b in batched(sizes, batch_size))
     tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
-    console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.places.residency)))
+    console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.placement.residency)))
+
+
+def sizes_drawn(sizes: Sequence[tuple[int, int]]) -> None:
+    """Every size that is not square, once, in words: which of two numbers is the width differs from tool to tool."""
+    for h, w in dict.fromkeys(sizes):
+        if h != w:
+            console.print(f"width {w}, height {h}", markup=False)
 
 
 def summary(
@@ -137,7 +175,7 @@ def summary(
     loading: float,
 ) -> None:
     sizes = sorted(set(drawn))
-    what = " and ".join(f"{h}x{w}" for h, w in sizes) if len(sizes) < 4 else f"{len(sizes)} sizes"
+    what = " and ".join(f"{w}x{h}" for h, w in sizes) if len(sizes) < 4 else f"{len(sizes)} sizes"
     count = f"{len(drawn)} picture{'s' if len(drawn) > 1 else ''}"
     where = pipe.device.type
     if where == "cpu":

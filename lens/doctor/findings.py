@@ -1,4 +1,4 @@
-"""What an examination found, and its report as text or JSON.
+"""The doctor's findings, and their report as text or JSON.
 
 A finding is "ok", "note" (works, but could be better or is absent by choice) or "broken"; its remedy, where there is
 one, is a command or a sentence that changes it.

@@ -1,4 +1,4 @@
-"""lens doctor: what runs on this machine, why, and whether it is right. Every line of the report is a `Finding`."""
+"""The doctor's examination: what runs on this machine, why, and whether it is right, a `Finding` for each line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def examine(model: str = "mini", device: torch.device | None = None) -> list[Fin
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # a small picture gains nothing from more, and on busy cores each one costs
     try:
-        findings += selftest.draw_picture(model, device)
+        findings += selftest.draw_image(model, device)
     finally:
         torch.set_num_threads(threads)
     return findings
@@ -184,10 +184,10 @@ def attention(device: torch.device) -> list[Finding]:
 
 def gemms(device: torch.device) -> list[Finding]:
     """Which kernel computes each GEMM of a block of the released model: cuBLASLt's with a row kernel after it, or ours."""
-    section = "GEMMs with a row op behind them"
+    section = "GEMMs with a row op as epilogue"
     if device.type != "cuda":
         wanted = linear_choice.override.name == "fused"
-        detail = "torch's, sample by sample; the fused ones need a CUDA device"
+        detail = "torch's GEMM, sample by sample; GEMMs with a fused epilogue need a CUDA device"
         return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
     with torch.cuda.device(device):
         rows = ops.gemms()

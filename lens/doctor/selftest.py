@@ -108,7 +108,7 @@ def run_ops(device: torch.device) -> list[Finding]:
     return found
 
 
-def draw_picture(model: str, device: torch.device) -> list[Finding]:
+def draw_image(model: str, device: torch.device) -> list[Finding]:
     """One small picture, alone and beside another: finite, repeatable, and whether its bits depend on its neighbour."""
     from ..pipeline import LensPipeline
 

@@ -1,7 +1,7 @@
 """Batch invariance: which kernels give a sample the same bits in any batch, what that costs, when it is the default.
 
 Rows of our GEMMs depend on themselves alone (docs/gemm.md), so where they serve every GEMM of the blocks, invariance
-costs what ours lose to the orders of linear/choice.py, and steps are captured as without it. Elsewhere the library's
+costs what our GEMMs lose to the orders of linear/choice.py, and steps are captured as without it. Elsewhere the library's
 GEMMs run sample by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was
 measured at every case of CASES and the highest is below LIMIT, unless an attention is forced that looks at other samples.
 invariance_table.json holds the prices; `python -m bench tables` writes those of committed results.
@@ -49,8 +49,8 @@ def price(arch: tuple[int, int], status: str = "measured") -> float | None:
 
 
 def why_library_gemm(config: LensConfig, device: torch.device, dtype: torch.dtype, layers: Sequence[Any] = ()) -> str:
-    """Why a GEMM of the blocks is the library's under batch invariance, hence sample by sample; "" where all are ours.
-    RuntimeError where ours are forced and cannot run."""
+    """Why the library's GEMMs serve blocks whose samples must not depend on their batch, hence one sample at a time;
+    "" where our GEMMs serve them. RuntimeError where our GEMMs are forced and cannot run."""
     if linear_choice.idle(batch_invariant=True):
         return "the reference ops were asked for"
     for call in linear_choice.gemm_calls(
@@ -86,8 +86,8 @@ def why_attention_is_not_invariant(config: LensConfig, device: torch.device, dty
 
 
 def default(model: LensTransformer2DModel, device: torch.device | None = None) -> bool:
-    """``model.batch_invariant`` where nobody asked: on a CPU yes, on a GPU by the rule above. device: where the model
-    will run, its own by default."""
+    """The default of ``model.batch_invariant``: on a CPU yes, on a GPU by the rule above. device: where the model
+    will run, the model's own by default."""
     device = device or model.device
     if device.type != "cuda":
         return device.type == "cpu"
@@ -108,7 +108,7 @@ def report(device: torch.device) -> tuple[bool, str]:
     except RuntimeError as error:
         return False, str(error)
     if why:
-        return False, f"{no}; batch_invariant=True runs GEMMs sample by sample, not captured ({why})"
+        return False, f"{no}; batch_invariant=True runs each GEMM sample by sample, not captured ({why})"
     if why := why_attention_is_not_invariant(LensConfig(), device, torch.bfloat16):
         return False, f"{no}; batch_invariant=True raises ({why})"
     measured, predicted = price(arch), price(arch, "predicted")

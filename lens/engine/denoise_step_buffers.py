@@ -13,7 +13,7 @@ from lens.ops.attention.hopper import known_bound
 from lens.ops.denoise_step import denoise_step
 
 if TYPE_CHECKING:
-    from lens.model import LensTransformer2DModel, Stream
+    from lens.model import LensTransformer2DModel, StreamWeights
     from lens.modulation import Modulation
     from lens.packing import Packing
 
@@ -66,7 +66,7 @@ class DenoiseStep:
         )
 
 
-def _addresses(stream: Stream) -> list[int]:
+def _addresses(stream: StreamWeights) -> list[int]:
     """Of one stream's weights, in the order of StreamWeights in csrc/params.h."""
     tensors = (
         stream.norm1, stream.qkv.weight, stream.qkv.bias, stream.q_norm, stream.k_norm,

@@ -97,7 +97,7 @@ class Entry(Generic[S]):
 class GraphCache(Generic[S]):
     """Captured steps by key, least recently used first; beyond ``budget`` bytes the oldest go. The latest stays.
 
-    One run at a time: whoever finds the cache claimed runs its steps without a graph, to the same bits.
+    One run at a time: a run that finds the cache claimed runs its steps without a graph, to the same bits.
     """
 
     def __init__(self, driver: Driver, budget: int, device: torch.device | None = None):

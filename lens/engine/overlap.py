@@ -1,7 +1,7 @@
-"""Decode of one batch while the next is denoised, noise drawn while a prompt is read: lanes beside the caller's.
+"""Decode overlap: one batch is decoded while the next is denoised, and noise drawn while a prompt is encoded.
 
-A lane takes a function and gives something to ask for its result. On CUDA the function's kernels are queued on a stream
-of their own and the host goes on, or the host's own work runs on a thread; elsewhere it runs at once.
+A lane takes a function and returns a pending result. On CUDA the function's kernels are queued on a side stream and the
+host goes on, or the host's work runs on a thread; elsewhere the function runs at once.
 """
 
 from __future__ import annotations

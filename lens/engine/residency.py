@@ -75,22 +75,20 @@ def module_bytes(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def work_bytes(
-    config: LensConfig, channels: tuple[int, ...], tokens: int, pictures: int, guided: bool
-) -> dict[str, int]:
-    """What the stages need for ``pictures`` of ``tokens`` image tokens each at once, in bfloat16; one is decoded."""
+def work_bytes(config: LensConfig, channels: tuple[int, ...], tokens: int, images: int, guided: bool) -> dict[str, int]:
+    """What the stages need for ``images`` of ``tokens`` image tokens each at once, in bfloat16; one is decoded."""
     halves = 2 if guided else 1
-    rows, text = tokens * pictures * halves, 512 * pictures * halves
+    rows, text = tokens * images * halves, 512 * images * halves
     denoise = step_workspace_bytes(config, rows, text) + step_buffer_bytes(config, rows, text, halves)
     encode = encode_bytes(config.enc_hidden_dim)
     return {"encode": encode, "denoise": denoise, "decode": decode_bytes(channels, 256 * tokens)}
 
 
-def released_sizes(tokens: int = 4096, pictures: int = 1, guided: bool = True) -> Sizes:
+def released_sizes(tokens: int = 4096, images: int = 1, guided: bool = True) -> Sizes:
     """The released model in bfloat16, its text encoder's experts packed in 4 bits, its autoencoder of 84 M weights."""
     config = LensConfig()
     weights, modulation = transformer_parameters(config)
-    work = work_bytes(config, (128, 256, 512, 512), tokens, pictures, guided)
+    work = work_bytes(config, (128, 256, 512, 512), tokens, images, guided)
     return Sizes(ENCODER_BYTES, 2 * weights, 2 * modulation, 2 * 84_046_115, **work)
 
 
@@ -137,7 +135,7 @@ def choose(name: str | Residency, sizes: Sizes, free: int | None, fixed: Sequenc
 # ---------------------------------------------------------------------------------------------------- moving
 
 
-class Places:
+class Placement:
     """Carries out a policy: parts on demand are on ``device`` inside ``using(part)`` and in host memory outside.
 
     The host copy is the truth: leaving throws the device's copy away, so weights must not be changed inside. A part
@@ -148,8 +146,17 @@ class Places:
         self.residency = residency
         self.device = device
         self._depth = dict.fromkeys(STAGES.values(), 0)
-        self._moving = threading.Lock()  # who finds a part in use must find all of it there
+        self._moving = threading.Lock()  # a thread that finds a part in use must find all of it on the device
         self._host: dict[str, list[tuple[Tensor, Tensor]]] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied where every part is resident. TypeError where parts visit the device: a copy would not know them."""
+        if self._host:
+            raise TypeError(
+                f"a pipeline with {', '.join(self._host)} on demand cannot be copied or pickled: "
+                "set_residency('resident') first"
+            )
+        return Placement, (self.residency, self.device)
 
     def add(self, part: str, module: nn.Module) -> None:
         """Put a part where it lives. ValueError where one that cannot move is wanted on demand."""

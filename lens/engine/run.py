@@ -70,6 +70,12 @@ class Run:
             self._cache = None
 
 
+def _engine(budget: int, text_bin: int | None, weights_move: bool) -> Engine:
+    engine = Engine(None, budget, text_bin)
+    engine.weights_move = weights_move
+    return engine
+
+
 class Engine:
     """Starts runs; keeps the captured steps. One per pipeline.
 
@@ -88,6 +94,10 @@ class Engine:
         self.weights_move = (
             False  # they visit the device for each call: a graph captured earlier would read freed addresses
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy captures its own steps: graphs hold the addresses of one model's weights."""
+        return _engine, (self.budget, self.text_bin, self.weights_move)
 
     def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid]) -> str:
         """Why steps of this batch run without a graph, or ""."""

@@ -34,8 +34,9 @@ class TableCache:
     """Tables of the schedules drawn lately; those that were ``prepared`` stay. Safe to share between threads.
 
     Tables of another model, or of weights changed since, are forgotten. A change is seen by the version torch keeps of
-    every weight on the model's device; weights that were evicted cannot change. Writes through ``.data`` have no
-    version: ``forget`` after them. A model in training (any of these weights requires a gradient) is never cached.
+    every weight on the model's device, and by ``watch``, since writes through ``.data`` have no version. Weights that
+    were evicted are not watched: ``forget`` after a change of theirs. A model in training (any of these weights requires
+    a gradient) is never cached.
     """
 
     def __init__(self, capacity: int = 8):
@@ -44,7 +45,12 @@ class TableCache:
         self._tables: dict[tuple[Any, ...], tuple[Modulation, bool]] = {}
         self._model: LensTransformer2DModel | None = None
         self._versions: dict[str, tuple[int, int]] = {}
+        self._first: Modulation | None = None  # the row of time 1, where all weights are on the model's device
         self._owners: tuple[Any, list[tuple[str, dict[str, Any], str]]] = (None, [])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy begins empty: tables are made again from the weights of its own model."""
+        return TableCache, (self.capacity,)
 
     def get(self, model: LensTransformer2DModel, timestep: Tensor, prepared: bool = False) -> Modulation:
         """The table of a schedule's times, timestep [K] on the host; made where it is not known yet."""
@@ -56,6 +62,7 @@ class TableCache:
         with self._lock:
             if self._model is not model or any(self._versions.get(n, v) != v for n, v in versions.items()):
                 self._tables.clear()
+                self._first = None
             self._model = model
             self._versions |= versions
             if key in self._tables:
@@ -63,7 +70,9 @@ class TableCache:
                 self._tables[key] = made, prepared or kept
                 return made
         made = table(model, timestep)
+        first = _first_row(model) if self._first is None and len(weights) == len(self._owners[1]) else None
         with self._lock:
+            self._first = self._first or first
             if self._model is model and all(self._versions[n] == v for n, v in versions.items()):
                 kept = self._tables.get(key, (made, False))[1]
                 self._tables[key] = made, prepared or kept
@@ -71,6 +80,26 @@ class TableCache:
                 for old in passing[: -self.capacity]:
                     del self._tables[old]
         return made
+
+    def watch(self, model: LensTransformer2DModel) -> None:
+        """Forget the tables where the weights make another row now than they did: a write through ``.data``.
+
+        One row is made anew, of time 1, with which every schedule begins. It reads each weight once, as one step of a
+        table does; on a GPU it waits for the result, so call it where nothing is under way.
+        """
+        if self._first is None or self._model is not model or model.device != self._first.blocks.device:
+            return
+        weights = [owner[name] for _, owner, name in self._owners[1]]
+        if self._owners[0] is not model or any(w.device != model.device or w.requires_grad for w in weights):
+            return
+        now = _first_row(model)
+        with self._lock:
+            before = self._first
+            if before is None or before.blocks.dtype != now.blocks.dtype:
+                return
+            if not (torch.equal(before.blocks, now.blocks) and torch.equal(before.final, now.final)):
+                self._tables.clear()
+                self._first = now
 
     def _weights_of(self, model: LensTransformer2DModel) -> dict[str, Tensor]:
         """The weights a table is made of, by name; without those that were evicted from the model's device."""
@@ -83,6 +112,12 @@ class TableCache:
         """Drop every table, prepared ones too: the weights were changed behind torch's back."""
         with self._lock:
             self._tables.clear()
+            self._first = None
+
+
+@torch.no_grad()
+def _first_row(model: LensTransformer2DModel) -> Modulation:
+    return model.modulate(torch.ones(1, device=model.device))
 
 
 def _owners(model: LensTransformer2DModel) -> list[tuple[str, dict[str, Any], str]]:

@@ -57,7 +57,7 @@ class State:
     memory: Memory | None  # of a multistep solver
     guidance: float
     halves: int
-    whole: DenoiseStep | None = None  # the transformer as one call, where every kernel is ours
+    whole: DenoiseStep | None = None  # the transformer as one call, where every kernel is one of lens._C
 
     def tensors(self) -> list[Tensor]:
         p, t = self.packing, self.table

@@ -12,13 +12,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lens.interrupts import held_back
 
 from .files import CheckpointError, read_json
 from .names import released_names
@@ -207,13 +209,16 @@ def merged(weight: Tensor, parts: Iterable[tuple[int, int, Pair, float]]) -> Ten
 class Adapters:
     """The adapters of one model. Weights they touch are kept as they were, in host memory, and come back bit for bit."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, changed: Callable[[set[str]], None] | None = None):
+        """changed: called with the names of the weights that are others now, before anything can come between."""
         self.model = model
+        self.changed = changed
         self.loaded: list[tuple[Adapter, float]] = []
         self._kept: dict[str, Tensor] = {}
 
     def add(self, adapter: Adapter, scale: float) -> set[str]:
-        """Merge another one; returns the names of our weights that changed. Nothing changes where it does not fit."""
+        """Merge another one; returns the names of our weights that changed. All of it or nothing: where it does not fit,
+        where memory ends and under Ctrl-C the weights are those of before."""
         check(adapter, self.model)
         return self._set([*self.loaded, (adapter, scale)])
 
@@ -223,18 +228,40 @@ class Adapters:
 
     @torch.no_grad()
     def _set(self, loaded: Sequence[tuple[Adapter, float]]) -> set[str]:
-        known, weights = modules_of(self.model), dict(self.model.named_parameters())
-        parts: dict[str, list[tuple[int, int, Pair, float]]] = {name: [] for name in self._kept}
+        weights = dict(self.model.named_parameters())
+        before, wanted = self._parts(self.loaded), self._parts(loaded)
+        touched: list[str] = []
+        with held_back() as interrupted:
+            try:
+                for name in before | wanted:
+                    interrupted()
+                    if name not in self._kept:
+                        self._kept[name] = weights[name].detach().to("cpu", copy=True)
+                    touched.append(name)
+                    self._merge(weights[name], name, wanted)
+                interrupted()
+            except BaseException:
+                for name in touched:
+                    self._merge(weights[name], name, before)
+                self._kept = {name: kept for name, kept in self._kept.items() if name in before}
+                raise
+            self._kept = {name: kept for name, kept in self._kept.items() if name in wanted}
+            self.loaded = list(loaded)
+            names = set(before) | set(wanted)
+            if self.changed is not None:
+                self.changed(names)
+        return names
+
+    def _parts(self, loaded: Sequence[tuple[Adapter, float]]) -> dict[str, list[tuple[int, int, Pair, float]]]:
+        """What every weight gains under these adapters, by its name."""
+        known = modules_of(self.model)
+        parts: dict[str, list[tuple[int, int, Pair, float]]] = {}
         for adapter, scale in loaded:
             for module, pair in adapter.pairs.items():
                 name, first, last = known[module]
                 parts.setdefault(name, []).append((first, last, pair, scale))
-        for name, own in parts.items():
-            if own and name not in self._kept:
-                self._kept[name] = weights[name].detach().to("cpu", copy=True)
-            base = self._kept[name].to(weights[name].device)
-            weights[name].copy_(merged(base, own) if own else base)
-            if not own:
-                del self._kept[name]
-        self.loaded = list(loaded)
-        return set(parts)
+        return parts
+
+    def _merge(self, weight: Tensor, name: str, parts: Mapping[str, list[tuple[int, int, Pair, float]]]) -> None:
+        base = self._kept[name].to(weight.device)
+        weight.copy_(merged(base, parts[name]) if name in parts else base)

@@ -17,18 +17,28 @@ def refuse(op: str, message: str) -> NoReturn:
     raise ValueError(f"lens.{op}: {message}")
 
 
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _plain(value: torch.dtype | torch.layout) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def expect_tensor(op: str, name: str, x: Tensor) -> None:
+    """x is a dense tensor, neither None nor a list, nor sparse."""
+    if not isinstance(x, Tensor):
+        refuse(op, f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        refuse(op, f"{name} must be a dense tensor, got the layout {_plain(x.layout)}")
 
 
 def expect_floating(op: str, name: str, x: Tensor) -> None:
     """x holds float32, bfloat16 or float64."""
+    expect_tensor(op, name, x)
     if x.dtype not in FLOATS:
         refuse(op, f"{name} must be float32, bfloat16 or float64, got {_plain(x.dtype)}")
 
 
 def expect_rank(op: str, name: str, x: Tensor, symbols: str) -> None:
     """x has as many dims as `symbols` names, e.g. "R, D"."""
+    expect_tensor(op, name, x)
     rank = symbols.count(",") + 1
     if x.dim() != rank:
         refuse(op, f"{name} must be [{symbols}], got {list(x.shape)}")
@@ -44,12 +54,14 @@ def expect_packed(op: str, x: Tensor, name: str = "x", symbols: str = "R, D") ->
 
 def expect_shape(op: str, name: str, x: Tensor, symbols: str, *sizes: int) -> None:
     """x has exactly these sizes."""
+    expect_tensor(op, name, x)
     if x.shape != sizes:
         refuse(op, f"{name} must be [{symbols}] = {list(sizes)}, got {list(x.shape)}")
 
 
 def expect_like(op: str, name: str, x: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> None:
     """x is on the device of `like` and has its dtype, or `dtype`."""
+    expect_tensor(op, name, x)
     dtype = dtype or like.dtype
     if x.dtype != dtype:
         refuse(op, f"{name} must be {_plain(dtype)}, got {_plain(x.dtype)}")

@@ -38,6 +38,7 @@ def qk_norm_rope(
     """
     op = "qk_norm_rope"
     checks.expect_packed(op, image_qkv, "image_qkv", "RI, 3 D")
+    checks.expect_rank(op, "text_qkv", text_qkv, "RT, 3 D")
     width, joint_rows = image_qkv.shape[1], image_qkv.shape[0] + text_qkv.shape[0]
     checks.expect_shape(op, "text_qkv", text_qkv, "RT, 3 D", text_qkv.shape[0], width)
     checks.expect_like(op, "text_qkv", text_qkv, image_qkv)

@@ -90,7 +90,7 @@ def test_gemms():
 
 
 def test_a_broken_finding_decides_the_exit_code(monkeypatch):
-    monkeypatch.setattr(selftest, "draw_picture", lambda *_: [])
+    monkeypatch.setattr(selftest, "draw_image", lambda *_: [])
     monkeypatch.setattr(ops, "swiglu", lambda h: h[:, : h.shape[1] // 2])
     result = CliRunner().invoke(cli.app, ["doctor", "--device", "cpu"])
     assert result.exit_code == 1
@@ -143,7 +143,7 @@ def test_a_missing_extra_is_a_note(monkeypatch):
 
 
 def test_weights_that_are_not_there_are_broken():
-    (finding,) = selftest.draw_picture(str(DEV.parent / "nowhere"), CPU)
+    (finding,) = selftest.draw_image(str(DEV.parent / "nowhere"), CPU)
     assert finding.status == BROKEN
     assert "nowhere" in finding.detail
 
@@ -157,7 +157,7 @@ def test_a_picture_that_changes_is_found(monkeypatch, wrong_call, name):
         return decode(self, rows, grid) + (1e-6 if len(calls) == wrong_call else 0)
 
     monkeypatch.setattr(PixelCodec, "decode", drifting)
-    findings = by_name(selftest.draw_picture(str(DEV), CPU))
+    findings = by_name(selftest.draw_image(str(DEV), CPU))
     assert findings[("Self-test on cpu", name)].status == BROKEN
     assert len([f for f in findings.values() if f.status == BROKEN]) == 1
 
@@ -171,7 +171,7 @@ def test_a_neighbour_that_changes_bits_is_a_fault_where_none_may(monkeypatch, pr
         return denoise(self, image_rows, text_rows, modulation, packing, *rest) + 1e-4 * (packing.batch_size > 2)
 
     monkeypatch.setattr(LensTransformer2DModel, "denoise", drifting)
-    assert by_name(selftest.draw_picture(str(DEV), CPU))[("Self-test on cpu", "same bits in a batch")].status == status
+    assert by_name(selftest.draw_image(str(DEV), CPU))[("Self-test on cpu", "same bits in a batch")].status == status
 
 
 @pytest.mark.parametrize("yes", [True, False])

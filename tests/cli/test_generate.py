@@ -3,12 +3,15 @@
 import errno
 import inspect
 import json
+import logging
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import unicodedata
+import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from lens import LensPipeline, __version__, image_file, pipeline
 from lens.cli import __main__ as cli
 from lens.cli import request as cli_request
 from lens.cli import terminal
+from lens.doctor.findings import Finding
 from lens.formats import released
 from lens.formats.hub import EMBEDDED, fingerprint
 from lens.formats.released import read_index
@@ -44,6 +48,9 @@ EXPECTED_RECIPE = {
     "fingerprint": fingerprint(DEV),
     "solver": "euler",
     "loras": (),
+    "threads": 1,
+    "hardware": image_file.Machine.here(torch.device("cpu"), 1).hardware,
+    "torch_version": torch.__version__,
 }
 
 
@@ -72,7 +79,7 @@ def apple(tmp_path_factory):
     path = tmp_path_factory.mktemp("apple") / "apple.png"
     result = generate(
         "a red apple", "-o", path, "--model", DEV, "--negative", "blurry", "--seed", 7, "--steps", 3, "--guidance", 2.5,
-        "--size", "48x32", "--variant", "turbo", "--chat-date", "2025-01-31", "--truncation", "prompt",
+        "--size", "32x48", "--variant", "turbo", "--chat-date", "2025-01-31", "--truncation", "prompt",
         "--device", "cpu", "--dtype", "float32", fast=False,
     )  # fmt: skip
     assert written(result) == [path]
@@ -209,7 +216,7 @@ def test_prompts_from_a_file_and_from_stdin(tmp_path, ending):
 @pytest.mark.parametrize(
     ("flags", "height_width"),
     [
-        (["--size", "64x96"], (64, 96)),
+        (["--size", "96x64"], (64, 96)),
         (["--height", "48", "--width", "32"], (48, 32)),
         (["--base", "96", "--aspect", "16:9"], (80, 128)),
         ([], (64, 64)),
@@ -226,7 +233,7 @@ def test_sizes(tmp_path, monkeypatch, flags, height_width):
 
 def test_one_size_per_prompt(tmp_path):
     result = run(
-        "generate", "a", "b", "-m", DEV, "--steps", 1, "--size", "32x48", "--size", "64x32", "-n", 2, "-o", tmp_path
+        "generate", "a", "b", "-m", DEV, "--steps", 1, "--size", "48x32", "--size", "32x64", "-n", 2, "-o", tmp_path
     )
     assert [pixels(p).shape[:2] for p in written(result)] == [(32, 48), (32, 48), (64, 32), (64, 32)]
 
@@ -255,6 +262,22 @@ def test_names(tmp_path):
     assert image_file.slug("word " * 100) == "word-word-word-word-word-word-word-word"
     assert image_file.slug("a " * 30) == "-".join("a" * 20)
     assert image_file.slug("x" * 50) == "x" * 40
+
+
+@pytest.mark.parametrize(
+    ("prompt", "name"),
+    [
+        ("แอปเปิ้ลสีแดง", "แอปเปิ้ลสีแดง"),
+        ("एक लाल सेब", "एक-लाल-सेब"),
+        ("சிவப்பு ஆப்பிள்!", "சிவப்பு-ஆப்பிள்"),
+        (unicodedata.normalize("NFD", "Äpfel für Zoë"), unicodedata.normalize("NFD", "äpfel-für-zoë")),
+        ("\u0301 a\u200d", "a"),  # marks and joiners that join nothing
+        ("क्" * 30, "क्" * 20),
+        ("a" + "क्" * 30, "a" + "क्" * 19),  # never between a letter and its marks
+    ],
+)
+def test_names_keep_combining_marks(prompt, name):
+    assert image_file.slug(prompt) == name
 
 
 def test_today_is_written_into_the_recipe_as_a_date(tmp_path):
@@ -290,6 +313,67 @@ def test_progress_on_a_terminal_is_a_bar(tmp_path, monkeypatch):
     assert "2/2" in result.stderr
 
 
+def test_nothing_from_a_file_drives_the_terminal(apple, tmp_path, monkeypatch):
+    """Neither by an error, a warning, what a library logs, nor the doctor."""
+    evil = "\x1b]0;owned\x07\x1b[2J\u202e"
+    with Image.open(apple) as image:
+        recipe = replace(image_file.read_recipe(apple), version=evil)
+        image_file.save_png(image, tmp_path / "a.png", recipe)
+        image_file.save_png(image, tmp_path / "b.png", replace(recipe, loras=((evil, "f", 1.0),), fingerprint=evil))
+        image_file.save_png(image, tmp_path / "c.png", replace(recipe, model=evil))
+    caught, logged = [], []
+
+    def load(*args, **kwargs):
+        warnings.warn(evil, stacklevel=1)
+        logging.getLogger("diffusers").warning("unexpected %s", evil)
+        raise ValueError(evil)
+
+    monkeypatch.setattr(LensPipeline, "from_pretrained", load)
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(handler.format(record))
+    logging.getLogger("diffusers").addHandler(handler)
+    try:
+        for name in "abc":
+            caught.append(generate("--like", tmp_path / f"{name}.png", "-o", tmp_path / "x.png", fast=name != "c"))
+    finally:
+        logging.getLogger("diffusers").removeHandler(handler)
+    assert len(logged) == 1
+    assert all(r.exit_code for r in caught)
+    assert any("owned" in r.output for r in caught)
+    for text in (*logged, *(r.output for r in caught), *(r.stderr for r in caught)):
+        assert not set(text) & {"\x1b", "\x07", "\u202e"}
+    monkeypatch.setattr("lens.doctor.report.examine", lambda *_: [Finding("a", "b", "ok", evil)])
+    assert "\x1b" not in run("doctor").output
+
+
+def test_sizes_that_are_not_square_are_said_in_words_once(tmp_path):
+    result = generate("a", "b", "--size", "48x32", "-o", tmp_path, "--steps", 1)
+    assert written(result)
+    assert result.stderr.count("width 48, height 32") == 1
+    assert pixels(written(result)[0]).shape == (32, 48, 3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "note"),
+    [
+        (["-g", "0.5"], "guidance_scale 0.5 is below 1, so images are drawn partly without the prompt"),
+        (["-g", "0"], "guidance_scale 0 is below 1, so images are drawn without the prompt"),
+        (["-g", "1", "--negative", "fog"], "the negative prompt is not read at guidance_scale 1"),
+        (["red " * 600], "tokens; only the first 412 are kept"),
+        (["red " * 600 + "<|end|>"], "tokens; only the first 412 are kept"),
+        (["-g", "1"], None),
+        (["--negative", "fog"], None),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_traps_are_said_once(tmp_path, flags, note):
+    result = generate(*([] if flags[0].startswith("red") else ["a"]), *flags, "--steps", 1, "-o", tmp_path / "x.png")
+    assert written(result)
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note:")]
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]
+
+
 # ------------------------------------------------------------------------------------------------ like
 
 
@@ -306,9 +390,9 @@ def test_like_redraws_one_picture_of_a_mixed_batch(tmp_path):
         "-m",
         DEV,
         "--size",
-        "32x64",
-        "--size",
         "64x32",
+        "--size",
+        "32x64",
         "--size",
         "48x48",
         "--steps",
@@ -344,6 +428,45 @@ def test_a_flag_overrides_its_part_of_the_recipe(apple, tmp_path, flags, changed
         assert pixels(path).tobytes() != pixels(apple).tobytes()
 
 
+def test_like_says_where_another_machine_may_give_other_bits(apple, tmp_path):
+    recipe, notes = image_file.read_recipe(apple), {}
+    for name, change in {
+        "other.png": {"hardware": "cpu avx2", "torch_version": "9.9", "threads": 3},
+        "unknown.png": {"hardware": "", "torch_version": "", "threads": 0},
+    }.items():
+        with Image.open(apple) as image:
+            image_file.save_png(image, tmp_path / name, replace(recipe, **change))
+        result = run("generate", "--like", tmp_path / name, "--model", DEV, "-o", tmp_path / "again.png")
+        assert written(result)
+        notes[name] = " ".join(result.stderr.split())
+    here = recipe.machine
+    assert (
+        f"other.png was drawn with 3 threads (here 1), cpu avx2 (here {here.hardware}), torch 9.9 (here {here.torch_version}): "
+        "the last bits may differ"
+    ) in notes["other.png"]
+    assert "was drawn with" not in notes["unknown.png"]
+    assert "threads" not in json.loads(replace(recipe, threads=0).to_json())
+
+
+def test_like_draws_on_as_many_threads_as_the_picture_was(apple, tmp_path, monkeypatch):
+    """Of a model that is not small: the number decides bits, and one machine's cores are not another's."""
+    monkeypatch.setattr("lens.threads.SMALL_WIDTH", 16)
+    before, drawn_with = torch.get_num_threads(), []
+    draw = LensPipeline.draw
+    monkeypatch.setattr(LensPipeline, "draw", lambda *a: drawn_with.append(torch.get_num_threads()) or draw(*a))
+    with Image.open(apple) as image:
+        image_file.save_png(image, tmp_path / "two.png", replace(image_file.read_recipe(apple), threads=2))
+    try:
+        torch.set_num_threads(1)
+        again = run("generate", "--like", tmp_path / "two.png", "--model", DEV, "--steps", 1, "-o", tmp_path / "x.png")
+        assert written(again)
+    finally:
+        torch.set_num_threads(before)
+    assert drawn_with == [2]
+    assert image_file.read_recipe(tmp_path / "x.png").threads == 2
+    assert "threads" not in again.stderr.split("drawn in")[0]
+
+
 def test_like_finds_embedded_weights_by_name_and_refuses_others(apple, tmp_path, monkeypatch):
     monkeypatch.setitem(EMBEDDED, "mini", str(DEV))
     recipe = replace(image_file.read_recipe(apple), model="mini")
@@ -374,10 +497,23 @@ def test_like_of_weights_in_a_folder_asks_for_them(apple):
 def broken_recipes():
     good = json.loads(json.dumps(EXPECTED_RECIPE))
     yield "{", "not valid JSON"
-    yield "[]", "must have the keys"
-    yield json.dumps({k: v for k, v in good.items() if k != "seed"}), "must have the keys"
+    yield "[]", "must be a JSON object, got list"
+    yield json.dumps({k: v for k, v in good.items() if k != "seed"}), "has no seed; it was written by version"
+    yield (
+        json.dumps({**good, "sampler": 1, "version": "9.9"}),
+        f"unknown key 'sampler'; it was written by version '9.9', this is {__version__}",
+    )
+    yield json.dumps(good).replace('"seed": 7', f'"seed": {"7" * 5000}'), "not valid JSON"
+    yield json.dumps(good).replace('"seed": 7', f'"seed": {"[" * 100_000}'), "not valid JSON"
+    yield json.dumps(good).replace("2.5", "1e999"), "guidance of its recipe must be a finite number >= 0, got inf"
+    yield json.dumps({**good, "threads": 10**6}), "threads of its recipe must be an integer from 1 to 1024"
     for key, value in [
-        ("seed", -1),
+        ("seed", -(2**63) - 1),
+        ("seed", 2**64),
+        ("size", [64, 2**60]),
+        ("steps", 2**63),
+        ("guidance", 10**400),
+        ("loras", [["a", "b", 10**400]]),
         ("seed", True),
         ("size", [64]),
         ("size", "64x64"),
@@ -456,9 +592,17 @@ def test_captions_wrap_at_words_and_only_then_inside_them():
 
 MISTAKES = [
     ([], "nothing to draw"),
-    (["a", "--size", "64"], "--size must be HEIGHTxWIDTH"),
-    (["a", "--size", "64x65"], "--width must be a positive multiple of 16"),
-    (["a", "--size", "0x64"], "--height must be a positive multiple of 16"),
+    (["a", "--size", "64"], "--size must be WIDTHxHEIGHT"),
+    (
+        ["a", "--size", "65x64"],
+        "--size 65x64: width and height must be multiples of 16 pixels, from 16 to 65536, got 65; the nearest is 64x64",
+    ),
+    (["a", "--size", "1152921504606846976x64"], "the nearest is 65536x64"),
+    (
+        ["a", "--width", "72", "--height", "64"],
+        "--width must be a positive multiple of 16 pixels, got 72: 64 or 80 is nearest",
+    ),
+    (["a", "--size", "0x64"], "got 0"),
     (["a", "b", "c", "--size", "64x64", "--size", "32x32"], "once per prompt (3), got 2"),
     (["a", "--height", "64"], "--height and --width must be given together"),
     (["a", "--base", "64"], "--base and --aspect must be given together"),
@@ -466,7 +610,22 @@ MISTAKES = [
     (["a", "--base", "64", "--aspect", "5:1"], "--aspect must lie between"),
     (["a", "--size", "64x64", "--base", "64", "--aspect", "1:1"], "only one of --size"),
     (["a", "--seed", "x"], "--seed must be a whole number"),
-    (["a", "--seed", "-1"], "--seed must lie between"),
+    (["a", "--seed", "18446744073709551616"], "--seed must lie between -2^63 and 2^64 - 1"),
+    (["a", "--seed", "18446744073709551615", "-n", "2"], "counts up to 18446744073709551616 for 2 pictures"),
+    (["a", "-n", "1000000000000"], "100000"),
+    (
+        ["a", "b", "-n", "60000"],
+        "a command draws at most 100000 pictures, got 2 prompts times --images-per-prompt 60000",
+    ),
+    (["a", "--steps", "1000000"], "1000"),
+    (["a", "-o", "x" * 300 + ".png"], "at most 255 bytes, got 304"),
+    (["a", "-o", "a/" * 2100 + "b.png"], "at most 4095 bytes"),
+    (["a", "--sheet", "é" * 140 + ".png"], "at most 255 bytes, got 284"),
+    (["a", "--name", "{index:1000000000}"], "no wider than 255"),
+    (["a", "--name", "{index:{seed}}"], "no wider than 255"),
+    (["a", "-o", "-"], "not written to stdout"),
+    (["a", "-o", "x.png", "--sheet", "./x.png"], "--sheet x.png is also the file of a picture"),
+    (["a", "--seed", "4", "--name", "{index}", "--sheet", "0.png"], "--sheet 0.png is also the file of a picture"),
     (["a", "--seed", "1,2", "-n", "3"], "one per picture (3), got 2"),
     (["a", "b", "--seed", "1,2,3"], "one per picture (2), got 3"),
     (["a", "--steps", "0"], "--steps"),
@@ -494,7 +653,9 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=[" ".join(args) or "no prompt" for args, _ in MISTAKES])
+@pytest.mark.parametrize(
+    ("args", "message"), MISTAKES, ids=[" ".join(args)[:60] or "no prompt" for args, _ in MISTAKES]
+)
 def test_a_mistake_is_one_line_and_exit_code_2(args, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common = ["generate", "--model", str(DEV), "--variant", "lens"]

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lens import LensConfig, LensTransformer2DModel, packing, pipeline
 from lens.cost import decode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
 from lens.engine import residency, run
-from lens.engine.residency import PRESETS, Places, Residency, Sizes
+from lens.engine.residency import PRESETS, Placement, Residency, Sizes
 from lens.modulation import Modulation
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
@@ -156,7 +156,7 @@ def test_a_plan_in_words():
 def visits(monkeypatch):
     """On the CPU a visit is a copy; the list says what visited, by bytes."""
     made = []
-    monkeypatch.setattr(Places, "_visit", lambda self, host: made.append(host.nbytes) or host.clone())
+    monkeypatch.setattr(Placement, "_visit", lambda self, host: made.append(host.nbytes) or host.clone())
     return made
 
 
@@ -167,18 +167,18 @@ def addresses(module: nn.Module) -> list[int]:
 def test_a_part_visits_and_leaves(visits):
     module = nn.BatchNorm1d(3)
     module.left_out = nn.Parameter(torch.empty(2, device="meta"))
-    places = Places(Residency(vae="on_demand"), torch.device("cpu"))
-    places.add("vae", module)
-    places.add("transformer", nn.Linear(2, 2))
+    placement = Placement(Residency(vae="on_demand"), torch.device("cpu"))
+    placement.add("vae", module)
+    placement.add("transformer", nn.Linear(2, 2))
     home = addresses(module)
-    with places.using("vae"):
+    with placement.using("vae"):
         away = addresses(module)
         assert not set(away) & set(home)
-        with places.using("vae"), places.using("transformer"):
+        with placement.using("vae"), placement.using("transformer"):
             assert addresses(module) == away
         assert addresses(module) == away
     assert addresses(module) == home
-    with pytest.raises(ZeroDivisionError), places.using("vae"):
+    with pytest.raises(ZeroDivisionError), placement.using("vae"):
         raise ZeroDivisionError
     assert addresses(module) == home
     assert len(visits) == 2 * len(home)
@@ -188,16 +188,17 @@ def test_a_part_visits_and_leaves(visits):
 def test_what_cannot_move_is_said():
     module = nn.Linear(2, 2)
     module.is_quantized, module.hf_quantizer = True, object()
-    places = Places(Residency(text_encoder="on_demand"), torch.device("cpu"))
+    placement = Placement(Residency(text_encoder="on_demand"), torch.device("cpu"))
     with pytest.raises(ValueError, match="text_encoder cannot be on_demand: its packed MXFP4 experts"):
-        places.add("text_encoder", module)
+        placement.add("text_encoder", module)
 
 
 @pytest.mark.parametrize("name", ["resident", "trimmed", "balanced", "lean"])
 def test_pictures_are_the_same_wherever_parts_live(visits, name):
     pipe = fresh()
     bytes_of = {part: residency.module_bytes(m) for part, m in pipe.parts().items()}
-    assert pipe.live(name) == PRESETS[name]
+    assert pipe.set_residency(name) == PRESETS[name]
+    assert type(pipe).live is type(pipe).set_residency  # the earlier name still serves
     inside = []
 
     def watch(p, i, t, tensors):
@@ -230,7 +231,7 @@ def test_the_text_encoder_stays_away_where_no_prompt_is_read(visits, call, reads
     if call.pop("embedded_negative", False):
         call |= dict(negative_prompt_embeds=features, negative_prompt_mask=mask)
     expected = pipe(**call).images
-    pipe.live(Residency(text_encoder="on_demand"))
+    pipe.set_residency(Residency(text_encoder="on_demand"))
     assert same_bits(pipe(**call).images, expected)
     assert sum(visits) == reads * residency.module_bytes(pipe.text_encoder.model)
 
@@ -249,8 +250,8 @@ def test_loaded_to_where_it_lives(monkeypatch):
         monkeypatch.setattr(pipeline, f"load_{part}", spy)
     fresh(residency="lean")
     assert asked == dict.fromkeys(parts, "cpu")
-    monkeypatch.setattr(pipeline, "placement", lambda device, dtype: (torch.device("meta"), torch.float32))
-    monkeypatch.setattr(Places, "add", lambda *_: None)
+    monkeypatch.setattr(pipeline, "usable_placement", lambda device, dtype: (torch.device("meta"), torch.float32))
+    monkeypatch.setattr(Placement, "add", lambda *_: None)
     fresh(residency=Residency(vae="on_demand"))
     assert asked == {"transformer": "meta", "text_encoder": "meta", "vae": "cpu"}
     fresh(residency="balanced")
@@ -266,19 +267,19 @@ def test_loaded_to_where_it_lives(monkeypatch):
 
 
 def test_sizes_of_a_pipeline():
-    sizes = shared().sizes(image_tokens=24, pictures=2, guided=False)
+    sizes = shared().sizes(image_tokens=24, images=2, guided=False)
     assert sizes.transformer == 4 * transformer_parameters(shared().transformer.config)[0]
     assert sizes.decode == decode_bytes(tuple(shared().codec.vae.config.block_out_channels), 256 * 24)
-    more = shared().sizes(image_tokens=24, pictures=4, guided=True)
+    more = shared().sizes(image_tokens=24, images=4, guided=True)
     assert more.denoise > sizes.denoise
     assert more.decode == sizes.decode  # one picture is decoded at a time
 
 
-def test_who_comes_second_finds_all_of_a_part_there(monkeypatch):
+def test_a_second_thread_finds_all_of_a_part_there(monkeypatch):
     """Threads may share a pipeline: the second must not compute while the first is still moving weights."""
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    places = Places(PRESETS["lean"], torch.device("cpu"))
-    places.add("vae", module)
+    placement = Placement(PRESETS["lean"], torch.device("cpu"))
+    placement.add("vae", module)
     host = [p.data_ptr() for p in module.parameters()]
     begun, found = threading.Event(), []
 
@@ -289,13 +290,13 @@ def test_who_comes_second_finds_all_of_a_part_there(monkeypatch):
 
     def second():
         begun.wait()
-        with places.using("vae"):
+        with placement.using("vae"):
             found.extend(p.data_ptr() for p in module.parameters())
 
-    monkeypatch.setattr(Places, "_visit", slowly)
+    monkeypatch.setattr(Placement, "_visit", slowly)
     thread = threading.Thread(target=second)
     thread.start()
-    with places.using("vae"):
+    with placement.using("vae"):
         thread.join()
     assert len(found) == 4
     assert not set(found) & set(host)

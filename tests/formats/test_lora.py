@@ -1,6 +1,7 @@
 """LoRAs: held to peft on an independent Lens, merged into fused weights, taken out again bit for bit, refused when wrong."""
 
 import json
+import signal
 import struct
 import subprocess
 import sys
@@ -286,3 +287,33 @@ def test_an_adapter_of_lens_applies_to_turbo(folder):
     plain = np.asarray(pipe("a red apple", height=32, width=32, seed=1).images[0])
     pipe.load_lora(folder)
     assert not np.array_equal(np.asarray(pipe("a red apple", height=32, width=32, seed=1).images[0]), plain)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["the first", "another"])
+@pytest.mark.parametrize("stop", ["ctrl-c", "ctrl-c at the end", "memory"])
+def test_all_of_an_adapter_is_merged_or_nothing(folder, monkeypatch, stop, first):
+    """Also under a second Ctrl-C while the first is being undone."""
+    pipe = fresh()
+    if first:
+        pipe.load_lora(folder, 0.5)
+    before, loras, merge, calls = weights(pipe.transformer), pipe.loras, lora.Adapters._merge, []
+
+    def interrupted(self, weight, name, parts):
+        merge(self, weight, name, parts)
+        calls.append(name)
+        if stop == "memory" and len(calls) == 7:
+            raise torch.OutOfMemoryError("simulated")
+        if stop != "memory" and len(calls) in ((7, 9) if stop == "ctrl-c" else (len(before_names),)):
+            signal.raise_signal(signal.SIGINT)
+
+    before_names = {lora.modules_of(pipe.transformer)[m][0] for m in lora.read(folder).pairs}
+    monkeypatch.setattr(lora.Adapters, "_merge", interrupted)
+    with pytest.raises(torch.OutOfMemoryError if stop == "memory" else KeyboardInterrupt):
+        pipe.load_lora(folder)
+    monkeypatch.undo()
+    assert pipe.loras == loras
+    assert same_bits(list(weights(pipe.transformer).values()), list(before.values()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    pipe.load_lora(folder, 0.5)
+    pipe.unload_lora()
+    assert same_bits(list(weights(pipe.transformer).values()), list(weights(fresh().transformer).values()))

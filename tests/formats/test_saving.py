@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -58,6 +59,40 @@ def test_a_device_or_pipe_is_refused_and_stays(tmp_path):
         write_atomic(pipe, lambda p: p.write_text("new") and None)
     assert pipe.is_fifo()
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_modes_follow_the_umask_and_a_replaced_file_keeps_its_own(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        for name, kept in (("new", None), ("private", 0o600), ("shared", 0o664)):
+            path, seen = tmp_path / name, []
+            if kept is not None:
+                path.write_text("old")
+                path.chmod(kept)
+
+            def write(temporary, seen=seen):
+                temporary.write_text("new")
+                seen.append(temporary.stat().st_mode & 0o777)
+
+            write_atomic(path, write)
+            expected = 0o666 & ~umask if kept is None else kept
+            assert [path.stat().st_mode & 0o777, *seen] == [expected, expected]
+    finally:
+        os.umask(before)
+
+
+def test_what_killed_writers_left_is_swept(tmp_path):
+    names = ("killed", "fresh", "locked")
+    for name in names:
+        left = tmp_path / f".{name}.part"
+        left.write_text("half")
+        if name != "fresh":
+            os.utime(left, (1, 1))
+    with open(tmp_path / ".locked.part") as writer:  # another writer, who is slow
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        write_atomic(tmp_path / "a", lambda temporary: temporary.write_text("new") and None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".fresh.part", ".locked.part", "a"]
 
 
 def test_full_disk_while_flushing(tmp_path, monkeypatch):

@@ -189,8 +189,8 @@ def test_streamed_pictures_and_the_second_stream():
     pytest.importorskip("diffusers")
     pipe = fresh(device="cuda", dtype=torch.bfloat16)
     requests = [Request(PROMPTS[k % 2], seed=k, size=(64, 64), num_inference_steps=4) for k in range(10)]
-    drawn = {k: picture for k, picture, _ in pipe.stream(requests, max_pictures=2, output_type="np")}
-    inline = {k: picture for k, picture, _ in pipe.stream(requests, max_pictures=2, output_type="np")}
+    drawn = {k: picture for k, picture, _ in pipe.stream(requests, max_images=2, output_type="np")}
+    inline = {k: picture for k, picture, _ in pipe.stream(requests, max_images=2, output_type="np")}
     assert sorted(drawn) == list(range(10))
     for k, picture in drawn.items():
         assert (picture == inline[k]).all()

@@ -1,5 +1,6 @@
 """Which kernel runs, and what is said when the wanted one cannot."""
 
+import inspect
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import torch
 
 from lens import ops
 from lens.doctor.ops import OPS, report
+from lens.doctor.selftest import op_cases
 from lens.ops import backend
 from tests.ops import harness
 
@@ -128,6 +130,48 @@ def test_the_table_itself_refuses():
     if not _C.with_cuda:
         with pytest.raises(RuntimeError, match=r"lens.swiglu: this build has no CUDA kernels"):
             _C.swiglu(**zeros, R=0, F=4, dtype=0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"R": 2**31, "F": 4}, r"lens.swiglu: R must be at most 2\^31 - 1, got 2147483648"),
+        ({"R": 2**62, "F": 2**62}, "lens.swiglu: R must be at most"),
+        ({"R": 2**31 - 1, "F": 2**31 - 1}, r"sizes must multiply to at most 2\^48 elements, got F = 2147483647"),
+        ({"R": 2**25, "F": 2**24}, r"sizes must multiply to at most 2\^48 elements, got F = 16777216"),
+    ],
+)
+def test_sizes_whose_products_overflow_are_refused(sizes, message):
+    from lens import _C
+
+    with pytest.raises(ValueError, match=message):
+        _C.swiglu(h=64, y=64, device=-1, stream=0, dtype=0, **sizes)
+
+
+def test_a_stride_that_leaves_memory_is_refused():
+    from lens import _C
+
+    row = torch.zeros(4)
+    given = dict.fromkeys(("x", "y", "gate", "out", "offsets"), row.data_ptr())
+    given |= {"R": 0, "B": 1, "D": 4, "device": -1, "stream": 0, "dtype": 0}
+    for stride in (-4, 2**31):
+        with pytest.raises(ValueError, match=rf"gate_stride must lie in \[0, 2\^31\), got {stride}"):
+            _C.gated_residual(**given, gate_stride=stride)
+
+
+@pytest.mark.parametrize("op", op_cases())
+def test_what_is_no_dense_tensor_is_named(op):
+    """None, a list or a sparse tensor in the place of any tensor: the op, the argument and what came."""
+    made, names = op_cases()[op], list(inspect.signature(getattr(ops, op)).parameters)
+    for k, value in enumerate(made):
+        if not isinstance(value, torch.Tensor):
+            continue
+        dense = value.double() if value.is_floating_point() else value
+        for wrong, got in ((None, "NoneType"), ([1.0], "list"), (dense.to_sparse(), "sparse_coo")):
+            if wrong is None and names[k] == "uncond":
+                continue  # without guidance
+            with pytest.raises(ValueError, match=rf"lens\.{op}: {names[k]} must be a (dense )?tensor, got .*{got}"):
+                getattr(ops, op)(*made[:k], wrong, *made[k + 1 :])
 
 
 def test_no_torch_in_the_extension():

@@ -65,6 +65,16 @@ def test_where_rows_go_and_how_they_turn():
         torch.testing.assert_close(v[:, 0], rows(own)[order][:, :2])
 
 
+@pytest.mark.parametrize("eps", [0.0, 0.5])
+def test_eps_is_the_callers(eps):
+    made = {name: value.detach() for name, value in inputs(*CASES["ragged"]).items()}
+    with compiled():
+        got = ops.qk_norm_rope(**made, eps=eps)
+        usual = ops.qk_norm_rope(**made)
+    torch.testing.assert_close(got, reference.qk_norm_rope(**made, eps=eps))
+    assert (got - usual).abs().max() > (1e-9 if eps == 0 else 1e-2)
+
+
 @pytest.mark.parametrize("dtype", harness.DTYPES)
 @pytest.mark.parametrize("case", ["ragged", "no text"])
 def test_a_sample_does_not_see_its_batch(case, dtype):

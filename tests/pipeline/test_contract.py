@@ -41,6 +41,7 @@ def test_signature_is_the_published_one():
     }  # fmt: skip
     load = inspect.signature(LensPipeline.from_pretrained).parameters
     expected = {"source": "mini", "variant": None, "device": None, "dtype": None, "residency": None}
+    expected["torch_dtype"] = None  # dtype by diffusers' name
     assert {n: p.default for n, p in load.items()} == expected
 
 
@@ -516,6 +517,42 @@ def test_callback_replaces_the_negative():
 
     arguments = {**LATENT, "num_inference_steps": 3, "seed": 6, "guidance_scale": 4.0}
     assert torch.equal(pipe([A, B], "", callback_on_step_end=start_there, **arguments).images, final)
+
+
+def test_callback_replaces_embeddings_under_a_mask_with_holes():
+    """Of the same T the mask and the tokens' places hold on: as if the new features had been given from that step on."""
+    pipe, (features, mask) = shared(), shared().encode_text(["a red apple on a wooden table"])
+    mask = mask.clone()
+    mask[0, [1, 4]] = False
+    other = [f + 0.5 for f in features]
+    arguments = {**LATENT, "num_inference_steps": 2, "seed": 6, "guidance_scale": 1.0, "prompt_mask": mask}
+    start = []
+
+    def swap(pipe, i, t, tensors):
+        start.append(tensors["latents"])
+        return {"prompt_embeds": other_packed} if i == 0 else {}
+
+    def jump(pipe, i, t, tensors):
+        return {"latents": start[0]} if i == 0 else {}
+
+    shown = []
+    keys = ("latents", "prompt_embeds")
+    pipe(
+        prompt_embeds=features,
+        callback_on_step_end=lambda p, i, t, k: shown.append(k),
+        callback_on_step_end_tensor_inputs=keys,
+        **arguments,
+    )
+    valid = mask[0].nonzero().squeeze(1)
+    other_packed = [f[:, valid] for f in other]
+    assert [f.shape for f in shown[0]["prompt_embeds"]] == [f.shape for f in other_packed]
+    swapped = pipe(
+        prompt_embeds=features, callback_on_step_end=swap, callback_on_step_end_tensor_inputs=keys, **arguments
+    ).images
+    expected = pipe(prompt_embeds=other, callback_on_step_end=jump, **arguments).images
+    assert torch.equal(swapped, expected)
+    dense = pipe(prompt_embeds=other_packed, callback_on_step_end=jump, **{**arguments, "prompt_mask": None}).images
+    assert not torch.equal(dense, expected)  # without its holes the text lies in other places
 
 
 def test_callback_with_mixed_sizes():

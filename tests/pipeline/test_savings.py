@@ -163,6 +163,17 @@ def test_eviction(device):
         assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, expected)
 
 
+def test_prepare_pins_a_table_that_was_only_passing():
+    """Drawn first and prepared then: eight later schedules do not push it out."""
+    pipe = fresh()
+    expected = pipe(PROMPTS, seed=1, **SMALL).images
+    pipe.prepare(image_tokens=6, num_inference_steps=2)
+    for steps in range(3, 13):
+        pipe._schedules([6], steps)
+    evict(pipe.transformer, "meta")
+    assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, expected)
+
+
 def test_positions_follow_the_mask_not_the_packing():
     """Dropping padding in front of or between tokens keeps the place they had."""
     left = packing.plan([(4, 6)], [torch.tensor([3, 4, 7])], (8, 28, 28))
@@ -194,7 +205,7 @@ def test_prepared_tables_survive_threads():
 
 
 def test_changed_weights_change_the_table():
-    """A block's own modulation weights count; weights in training are never cached; ``forget`` covers ``.data``."""
+    """A block's own modulation weights count; weights in training are never cached; ``.data`` is watched."""
     pipe = fresh()
     first = pipe(PROMPTS, seed=1, **SMALL).images
     weight = pipe.transformer.blocks[0].image.modulation.weight
@@ -202,9 +213,17 @@ def test_changed_weights_change_the_table():
         weight.mul_(1.5)
     second = pipe(PROMPTS, seed=1, **SMALL).images
     assert not torch.equal(first, second)
-    weight.data.div_(1.5)
-    pipe._tables.forget()
+    weight.data.div_(1.5)  # behind torch's back
     assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, first)
+    for name, module in (
+        ("time", pipe.transformer.time_embedding.linear_2),
+        ("final", pipe.transformer.final_modulation),
+    ):
+        module.bias.data[3] += 0.5
+        changed = pipe(PROMPTS, seed=1, **SMALL).images
+        assert not torch.equal(changed, first), name
+        module.bias.data[3] -= 0.5
+        assert relative(pipe(PROMPTS, seed=1, **SMALL).images, first) <= 1e-5
     weight.requires_grad_(True)
     weight.data.mul_(1.5)
     assert torch.equal(pipe(PROMPTS, seed=1, **SMALL).images, second)

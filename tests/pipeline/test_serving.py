@@ -30,12 +30,12 @@ def queue_of(asked, limits) -> TokenQueue[int]:
 @given(ASKED, LIMITS)
 @settings(max_examples=150, deadline=None, derandomize=True)
 def test_every_request_once_within_bounds(asked, limits):
-    max_tokens, max_pictures, same_size = limits
+    max_tokens, max_images, same_size = limits
     batches = list(queue_of(asked, limits).batches())
     assert sorted(k for batch in batches for k in batch) == list(range(len(asked)))
     for batch in batches:
         assert batch == sorted(batch), "oldest first"
-        assert len(batch) <= max_pictures
+        assert len(batch) <= max_images
         assert len(batch) == 1 or sum(asked[k][1] for k in batch) <= max_tokens
         assert len({asked[k][2] for k in batch}) == 1
         if same_size:
@@ -65,12 +65,12 @@ def test_no_request_starves(asked, limits, arrivals):
 @given(ASKED, LIMITS)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_no_room_is_left_that_a_waiting_request_would_fit(asked, limits):
-    max_tokens, max_pictures, same_size = limits
+    max_tokens, max_images, same_size = limits
     queue = queue_of(asked, limits)
     batch = queue.take()
     used, (grid, _, kind) = sum(asked[k][1] for k in batch), asked[batch[0]]
     for k in set(range(len(asked))) - set(batch):
-        fits = used + asked[k][1] <= max_tokens and len(batch) < max_pictures
+        fits = used + asked[k][1] <= max_tokens and len(batch) < max_images
         assert not (fits and asked[k][2] == kind and (asked[k][0] == grid or not same_size))
 
 
@@ -86,9 +86,16 @@ def test_same_sizes_come_first():
     assert queue.take() == []
 
 
+def test_a_batch_may_fill_the_budget_exactly():
+    queue = TokenQueue(10)
+    for k, tokens in enumerate([4, 6, 4, 7, 10]):
+        queue.add(k, (2, 2), tokens)
+    assert list(queue.batches()) == [[0, 1], [2], [3], [4]]
+
+
 def test_wrong_arguments():
     for wrong in ((0,), (5, 0)):
-        with pytest.raises(ValueError, match="max_tokens and max_pictures must be positive"):
+        with pytest.raises(ValueError, match="max_tokens and max_images must be positive"):
             TokenQueue(*wrong)
     with pytest.raises(ValueError, match="tokens must be positive, got 0"):
         TokenQueue(5).add("x", (1, 1), 0)
@@ -155,6 +162,21 @@ REQUESTS = [
     Request("", seed=5, size=(48, 32), num_inference_steps=1),
     Request("a bell", seed=6, size=(32, 48)),
 ]
+
+
+def test_a_blank_negative_costs_no_rows_of_the_budget(monkeypatch):
+    """Two guided requests fit together exactly where only the written texts are counted."""
+    pipe, batches = shared(), []
+    draw = type(pipe).draw
+    monkeypatch.setattr(type(pipe), "draw", lambda self, request: batches.append(request.count) or draw(self, request))
+    requests = [
+        Request("a", blank, size=(32, 32), seed=1, num_inference_steps=1, guidance_scale=4.0) for blank in ("", " ")
+    ]
+    text = len(pipe.encode_text("a")[0][0][0])
+    for budget, expected in ((2 * (2 * 4 + text), [2]), (2 * (2 * 4 + text) - 1, [1, 1])):
+        batches.clear()
+        list(pipe.stream(requests, max_tokens=budget, output_type="latent"))
+        assert batches == expected
 
 
 @pytest.mark.parametrize("output_type", ["np", "latent"])

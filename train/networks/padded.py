@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lens.model import BLOCK_EPS, TEXT_EPS, Block, LensTransformer2DModel, Stream
+from lens.model import BLOCK_EPS, TEXT_EPS, Block, LensTransformer2DModel, StreamWeights
 from lens.rope import grid_table
 
 HIDDEN_MULTIPLE = 32
@@ -44,7 +44,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
 
 
-def _heads(stream: Stream, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(stream: StreamWeights, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
     """Modulated rows [B, R, D] -> normalised q and k in halves, and v, each [B, R, N, H]."""
     weight, bias = stream.qkv.weight.view(3, -1, head, x.shape[-1]), stream.qkv.bias.view(3, -1, head)
     weight = torch.cat([_halves(weight[:2].transpose(-1, -2)).transpose(-1, -2), weight[2:]])
@@ -53,7 +53,7 @@ def _heads(stream: Stream, x: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor
     return _rms(q, _halves(stream.q_norm), BLOCK_EPS), _rms(k, _halves(stream.k_norm), BLOCK_EPS), v
 
 
-def _mlp(stream: Stream, x: Tensor) -> Tensor:
+def _mlp(stream: StreamWeights, x: Tensor) -> Tensor:
     hidden = stream.w2.weight.shape[1]
     pad = -hidden % HIDDEN_MULTIPLE
     w13 = F.pad(stream.w13.weight.view(2, hidden, -1), (0, 0, 0, pad)).flatten(0, 1)
