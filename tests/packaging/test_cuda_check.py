@@ -1,6 +1,7 @@
 """The CUDA compile report: planted bad reports, broken limits, and kernels that really spill."""
 
 import pathlib
+import re
 import textwrap
 
 import pytest
@@ -18,6 +19,7 @@ from tests.cuda_check import (
     short_name,
     table,
 )
+from tests.emulation import emulator
 
 # `nvcc -Xptxas -v` of a kernel template: two instantiations, one device function that was not inlined
 REPORT = """\
@@ -273,3 +275,11 @@ def test_in_ci_a_missing_compiler_fails(no_toolkit, monkeypatch, tmp_path, capsy
     (tmp_path / "setup.py").write_text('CUDA_WHEELS = ["lens-no-such-wheel==1"]\n')
     assert run(tmp_path, CLEAN) == 1
     assert "the PyPI wheels cannot be installed" in capsys.readouterr().err
+
+
+def test_products_and_sums_are_contracted_where_the_build_contracts_them():
+    """By CMakeLists.txt, which decides what runs, and by the emulator, which runs it on the CPU."""
+    build = (cuda_check.ROOT / "CMakeLists.txt").read_text()
+    assert build.count("-fmad=false)\n") == 2  # the portable kernels, Hopper's own
+    assert re.findall(r'lens_uncontracted EXCLUDE REGEX "/csrc/cuda/(\w+)/"', build) == [*cuda_check.CONTRACTED]
+    assert emulator.CONTRACTED_FOLDERS == cuda_check.CONTRACTED
