@@ -96,5 +96,6 @@ inline float exp2_approx(float x) {  // relative error 2^-22 (PTX ISA, "ex2")
       host::with_error(std::exp2(double(x)), 2, host::Inexact::kExp2, host::argument_bits(x));
   return y < 1.17549435e-38f ? 0.0f : y;
 }
+inline float max_or_nan(float x, float y) { return x > y || x != x ? x : y; }
 
 }  // namespace lens::gpu
