@@ -17,6 +17,7 @@ from ..config import LensConfig
 from ..engine import batch_invariance, residency
 from ..engine.forecast import forecast
 from ..formats import mxfp4
+from ..ops import backend
 from ..ops.attention import choice as attention_choice
 from ..ops.linear import choice as linear_choice
 from . import ops, selftest
@@ -139,10 +140,22 @@ def extension() -> list[Finding]:
     ]
     if module.with_cuda:
         targets = module.cuda_targets.replace("-real", "").replace("-virtual", " and newer")
-        return [*found, Finding(section, "cuda kernels", OK, f"built in, for {targets}")]
+        found.append(Finding(section, "cuda kernels", OK, f"built in, for {targets}"))
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        missing = {i: why for i in devices if (why := backend.no_target(i))}
+        return [
+            *found,
+            *(Finding(section, f"cuda kernels on cuda:{i}", NOTE, *_reason(why)) for i, why in missing.items()),
+        ]
     wanted = driver_version() is not None
     remedy = "LENS_CUDA=ON pip install . from the checkout; nvcc is fetched where it is missing" if wanted else ""
     return [*found, Finding(section, "cuda kernels", NOTE if wanted else OK, "not built in", remedy)]
+
+
+def _reason(why: str) -> tuple[str, str]:
+    """Detail and remedy of a reason that ends with what to do; the ops run their reference meanwhile."""
+    detail, _, remedy = why.partition("; ")
+    return f"{detail}: the ops run their PyTorch reference there", remedy
 
 
 def op_backends(device: torch.device) -> list[Finding]:

@@ -117,6 +117,16 @@ def test_the_targets_of_a_cuda_build_are_told(monkeypatch):
     assert "LENS_CUDA=ON" in report.extension()[-1].remedy
 
 
+def test_a_device_that_no_target_of_the_build_serves_is_told(monkeypatch):
+    module = {"with_cuda": True, "cuda_targets": "90a-real", "__file__": "_C.so", "isa": str, "available_isas": list}
+    monkeypatch.setitem(sys.modules, "lens._C", types.SimpleNamespace(**module))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backend, "no_target", lambda index: "built for others; rebuild it" if index else "")
+    found = report.extension()[-1]
+    assert (found.name, found.status, found.remedy) == ("cuda kernels on cuda:1", NOTE, "rebuild it")
+
+
 def test_a_reference_op_is_noted_with_its_reason():
     with backend.use("reference"):
         findings = report.op_backends(CPU)
