@@ -161,6 +161,7 @@ class Emulator:
         self.library.lens_emulation_allocate.argtypes = [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_size_t]
         self.library.lens_emulation_free.argtypes = [ctypes.c_void_p]
         self.library.lens_emulation_message.restype = ctypes.c_char_p
+        self.library.lens_emulation_maps.restype = ctypes.c_char_p
         self.library.lens_emulation_seed.argtypes = [ctypes.c_uint64]
         self.library.lens_emulation_errors.argtypes = [ctypes.c_uint64]
         self.library.lens_emulation_device.argtypes = [ctypes.c_int, ctypes.c_int]
