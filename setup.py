@@ -9,7 +9,8 @@ Environment:
                      the headers of an installed nvidia-cutlass; or the folder that holds them
     LENS_BUILD_DIR   object files, kept for the next build (default: build/cmake-<python tag>)
     LENS_JOBS        parallel compilations (default: the CPUs this process may use)
-nvcc is looked for in CUDACXX, PATH, CUDA_HOME (unset: the default toolkit folder), then among the wheels.
+nvcc, 12.5 or newer, is looked for in CUDACXX, PATH, CUDA_HOME (unset: the default toolkit folder), then among the
+wheels; an older one is passed over, with a word, unless CUDACXX names it, which is an error.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent.resolve()
+OLDEST_NVCC = (12, 5)  # cudaGetDriverEntryPointByVersion
 TOOLS = {"cmake": (3, 24), "ninja": (1, 10)}
 DRIVER_FILES = ["/dev/nvidiactl", "/proc/driver/nvidia/version"]
 # One consistent toolkit from PyPI: compiler driver, its headers, the optimiser, the static runtime, libcu++.
@@ -49,16 +51,36 @@ def cuda_mode() -> str:
     return mode
 
 
+def nvcc_version(nvcc: str) -> tuple[int, int]:
+    """(0, 0) where it does not tell: the build then says what is wrong."""
+    answer = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", answer)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def too_old(nvcc: str) -> str:
+    """What is wrong with the version of an nvcc, or ""."""
+    version = nvcc_version(nvcc)
+    if not (0, 0) < version < OLDEST_NVCC:
+        return ""
+    return f"{nvcc} is of CUDA {version[0]}.{version[1]}, and the CUDA kernels need {OLDEST_NVCC[0]}.{OLDEST_NVCC[1]}"
+
+
 def toolkit_nvcc() -> str | None:
     """nvcc of an installed toolkit."""
     if named := os.environ.get("CUDACXX"):
-        if found := shutil.which(named):
-            return found
-        sys.exit(f"lens: CUDACXX names {named!r}, which is not an executable")
-    if found := shutil.which("nvcc"):
+        if (found := shutil.which(named)) is None:
+            sys.exit(f"lens: CUDACXX names {named!r}, which is not an executable")
+        if why := too_old(found):
+            sys.exit(f"lens: CUDACXX names an nvcc that is too old: {why}; LENS_CUDA=OFF builds the CPU kernels alone")
         return found
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc", path=os.path.join(home, "bin"))
+    for found in (shutil.which("nvcc"), shutil.which("nvcc", path=os.path.join(home, "bin"))):
+        if found and not (why := too_old(found)):
+            return found
+        if found:
+            print(f"lens: passed over an nvcc that is too old: {why}", file=sys.stderr)
+    return None
 
 
 def wheel_nvcc() -> str | None:
@@ -100,7 +122,7 @@ def nvcc_to_use() -> str | None:
         return None
     if nvcc is None and wants_cuda_wheels():
         sys.exit(
-            "lens: no nvcc for the CUDA kernels. Plain `pip install .` (with build isolation) takes it from "
+            "lens: no nvcc for the CUDA kernels (12.5 or newer). Plain `pip install .` (with build isolation) takes it from "
             f"PyPI; without isolation run `pip install {' '.join(CUDA_WHEELS)}` first, or install a CUDA "
             "toolkit and set CUDA_HOME. LENS_CUDA=OFF builds the CPU kernels alone."
         )

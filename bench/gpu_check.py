@@ -6,7 +6,9 @@
 Builds from sources alone (no network; torch >= 2.11, nvcc, cmake, ninja and pybind11 present), checks single tiles
 first, then all GPU tests, then the small ones under compute-sanitizer, then measures in order of value. Every
 stage is a process with its own share of the time; `DIR/summary.json` is written anew after each, and a suite's file
-after each subject, so a run that is cut off counts as far as it came. At most eight files.
+after each subject, so a run that is cut off counts as far as it came. At most eight files. Nothing but a failed build
+ends it: a test that fails, hangs or crashes costs itself alone (bench/journal.py), and where the time of a stage ends
+it is asked to report before it is killed.
 
 --rest (`make gpu-check-rest`) builds, checks the tiles and measures every case of every suite that the results in FOLDER
 (default: DIR) lack, into files of its own: "step-rest1.json". Where the time does not reach, the same command goes on.
@@ -23,18 +25,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .journal import VARIABLE, Journal
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 525.0  # seconds in all
 SUITES = 200.0  # seconds of it that tests leave to the suites, however long the build took
 TAIL = 4000  # characters of a stage's output in the summary
 LOG = 1 << 20  # bytes of it in the log: all files together stay small
+GRACE = 10.0  # seconds between the request to report and the end
+REASONS = re.compile(r"^(?:REASON|LOST) .*", re.MULTILINE)
+MOST_REASONS = 60  # of a stage in the summary
 PYTHON = sys.executable
 MARK = re.compile(r"pytest\.mark\.gpu\b")
+WATCHED = ("-p", "bench.watched")  # with a journal: reasons at once, hangs and crashes one by one
 KERNELS, ROWS = "tests/gpu/", "tests/gpu/test_ops_gpu.py"  # tests of kernels; those of the ops every picture needs
 # the kernels of this package: a broken library beside them is a failed test, not the end of the run
 SMALL = "(odd or narrow or ragged or tile) and not attention_library"
@@ -58,6 +67,7 @@ class Stage:
     env: dict[str, str] = field(default_factory=dict)
     leaves: float = 0.0
     ends: float | None = None
+    journal: bool = False  # start it again after a hang or a crash: it takes what the journal does not name
 
 
 def gpu_tests(root: Path = ROOT) -> list[str]:
@@ -109,42 +119,74 @@ def suite(out: Path, part: Part, cases: list[str], most: float, leaves: float, n
     chosen = [word for case in cases for word in ("--case", case)]
     file = str(out / f"{part.suite}{number}.json")
     run = [PYTHON, "-m", "bench", "run", part.suite, "--device", "cuda", "--out", file, "--seconds", str(part.seconds)]
-    return Stage(f"bench {part.suite}", [*run, *chosen], 20, most, leaves=leaves, ends=15.0)
+    return Stage(f"bench {part.suite}", [*run, *chosen], 20, most, leaves=leaves, ends=15.0, journal=True)
+
+
+def pytest_stage(name: str, files: list[str], chosen: str, least: float, most: float, leaves: float) -> Stage:
+    """GPU tests on all cores, which the references of some of them need."""
+    command = pytest_command(*WATCHED, *files, *(["-k", chosen] if chosen else []))
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
+    return Stage(name, command, least, most, env=threads, leaves=leaves, journal=True)
+
+
+def sanitizer_stages(sanitizer: str | None, leaves: float) -> list[Stage]:
+    """The narrow tests of every kernel, some thirty, under both tools. torch's caching allocator is off: memcheck sees
+    what lies beside an array only where an allocation ends there."""
+    kernels = [test for test in gpu_tests() if test.startswith(KERNELS)]
+    stages = []
+    for tool in ("memcheck", "racecheck") if sanitizer else ():
+        words = [str(sanitizer), "--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+        run = [*words, *pytest_command(*kernels, "-k", "narrow")]
+        env = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+        stages.append(Stage(f"compute-sanitizer {tool}", run, 60, 150, env=env, leaves=leaves))
+    return stages
 
 
 def first_stages(architecture: str) -> list[Stage]:
-    """What must pass before anything is measured."""
+    """The build, without which nothing can run, and the first tests: rounding or a broken kernel is told and goes on."""
     archs = {"LENS_CUDA": "ON", "LENS_CUDA_ARCHS": architecture}
     build = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
     return [
         Stage("build", build, 30, 240, needed=True, env=archs),
-        Stage("tiles", pytest_command(ROWS, "-k", SMALL), 10, 60, needed=True),
+        pytest_stage("tiles", [ROWS], SMALL, 10, 60, 0),
     ]
 
 
 def plan(out: Path, sanitizer: str | None, tests: list[str], architecture: str) -> list[Stage]:
-    """Every stage of the first command in order. Products and attention of our own that fail or hang end nothing: the
-    libraries are measured, and the bench gives a wrong subject no time."""
-    kernels = [test for test in tests if test.startswith(KERNELS)]
-    hard = [test for test in kernels if test != ROWS]
-    stages = [
+    """Every stage of the first command in order. Kernels that fail or hang end nothing: the libraries are measured, and
+    the bench gives a wrong subject no time."""
+    hard = [test for test in tests if test.startswith(KERNELS) and test != ROWS]
+    return [
         *first_stages(architecture),
-        Stage("tiles of products and attention", pytest_command(*hard, "-k", SMALL), 10, 60, leaves=SUITES),
-        Stage("gpu tests", pytest_command(*tests), 20, 120, leaves=SUITES),
+        pytest_stage("tiles of products and attention", hard, SMALL, 10, 60, SUITES),
+        pytest_stage("gpu tests", tests, "", 20, 120, SUITES),
+        *sanitizer_stages(sanitizer, SUITES),
+        *(suite(out, part, list(part.cases), part.most, part.leaves) for part in PARTS),
     ]
-    if sanitizer:
-        for tool in ("memcheck", "racecheck"):
-            checked = [sanitizer, "--tool", tool, "--error-exitcode", "9", *pytest_command(*kernels, "-k", "narrow")]
-            stages.append(Stage(f"compute-sanitizer {tool}", checked, 20, 40, leaves=SUITES))
-    return [*stages, *(suite(out, part, list(part.cases), part.most, part.leaves) for part in PARTS)]
 
 
-def rest(out: Path, missing: dict[str, list[str]], number: int, architecture: str) -> list[Stage]:
-    """Every stage of the second command: a suite for each in `missing` cases, the same order."""
+def rest(
+    out: Path, missing: dict[str, list[str]], number: int, architecture: str, sanitizer: str | None = None
+) -> list[Stage]:
+    """Every stage of the second command: a suite for each in `missing` cases, the same order; before them the tools for
+    which the first had no time, where a `sanitizer` is given."""
     measured = [
         suite(out, part, missing[part.suite], part.rest, 0, f"-rest{number}") for part in PARTS if missing[part.suite]
     ]
-    return [*first_stages(architecture), *measured]
+    return [*first_stages(architecture), *sanitizer_stages(sanitizer, SUITES), *measured]
+
+
+def sanitized(folders: list[Path]) -> bool:
+    """Whether a summary in the folders has an outcome of every tool."""
+    known = set()
+    for path in (path for folder in folders for path in folder.glob("summary*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            known |= {
+                s["stage"]
+                for s in json.loads(path.read_text()).get("stages", [])
+                if s["outcome"] in ("passed", "failed")
+            }
+    return {f"compute-sanitizer {tool}" for tool in ("memcheck", "racecheck")} <= known
 
 
 def missing_cases(folders: list[Path]) -> dict[str, list[str]]:
@@ -169,26 +211,20 @@ def run_stage(stage: Stage, left: float, log: Any) -> dict[str, Any]:
     if left < stage.least:
         return {"stage": stage.name, "outcome": "skipped", "reason": f"{left:.0f} s left, needs {stage.least:.0f}"}
     start, limit = time.monotonic(), min(stage.most, left)
-    ending = [] if stage.ends is None else ["--budget", f"{max(0.0, limit - stage.ends):.0f}"]
-    command = [*stage.command, *ending]
-    log.write(f"\n===== {stage.name}: {' '.join(command)}\n")
+    log.write(f"\n===== {stage.name}: {' '.join(stage.command)}\n")
     log.flush()
-    begin = log.tell()
-    process = subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "PYTHONUNBUFFERED": "1", **stage.env},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    try:
-        code: int | None = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # the stage's own session: compilers and workers with it
-        process.wait()
-        code = None
-    outcome = "stopped" if code is None else "passed" if code == 0 else "failed"
+    begin, codes, lost = log.tell(), [], dict[str, str]()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "journal"
+        while True:
+            end = start + limit
+            code = _run_once(stage, end - time.monotonic(), log, path if stage.journal else None)
+            codes.append(code)
+            before, lost = lost, Journal(path).lost
+            if code in (None, 0) or len(lost) == len(before) or end - time.monotonic() < stage.least:
+                break
+    code = next((c for c in codes if c != 0), 0)  # of the first process that went wrong
+    outcome = "stopped" if codes[-1] is None else "passed" if code == 0 else "failed"
     log.flush()
     with open(log.name, "r+b") as again:
         again.seek(begin)
@@ -197,14 +233,36 @@ def run_stage(stage: Stage, left: float, log: Any) -> dict[str, Any]:
             again.seek(begin)
             again.truncate()
             again.write(b"(its end)\n" + output[-LOG:])
-    tail = output.decode(errors="replace")[-TAIL:]
+    text = output.decode(errors="replace")
+    told = list(dict.fromkeys(REASONS.findall(text)))
+    known = " ".join(told)
+    told += [f"LOST {name}: {why}" for name, why in lost.items() if f"LOST {name}:" not in known]
     return {
         "stage": stage.name,
         "outcome": outcome,
         "code": code,
         "seconds": round(time.monotonic() - start, 1),
-        "tail": tail,
+        "reasons": told[:MOST_REASONS],
+        "tail": text[-TAIL:],
     }
+
+
+def _run_once(stage: Stage, limit: float, log: Any, path: Path | None) -> int | None:
+    """The exit status; None where the time ended it: asked by SIGINT, which lets pytest report, then killed."""
+    ending = [] if stage.ends is None else ["--budget", f"{max(0.0, limit - stage.ends):.0f}"]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **stage.env, **({VARIABLE: str(path)} if path else {})}
+    process = subprocess.Popen(
+        [*stage.command, *ending], cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+    )
+    grace = min(GRACE, limit / 4)
+    for signum, seconds in ((signal.SIGINT, limit - grace), (signal.SIGKILL, grace)):
+        try:
+            code = process.wait(timeout=seconds)
+            return code if signum == signal.SIGINT else None
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signum)  # the stage's own session: compilers and workers with it
+    process.wait()
+    return None
 
 
 def write_summary(out: Path, summary: dict[str, Any], name: str) -> None:
@@ -273,7 +331,8 @@ def main(arguments: list[str] | None = None) -> int:
         folders = [out, (options.have or out).resolve()]
         times = 1 + len({path for folder in folders for path in folder.glob("summary-rest*.json")})
         number, missing_now = f"-rest{times}", missing_cases(folders)
-        stages = rest(out, missing_now, times, architecture)
+        sanitizer = None if sanitized(folders) else shutil.which("compute-sanitizer")
+        stages = rest(out, missing_now, times, architecture, sanitizer)
         if not any(missing_now.values()):
             print("gpu-check: every case of every suite has a result")
             return 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from . import journal
 from .case import OURS, Case, Disagreement, LeftOut, Work, distance, refuse_constant
 from .roofline import roof
 from .timing import Clock, band, best, clock_of, take_turns
@@ -31,8 +32,10 @@ def compare_results(
     for name in [n for n in work.subjects if n in wanted]:
         launcher = clock.launcher(work.subjects[name], work.inputs)
         try:
-            found = work.select(launcher.outputs())
+            with journal.doing(journal.subject(case.id, name)):
+                found = work.select(launcher.outputs())
         except Exception as error:  # of whatever kind: the others are timed
+            journal.leave_broken(journal.subject(case.id, name))
             _cannot_run(work, name, error)
             continue
         try:
@@ -89,15 +92,17 @@ def measure(
     memory: dict[str, dict[str, int]] = {}
     for name, launcher in launchers.items():
         try:
-            if restore := work.subjects[name].restore:
-                restore()
-            launcher.ready()
+            with journal.doing(journal.subject(case.id, name)):
+                if restore := work.subjects[name].restore:
+                    restore()
+                launcher.ready()
         except Exception as error:  # such as a graph of many calls that does not fit
             _cannot_run(work, name, error)
     launchers = {n: launcher for n, launcher in launchers.items() if n not in work.failed and n not in work.left_out}
     for name, launcher in launchers.items():
         memory[name] = _warm_up(launcher, device)
-    times = take_turns(launchers, seconds, case.rounds)
+    with journal.doing(case.id):
+        times = take_turns(launchers, seconds, case.rounds)
     in_cache = work.bytes * len(work.inputs) < COLD * getattr(clock, "l2", 0)
     rows: dict[str, dict[str, Any]] = {}
     for name in names:

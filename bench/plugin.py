@@ -7,6 +7,7 @@ statistics, its JSON, `--benchmark-compare` and its histograms see device times,
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from lens.formats.files import write_json
 
-from . import machine
+from . import journal, machine
 from .case import Case
 from .measure import forget_compiled, measure, release
 from .roofline import ceilings
@@ -71,8 +72,29 @@ class Bench:
         asked = {"cases": list(self.cases), "subjects": None if subjects is None else list(subjects)}
         self.report: dict[str, Any] = {"asked": asked, "left_out": {}, "failed": {}}
         self.json: dict[str, Any] = {}
+        self._earlier: list[dict[str, Any]] = []
+        self._go_on()
         self._rows: tuple[str, dict[str, Any]] = ("", {})
         self._stats: list[Any] = []
+
+    def _go_on(self) -> None:
+        """After a process that was lost: keep what its file holds of whole cases, and measure the others."""
+        if journal.journal is None or not journal.journal.lost or self.out is None or not self.out.exists():
+            return
+        before = json.loads(self.out.read_text(encoding="utf-8"))
+        told = {outcome: before["bench"][outcome] for outcome in ("left_out", "failed")}
+        found = {(b["extra_info"]["case"], b["extra_info"]["subject"]) for b in before["benchmarks"]}
+        found |= {(case, name) for of in told.values() for case, names in of.items() for name in names}
+        whole = {id for id, case in self.cases.items() if all((id, name) in found for name in self._asked(case))}
+        self._earlier = [b for b in before["benchmarks"] if b["extra_info"]["case"] in whole]
+        for outcome, of in told.items():
+            self.report[outcome] |= {case: names for case, names in of.items() if case in whole}
+        self.cases = {id: case for id, case in self.cases.items() if id not in whole}
+
+    def _lost(self, id: str, name: str) -> str:
+        """How an earlier process ended in this subject, or ""."""
+        lost = journal.journal.lost if journal.journal is not None else {}
+        return lost.get(journal.subject(id, name), lost.get(id, ""))
 
     def start(self) -> None:
         """The card, the state before, and the ceilings."""
@@ -99,8 +121,12 @@ class Bench:
         return self._rows[1]
 
     def _measured(self, case: Case) -> dict[str, Any]:
+        lost = {name: {"failed": why} for name in self._asked(case) if (why := self._lost(case.id, name))}
+        wanted = tuple(name for name in self._asked(case) if name not in lost)
         try:
-            return measure(case, self.device, self.seconds, self.report["ceilings"], self.subjects, self.clock)
+            ceilings = self.report["ceilings"]
+            found = measure(case, self.device, self.seconds, ceilings, wanted, self.clock) if wanted else {}
+            return {**found, **lost}
         except Exception as error:  # of whatever kind: the other cases are measured, and the result says so
             reason = f"{type(error).__name__}: {error}".splitlines()[0][:400]
             return {name: {"failed": reason} for name in self._asked(case)}
@@ -156,6 +182,7 @@ class Bench:
             commit_info={"id": self.card["build"]["commit"]},
         )
         config.hook.pytest_benchmark_update_json(config=config, benchmarks=self._stats, output_json=made)
+        made["benchmarks"] = [*self._earlier, *made["benchmarks"]]
         self.json = made
         if self.out is not None:
             write_json(self.out, made)
@@ -163,6 +190,7 @@ class Bench:
 
 def collect(bench: Bench, options: list[str] | None = None) -> int:
     """Run pytest over the cases; its exit status. options: more for pytest, as `--benchmark-compare`."""
+    journal.watch(journal.COMPILING)
     bench.start()
     target = Path(__file__).with_name("collected.py")
     arguments = [

@@ -31,6 +31,7 @@ from .formats.hub import fingerprint as fingerprint_of
 from .formats.hub import resolve, variant_hint
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
+from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
 from .formats.released import check_fit, load_scheduler, load_transformer, read_defaults
 from .formats.released import placement as usable_placement
@@ -147,7 +148,12 @@ class LensPipeline:
         transformer = load_transformer(root / "transformer", dtype, host("transformer"))
         layers = transformer.config.selected_layer_index
         packed = packed_experts(root / "text_encoder")
-        home = device if packed else host("text_encoder")  # packed experts are counted, or refused, where they lie
+        why = why_expanded() if packed and device.type == "cuda" else ""
+        home = (
+            device if packed and not why else host("text_encoder")
+        )  # packed ones are counted, or refused, where they lie
+        if why and torch.device(home).type == "cpu":  # where loading them is no surprise
+            warn_expanded(root / "text_encoder", why)
         model = load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
         encoder = TextEncoder(tokenizer, model, layers)
         codec = pixels.PixelCodec(load_vae(root / "vae", dtype, host("vae")))

@@ -1,4 +1,4 @@
-"""What every test can rely on: gpu tests skip without a device, one thread count, no backend forced."""
+"""What every test can rely on: gpu tests skip without a device, one thread count, no backend forced; large ones last."""
 
 import os
 
@@ -14,6 +14,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
+        items.sort(key=lambda item: item.get_closest_marker("large") is not None)
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:

@@ -10,9 +10,10 @@ Directly above a kernel stands its limit, in the form
 A kernel fails with more registers, with spills, with local memory (a stack frame), without a limit, or
 when no file instantiates it. Those of cuda/gemm and cuda/attention are compiled for sm_90a alone and fail
 unless their machine code holds matrix products of a warpgroup (HGMMA) and tile copies (UTMALDG), and no access
-to local memory (LDL, STL). Without nvcc the script says so and passes, and without nvdisasm it says that no
-machine code was read; except with CI=true, where it takes both from PyPI: the wheels that setup.py names, and
-nvdisasm's.
+to local memory (LDL, STL); unless every role stays below the registers it was granted (USETMAXREG); and unless
+a wait for products comes after those of a whole tile of K (the compiler did not put one behind each). Without
+nvcc the script says so and passes, and without nvdisasm it says that no machine code was read; except with
+CI=true, where it takes both from PyPI: the wheels that setup.py names, and nvdisasm's.
 """
 
 import argparse
@@ -31,6 +32,7 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TARGETS = ("80", "90a")  # one portable target and Hopper's own
 HOPPER = ("gemm", "attention")  # folders of kernels that exist on Hopper alone
+CONTRACTED = ("attention",)  # folders compiled without -fmad=false, as in CMakeLists.txt
 NVDISASM_WHEEL = "nvidia-cuda-nvdisasm==13.5.37"
 
 
@@ -240,38 +242,135 @@ def faults(reports: list[Report], limits: list[Limit]) -> list[str]:
 # ---- machine code
 
 FUNCTION = re.compile(r"^\.text\.(\S+):")
-OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+LABEL = re.compile(r"^(\.L_\w+):")
+OPCODE = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(\S*)\s*(.*?)\s*;")
 Opcodes = collections.Counter[str]
+LEAST_PRODUCTS = 4  # between waits: 64 of K, 16 each
 
 
-def opcodes(sass: str) -> dict[str, Opcodes]:
-    """Demangled kernel name -> how often each instruction stands in its machine code, without suffixes."""
-    counts: dict[str, Opcodes] = {}
-    current: Opcodes = collections.Counter()
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    opcode: str
+    suffix: str  # ".64x192x16.F32.BF16"
+    operands: str
+    guarded: bool  # by a predicate: what follows may run, too
+
+
+@dataclasses.dataclass(frozen=True)
+class Code:
+    """A kernel's machine code: its instructions in order, and at which of them each label stands."""
+
+    instructions: list[Instruction]
+    labels: dict[str, int]
+
+    @property
+    def counts(self) -> Opcodes:
+        return collections.Counter(i.opcode for i in self.instructions)
+
+
+def machine_code(sass: str) -> dict[str, Code]:
+    """Demangled kernel name -> its code, of what nvdisasm prints."""
+    found: dict[str, Code] = {}
+    current = Code([], {})
     for line in sass.splitlines():
         if match := FUNCTION.match(line):
-            current = counts.setdefault(match.group(1), collections.Counter())
+            current = found.setdefault(match.group(1), Code([], {}))
+        elif match := LABEL.match(line):
+            current.labels[match.group(1)] = len(current.instructions)
         elif match := OPCODE.match(line):
-            current[match.group(1)] += 1
-    names = demangle(list(counts))
-    return {short_name(names[mangled]): found for mangled, found in counts.items()}
+            guard, *parts = match.groups()
+            current.instructions.append(Instruction(*parts, guarded=bool(guard)))
+    names = demangle(list(found))
+    return {short_name(names[mangled]): code for mangled, code in found.items()}
 
 
-def sass_faults(kernels: dict[str, Opcodes]) -> list[str]:
-    """What the machine code of Hopper's own kernels lacks or should not have."""
+REGISTER = re.compile(r"\bR(\d+)(\.64)?")
+
+
+def highest_register(i: Instruction) -> int:
+    """The highest general register an instruction touches, the unnamed ones of a wide operand among them; -1 for none."""
+    numbers = [int(n) + bool(pair) for n, pair in REGISTER.findall(i.operands)]
+    if not numbers:
+        return -1
+    if i.opcode == "HGMMA":  # accumulators first and last, four registers of A or a descriptor between
+        size = re.search(r"64x(\d+)x", i.suffix)
+        return max(n + (int(size.group(1)) // 2 if n == numbers[0] and size else 4) - 1 for n in numbers)
+    if ".WIDE" in i.suffix:
+        return max(numbers) + 1
+    # the data of a load come first, those of a store last; what has an address beside them is no wider than told
+    data = numbers[-1] if i.opcode.startswith("ST") else numbers[0]
+    wide = 4 if ".128" in i.suffix else 2 if ".64" in i.suffix else 1
+    return max(*numbers, data + wide - 1)
+
+
+def role_registers(code: Code) -> list[tuple[int, int]]:
+    """Of every USETMAXREG, the registers it leaves a thread and how many the code behind it touches."""
     found = []
-    for name, code in kernels.items():
-        for opcode, what in (("HGMMA", "matrix product of a warpgroup"), ("UTMALDG", "tile copy")):
-            if not code[opcode]:
-                found.append(f"{name} (sm_90a) has no {what}: {opcode} is not in its machine code")
-        if code["LDL"] or code["STL"]:
-            found.append(f"{name} (sm_90a) uses local memory: {code['LDL']} LDL, {code['STL']} STL")
+    for start, grant in enumerate(code.instructions):
+        if grant.opcode != "USETMAXREG":
+            continue
+        todo, seen, most = [start + 1], set[int](), -1
+        while todo:
+            at = todo.pop()
+            if at in seen or at >= len(code.instructions):
+                continue
+            seen.add(at)
+            here = code.instructions[at]
+            if here.opcode == "USETMAXREG":
+                if at == start:  # a failed allocation tries again
+                    todo.append(at + 1)
+                continue
+            if here.opcode in ("BRX", "JMX"):
+                raise CheckError("a branch through a table, behind which cuda-check cannot look")
+            most = max(most, highest_register(here))
+            todo += [code.labels[label] for label in re.findall(r"`\((\.L_\w+)\)", here.operands)]
+            if here.guarded or here.opcode not in ("BRA", "EXIT", "RET") or here.suffix.startswith(".DIV"):
+                todo.append(at + 1)
+        number = re.search(r"0x([0-9a-f]+)", grant.operands)
+        if number is None:
+            raise CheckError(f"USETMAXREG without a number: {grant.operands}")
+        found.append((int(number.group(1), 16), most + 1))
     return found
 
 
-def sass_line(name: str, code: Opcodes) -> str:
-    counts = ", ".join(f"{code[opcode]} {opcode}" for opcode in ("HGMMA", "UTMALDG", "LDL", "STL"))
-    return f"{name}: {counts}, {sum(code.values())} instructions"
+def products_per_wait(code: Code) -> list[int]:
+    """Of every wait for matrix products, how many were started since the one before it; of those with none, nothing."""
+    found, started = [], 0
+    for i in code.instructions:
+        if i.opcode == "HGMMA":
+            started += 1
+        elif i.opcode == "WARPGROUP" and i.suffix.startswith(".DEPBAR") and started:
+            found.append(started)
+            started = 0
+    return found
+
+
+def sass_faults(kernels: dict[str, Code]) -> list[str]:
+    """What the machine code of Hopper's own kernels lacks or should not have."""
+    found = []
+    for name, code in kernels.items():
+        counts = code.counts
+        for opcode, what in (("HGMMA", "matrix product of a warpgroup"), ("UTMALDG", "tile copy")):
+            if not counts[opcode]:
+                found.append(f"{name} (sm_90a) has no {what}: {opcode} is not in its machine code")
+        if counts["LDL"] or counts["STL"]:
+            found.append(f"{name} (sm_90a) uses local memory: {counts['LDL']} LDL, {counts['STL']} STL")
+        roles = role_registers(code)
+        if len(roles) < 2:
+            found.append(f"{name} (sm_90a) has {len(roles)} USETMAXREG, which two roles need at least")
+        for grant, used in roles:
+            if used > grant:
+                found.append(f"{name} (sm_90a) touches {used} registers in a role that is granted {grant}")
+        if waits := [n for n in products_per_wait(code) if n < LEAST_PRODUCTS]:
+            found.append(f"{name} (sm_90a) waits after {min(waits)} HGMMA, {LEAST_PRODUCTS} at least belong together")
+    return found
+
+
+def sass_line(name: str, code: Code) -> str:
+    counts = ", ".join(f"{code.counts[opcode]} {opcode}" for opcode in ("HGMMA", "UTMALDG", "LDL", "STL"))
+    roles = ", ".join(f"{used} of {grant}" for grant, used in role_registers(code))
+    waits = "/".join(str(n) for n in sorted(set(products_per_wait(code))))
+    return f"{name}: {counts}, {len(code.instructions)} instructions; registers {roles}; {waits} HGMMA a wait"
 
 
 def table(reports: list[Report], limits: list[Limit]) -> str:
@@ -338,6 +437,7 @@ def compile_report(
         command = [
             nvcc, "-O3", "-std=c++17", f"-I{include}", "-DLENS_WITH_CUDA=1", "-Xptxas", "-v", "-cubin",
             f"-gencode=arch=compute_{target},code=sm_{target}", "-o", f"{folder}/out.cubin", str(file),
+            *([] if file.parent.name in CONTRACTED else ["-fmad=false"]),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
@@ -354,7 +454,7 @@ def compile_report(
 class Findings:
     reports: list[Report]
     limits: list[Limit]
-    code: dict[str, Opcodes]  # of Hopper's own kernels
+    code: dict[str, Code]  # of Hopper's own kernels
     faults: list[str]
 
 
@@ -382,7 +482,7 @@ def check(source: pathlib.Path, nvcc: str, nvdisasm: str | None) -> Findings:
         done = [job.result() for job in jobs]
     # one kernel may be instantiated by several files; equal reports are one line
     reports = sorted({report for text, _ in done for report in parse(text)}, key=dataclasses.astuple)
-    code = {name: counts for _, sass in done for name, counts in opcodes(sass).items()}
+    code = {name: found for _, sass in done for name, found in machine_code(sass).items()}
     found = faults(reports, limits) + sass_faults(code)
     lines = [line.strip() for text, _ in done for line in text.splitlines()]
     found += [line for line in lines if "Potential Performance Loss" in line]  # serialised wgmma

@@ -41,6 +41,7 @@
 //   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)   warp; id 1 .. 15
 //   elect_one()                          warp: true in exactly one lane
 //   exp2_approx(x)                       2^x, 2 ulp, denormals are zero
+//   max_or_nan(x, y)                     the larger, NaN where one of them is: fmaxf drops it
 //
 // Accumulators: d[4 j + 2 h + e] of thread t is row 16 (t / 32) + 8 h + (t % 32) / 4, column
 // 8 j + 2 (t % 4) + e. A in registers: a[2 c + h] holds columns 8 c + 2 (t % 4) + {0, 1} of row
@@ -262,6 +263,11 @@ LENS_PTX float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+LENS_PTX float max_or_nan(float x, float y) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(x), "f"(y));
+  return larger;
 }
 #undef LENS_PTX
 

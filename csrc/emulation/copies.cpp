@@ -1,23 +1,11 @@
-// Tensor maps and the copies they describe, under way until they are delivered.
+// The copies that tensor maps describe, under way until they are delivered.
 #include <cstring>
 
 #include "emulation/block_state.h"
-#include "emulation/guarded_memory.h"
+#include "emulation/tensor_maps.h"
 
 namespace lens::emulation {
 namespace {
-
-// ---- maps, as bits inside a CUtensorMap
-struct Map {
-  uint64_t magic;
-  char* base;
-  uint32_t sizes[5];
-  uint16_t box[5];
-  uint8_t rank, swizzled;
-  uint64_t pitches[4];
-};
-static_assert(sizeof(Map) <= sizeof(CUtensorMap), "a map has 128 bytes");
-constexpr uint64_t kMapMagic = 0x70a57e4ed3a9bull;
 
 Map read_map(const CUtensorMap* raw, const char* what) {
   Map map;
@@ -121,40 +109,3 @@ void tma_load(void* to, const CUtensorMap* raw, uint64_t* bar, uint32_t mask, in
 }
 
 }  // namespace lens::emulation
-
-CUresult cuTensorMapEncodeTiled(CUtensorMap* out, CUtensorMapDataType, cuuint32_t rank, void* base,
-                                const cuuint64_t* sizes, const cuuint64_t* pitches,
-                                const cuuint32_t* box, const cuuint32_t* steps,
-                                CUtensorMapInterleave, CUtensorMapSwizzle swizzle,
-                                CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
-  using namespace lens::emulation;
-  if (!context_bound()) return CUDA_ERROR_INVALID_CONTEXT;
-  Map map{};
-  map.magic = kMapMagic;
-  map.base = static_cast<char*>(base);
-  map.rank = uint8_t(rank);
-  map.swizzled = swizzle == CU_TENSOR_MAP_SWIZZLE_128B;
-  if (rank < 1 || rank > 5 || reinterpret_cast<uintptr_t>(base) % 16) {
-    return CUDA_ERROR_INVALID_VALUE;
-  }
-  uint64_t last = 2;
-  for (cuuint32_t i = 0; i < rank; ++i) {
-    const bool fits = sizes[i] >= 1 && sizes[i] <= uint64_t(1) << 32 && box[i] >= 1 &&
-                      box[i] <= 256 && steps[i] == 1;
-    if (!fits || (i && (pitches[i - 1] % 16 || pitches[i - 1] >> 40))) {
-      return CUDA_ERROR_INVALID_VALUE;
-    }
-    map.sizes[i] = uint32_t(sizes[i]);
-    map.box[i] = uint16_t(box[i]);
-    if (i) map.pitches[i - 1] = pitches[i - 1];
-    last += (sizes[i] - 1) * (i ? pitches[i - 1] : 2);
-  }
-  if (box[0] * 2 % 16 || (map.swizzled && box[0] > 64)) return CUDA_ERROR_INVALID_VALUE;
-  char where[300];
-  if (!in_one_buffer(map.base, last, where, sizeof where)) {
-    report(700, "a tensor map %s", where);
-  }
-  *out = CUtensorMap{};
-  std::memcpy(out, &map, sizeof map);
-  return CUDA_SUCCESS;
-}

@@ -3,12 +3,14 @@
 #pragma once
 
 #include <algorithm>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
 #include "emulation/cuda.h"
 #include "emulation/hopper.h"
+#include "emulation/inexact.h"
 #include "emulation/scheduler.h"
 
 #define __global__ inline
@@ -135,10 +137,27 @@ inline T max(T a, T b) {
   return a < b ? b : a;
 }
 
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __fdividef(float x, float y) { return x / y; }
+// Error bounds: CUDA C++ Programming Guide, "Mathematical Functions".
+inline float __frsqrt_rn(float x) { return float(1.0 / std::sqrt(double(x))); }
+inline float rsqrtf(float x) {
+  using namespace lens::emulation;
+  return with_error(1.0 / std::sqrt(double(x)), 2, Inexact::kInverseSqrt, argument_bits(x));
+}
+inline double rsqrt(double x) {
+  using namespace lens::emulation;
+  return with_error_double(1.0 / std::sqrt(x), 1, Inexact::kInverseSqrtDouble, argument_bits(x));
+}
+inline float __expf(float x) {
+  using namespace lens::emulation;
+  const double ulps = 2 + std::floor(std::fabs(1.173 * double(x)));
+  return with_error(std::exp(double(x)), ulps, Inexact::kExp, argument_bits(x));
+}
+inline float __fdividef(float x, float y) {
+  using namespace lens::emulation;
+  const float size = std::fabs(y);
+  if (size > 0x1p126f) return size <= FLT_MAX ? 0.0f * x : x / y;  // infinity times 0 is NaN there
+  return with_error(double(x) / double(y), 2, Inexact::kDivide, argument_bits(x, y));
+}
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline uint32_t __float_as_uint(float x) {
   uint32_t bits;

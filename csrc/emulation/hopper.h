@@ -20,7 +20,7 @@
 //
 // Not seen: a missing fence_async_shared(); memory order between threads; what the hardware makes
 // of other descriptor bits, swizzles and layouts than the PTX description (one reading serves
-// kernel and emulation alike, so the first tile on a device must be compared); A registers that
+// kernel and emulation alike; CuTe's agrees, tests/emulation/test_cute.py); A registers that
 // change before the wait; setmaxnreg that waits; rounding inside wgmma; bank conflicts, registers,
 // time; which launch bounds and how many clusters a device takes.
 #pragma once

@@ -15,8 +15,8 @@
 // What Hopper adds stands in hopper.h.
 //
 // Not modelled: weak memory order, preemption between two barriers, timing, occupancy, registers,
-// bank conflicts, approximate device functions (rsqrtf and friends are the host's, so last bits
-// differ).
+// bank conflicts. Approximate device functions are the host's, or have errors drawn within what is
+// documented (inexact.h).
 #pragma once
 
 #include <cstddef>

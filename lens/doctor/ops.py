@@ -56,7 +56,7 @@ def _reason(op: str, chosen: str, device: str) -> str:
     if (forced := backend.override()) is not None:
         return f"forced to {forced}"
     if chosen == "reference":
-        return backend.unavailable(device)
+        return backend.unavailable(device) or backend.no_target(torch.cuda.current_device())
     if op == "joint_attention":
         if chosen == "cpu":
             return "torch's flash attention, per sample or group of equal samples"

@@ -14,13 +14,14 @@ import torch
 
 from .. import __version__
 from ..engine import batch_invariance, residency
+from ..formats import mxfp4
+from ..ops import backend
 from ..ops.attention import choice as attention_choice
 from ..ops.linear import choice as linear_choice
 from . import ops, selftest
 from .findings import BROKEN, NOTE, OK, Finding
 
 _DISTRIBUTION = "lens-t2i"
-_OPTIONAL_ON_CUDA = {"kernels": "keeps the MXFP4 text encoder packed on the GPU instead of expanding it to bfloat16"}
 _EXTRAS_LEFT_OUT = ("dev",)  # needed to work on Lens, not to use it
 
 
@@ -137,10 +138,22 @@ def extension() -> list[Finding]:
     ]
     if module.with_cuda:
         targets = module.cuda_targets.replace("-real", "").replace("-virtual", " and newer")
-        return [*found, Finding(section, "cuda kernels", OK, f"built in, for {targets}")]
+        found.append(Finding(section, "cuda kernels", OK, f"built in, for {targets}"))
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        missing = {i: why for i in devices if (why := backend.no_target(i))}
+        return [
+            *found,
+            *(Finding(section, f"cuda kernels on cuda:{i}", NOTE, *_reason(why)) for i, why in missing.items()),
+        ]
     wanted = driver_version() is not None
     remedy = "LENS_CUDA=ON pip install . from the checkout; nvcc is fetched where it is missing" if wanted else ""
     return [*found, Finding(section, "cuda kernels", NOTE if wanted else OK, "not built in", remedy)]
+
+
+def _reason(why: str) -> tuple[str, str]:
+    """Detail and remedy of a reason that ends with what to do; the ops run their reference meanwhile."""
+    detail, _, remedy = why.partition("; ")
+    return f"{detail}: the ops run their PyTorch reference there", remedy
 
 
 def op_backends(device: torch.device) -> list[Finding]:
@@ -197,7 +210,8 @@ def gemms(device: torch.device) -> list[Finding]:
 def memory(device: torch.device) -> list[Finding]:
     """What the released model would peak at under each residency, one 1024x1024 guided picture at a time."""
     section = "Residency of the released model"
-    sizes = residency.released_sizes()
+    packed = device.type != "cuda" or not mxfp4.why_expanded()
+    sizes = residency.released_sizes(packed=packed)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     found = []
     for name, policy in residency.PRESETS.items():
@@ -205,7 +219,7 @@ def memory(device: torch.device) -> list[Finding]:
         detail = residency.describe(sizes, policy)
         if free is not None:
             detail += f"; {'fits' if fits else 'does not fit'} {free / 2**30:.1f} GiB free"
-        if policy.text_encoder != "resident":
+        if packed and policy.text_encoder != "resident":
             detail += "; refused for packed MXFP4 experts, which cannot visit the device"
         found.append(Finding(section, name, OK if fits else NOTE, detail))
     return found
@@ -243,12 +257,20 @@ def packages() -> list[Finding]:
         detail = f"optional, without {', '.join(missing)}" if missing else "complete"
         remedy = f"pip install {' '.join(missing)}" if missing else ""
         found.append(Finding("Packages", f"[{extra}]", NOTE if missing else OK, detail, remedy))
-    for name, why in _OPTIONAL_ON_CUDA.items() if torch.cuda.is_available() else ():
-        if (have := _version(name)) is None:
-            found.append(Finding("Packages", name, NOTE, f"optional, missing: {why}", f"pip install {name}"))
-        else:
-            found.append(Finding("Packages", name, OK, have))
-    return found
+    return [*found, *packed_text_encoder()] if torch.cuda.is_available() else found
+
+
+def packed_text_encoder() -> list[Finding]:
+    """Whether transformers keeps the released text encoder's experts in 4 bits on the GPU: its own answer."""
+    try:
+        why, wanted = mxfp4.why_expanded(), mxfp4.wanted()
+    except ImportError:  # transformers is missing, which is told above
+        return []
+    if not why:
+        return [Finding("Packages", "MXFP4 experts", OK, "stay packed on the GPU, by transformers")]
+    remedy = f"pip install {' '.join(map(repr, wanted))}" if wanted else ""
+    size = f"{residency.EXPANDED_BYTES / 2**30:.0f} GiB instead of {residency.ENCODER_BYTES / 2**30:.0f}"
+    return [Finding("Packages", "MXFP4 experts", NOTE, f"expanded to bfloat16, {size}: {why}", remedy)]
 
 
 def _extra_of(marker: str) -> str | None:

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from lens.cost import decode_bytes, encode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
 
 from ..config import LensConfig
+from ..formats.mxfp4 import packed_modules
 
 TIERS = ("resident", "on_demand")
 STAGES = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
 ENCODER_BYTES = 12_800_000_000  # GPT-OSS-20B without its output layer, experts in MXFP4
+EXPANDED_BYTES = 40_670_000_000  # the same, all of it in bfloat16
 MARGIN = 0.92  # share of the free memory a plan may fill: the libraries' own buffers and the allocator's rounding
 
 
@@ -70,9 +72,18 @@ class Sizes:
 
 
 def module_bytes(module: nn.Module) -> int:
-    """Parameters and buffers, shared ones once."""
-    tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(t.numel() * t.element_size() for t in tensors.values())
+    """Parameters and buffers, shared ones once, and what packed experts hold beside them."""
+    return sum(t.numel() * t.element_size() for t in _tensors(module))
+
+
+def _tensors(module: nn.Module) -> Iterable[Tensor]:
+    found = {id(t): t for t in (*module.parameters(), *module.buffers())}
+    for experts in packed_modules(module):  # their kernels' own objects, wrapped a few deep
+        held = [value for name, value in vars(experts).items() if not name.startswith("_")]
+        for _ in range(5):
+            found |= {id(t): t for t in held if isinstance(t, Tensor)}
+            held = [v for x in held if hasattr(x, "__dict__") and not isinstance(x, Tensor) for v in vars(x).values()]
+    return found.values()
 
 
 def work_bytes(config: LensConfig, channels: tuple[int, ...], tokens: int, images: int, guided: bool) -> dict[str, int]:
@@ -84,12 +95,12 @@ def work_bytes(config: LensConfig, channels: tuple[int, ...], tokens: int, image
     return {"encode": encode, "denoise": denoise, "decode": decode_bytes(channels, 256 * tokens)}
 
 
-def released_sizes(tokens: int = 4096, images: int = 1, guided: bool = True) -> Sizes:
-    """The released model in bfloat16, its text encoder's experts packed in 4 bits, its autoencoder of 84 M weights."""
+def released_sizes(tokens: int = 4096, images: int = 1, guided: bool = True, packed: bool = True) -> Sizes:
+    """The released model in bfloat16, its text encoder's experts ``packed`` in 4 bits, its autoencoder of 84 M weights."""
     config = LensConfig()
     weights, modulation = transformer_parameters(config)
     work = work_bytes(config, (128, 256, 512, 512), tokens, images, guided)
-    return Sizes(ENCODER_BYTES, 2 * weights, 2 * modulation, 2 * 84_046_115, **work)
+    return Sizes(ENCODER_BYTES if packed else EXPANDED_BYTES, 2 * weights, 2 * modulation, 2 * 84_046_115, **work)
 
 
 def predict(sizes: Sizes, residency: Residency) -> dict[str, int]:
@@ -198,9 +209,9 @@ class Placement:
                         tensor.data = host
 
 
-def immovable(module: Any) -> str:
+def immovable(module: nn.Module) -> str:
     """Why a part's weights cannot visit the device, or ""."""
-    if getattr(module, "is_quantized", False) and getattr(module, "hf_quantizer", None) is not None:
+    if packed_modules(module):
         return "its packed MXFP4 experts are held by their kernels, not as parameters"
     return ""
 
@@ -209,7 +220,7 @@ def free_bytes(device: torch.device, parts: Iterable[nn.Module]) -> int | None:
     """Device memory that a plan may use: what is free, and what the parts hold already. None where it has no bound."""
     if device.type != "cuda":
         return None
-    held = (t for part in parts for t in (*part.parameters(), *part.buffers()) if t.device == device)
+    held = (t for part in parts for t in _tensors(part) if t.device == device)
     return torch.cuda.mem_get_info(device)[0] + sum(t.numel() * t.element_size() for t in held)
 
 

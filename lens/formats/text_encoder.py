@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from lens.formats.files import CheckpointError, read_json, write_json
+from lens.formats.mxfp4 import packed_modules, warn_expanded, why_expanded
 from lens.formats.safetensors import DTYPES, check_entries, load_parameters, open_shards, save_tensors
 
 
 def packed_experts(folder: Path) -> bool:
-    """Whether a text encoder's experts are stored in MXFP4: on a GPU their kernels keep them where they were loaded."""
+    """Whether a text encoder's experts are stored in MXFP4: on a GPU their kernels keep them where they were loaded, but
+    where `mxfp4.why_expanded` has a reason."""
     return read_json(folder / "config.json").get("quantization_config") is not None
 
 
@@ -83,16 +85,22 @@ def _mxfp4_entries(model: nn.Module, prefix: str) -> dict[str, tuple[list[int], 
 
 
 def _load_mxfp4(folder: Path, config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
-    """GPT-OSS with MXFP4 experts (``*_blocks``, ``*_scales``), by transformers: dequantised on a CPU."""
+    """GPT-OSS with MXFP4 experts (``*_blocks``, ``*_scales``), by transformers: dequantised on a CPU, and with a warning
+    on a GPU where transformers cannot keep them packed."""
     from transformers import GptOssModel, Mxfp4Config
 
-    on_cpu = torch.device(device).type == "cpu"
-    kwargs = {"quantization_config": Mxfp4Config(dequantize=True)} if on_cpu else {"device_map": {"": str(device)}}
+    why = "" if torch.device(device).type == "cpu" else why_expanded()
+    expand = why or torch.device(device).type == "cpu"
+    kwargs = {"quantization_config": Mxfp4Config(dequantize=True)} if expand else {"device_map": {"": str(device)}}
     try:
         with _quiet_transformers():  # it reports the LM head we leave out; keys and shapes are already checked
-            return GptOssModel.from_pretrained(folder, config=config, dtype=dtype, **kwargs)
+            model = GptOssModel.from_pretrained(folder, config=config, dtype=dtype, **kwargs)
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
+    if torch.device(device).type != "cpu" and not packed_modules(model):  # whatever was foretold: its class decides
+        warn_expanded(folder, why or "transformers does not say why", 4)
+        model = model.to(device)
+    return model
 
 
 @contextmanager

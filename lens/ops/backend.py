@@ -17,6 +17,7 @@ instruction set of the CPU kernels.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import warnings
@@ -57,6 +58,40 @@ def unavailable(device: str) -> str:
     return ""
 
 
+@functools.cache
+def no_target(index: int | None) -> str:
+    """Why nothing in this build runs on a CUDA device (None: the current one), a launch's error 209; "" if something
+    does."""
+    if not torch.cuda.is_available():  # a fake tensor's
+        return ""
+    targets, capability = str(getattr(_extension, "cuda_targets", "")), torch.cuda.get_device_capability(index)
+    if covers(targets, capability):
+        return ""
+    dotted = ".".join(map(str, capability))
+    arch = "{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
+    return (
+        f"lens._C was built for {targets or 'no target'}, which compute capability {dotted} cannot run; "
+        f'rebuild it with LENS_CUDA_ARCHS="{arch}", or without LENS_CUDA_ARCHS'
+    )
+
+
+def covers(targets: str, capability: tuple[int, int]) -> bool:
+    """Whether code for CMake's `targets` ("80-real 90a-real 120-virtual") runs on a device: machine code on its own
+    major version from its minor on, PTX on everything newer, architecture-specific code on its own device alone."""
+    for target in targets.split():
+        number, _, kind = target.partition("-")
+        own = number.rstrip("af")
+        at = int(own[:-1]), int(own[-1])
+        if number != own:
+            found = capability == at
+        else:
+            real = kind != "virtual" and capability[0] == at[0] and capability >= at
+            found = real or (kind != "real" and capability >= at)
+        if found:
+            return True
+    return False
+
+
 def without(kernel: str) -> str:
     """Why this build has no `kernel`; "" if it has."""
     return "" if hasattr(_extension, kernel) else f"lens._C was built without {kernel}"
@@ -73,8 +108,12 @@ def choose(op: str, x: Tensor) -> str:
         return "reference"
     if op == "joint_attention":
         reason = "" if device in ("cpu", "cuda") else f"no attention kernel is named for {device}"
-    elif _extension is not None and (device == "cpu" or (_with_cuda and device == "cuda")):
+    elif _extension is not None and device == "cpu":
         reason = ""
+    elif _with_cuda and device == "cuda":
+        reason = no_target(x.device.index)
+        if reason and _choice == "auto":
+            warnings.warn(f"lens.ops: the cuda ops run their PyTorch reference: {reason}", stacklevel=3)
     else:
         reason = unavailable(device)
     if _choice in ("cpu", "cuda") and _choice != device:

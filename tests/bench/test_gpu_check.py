@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from bench import gpu_check, tables
+from bench import gpu_check, journal, plugin, tables
 from bench.gpu_check import Stage, check, gpu_tests, main, plan
 from bench.plugin import SPENT
 from bench.suites import cases
@@ -24,7 +25,7 @@ def test_the_plan_builds_first_checks_tiles_then_tests_then_measures(tmp_path):
     assert names[:4] == ["build", "tiles", "tiles of products and attention", "gpu tests"]
     assert names[4:6] == ["compute-sanitizer memcheck", "compute-sanitizer racecheck"]
     assert [n.removeprefix("bench ") for n in names[6:]] == ["e2e", "step", "attention", "gemm", "ops", "train"]
-    assert [s.needed for s in stages[:4]] == [True, True, False, False]
+    assert [s.name for s in stages if s.needed] == ["build"], "rounding ends nothing"
     assert stages[0].env["LENS_CUDA_ARCHS"] == "90a"
     assert len(plan(tmp_path, None, [], "90a")) == len(stages) - 2
 
@@ -37,6 +38,7 @@ def test_a_broken_attention_library_does_not_end_the_run(tmp_path):
     for file in ("test_ops_gpu", "test_joint_attention_gpu", "test_linear_fused_gpu"):
         assert any(file in line for line in named), done.stdout
     assert not any("library" in line for line in named)
+    assert 25 <= sum("narrow" in line for line in named) <= 40, "what the stages of compute-sanitizer are sized for"
     assert gpu_check.ROWS in rows.command
     assert gpu_check.ROWS not in hard.command
     assert all(word.startswith(gpu_check.KERNELS) for word in hard.command if word.startswith("tests/"))
@@ -94,6 +96,7 @@ def test_every_case_of_every_suite_is_measured_by_the_first_command_or_the_secon
     assert not first & second
     assert first | second == {case.id for case in cases()}
     assert [s.name for s in stages[:2]] == ["build", "tiles"]
+    assert not [s for s in stages if "sanitizer" in s.name]
     assert not files_of(stages) & files_of(plan(tmp_path, None, [], "90a")), "results so far stay as they are"
 
 
@@ -208,3 +211,81 @@ def test_a_stage_is_stopped_before_the_time_it_leaves_and_told_its_own(tmp_path)
     assert [s["outcome"] for s in done] == ["stopped", "skipped", "passed"]
     assert done[0]["seconds"] < 3
     assert done[2]["tail"].strip().endswith("['--budget', '3']")
+
+
+def watched(tmp_path, body):
+    """A stage of some tests, with the plugin and a journal."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: x\n")
+    (tmp_path / "test_some.py").write_text(f"import os, time, pytest\npytestmark = pytest.mark.{'gpu'}\n{body}")
+    words = gpu_check.pytest_command(
+        *gpu_check.WATCHED, str(tmp_path / "test_some.py"), "-c", str(tmp_path / "pytest.ini")
+    )
+    return Stage("tests", words, 0, 60, env={"LENS_STILL": "3"}, journal=True)
+
+
+def outcome_of(tmp_path, stage, limit=60):
+    check(tmp_path / "out", [stage], limit, {})
+    return json.loads((tmp_path / "out" / "summary.json").read_text())["stages"][0]
+
+
+def test_a_test_that_hangs_and_one_that_crashes_cost_themselves_alone(tmp_path):
+    body = """
+def test_first(): assert 1 == 2, "the reason"
+def test_hangs(): time.sleep(50)
+def test_crashes(): os.abort()
+def test_last(): open(%r, "w").close()
+"""
+    found = outcome_of(tmp_path, watched(tmp_path, body % str(tmp_path / "reached")))
+    assert found["outcome"] == "failed"
+    assert (tmp_path / "reached").exists()
+    assert [(line.split()[0], line.split("::")[1].split(":")[0].split()[0]) for line in found["reasons"]] == [
+        ("REASON", "test_first"),
+        ("LOST", "test_hangs"),
+        ("LOST", "test_crashes"),
+    ]
+    for line, why in zip(
+        found["reasons"], ("the reason", "hung, at one place for 3 s", "the process ended while it ran")
+    ):
+        assert why in line
+
+
+def test_a_stage_out_of_time_reports_before_it_is_killed(tmp_path):
+    asked = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('the report')"
+    found = outcome_of(tmp_path, Stage("slow", python(asked), 0, 6))
+    assert (found["outcome"], found["tail"]) == ("stopped", "the report\n")
+    deaf = Stage("deaf", python("import signal, time; signal.signal(2, signal.SIG_IGN); time.sleep(60)"), 0, 1)
+    assert outcome_of(tmp_path, deaf)["outcome"] == "stopped"
+
+
+def test_the_tools_see_every_allocation_and_have_time_or_come_with_the_rest(tmp_path):
+    for stage in gpu_check.sanitizer_stages("compute-sanitizer", 0):
+        assert stage.env["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+        assert stage.most >= 120
+        assert stage.command[-2:] == ["-k", "narrow"]
+    first = gpu_check.rest(tmp_path, {part.suite: [] for part in gpu_check.PARTS}, 1, "90a", "compute-sanitizer")
+    assert [s.name for s in first[2:]] == ["compute-sanitizer memcheck", "compute-sanitizer racecheck"]
+    stages = [{"stage": s.name, "outcome": "passed"} for s in first]
+    for known in (stages[:-1], stages):
+        (tmp_path / "summary.json").write_text(json.dumps({"stages": known}))
+        assert gpu_check.sanitized([tmp_path]) == (known is stages)
+
+
+def test_a_suite_goes_on_behind_a_lost_subject(tmp_path, monkeypatch):
+    """What its file holds of whole cases stays; the lost subject has failed, the others of its case are measured."""
+    first, second, *_ = cases(("ops",), ["ops/*"], tiny=True)
+    path = tmp_path / "journal"
+    kept = result(
+        *(row(first.id, 1.0, subject=name) for name in first.subjects), row(second.id, 1.0, subject=second.subjects[1])
+    )
+    as_file(tmp_path / "ops.json", kept)
+    for event in ("began", "hung: at one place for 60 s"):
+        journal.Journal(path).write(journal.subject(second.id, second.subjects[0]), event)
+    monkeypatch.setattr(journal, "journal", journal.Journal(path))
+    asked = []
+    monkeypatch.setattr(plugin, "measure", lambda case, *_: asked.append((case.id, _[-1])) or {})
+    bench = plugin.Bench([first, second], torch.device("cpu"), 1.0, None, tmp_path / "ops.json")
+    bench.report["ceilings"] = {}
+    assert list(bench.cases) == [second.id]
+    assert {b["extra_info"]["case"] for b in bench._earlier} == {first.id}
+    assert bench.rows(second.id)[second.subjects[0]] == {"failed": "hung: at one place for 60 s"}
+    assert asked == [(second.id, second.subjects[1:])]

@@ -117,6 +117,16 @@ def test_the_targets_of_a_cuda_build_are_told(monkeypatch):
     assert "LENS_CUDA=ON" in report.extension()[-1].remedy
 
 
+def test_a_device_that_no_target_of_the_build_serves_is_told(monkeypatch):
+    module = {"with_cuda": True, "cuda_targets": "90a-real", "__file__": "_C.so", "isa": str, "available_isas": list}
+    monkeypatch.setitem(sys.modules, "lens._C", types.SimpleNamespace(**module))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backend, "no_target", lambda index: "built for others; rebuild it" if index else "")
+    found = report.extension()[-1]
+    assert (found.name, found.status, found.remedy) == ("cuda kernels on cuda:1", NOTE, "rebuild it")
+
+
 def test_a_reference_op_is_noted_with_its_reason():
     with backend.use("reference"):
         findings = report.op_backends(CPU)
@@ -240,6 +250,7 @@ def test_the_memory_of_every_residency_is_told(monkeypatch):
     refused = [f.name for f in findings if "refused for packed MXFP4 experts" in f.detail]
     assert refused == ["balanced", "lean"]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 << 30, 24 << 30))
-    fits = {f.name: f.status for f in report.memory(torch.device("cuda"))}
-    assert fits["resident"] == NOTE
-    assert fits["lean"] == OK
+    for why, lean in (("", OK), ("no kernels", NOTE)):  # packed experts; expanded ones
+        monkeypatch.setattr(report.mxfp4, "why_expanded", lambda why=why: why)
+        fits = {f.name: f.status for f in report.memory(torch.device("cuda"))}
+        assert (fits["resident"], fits["lean"]) == (NOTE, lean)

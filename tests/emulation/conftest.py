@@ -14,7 +14,7 @@ def _emulator():
 @pytest.fixture
 def emulated(_emulator, monkeypatch):
     """The emulator that serves every launch of the test; it must have been used."""
-    _emulator.seed = 0
+    _emulator.seed = _emulator.errors = 0
     _emulator.calls.clear()
     monkeypatch.setattr(backend, "launch", _emulator.launch)
     yield _emulator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
+import types
 
 import pytest
 import torch
@@ -185,9 +186,30 @@ def test_a_part_visits_and_leaves(visits):
     assert module.left_out.is_meta
 
 
+def packed_encoder() -> nn.Module:
+    """As transformers leaves one: the weights in the kernels' own objects, the biases as parameters."""
+    experts = type("Mxfp4GptOssExperts", (nn.Module,), {})()
+    experts.gate_up_proj_bias = nn.Parameter(torch.zeros(5))
+    experts.gate_up_proj = types.SimpleNamespace(storage=types.SimpleNamespace(data=torch.zeros(7, dtype=torch.uint8)))
+    scale = types.SimpleNamespace(storage=types.SimpleNamespace(data=torch.zeros(3, dtype=torch.uint8)))
+    experts.gate_up_proj_precision_config = types.SimpleNamespace(weight_scale=scale)
+    return nn.Sequential(nn.Linear(2, 2, bias=False), experts)
+
+
+def test_packed_experts_are_known_and_counted_by_what_was_loaded():
+    module = packed_encoder()
+    assert residency.module_bytes(module) == 16 + 20 + 7 + 3
+    module.is_quantized, module.hf_quantizer = False, None
+    assert residency.immovable(module)
+    expanded = nn.Linear(2, 2)
+    expanded.is_quantized, expanded.hf_quantizer = True, object()
+    assert residency.immovable(expanded) == ""
+    sizes = [residency.released_sizes(packed=packed).text_encoder for packed in (True, False)]
+    assert sizes == [residency.ENCODER_BYTES, residency.EXPANDED_BYTES]
+
+
 def test_what_cannot_move_is_said():
-    module = nn.Linear(2, 2)
-    module.is_quantized, module.hf_quantizer = True, object()
+    module = packed_encoder()
     placement = Placement(Residency(text_encoder="on_demand"), torch.device("cpu"))
     with pytest.raises(ValueError, match="text_encoder cannot be on_demand: its packed MXFP4 experts"):
         placement.add("text_encoder", module)

@@ -141,24 +141,28 @@ def test_released_width_same_bits_twenty_times(released):
 
 
 def test_host_is_ahead_of_the_device(released, capsys):
-    """The released model's 48 blocks, here two by turns: the host returns long before the device is done."""
+    """The released model's 48 blocks, here two by turns: the host returns before the device is done, once in ten at
+    least, however busy the machine is."""
     model, given = released
     step = steps.taken(model, given)
     times = BLOCKS // RELEASED.num_layers
     step.weights, step.score_bounds = step.weights.repeat(times, 1, 1), step.score_bounds.repeat(times)
     step.modulation = step.modulation.repeat(1, times, 1, 1, 1)
     velocity = torch.empty_like(given.image)
-    host, both = [], []
+    host, both, ahead = [], [], False
     for _ in range(10):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         step.run(given.text, velocity)
         host.append(time.perf_counter() - begin)
+        done = torch.cuda.Event()
+        done.record()
+        ahead |= not done.query()
         torch.cuda.synchronize()
         both.append(time.perf_counter() - begin)
-    called, done = (1e3 * statistics.median(seconds) for seconds in (host, both))
+    called, whole = (1e3 * statistics.median(seconds) for seconds in (host, both))
     with capsys.disabled():
         print(
-            f"\ndenoise_step, {BLOCKS} blocks, 1024x1024 guided, 415 text tokens: host {called:.2f} ms of {done:.2f} ms"
+            f"\ndenoise_step, {BLOCKS} blocks, 1024x1024 guided, 415 text tokens: host {called:.2f} ms of {whole:.2f} ms"
         )
-    assert called < done / 2
+    assert ahead

@@ -12,6 +12,7 @@ from lens.ops.attention import choice as attention_choice
 from lens.ops.attention import hopper
 from tests.ops.harness import error, offsets_of, same_bits
 
+DEVICE = "cuda"
 INFINITE = float("inf")
 MODES = {
     "running": (INFINITE, 0),
@@ -47,13 +48,13 @@ def on_hopper():
 
 
 def draw(images: list[int], texts: list[int], heads: int) -> list[Tensor]:
-    generator = torch.Generator("cuda").manual_seed(1)
+    generator = torch.Generator(DEVICE).manual_seed(1)
     shape = 3, sum(images) + sum(texts), heads, 64
-    return list(torch.randn(shape, generator=generator, device="cuda").to(torch.bfloat16))
+    return list(torch.randn(shape, generator=generator, device=DEVICE).to(torch.bfloat16))
 
 
 def attend(qkv, images, texts, bound=INFINITE, polynomial=0, text_queries=True):
-    places = offsets_of(images).cuda(), offsets_of(texts).cuda(), sum(images)
+    places = offsets_of(images).to(DEVICE), offsets_of(texts).to(DEVICE), sum(images)
     with torch.no_grad():
         return hopper.forward(*qkv, *places, text_queries, 0.125, bound, polynomial, True)
 

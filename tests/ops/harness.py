@@ -104,18 +104,50 @@ def against_spec(name: str, inputs: Inputs, dtype: torch.dtype, isa: str) -> Non
     The float64 kernels have no wider type to be held to: a few roundings away from the spec.
     """
     inputs = cast(inputs, dtype)
-    exact = results(getattr(reference, name), cast(inputs, torch.float64))
-    spec = results(getattr(reference, name), inputs)
     with compiled(isa):
         got = results(getattr(ops, name), inputs)
+    within_limits(name, inputs, dtype, got)
+
+
+def within_limits(
+    name: str, inputs: Inputs, dtype: torch.dtype, got: dict[str, Tensor], conditioned: bool = False
+) -> None:
+    """What `against_spec` asks of results, of inputs that are cast already.
+
+    conditioned: the spec's roundings on this CPU are one draw of those a right kernel may have, by luck a small one. So
+    twice the condition is allowed as well: what one rounding of every argument moves, which is large where sums cancel.
+    """
+    wide = cast(inputs, torch.float64)
+    exact, spec = results(getattr(reference, name), wide), results(getattr(reference, name), inputs)
+    moved = condition(name, wide, exact) if conditioned and dtype == torch.float32 else {}
     assert got.keys() == exact.keys()
     for part, value in got.items():
         assert value.dtype == spec[part].dtype, part
         assert value.shape == spec[part].shape, part
         scale = exact[part].abs().max().item() if value.numel() else 0.0
         rounding = torch.finfo(value.dtype).eps * scale
-        allowed = 2 * error(spec[part], exact[part]) + rounding * (32 if dtype == torch.float64 else 1)
+        allowed = 2 * (error(spec[part], exact[part]) + moved.get(part, 0.0))
+        allowed += rounding * (32 if dtype == torch.float64 else 1)
         assert error(value, exact[part]) <= allowed, f"{part}: {error(value, exact[part])} > {allowed}"
+
+
+def condition(name: str, wide: Inputs, exact: dict[str, Tensor]) -> dict[str, float]:
+    """How far a rounding of every float64 argument to float32, up or down as drawn, moves each of the exact results."""
+    found = dict.fromkeys(exact, 0.0)
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        shaken = {}
+        for key, value in wide.items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                sign = torch.randint(0, 2, value.shape, generator=generator) * 2 - 1
+                shaken[key] = (value.detach() * (1 + torch.finfo(torch.float32).eps * sign)).requires_grad_(
+                    value.requires_grad
+                )
+            else:
+                shaken[key] = value
+        for part, value in results(getattr(reference, name), shaken).items():
+            found[part] = max(found[part], error(value, exact[part]))
+    return found
 
 
 def same_bits(got: Tensor, expected: Tensor) -> bool:

@@ -151,10 +151,30 @@ def test_what_stands_in_for_torchs_flash_splits_no_keys_under_batch_invariance(m
     """torch's own never does; one that a process put in its place may, by the longest sample of the call."""
     given = []
     monkeypatch.setattr(torch.nn.attention, "current_flash_attention_impl", lambda: replaced)
-    module = types.SimpleNamespace(varlen_attn=lambda *_, **options: given.append(options) or torch.zeros(1))
+
+    def varlen_attn(*arguments, num_splits=None, **options):
+        given.append(num_splits)
+        return torch.zeros(1)
+
+    module = types.SimpleNamespace(varlen_attn=varlen_attn)
     joint = offsets_of([i + t for i, t in zip(IMAGES, TEXTS)])
-    forward.torch_varlen(*inputs(), Samples(joint, joint, 10, 10, 8**-0.5, batch_invariant=invariant), module)
-    assert given == [{"num_splits": 1} if replaced and invariant else {}]
+    samples = Samples(joint, joint, 10, 10, 8**-0.5, batch_invariant=invariant)
+    forward.torch_varlen(*inputs(), samples, module)
+    assert given == [1 if replaced and invariant else None]
+
+    # torch 2.11: there is no such argument, so that no such promise can be kept
+    module = types.SimpleNamespace(varlen_attn=lambda *_, scale=None: torch.zeros(1))
+    candidate = next(c for c in attention_choice.CANDIDATES if c.name == "torch-varlen")
+    monkeypatch.setattr(attention_choice, "installed", lambda name: True)
+    monkeypatch.setattr(attention_choice.importlib, "import_module", lambda name: module)
+    need = attention_choice.AttentionCall("cuda", (9, 0), torch.bfloat16, 64, False, False, 4096, invariant)
+    if replaced and invariant:
+        assert "FA3, which this process put in the place of torch's flash attention" in candidate.why_unsupported(need)
+        with pytest.raises(RuntimeError, match="takes no num_splits to forbid it"):
+            forward.torch_varlen(*inputs(), samples, module)
+    else:
+        assert candidate.why_unsupported(need) == ""
+        forward.torch_varlen(*inputs(), samples, module)
 
 
 @pytest.mark.parametrize("gives", [True, False])

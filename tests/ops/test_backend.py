@@ -4,6 +4,7 @@ import inspect
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -182,3 +183,38 @@ def test_no_torch_in_the_extension():
                 text = source.read()
             for header in ("<torch/", "<ATen/", "<c10/"):
                 assert header not in text, f"{name} includes {header}"
+
+
+@pytest.mark.parametrize(
+    ("targets", "runs", "fails"),
+    [
+        ("80-real 90a-real 120-virtual", [(8, 0), (8, 9), (9, 0), (12, 0), (12, 1)], [(7, 5), (10, 0)]),
+        ("90a-real", [(9, 0)], [(8, 0), (10, 0), (12, 0)]),
+        ("80 90a", [(8, 0), (8, 6), (9, 0), (10, 3), (12, 0)], [(7, 5)]),
+        ("86-real", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
+        ("", [], [(9, 0)]),
+    ],
+)
+def test_what_a_builds_targets_run_on(targets, runs, fails):
+    assert all(backend.covers(targets, capability) for capability in runs)
+    assert not any(backend.covers(targets, capability) for capability in fails)
+
+
+def test_a_device_beside_the_targets_gets_the_reference_and_a_reason(monkeypatch):
+    """A faked device: the launch would fail with error 209, no kernel image."""
+    monkeypatch.setattr(backend, "_extension", types.SimpleNamespace(cuda_targets="90a-real"))
+    monkeypatch.setattr(backend, "_with_cuda", True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (8, 6)][index])
+    backend.no_target.cache_clear()
+    there, other = (types.SimpleNamespace(device=torch.device("cuda", i)) for i in range(2))
+    try:
+        assert backend.choose("swiglu", there) == "cuda"
+        with pytest.warns(
+            UserWarning, match=r"built for 90a-real, which compute capability 8.6 cannot run; rebuild it with"
+        ):
+            assert backend.choose("swiglu", other) == "reference"
+        with backend.use("compiled"), pytest.raises(RuntimeError, match='LENS_CUDA_ARCHS="86"'):
+            backend.choose("swiglu", other)
+    finally:
+        backend.no_target.cache_clear()

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,28 @@ def test_an_installed_nvcc_is_not_asked_for_again(tree, tmp_path):
     (tmp_path / "bin" / "nvcc").chmod(0o755)
     asked = requirements(tree, no_nvcc(tmp_path / "hidden") | {"LENS_CUDA": "ON", "CUDA_HOME": str(tmp_path)})
     assert not any(name.startswith("nvidia-") for name in asked)
+
+
+def test_an_nvcc_that_is_too_old_is_passed_over_with_a_word(setup_py, monkeypatch, tmp_path, capfd):
+    """Two toolkits: the old one on PATH, another in CUDA_HOME; then the old one by name."""
+    old, other = tmp_path / "old" / "nvcc", tmp_path / "home" / "bin" / "nvcc"
+    for path, release in ((old, "12.4"), (other, "12.5")):
+        path.parent.mkdir(parents=True)
+        path.write_text(f"#!/bin/sh\necho Cuda compilation tools, release {release}, V{release}.1\n")
+        path.chmod(0o755)
+    for name in ("LENS_CUDA", "CUDACXX", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(old.parent))
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "home"))
+    assert setup_py.toolkit_nvcc() == str(other)
+    assert f"passed over an nvcc that is too old: {old} is of CUDA 12.4" in capfd.readouterr().err
+    other.write_text(other.read_text().replace("12.5", "11.8"))
+    assert setup_py.toolkit_nvcc() is None
+    monkeypatch.setenv("CUDACXX", str(old))
+    with pytest.raises(SystemExit, match=r"CUDACXX names an nvcc that is too old: .* the CUDA kernels need 12\.5"):
+        setup_py.toolkit_nvcc()
+    limit = re.search(r"CMAKE_CUDA_COMPILER_VERSION VERSION_LESS ([\d.]+)\)", (ROOT / "CMakeLists.txt").read_text())
+    assert tuple(map(int, limit[1].split("."))) == setup_py.OLDEST_NVCC
 
 
 def test_cmake_and_ninja_are_asked_for_where_missing_or_broken(setup_py, monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """The CUDA compile report: planted bad reports, broken limits, and kernels that really spill."""
 
 import pathlib
+import re
 import textwrap
 
 import pytest
@@ -12,12 +13,15 @@ from tests.cuda_check import (
     faults,
     kernels_of,
     limits_of,
-    opcodes,
+    machine_code,
     parse,
+    products_per_wait,
+    role_registers,
     sass_faults,
     short_name,
     table,
 )
+from tests.emulation import emulator
 
 # `nvcc -Xptxas -v` of a kernel template: two instantiations, one device function that was not inlined
 REPORT = """\
@@ -157,18 +161,37 @@ def test_broken_limits_are_errors(change, message):
 SASS = """
 .text._ZN4lens10row_kernelIfEEvPKT_PS1_i:
         /*0000*/                   LDC R1, c[0x0][0x28] ;
-        /*0010*/              @!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR8], RZ ;
-        /*0020*/                   UTMALDG.2D [UR8], [UR4], desc[UR6] ;
-        /*0030*/               @P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24, gsb0 ;
+        /*0010*/               @P2 BRA `(.L_x_2) ;
+        /*0020*/                   USETMAXREG.DEALLOC.CTAPOOL 0x18 ;
+        /*0030*/              @!P1 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR8], RZ ;
+        /*0040*/                   UTMALDG.2D [UR8], [UR4], desc[UR6] ;
+        /*0050*/                   MOV R23, R22 ;
+        /*0060*/                   EXIT ;
+.L_x_2:
+        /*0070*/                   USETMAXREG.TRY_ALLOC.CTAPOOL UP0, 0x60 ;
+        /*0080*/              @!P0 BRA `(.L_x_2) ;
 .L_x_7:
-        /*0040*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0090*/                   WARPGROUP.ARRIVE ;
+        /*00a0*/               @P0 HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*00b0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*00c0*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR16], R24 ;
+        /*00d0*/                   HGMMA.64x128x16.F32.BF16 R24, R88, gdesc[UR16], R24, gsb0 ;
+        /*00e0*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*00f0*/               @P0 BRA `(.L_x_7) ;
+        /*0100*/                   STG.E.128 desc[UR4][R2.64], R4 ;
+        /*0110*/                   EXIT ;
+.L_x_9:
+        /*0120*/                   BRA `(.L_x_9) ;
 """
 
 
 def test_machine_code_is_counted():
-    ((name, code),) = opcodes(SASS).items()
+    ((name, code),) = machine_code(SASS).items()
     assert name == "row_kernel<float>"
-    assert code == {"LDC": 1, "SYNCS": 1, "UTMALDG": 1, "HGMMA": 1, "STG": 1}
+    assert code.counts["HGMMA"] == 4
+    assert code.labels[".L_x_2"] == 7
+    assert role_registers(code) == [(24, 24), (96, 92)]
+    assert products_per_wait(code) == [4]
     assert sass_faults({name: code}) == []
 
 
@@ -179,12 +202,25 @@ def test_machine_code_is_counted():
         ("UTMALDG.2D", "LDG.E", "no tile copy: UTMALDG"),
         ("STG.E.128", "STL.128", "uses local memory: 0 LDL, 1 STL"),
         ("LDC R1", "LDL R1", "uses local memory: 1 LDL, 0 STL"),
+        ("MOV R23", "MOV R24", "touches 25 registers in a role that is granted 24"),
+        ("R2.64], R4", "R2.64], R93", "touches 97 registers in a role that is granted 96"),
+        ("R24, R88, gdesc", "R24, R93, gdesc", "touches 97 registers in a role that is granted 96"),
+        ("64x128x16", "64x192x16", "touches 120 registers in a role that is granted 96"),
+        ("USETMAXREG.DEALLOC.CTAPOOL 0x18", "NOP", "has 1 USETMAXREG, which two roles need at least"),
+        ("gdesc[UR16], R24 ;\n        /*00b0*/", "gdesc[UR16], R24 ;\n/*0*/ WARPGROUP.DEPBAR.LE gsb0, 0x0 ;\n /*00b0*/",
+         "waits after 1 HGMMA, 4 at least belong together"),
     ],
-)
+)  # fmt: skip
 def test_planted_machine_code_is_found(clean, planted, sentence):
-    (found,) = sass_faults(opcodes(SASS.replace(clean, planted, 1)))
+    assert clean in SASS
+    (found,) = sass_faults(machine_code(SASS.replace(clean, planted, 5 if "HGMMA" in clean or "x128x" in clean else 1)))
     assert found.startswith("row_kernel<float> (sm_90a) ")
     assert sentence in found
+
+
+def test_a_branch_behind_which_nothing_can_be_seen_is_an_error():
+    with pytest.raises(CheckError, match="a branch through a table"):
+        sass_faults(machine_code(SASS.replace("MOV R23", "BRX R23")))
 
 
 # ---- with the real compiler
@@ -273,3 +309,11 @@ def test_in_ci_a_missing_compiler_fails(no_toolkit, monkeypatch, tmp_path, capsy
     (tmp_path / "setup.py").write_text('CUDA_WHEELS = ["lens-no-such-wheel==1"]\n')
     assert run(tmp_path, CLEAN) == 1
     assert "the PyPI wheels cannot be installed" in capsys.readouterr().err
+
+
+def test_products_and_sums_are_contracted_where_the_build_contracts_them():
+    """By CMakeLists.txt, which decides what runs, and by the emulator, which runs it on the CPU."""
+    build = (cuda_check.ROOT / "CMakeLists.txt").read_text()
+    assert build.count("-fmad=false)\n") == 2  # the portable kernels, Hopper's own
+    assert re.findall(r'lens_uncontracted EXCLUDE REGEX "/csrc/cuda/(\w+)/"', build) == [*cuda_check.CONTRACTED]
+    assert emulator.CONTRACTED_FOLDERS == cuda_check.CONTRACTED

@@ -92,7 +92,7 @@ __device__ __forceinline__ void exponentials(float (&s)[kScores], float scale, R
     const bool polynomial = kPolynomial > 0 && (i & 3) == ((i >> 2) & 3);
     float x =
         kSoftmax == Softmax::kFixed ? s[i] * scale : fmaf(s[i], scale, -rows.shift[(i & 3) / 2]);
-    if (polynomial && kSoftmax == Softmax::kRunning) x = fmaxf(x, -126.0f);
+    if (polynomial && kSoftmax == Softmax::kRunning) x = max_or_nan(x, -126.0f);
     s[i] = polynomial ? exp2_polynomial(x) : exp2_approx(x);
     rows.sum[i & 3] += s[i];
   }

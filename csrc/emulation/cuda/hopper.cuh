@@ -91,9 +91,11 @@ inline bool elect_one(int line = __builtin_LINE()) {
   host::warp_operation(host::WarpOp::kSync, 0xffffffffu, 0, 0, 32, line);
   return threadIdx.x % 32 == 0;
 }
-inline float exp2_approx(float x) {
-  const float y = std::exp2(x);
+inline float exp2_approx(float x) {  // relative error 2^-22 (PTX ISA, "ex2")
+  const float y =
+      host::with_error(std::exp2(double(x)), 2, host::Inexact::kExp2, host::argument_bits(x));
   return y < 1.17549435e-38f ? 0.0f : y;
 }
+inline float max_or_nan(float x, float y) { return x > y || x != x ? x : y; }
 
 }  // namespace lens::gpu

@@ -99,6 +99,7 @@ class Candidate:
     device_lengths: bool = True
     device: str = "cuda"
     why_not_invariant: str = ""  # why a sample's bits may depend on the others of its call
+    varies_here: Callable[[Any], str] | None = None  # the same, of the module as this process has it
 
     def modules(self, backward: bool) -> tuple[str, ...]:
         return self.forward_modules if self.backward_modules is None or not backward else self.backward_modules
@@ -128,6 +129,8 @@ class Candidate:
             return f"{' or '.join(names)} is not installed" + (" (backward)" if call.backward else "")
         if absent := [name for name in self.also_requires if not installed(name)]:
             return f"{', '.join(absent)} is not installed, which it is built on"
+        if call.batch_invariant and self.varies_here and (why := self.varies_here(importlib.import_module(names[0]))):
+            return f"is not batch-invariant: {why}"
         keys = ((n, f"{n}.{self.function}") for n in names if installed(n))
         return next((failed[key] for pair in keys for key in pair if key in failed), "")
 
@@ -192,6 +195,7 @@ CANDIDATES = [
         forward_modules=("torch.nn.attention.varlen",),
         own_backward="torch-flash",
         gives_lse=True,
+        varies_here=adapters.varlen_varies,
     ),
     Candidate(
         "torch-sdpa",

@@ -32,11 +32,28 @@ def torch_varlen(q: Tensor, k: Tensor, v: Tensor, samples: Samples, module: Any,
         return torch_flash_forward(q, k, v, *where, 0.0, False, False, scale=samples.scale)[:2]
     # the default scale is left to the kernel: not every torch this package runs on takes the argument
     options: dict[str, Any] = {} if samples.scale == q.shape[-1] ** -0.5 else {"scale": samples.scale}
-    if samples.batch_invariant and attention.current_flash_attention_impl():
-        options["num_splits"] = 1  # one that this process put in its place may split keys by the longest sample
+    if samples.batch_invariant and replaced_flash():
+        if why := varlen_varies(module):
+            raise RuntimeError(f"lens.joint_attention: torch-varlen is not batch-invariant: {why}")
+        options["num_splits"] = 1
     lengths = samples.longest_query, samples.longest
     return with_deterministic_backward(
         module.varlen_attn(q, k, v, samples.query_offsets, samples.joint_offsets, *lengths, **options)
+    )
+
+
+def replaced_flash() -> str | None:
+    """The name of what this process put in the place of torch's flash attention, or None."""
+    return getattr(attention, "current_flash_attention_impl", lambda: None)()
+
+
+def varlen_varies(module: Any) -> str:
+    """Why a sample's bits in `varlen_attn` may depend on the others of the call, or ""; torch's own never do."""
+    if not (name := replaced_flash()) or "num_splits" in inspect.signature(module.varlen_attn).parameters:
+        return ""
+    return (
+        f"{name}, which this process put in the place of torch's flash attention, may split keys by the longest sample, "
+        f"and varlen_attn of torch {torch.__version__} takes no num_splits to forbid it"
     )
 
 
