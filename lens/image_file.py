@@ -57,7 +57,7 @@ class Machine:
             hardware = "cuda {}.{}".format(*torch.cuda.get_device_capability(device))
         else:
             hardware = f"cpu {torch.backends.cpu.get_cpu_capability().lower()}"
-            if not backend.unavailable("cpu") and backend.forced() != "reference":
+            if not backend.unavailable("cpu") and backend.override() != "reference":
                 hardware += f", {backend.isa()} kernels"
         return cls(threads, hardware, torch.__version__)
 

@@ -70,7 +70,7 @@ class Run:
             self._cache = None
 
 
-def _engine(budget: int, text_bin: int | None, weights_move: bool) -> Engine:
+def _engine(budget: int, text_bin: int, weights_move: bool) -> Engine:
     engine = Engine(None, budget, text_bin)
     engine.weights_move = weights_move
     return engine
