@@ -41,6 +41,7 @@ def test_signature_is_the_published_one():
     }  # fmt: skip
     load = inspect.signature(LensPipeline.from_pretrained).parameters
     expected = {"source": "mini", "variant": None, "device": None, "dtype": None, "residency": None}
+    expected |= dict.fromkeys(("transformer", "text_encoder", "vae", "tokenizer", "weights_variant"))
     assert {n: p.default for n, p in load.items()} == expected
 
 
