@@ -171,7 +171,7 @@ class LensPipeline:
         """
         if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 1e30:
             raise ValueError(f"load_lora: scale must be a finite number, got {str(scale)[:40]!r}")
-        self._adapted(self._adapters.add(read_adapter(path), float(scale)))
+        self._adapted(self._adapters.add(read_adapter(path, self.transformer), float(scale)))
 
     def unload_lora(self) -> None:
         """The weights as they were before the first ``load_lora``, bit for bit."""

@@ -81,6 +81,13 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
     inference = base().eval()
     lens.formats.lora.Adapters(inference).add(lens.formats.lora.read(tmp_path), 1.0)
     assert relative(forward(inference), ours) < 1e-5
+    one_file = lens.formats.lora.read(tmp_path / adapters.COMFYUI)
+    assert one_file.fingerprint == lens.formats.lora.read(tmp_path).fingerprint
+    keys = load_file(tmp_path / adapters.COMFYUI)
+    assert len(keys) == 3 * len(one_file.pairs)
+    assert set(keys) >= {
+        f"diffusion_model.transformer_blocks.0.attn.img_qkv.{leaf}" for leaf in ("lora_up.weight", "alpha")
+    }
     adapters.merge(model)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in inference.named_parameters()]
     for (name, p), q in zip(model.named_parameters(), inference.parameters()):
