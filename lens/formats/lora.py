@@ -4,7 +4,7 @@ A change is alpha / r * up @ down (LoRA), a Kronecker product (LoKr), a Hadamard
 (`.diff`); with a magnitude (DoRA) it is magnitude * V / |V| - W, where V is W plus the change and |V| the norm of each row.
 Read are a peft folder (adapter_model.safetensors, adapter_config.json), diffusers' folder and a single safetensors file,
 under the names of `lora_names`; peft itself is not needed. An adapter speaks of the released modules
-("transformer_blocks.0.attn.img_qkv"); ours may hold several of them stacked (w1 above w3), so each adapts its own rows.
+("transformer_blocks.0.attn.img_qkv"); a weight of our model may hold several of them stacked (w1 above w3), so each adapts its own rows.
 """
 
 from __future__ import annotations
@@ -537,12 +537,12 @@ class Adapters:
             for module, change in adapter.pairs.items():
                 target = known[module]
                 parts.setdefault(target.weight, []).append((target.first, target.last, change, scale))
-        for name, own in parts.items():
-            if own and name not in self._kept:
+        for name, changes in parts.items():
+            if changes and name not in self._kept:
                 self._kept[name] = weights[name].detach().to("cpu", copy=True)
             base = self._kept[name].to(weights[name].device)
-            weights[name].copy_(merged(base, own) if own else base)
-            if not own:
+            weights[name].copy_(merged(base, changes) if changes else base)
+            if not changes:
                 del self._kept[name]
         self.loaded = list(loaded)
         return set(parts)

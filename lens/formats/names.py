@@ -1,4 +1,4 @@
-"""Names of weights: ours -> the released keys, and the released keys under the prefixes that files put before them."""
+"""Names of weights: our model's -> the released keys, and the released keys under the prefixes that files put before them."""
 
 from __future__ import annotations
 

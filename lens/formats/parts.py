@@ -98,18 +98,18 @@ def find(
 
 
 def _part(part: str, given: Source | None, root: Path | None, variant: str | None, all_given: dict[str, Any]) -> Part:
-    own = root / part if root else None
+    inside = root / part if root else None
     if given is None:
-        if own is None:
+        if inside is None:
             rest = " and ".join(_OPTION[name] for name in WEIGHTS if all_given[name] is None)
             found = contents.of_names(Shard(Path(all_given["transformer"])).entries)
             raise CheckpointError(
                 f"{all_given['transformer']}: {found}; a single file is taken as the transformer: name the other parts with "
                 f"{rest}, or a whole checkpoint's folder with --model and this file with --transformer"
             )
-        if not own.is_dir():
-            raise CheckpointError(f"{own}: folder not found, expected the released layout{_instead(root)}")
-        return Part(own, own / "config.json", variant)
+        if not inside.is_dir():
+            raise CheckpointError(f"{inside}: folder not found, expected the released layout{_instead(root)}")
+        return Part(inside, inside / "config.json", variant)
     path = Path(os.fspath(given))
     if not is_there(path):
         hint = "; of a hub repository, download it and name the folder" if is_hub_id(os.fspath(given)) else ""
@@ -119,7 +119,7 @@ def _part(part: str, given: Source | None, root: Path | None, variant: str | Non
             path = path / part
         beside = [path / "config.json"]
     else:
-        beside = [path.parent / "config.json", *([own / "config.json"] if own else [])]
+        beside = [path.parent / "config.json", *([inside / "config.json"] if inside else [])]
     key, name = _OWN[part]
     for config in beside:
         if is_there(config) and (path.is_dir() or read_json(config).get(key) == name):
@@ -160,9 +160,9 @@ def _tokenizer(given: Source | None, text_encoder: Source | None, weights: Path,
         for place in (folder, folder / "tokenizer", folder.parent / "tokenizer"):
             if is_there(place / "tokenizer.json"):
                 return place
-    own = root / "tokenizer" if root else None
-    if own is not None and own.is_dir():
-        return own
-    if own is not None and text_encoder is None:
-        raise CheckpointError(f"{own}: folder not found, expected the released layout")
+    inside = root / "tokenizer" if root else None
+    if inside is not None and inside.is_dir():
+        return inside
+    if inside is not None and text_encoder is None:
+        raise CheckpointError(f"{inside}: folder not found, expected the released layout")
     return weights  # ComfyUI keeps it inside the text encoder's file

@@ -1,4 +1,4 @@
-"""The released layout <-> our model: configurations, the transformer, the scheduler, the index of a folder.
+"""The released layout <-> LensTransformer2DModel: configurations, the transformer, the scheduler, the index of a folder.
 
 A checkpoint is a folder in the released layout: transformer/, text_encoder/, tokenizer/, vae/, and where they were kept
 scheduler/ and model_index.json; or its parts from several places (`parts.find`). Our own metadata, where present, is the
@@ -43,7 +43,7 @@ def transformer_config(values: dict[str, Any], source: str = "config.json") -> L
     if name != "LensTransformer2DModel":
         raise CheckpointError(f"{source}: _class_name must be LensTransformer2DModel, got {name!r}")
     known = {f.name for f in fields(LensConfig)}
-    ours: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in values.items():
         if key.startswith("_") or key == "inner_dim":
             continue
@@ -53,20 +53,20 @@ def transformer_config(values: dict[str, Any], source: str = "config.json") -> L
                     f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens"
                 )
         elif key in known:
-            ours[key] = tuple(value) if isinstance(value, list) else value
+            settings[key] = tuple(value) if isinstance(value, list) else value
         else:
             raise CheckpointError(
                 f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}"
             )
     for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
-        if key not in ours:
+        if key not in settings:
             raise CheckpointError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")
-    for key, value in ours.items():
+    for key, value in settings.items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, int) and number > _WIDEST:
                 raise CheckpointError(f"{source}: {key} must be at most {_WIDEST}, got {str(number)[:40]}")
     try:
-        config = LensConfig(**ours)
+        config = LensConfig(**settings)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from None
     for key, size, most in (
@@ -156,7 +156,7 @@ def transformer_tensors(source: Path | Part) -> dict[str, Stored]:
 
 
 def load_transformer(source: Path | Part, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
-    """``transformer/`` of the released layout, or a file, -> our model in eval mode."""
+    """``transformer/`` of the released layout, or a file, -> LensTransformer2DModel in eval mode."""
     part = Part.of(source)
     settings = part.settings()
     if settings is not None:
