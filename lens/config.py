@@ -93,6 +93,7 @@ class LensConfig:
         )
 
 
+_LARGEST_SIDE = 1 << 16  # pixels
 VARIANTS = {"lens": (20, 5.0), "turbo": (4, 1.0), "base": (50, 5.0)}  # default steps and guidance
 
 
@@ -137,11 +138,16 @@ class Defaults:
             raise ValueError(f"{source}: 'lens' must be an object, got {metadata!r}")
         values = {f.name: metadata[f.name] for f in fields(cls) if f.name in metadata}
         for key, value in values.items():
-            if key in ("num_inference_steps", "base_resolution", "max_resolution"):
-                good = isinstance(value, int) and not isinstance(value, bool) and value > 0
-                expected: Any = "a positive integer"
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            expected: Any = "a positive integer"
+            if key == "num_inference_steps":
+                good = whole and value > 0
+            elif key in ("base_resolution", "max_resolution"):
+                good = whole and value % 16 == 0 and 16 <= value <= _LARGEST_SIDE
+                expected = f"a multiple of 16, from 16 to {_LARGEST_SIDE}"
             elif key == "guidance_scale":
-                good, expected = isinstance(value, int | float) and 0 <= value < float("inf"), "a number >= 0"
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                good, expected = number and 0 <= value < float("inf"), "a number >= 0"
             else:
                 expected = sorted(VARIANTS) if key == "variant" else ["float32", "reference"]
                 good = value in expected

@@ -27,16 +27,22 @@ from .engine.overlap import Pending, host_lane_for
 from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
-from .formats.hub import fingerprint as fingerprint_of
-from .formats.hub import resolve, variant_hint
+from .formats import parts as locations
+from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
 from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
-from .formats.released import check_fit, load_scheduler, load_transformer, read_defaults
+from .formats.released import (
+    check_fit,
+    load_scheduler,
+    load_transformer,
+    read_defaults,
+    transformer_tensors,
+)
 from .formats.released import placement as usable_placement
-from .formats.text_encoder import load_text_encoder, packed_experts
-from .formats.vae import load_vae
+from .formats.text_encoder import load_text_encoder, packed_experts, text_encoder_tensors, vocab_size
+from .formats.vae import load_vae, vae_tensors
 from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
@@ -121,21 +127,35 @@ class LensPipeline:
         dtype: torch.dtype | None = None,
         residency: str | Residency | None = None,
         torch_dtype: torch.dtype | None = None,
+        *,
+        transformer: str | os.PathLike[str] | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        vae: str | os.PathLike[str] | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
+        weights_variant: str | None = None,
     ) -> LensPipeline:
-        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id.
+        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id, a
+        transformer's .safetensors file.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
         ``set_residency``; with a named one each part is loaded straight to where it lives. torch_dtype: dtype by
-        diffusers' name. A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
+        diffusers' name.
+
+        transformer, text_encoder, vae: a .safetensors file or a folder in place of the source's part; with all three the
+        default source is not read. tokenizer: a folder or a tokenizer.json; None: beside or inside the text encoder that was
+        named, else the source's. weights_variant: which of several weights, as diffusers names files ("fp16"); where a
+        part has none of it, its default.
+
+        A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
         if torch_dtype is not None and dtype not in (None, torch_dtype):
             raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
         device, dtype = usable_placement(device, dtype or torch_dtype)
-        root = resolve(source)
-        defaults = read_defaults(root, variant, variant_hint(source))
-        scheduler = load_scheduler(root / "scheduler")
-        tokenizer = ChatTokenizer(root / "tokenizer")
+        files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant)
+        defaults = read_defaults(files.root, variant, files.name)
+        scheduler = load_scheduler(files.scheduler)
+        chat = ChatTokenizer(files.tokenizer, vocab_size(files.text_encoder))
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
         parked = Placement(policy, device) if isinstance(policy, Residency) else None
 
@@ -145,20 +165,24 @@ class LensPipeline:
                 return "cpu" if residency == "auto" else device
             return "cpu" if parked.residency.tier(part) != "resident" else device
 
-        transformer = load_transformer(root / "transformer", dtype, host("transformer"))
-        layers = transformer.config.selected_layer_index
-        packed = packed_experts(root / "text_encoder")
+        denoiser = load_transformer(files.transformer, dtype, host("transformer"))
+        layers = denoiser.config.selected_layer_index
+        packed = packed_experts(files.text_encoder)
         why = why_expanded() if packed and device.type == "cuda" else ""
-        home = (
-            device if packed and not why else host("text_encoder")
-        )  # packed ones are counted, or refused, where they lie
+        # packed experts are counted, or refused, where they lie
+        home = device if packed and not why else host("text_encoder")
         if why and torch.device(home).type == "cpu":  # where loading them is no surprise
-            warn_expanded(root / "text_encoder", why)
-        model = load_text_encoder(root / "text_encoder", dtype, home, max(layers) + 1)
-        encoder = TextEncoder(tokenizer, model, layers)
-        codec = pixels.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
-        check_fit(root, transformer.config, encoder.width, codec.channels)
-        pipe = cls(transformer, encoder, codec, scheduler, defaults, fingerprint_of(root))
+            warn_expanded(files.text_encoder.weights, why)
+        model = load_text_encoder(files.text_encoder, dtype, home, max(layers) + 1)
+        encoder = TextEncoder(chat, model, layers)
+        codec = pixels.PixelCodec(load_vae(files.vae, dtype, host("vae")))
+        check_fit(str(files.transformer), denoiser.config, encoder.width, codec.channels)
+        loaded = {
+            "transformer": transformer_tensors(files.transformer),
+            "text_encoder": text_encoder_tensors(files.text_encoder, max(layers) + 1),
+            "vae": vae_tensors(files.vae),
+        }
+        pipe = cls(denoiser, encoder, codec, scheduler, defaults, fingerprint_of(loaded))
         if policy is not None:
             pipe.set_residency(policy, device)
         return pipe
@@ -233,14 +257,14 @@ class LensPipeline:
     # ------------------------------------------------------------------------------------------------ adapters
 
     def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
-        """Merge a LoRA, a peft folder or a safetensors file, into the transformer: W + scale * alpha / r * up @ down,
-        rounded once. Further ones add to it. Not while a picture is being drawn.
+        """Merge a LoRA (LoKr, LoHa, DoRA), a folder or a safetensors file, into the transformer: W + scale * alpha / r * up @
+        down, rounded once. Further ones add to it. Not while a picture is being drawn.
 
         CheckpointError, which names the file and the key, for one that is broken or adapts another model; ValueError for
         a scale that is no finite number. All or nothing: after an error or Ctrl-C the weights are those of before.
         """
         factor = finite("load_lora: scale", scale)
-        self._adapters.add(read_adapter(path), factor)
+        self._adapters.add(read_adapter(path, self.transformer), factor)
 
     def unload_lora(self) -> None:
         """The weights as they were before the first ``load_lora``, bit for bit."""

@@ -19,7 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .formats.files import CheckpointError, read_json
+from .formats.chat_template import render
+from .formats.files import CheckpointError
+from .formats.tokenizer import read_tokenizer
 
 PREFIX_TOKENS = 97  # a constant of the pipeline, whatever the tokenizer
 DEFAULT_CHAT_DATE = "2026-05-23"  # the template prints a date; frozen so that pictures do not drift from day to day
@@ -82,41 +84,20 @@ def negative_list(value: str | Sequence[str] | None, count: int) -> list[str | N
 
 
 class ChatTokenizer:
-    """Chat rendering and tokenising of one checkpoint's ``tokenizer/`` folder."""
+    """Chat rendering and tokenising with one checkpoint's tokenizer."""
 
-    def __init__(self, folder: Path):
-        from tokenizers import Tokenizer
-
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise CheckpointError(f"{path}: file not found")
-        try:
-            # Two instances, because whether markers in a text count as control tokens is a state of the tokenizer.
-            self._with_markers, self._plain = Tokenizer.from_file(str(path)), Tokenizer.from_file(str(path))
-        except Exception as error:
-            raise CheckpointError(f"{path}: not a tokenizers file: {error}") from error
-        for tokenizer in (self._with_markers, self._plain):
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        self._plain.encode_special_tokens = True
-        config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
-        self._special: dict[str, str] = {}
-        for key, value in config.items():
-            if key.endswith("_token") and isinstance(value, str | dict):
-                content = value.get("content") if isinstance(value, dict) else value
-                if not isinstance(content, str):
-                    raise CheckpointError(f"{config_path}: content of {key} must be a string, got {content!r}")
-                self._special[key] = content
+    def __init__(self, source: Path, vocab_size: int | None = None):
+        """source, vocab_size: see `formats.tokenizer.read_tokenizer`."""
+        files = read_tokenizer(source, vocab_size)
+        self._with_markers, self._plain, self._special = files.with_markers, files.plain, files.special
         pad = self._special.get("pad_token")
         pad_id = self._with_markers.token_to_id(pad) if pad else None
         self.pad_id = pad_id if pad_id is not None else 0
-        template_path = folder / "chat_template.jinja"
-        self._template_name = str(template_path) if template_path.is_file() else "the built-in chat template"
-        self._template = template_path.read_text(encoding="utf-8") if template_path.is_file() else HARMONY_TEMPLATE
+        self._template, self._template_name = files.template or (HARMONY_TEMPLATE, "the built-in chat template")
         markers = [t.content for t in self._with_markers.get_added_tokens_decoder().values()]
         self._marker = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
         self._make_cache()
+        self.frame(DEFAULT_CHAT_DATE)  # a template that cannot be used is found here, not at the first prompt
         if self._with_markers.token_to_id("<|message|>") == 200008:  # GPT-OSS's own tokenizer
             got = len(self._encode(self.frame(DEFAULT_CHAT_DATE)[0]))
             if got != PREFIX_TOKENS:
@@ -145,27 +126,13 @@ class ChatTokenizer:
         return self._frame(datetime.date.today() if chat_date is None else parse_date(chat_date))
 
     def _render_frame(self, day: datetime.date) -> tuple[str, str]:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        def refuse(message: str) -> None:
-            raise jinja2.TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        environment.globals.update(strftime_now=day.strftime, raise_exception=refuse)
         messages = [
             {"role": "system", "content": SYSTEM},
             {"role": "user", "content": _SLOT},
             {"role": "assistant", "thinking": ANALYSIS, "content": ""},
         ]
-        try:
-            text = environment.from_string(self._template).render(
-                messages=messages, add_generation_prompt=False, **self._special
-            )
-        except Exception as error:  # a template is a program: it may fail in any way
-            raise CheckpointError(f"{self._template_name}: cannot be rendered: {error!r}") from error
+        values = {"messages": messages, "add_generation_prompt": False, **self._special}
+        text = render(self._template, self._template_name, values, {"strftime_now": day.strftime})
         before, slot, after = text.partition(_SLOT)
         if not slot or _SLOT in after:
             raise CheckpointError(f"{self._template_name}: must contain the user's message exactly once")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from functools import partial
@@ -112,7 +113,12 @@ TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "pro
 OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
 NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {image_file.DEFAULT_NAME})."
 SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
-MODEL = "mini, a folder in the released layout, or a hub id (default: mini)."
+MODEL = "mini, a folder in the released layout, a hub id, or a transformer's .safetensors file (default: mini)."
+TRANSFORMER = "The transformer from another place: a .safetensors file or a folder."
+TEXT_ENCODER = "The text encoder from another place, with the tokenizer beside it or inside."
+VAE = "The VAE from another place."
+TOKENIZER = "The tokenizer from another place: a folder or a tokenizer.json."
+WEIGHTS_VARIANT = "Which weights, where a folder has several, as diffusers names files, fp16 (default: those without)."
 LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; repeatable."
 LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
 VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
@@ -150,6 +156,11 @@ def generate(
     scale: Annotated[int | None, _files("--scale", min=1, max=64, help=SCALE)] = None,
     model: Annotated[str | None, _where("--model", "-m", help=MODEL)] = None,
     variant: Annotated[Variant | None, _where("--variant", help=VARIANT)] = None,
+    transformer: Annotated[Path | None, _where("--transformer", metavar="FILE|FOLDER", help=TRANSFORMER)] = None,
+    text_encoder: Annotated[Path | None, _where("--text-encoder", metavar="FILE|FOLDER", help=TEXT_ENCODER)] = None,
+    vae: Annotated[Path | None, _where("--vae", metavar="FILE|FOLDER", help=VAE)] = None,
+    tokenizer: Annotated[Path | None, _where("--tokenizer", metavar="FILE|FOLDER", help=TOKENIZER)] = None,
+    weights_variant: Annotated[str | None, _where("--weights-variant", metavar="NAME", help=WEIGHTS_VARIANT)] = None,
     lora: Annotated[list[Path] | None, _where("--lora", metavar="FILE|FOLDER", help=LORA)] = None,
     lora_scale: Annotated[list[float] | None, _where("--lora-scale", help=LORA_SCALE)] = None,
     device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
@@ -189,13 +200,14 @@ def generate(
         cli_request.make_folders([*paths, *([sheet] if sheet else [])])
 
         began = time.perf_counter()
-        pipe = _load(model, variant, device, dtype, recipe, quiet, residency)
+        elsewhere = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
+        pipe = _load(model, variant, device, dtype, recipe, quiet, residency, elsewhere, weights_variant)
         for adapter, factor in adapters:
             pipe.load_lora(adapter, factor)
         pipe.set_progress_bar_config(disable=True)  # the command has its own, for all batches
         loaded = time.perf_counter()
         if recipe is not None:
-            _same_checkpoint(recipe, pipe, like, explicit=model is not None)
+            _same_checkpoint(recipe, pipe, like, explicit=bool(model or transformer))
             _same_machine(recipe, pipe, like)
         # an explicit --variant brings its own steps and guidance; otherwise the recipe's hold
         kept = recipe if variant is None else None
@@ -228,7 +240,7 @@ def generate(
                         chat_date=chat_day,
                         truncation=cut,
                         solver=way,
-                        model=_model_name(model or (recipe.model if recipe else "mini")),
+                        model=_model_name(str(transformer or model or (recipe.model if recipe else "mini"))),
                         dtype=str(pipe.dtype).removeprefix("torch."),
                         version=__version__,
                         fingerprint=pipe.fingerprint or "",
@@ -262,6 +274,8 @@ def _load(
     recipe: image_file.Recipe | None,
     quiet: bool,
     residency: Residence | None = None,
+    elsewhere: Mapping[str, Any] | None = None,  # part -> its path
+    weights_variant: str | None = None,
 ) -> LensPipeline:
     import torch
 
@@ -269,7 +283,8 @@ def _load(
 
     source = model
     if source is None:
-        source = recipe.model if recipe else "mini"
+        moved = (elsewhere or {}).get("transformer") is not None
+        source = recipe.model if recipe and not moved else "mini"
         if recipe and source not in EMBEDDED:  # a file from elsewhere opens no path and fetches nothing
             what = "the hub id" if "/" in source else "a folder named"
             raise UsageError(f"the picture was drawn by weights in {what} {source!r}: give it with --model")
@@ -286,6 +301,8 @@ def _load(
             device=where,
             dtype=getattr(torch, number_type) if number_type else None,
             residency=residency.value if residency else None,
+            weights_variant=weights_variant,
+            **(elsewhere or {}),
         )
 
 
@@ -309,7 +326,7 @@ def _device(text: str | None) -> Any:
 
 def _model_name(source: str) -> str:
     """How a recipe names the weights; see `image_file.Recipe`."""
-    if source in EMBEDDED or not Path(source).is_dir():
+    if source in EMBEDDED or not Path(source).exists():
         return source
     return Path(source).resolve().name
 

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
+import re
 import secrets
 import stat
 import time
@@ -19,21 +21,101 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message names the file, the key, what was expected and what came."""
 
 
-# ------------------------------------------------------------------------------------------------ files
+# ------------------------------------------------------------------------------------------------ reading
+
+_JSON_BYTES = 1 << 27  # the largest that people have, a tokenizer.json, is 28 MB
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # an escape that may stand for no character
+
+
+def regular_file(path: Path) -> os.stat_result:
+    """The status of a file that can be read. CheckpointError for whatever else has that name, before it is opened: a
+    named pipe would never end, a device neither."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        link = f": a link to {os.readlink(path)}, which is not there" if path.is_symlink() else ""
+        raise CheckpointError(f"{path}: file not found{link}") from None
+    except (OSError, ValueError) as error:  # ValueError: a null character
+        shown = str(path) if len(str(path)) <= 300 else f"{str(path)[:300]}..."
+        raise CheckpointError(f"{shown}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if not stat.S_ISREG(status.st_mode):
+        kinds = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+        kind = kinds.get(stat.S_IFMT(status.st_mode), "a device")
+        raise CheckpointError(f"{path}: expected a file, got {kind}")
+    return status
+
+
+def is_there(path: Path) -> bool:
+    """Whether anything has that name, a broken link included; False for names that no file can have."""
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """A whole file of at most ``limit`` bytes, or CheckpointError naming it."""
+    size = regular_file(path).st_size
+    if size > limit:
+        raise CheckpointError(f"{path}: expected at most {limit} bytes, got {size}")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+
+
+def read_text(path: Path, limit: int = _JSON_BYTES) -> str:
+    """A whole UTF-8 file of at most ``limit`` bytes, or CheckpointError naming it."""
+    try:
+        return read_bytes(path, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text: {error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or CheckpointError naming the file."""
+    return parse_json(read_bytes(path, _JSON_BYTES), str(path))
+
+
+def parse_json(text: str | bytes, source: str) -> dict[str, Any]:
+    """A JSON object, or CheckpointError naming ``source``: numbers are finite and fit a double, text is Unicode, no key
+    comes twice in an object, and objects are as deep as Python can follow."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file not found") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        decoded = text if isinstance(text, str) else text.decode("utf-8-sig")
+        hooks: dict[str, Any] = {"parse_int": _integer, "parse_float": _finite, "parse_constant": _finite}
+        value = json.loads(decoded, object_pairs_hook=_once, **hooks)
+        if _SURROGATE.search(decoded):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise CheckpointError(f"{source}: not JSON that can be read: nested too deep") from None
+    except (ValueError, OverflowError) as error:  # of UTF-8, of JSON, of numbers
+        raise CheckpointError(f"{source}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(value).__name__}")
+        raise CheckpointError(f"{source}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for k, name in enumerate(names) if name in names[:k])
+        raise ValueError(f"the key {twice!r} comes twice")
+    return found
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 309:  # what no double holds; beyond 4,300 Python refuses to read it at all
+        raise ValueError(f"an integer of {len(digits.lstrip('-'))} digits")
+    _finite(digits)
+    return int(digits)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text if len(text) < 30 else text[:30] + '...'} is no finite number")
     return value
 
 

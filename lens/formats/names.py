@@ -1,8 +1,32 @@
-"""Names of the transformer's weights: ours -> the released keys."""
+"""Names of weights: our model's -> the released keys, and the released keys under the prefixes that files put before them."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+
+from lens.formats.files import CheckpointError
+from lens.formats.safetensors import Shard, Stored, stored_as
+
+# What ComfyUI, diffusers, trainers and wrappers put before the names of a transformer.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "module.", "net.")
+
+
+def without_prefix(shards: Mapping[str, Shard], known: str, prefixes: Sequence[str] = PREFIXES) -> dict[str, Stored]:
+    """The tensors by released name: without the prefix under which ``known``, a name that every such file has, is found.
+
+    Names without that prefix stay as they are, to be refused as unexpected. CheckpointError where two become one.
+    """
+    tensors = stored_as(shards)
+    if known in tensors:
+        return tensors
+    prefix = next((p for p in prefixes if p + known in tensors), "")
+    renamed = {key.removeprefix(prefix): stored for key, stored in tensors.items()}
+    if len(renamed) < len(tensors):
+        key = next(key for key in tensors if not key.startswith(prefix) and prefix + key in tensors)
+        raise CheckpointError(f"{tensors[key].shard.path}: both {key} and {prefix}{key}, expected one of them")
+    return renamed
+
 
 # ------------------------------------------------------------------------------------------------ names
 

@@ -1,14 +1,14 @@
-"""The released layout <-> our model: configurations, the transformer, the scheduler, the index of a folder.
+"""The released layout <-> LensTransformer2DModel: configurations, the transformer, the scheduler, the index of a folder.
 
-A checkpoint is a folder in the released layout: model_index.json, transformer/, text_encoder/, tokenizer/, vae/,
-scheduler/. Our own metadata, where present, is the "lens" entry of model_index.json. Loading is strict and names what
-is wrong.
+A checkpoint is a folder in the released layout: transformer/, text_encoder/, tokenizer/, vae/, and where they were kept
+scheduler/ and model_index.json; or its parts from several places (`parts.find`). Our own metadata, where present, is the
+"lens" entry of model_index.json. Loading is strict and names what is wrong.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from lens.config import VARIANTS, Defaults, LensConfig
-from lens.formats.files import CheckpointError, read_json, write_json
-from lens.formats.names import released_names
-from lens.formats.safetensors import load_parameters, open_shards, save_tensors
+from lens.formats.contents import of_names
+from lens.formats.files import CheckpointError, is_there, read_json, write_json
+from lens.formats.names import released_names, without_prefix
+from lens.formats.parts import Part
+from lens.formats.safetensors import Stored, load_parameters, open_shards, save_tensors
 from lens.model import LensTransformer2DModel
 from lens.sampler import Scheduler
 
@@ -30,6 +32,9 @@ _FIXED = {"gate_mlp": True, "rms_norm": True, "multi_layer_encoder_feature": Tru
 # Switches of the released scheduler that would change a picture and that Lens does not have.
 _REFUSED = ("use_karras_sigmas", "use_beta_sigmas", "use_exponential_sigmas", "invert_sigmas", "shift_terminal")
 _SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_STEEPEST = 1e6  # of the time shift: beyond it float32 has one sigma left
+# No model comes near, and none larger can be built: width, depth, layers that are read.
+_WIDEST, _DEEPEST, _MOST_LAYERS = 1 << 20, 1000, 64
 
 
 def transformer_config(values: dict[str, Any], source: str = "config.json") -> LensConfig:
@@ -38,7 +43,7 @@ def transformer_config(values: dict[str, Any], source: str = "config.json") -> L
     if name != "LensTransformer2DModel":
         raise CheckpointError(f"{source}: _class_name must be LensTransformer2DModel, got {name!r}")
     known = {f.name for f in fields(LensConfig)}
-    ours: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for key, value in values.items():
         if key.startswith("_") or key == "inner_dim":
             continue
@@ -48,18 +53,29 @@ def transformer_config(values: dict[str, Any], source: str = "config.json") -> L
                     f"{source}: {key} must be {_FIXED[key]}, got {value!r}: this is another architecture than Lens"
                 )
         elif key in known:
-            ours[key] = tuple(value) if isinstance(value, list) else value
+            settings[key] = tuple(value) if isinstance(value, list) else value
         else:
             raise CheckpointError(
                 f"{source}: unknown key {key!r}; expected {sorted(known | set(_FIXED) | {'inner_dim'})}"
             )
     for key in ("num_layers", "num_attention_heads", "attention_head_dim"):
-        if key not in ours:
+        if key not in settings:
             raise CheckpointError(f"{source}: key {key!r} is missing: this is not a Lens transformer configuration")
+    for key, value in settings.items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, int) and number > _WIDEST:
+                raise CheckpointError(f"{source}: {key} must be at most {_WIDEST}, got {str(number)[:40]}")
     try:
-        config = LensConfig(**ours)
+        config = LensConfig(**settings)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: {error}") from None
+    for key, size, most in (
+        ("num_layers", config.num_layers, _DEEPEST),
+        ("num_attention_heads * attention_head_dim", config.inner_dim, _WIDEST),
+        ("the number of layers in selected_layer_index", len(config.selected_layer_index), _MOST_LAYERS),
+    ):
+        if size > most:
+            raise CheckpointError(f"{source}: {key} must be at most {most}, got {size}")
     if values.get("inner_dim", config.inner_dim) != config.inner_dim:
         raise CheckpointError(
             f"{source}: inner_dim must be num_attention_heads * attention_head_dim = {config.inner_dim}, "
@@ -86,13 +102,13 @@ def scheduler_config(values: dict[str, Any], source: str = "scheduler_config.jso
         if values.get(key, only) != only:
             raise CheckpointError(f"{source}: {key} must be {only!r}, got {values[key]!r}")
     shift = values.get("shift", 1.0)
-    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
+    if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift <= _STEEPEST:
         raise CheckpointError(f"{source}: shift must be a positive number, got {shift!r}")
-    return Scheduler(
-        use_dynamic_shifting=bool(values.get("use_dynamic_shifting", False)),
-        shift=float(shift),
-        stochastic_sampling=bool(values.get("stochastic_sampling", False)),
-    )
+    switches = {key: values.get(key) or False for key in ("use_dynamic_shifting", "stochastic_sampling")}
+    for key, value in switches.items():
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{source}: {key} must be true or false, got {value!r}")
+    return Scheduler(shift=float(shift), **switches)
 
 
 def released_scheduler(scheduler: Scheduler) -> dict[str, Any]:
@@ -133,57 +149,100 @@ def placement(device: str | torch.device | None, dtype: torch.dtype | None) -> t
     return chosen, dtype
 
 
-def load_transformer(folder: Path, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
-    """``transformer/`` of the released layout -> our model in eval mode."""
-    path = folder / "config.json"
-    parsed = transformer_config(read_json(path), str(path))
-    if parsed.num_layers > max(1000, len(open_shards(folder))):  # seen before so many blocks are built
-        raise CheckpointError(f"{path}: num_layers is {parsed.num_layers}, more than the keys stored in {folder}")
+def transformer_tensors(source: Path | Part) -> dict[str, Stored]:
+    """The tensors of a transformer by released name; with or without one of `names.PREFIXES`."""
+    part = Part.of(source)
+    return without_prefix(open_shards(part.weights, part.variant), "img_in.weight")
+
+
+def load_transformer(source: Path | Part, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
+    """``transformer/`` of the released layout, or a file, -> LensTransformer2DModel in eval mode."""
+    part = Part.of(source)
+    settings = part.settings()
+    if settings is not None:
+        parsed = transformer_config(settings, str(part))
+        tensors = transformer_tensors(part)
+    else:
+        tensors = transformer_tensors(part)
+        parsed = config_of_tensors(tensors, part.weights)
+    if parsed.num_layers > max(100, len(tensors)):  # seen before so many blocks are built
+        raise CheckpointError(f"{part}: num_layers is {parsed.num_layers}, more than the keys stored in {part.weights}")
     with torch.device("meta"):
         model = LensTransformer2DModel(parsed)
-    load_parameters(model, folder, released_names, dtype, device)
+    load_parameters(model, tensors, released_names, dtype, device)
     model.batch_invariant = model.device.type == "cpu"  # as one that was made there
     return model.eval()
 
 
-def load_scheduler(folder: Path) -> Scheduler:
-    """``scheduler/scheduler_config.json``."""
-    path = folder / "scheduler_config.json"
+def config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> LensConfig:
+    """The configuration of a transformer without config.json: sizes by the tensors, all else as released."""
+
+    def size(key: str, dimension: int = 0) -> int:
+        if key not in tensors or len(tensors[key].shape) <= dimension:
+            raise CheckpointError(f"{where}: no Lens transformer: {key} is missing; {of_names(_keys(tensors))}")
+        return tensors[key].shape[dimension]
+
+    width, head = size("img_in.weight"), size("transformer_blocks.0.attn.norm_q.weight")
+    blocks = {match[1] for key in tensors if (match := re.match(r"transformer_blocks\.(\d+)\.", key))}
+    norms = sum(1 for key in tensors if re.fullmatch(r"txt_norm\.\d+\.weight", key))
+    released = LensConfig()
+    if head != released.attention_head_dim or norms != len(released.selected_layer_index):
+        raise CheckpointError(
+            f"{where}: heads of {head} and {norms} text layers, expected {released.attention_head_dim} and "
+            f"{len(released.selected_layer_index)} as released; another model needs its config.json beside the file"
+        )
+    values = {
+        "num_layers": len(blocks),
+        "num_attention_heads": width // head,
+        "in_channels": size("img_in.weight", 1),
+        "out_channels": size("img_in.weight", 1) // released.patch_size**2,
+        "enc_hidden_dim": size("txt_norm.0.weight"),
+    }
+    return transformer_config({**released_config(released), "inner_dim": width, **values}, str(where))
+
+
+def _keys(tensors: Mapping[str, Stored]) -> list[str]:
+    return [stored.key for stored in tensors.values()]
+
+
+def load_scheduler(path: Path | None) -> Scheduler:
+    """``scheduler/``, or its scheduler_config.json; None: the released schedule."""
+    if path is None:
+        return Scheduler()
+    path = path / "scheduler_config.json" if path.is_dir() else path
     return scheduler_config(read_json(path), str(path))
 
 
-def check_fit(root: Path, config: LensConfig, encoder_width: int, token_channels: int) -> None:
-    """The transformer must fit the encoder it reads and the VAE it writes for."""
-    path = root / "transformer" / "config.json"
+def check_fit(where: str, config: LensConfig, encoder_width: int, token_channels: int) -> None:
+    """The transformer must fit the encoder it reads and the VAE it writes for; ``where``: the file of its configuration."""
     for key, expected in (("enc_hidden_dim", encoder_width), ("in_channels", token_channels)):
         if getattr(config, key) != expected:
             part = "text encoder's hidden_size" if key == "enc_hidden_dim" else "VAE's 4 * latent_channels"
-            raise CheckpointError(f"{path}: {key} must be the {part} = {expected}, got {getattr(config, key)}")
+            raise CheckpointError(f"{where}: {key} must be the {part} = {expected}, got {getattr(config, key)}")
 
 
 def read_index(root: Path) -> dict[str, Any]:
-    """``model_index.json`` of a Lens checkpoint, or CheckpointError saying what the folder is instead."""
+    """``model_index.json`` of a Lens checkpoint, {} where it was not kept, or CheckpointError saying what the folder is."""
     path = root / "model_index.json"
     if not root.is_dir():
         raise CheckpointError(f"{root}: folder not found")
+    if not is_there(path):
+        return {}
     index = read_json(path)
     if index.get("_class_name") != "LensPipeline":
         raise CheckpointError(
             f"{path}: _class_name must be LensPipeline, got {index.get('_class_name')!r}: another model"
         )
-    for part in ("transformer", "text_encoder", "tokenizer", "vae", "scheduler"):
-        if not (root / part).is_dir():
-            raise CheckpointError(f"{root / part}: folder not found, expected the released layout")
     return index
 
 
-def read_defaults(root: Path, variant: str | None, name: str) -> Defaults:
+def read_defaults(root: Path | None, variant: str | None, name: str) -> Defaults:
     """What a call uses where the caller says nothing, from ``model_index.json``, the caller's variant or the name."""
-    index, path = read_index(root), root / "model_index.json"
+    index = read_index(root) if root else {}
     if variant is not None and variant not in VARIANTS:
         raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
     try:
-        return Defaults.choose(variant, index.get("lens"), name, str(path))
+        return Defaults.choose(variant, index.get("lens"), name, str(root / "model_index.json") if root else name)
     except ValueError as error:  # names the file
         raise CheckpointError(str(error)) from None
 

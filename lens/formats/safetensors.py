@@ -3,74 +3,96 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import mmap
+import os
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lens.formats.files import CheckpointError, read_json, write_atomic, write_json
+from lens.formats import contents
+from lens.formats.files import CheckpointError, is_there, parse_json, read_json, regular_file, write_atomic, write_json
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 INTEGERS = {"I64": torch.int64, "I32": torch.int32, "U8": torch.uint8}
+FLOAT8 = {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # read for a LoRA, whose numbers stand alone
+_ITEMSIZE = {"BOOL": 1, "I8": 1, "I16": 2, "U16": 2, "U32": 4, "U64": 8}
+_ITEMSIZE |= {name: dtype.itemsize for name, dtype in (DTYPES | INTEGERS | FLOAT8).items()}
+_HEADER_BYTES = 100_000_000  # as the safetensors library limits it
+_DIMENSIONS, _LARGEST = 16, 2**48  # no tensor of any model comes near
 _SHARD_BYTES = 15_000_000
-_SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.safetensors")
+_SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}(\.\w+)?\.safetensors")
+STEMS = ("diffusion_pytorch_model", "model")  # as diffusers and transformers name a part's weights
+
+Entry = tuple[str, list[int], int, int]  # dtype, shape, first byte and byte after the last, of the data
 
 
 class Shard:
-    """One memory-mapped safetensors file. Pages are given back after each tensor: mapping costs no resident memory."""
+    """One memory-mapped safetensors file. Pages are given back after each tensor: mapping costs no resident memory.
+
+    Read as strictly as the format is written: every tensor fills its bytes, and together they fill the file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
+        size = regular_file(path).st_size
         try:
-            size = path.stat().st_size
             with path.open("rb") as file:
-                head = file.read(8)
-                length = struct.unpack("<Q", head)[0] if len(head) == 8 else 0
+                head = file.read(256)
+                if head[8:9] != b"{" and (what := contents.of_file(head)):
+                    raise CheckpointError(f"{path}: is {what}")
+                length = struct.unpack("<Q", head[:8])[0] if len(head) >= 8 else 0
                 if not 2 <= length <= size - 8:
                     raise CheckpointError(f"{path}: truncated or not a safetensors file ({size} bytes)")
-                self.header_bytes = head + file.read(length)
+                if length > _HEADER_BYTES:
+                    raise CheckpointError(f"{path}: a header of {length} bytes, expected at most {_HEADER_BYTES}")
+                file.seek(8)
+                text = file.read(length)
         except OSError as error:
-            raise CheckpointError(f"{path}: cannot be read: {error}") from error
-        try:
-            header = json.loads(self.header_bytes[8:])
-            self.metadata: dict[str, str] = header.pop("__metadata__", {})
-            self.entries: dict[str, tuple[str, list[int], int, int]] = {
-                key: (
-                    str(e["dtype"]),
-                    [int(n) for n in e["shape"]],
-                    int(e["data_offsets"][0]),
-                    int(e["data_offsets"][1]),
-                )
-                for key, e in header.items()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
-            raise CheckpointError(f"{path}: broken safetensors header: {error!r}") from None
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        header = parse_json(text, f"{path}: broken safetensors header")
+        metadata = header.pop("__metadata__", None) or {}
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise CheckpointError(f"{path}: broken safetensors header: __metadata__ must be an object of strings")
+        self.metadata: dict[str, str] = metadata
+        self.entries: dict[str, Entry] = {key: _entry(path, key, value) for key, value in header.items()}
         self._start = 8 + length
-        for key, (_, shape, begin, end) in self.entries.items():
-            if not 0 <= begin <= end or any(n < 0 for n in shape):
-                raise CheckpointError(f"{path}: {key} has the impossible shape {shape} at bytes {begin} to {end}")
-            if self._start + end > size:
-                raise CheckpointError(f"{path}: truncated: {key} ends at byte {self._start + end}, the file has {size}")
+        self._check(size - self._start)
         self._map: mmap.mmap | None = None
+
+    def _check(self, size: int) -> None:
+        """The tensors must lie one after the other from the first byte of the data to the last."""
+        end = 0
+        for key, (dtype, shape, begin, after) in sorted(self.entries.items(), key=lambda item: item[1][2:]):
+            if after > size:
+                last, total = self._start + after, self._start + size
+                raise CheckpointError(f"{self.path}: truncated: {key} ends at byte {last}, the file has {total}")
+            if dtype in _ITEMSIZE and math.prod(shape) * _ITEMSIZE[dtype] != after - begin:
+                raise CheckpointError(
+                    f"{self.path}: {key} of shape {shape} and dtype {dtype} cannot fill {after - begin} bytes"
+                )
+            if begin != end:
+                what = (
+                    "overlaps the tensor before it" if begin < end else f"leaves {begin - end} bytes before it unused"
+                )
+                raise CheckpointError(f"{self.path}: {key} {what}")
+            end = after
+        if end != size:
+            raise CheckpointError(f"{self.path}: {size - end} bytes after the last tensor belong to none")
 
     def read(self, key: str, into: Callable[[Tensor], None]) -> None:
         """Hand the tensor ``key``, a view of the mapping, to ``into``, which must copy; then drop its pages."""
         dtype, shape, begin, end = self.entries[key]
-        torch_dtype = DTYPES.get(dtype) or INTEGERS.get(dtype)
+        torch_dtype = DTYPES.get(dtype) or INTEGERS.get(dtype) or FLOAT8.get(dtype)
         if torch_dtype is None:
             raise CheckpointError(f"{self.path}: {key} has dtype {dtype}, expected one of {sorted(DTYPES)}")
         count = math.prod(shape)
-        if count * torch_dtype.itemsize != end - begin:
-            raise CheckpointError(
-                f"{self.path}: {key} of shape {shape} and dtype {dtype} cannot fill {end - begin} bytes"
-            )
         if count == 0:
             return into(torch.empty(shape, dtype=torch_dtype))
         if self._map is None:
@@ -86,110 +108,225 @@ class Shard:
             self._map.close()
             self._map = None
 
+    def edges(self, key: str, count: int) -> bytes:
+        """The first and the last ``count`` bytes of a tensor; all of one that is no longer than both."""
+        _, _, begin, end = self.entries[key]
+        with self.path.open("rb") as file:
+            file.seek(self._start + begin)
+            if end - begin <= 2 * count:
+                return file.read(end - begin)
+            first = file.read(count)
+            file.seek(self._start + end - count)
+            return first + file.read(count)
+
+
+def _entry(path: Path, key: str, value: Any) -> Entry:
+    """A tensor's line of the header, or CheckpointError."""
+    try:
+        dtype, shape, (begin, end) = value["dtype"], value["shape"], value["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        raise CheckpointError(
+            f"{path}: broken safetensors header: {key} must have dtype, shape and data_offsets, got {str(value)[:200]}"
+        ) from None
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not isinstance(dtype, str) or not all(type(n) is int for n in numbers) or len(shape) > _DIMENSIONS:
+        raise CheckpointError(
+            f"{path}: broken safetensors header: {key} must have a dtype, at most {_DIMENSIONS} whole dimensions and two "
+            f"offsets, got {str(value)[:200]}"
+        )
+    if not 0 <= begin <= end <= _LARGEST or any(not 0 <= n <= _LARGEST for n in shape):
+        raise CheckpointError(f"{path}: {key} has the impossible shape {shape} at bytes {begin} to {end}")
+    return dtype, shape, begin, end
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file under the name it has in the released layout: where it lies, and the shape it is wanted in.
+
+    ``transposed``: the last two dimensions are stored the other way round; ``shape`` is the wanted one.
+    """
+
+    shard: Shard
+    key: str
+    shape: list[int]
+    transposed: bool = False
+
+    @property
+    def dtype(self) -> str:
+        return self.shard.entries[self.key][0]
+
+    def read(self, into: Callable[[Tensor], None]) -> None:
+        """Hand the tensor to ``into``, which must copy."""
+        if self.transposed:
+            self.shard.read(self.key, lambda value: into(value.transpose(-1, -2)))
+        else:
+            self.shard.read(self.key, lambda value: into(value.view(self.shape)))
+
+
+def stored_as(shards: Mapping[str, Shard]) -> dict[str, Stored]:
+    """Every tensor under its own name and of its own shape."""
+    return {key: Stored(shard, key, shard.entries[key][1]) for key, shard in shards.items()}
+
 
 def _is_file_name(name: Any) -> bool:
-    return isinstance(name, str) and name != "" and Path(name).name == name
+    return isinstance(name, str) and 0 < len(name.encode()) <= 255 and Path(name).name == name and "\0" not in name
 
 
-def open_shards(folder: Path) -> dict[str, Shard]:
-    """key -> shard for every tensor of a folder (one file, or shards behind an index). Checks index against headers."""
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: folder not found")
-    indices = sorted(folder.glob("*.safetensors.index.json"))
-    weight_map: dict[str, str] = {}
-    if indices:
-        weight_map = read_json(indices[0]).get("weight_map", {})
-        if not isinstance(weight_map, dict) or not all(_is_file_name(n) for n in weight_map.values()):
-            raise CheckpointError(f"{indices[0]}: expected a 'weight_map' object of keys and file names")
-    names = sorted(set(weight_map.values())) if indices else sorted(p.name for p in folder.glob("*.safetensors"))
-    if not indices:  # shards count only through an index; beside a whole file they are the rest of an older save
-        whole = [name for name in names if not _SHARD_NAME.fullmatch(name)]
-        if names and not whole:
-            raise CheckpointError(
-                f"{folder / names[0]}: a shard without its index, expected a *.safetensors.index.json"
-            )
-        names = whole
-    if not names:
-        raise CheckpointError(f"{indices[0] if indices else folder}: no .safetensors file")
+def weights_name(names: Collection[str], where: str, variant: str | None = None) -> str:
+    """Which of a folder's files holds a part's weights: a safetensors file, or the index of its shards.
+
+    As diffusers chooses: of the ``variant``, where there is one of that name, else the default; an index before a file.
+    What else lies there does not matter. Without a default, the only file or index that can be meant. CheckpointError,
+    naming the folder ``where``, for none and for several.
+    """
+    kinds = [variant, None] if variant else [None]
+    for kind in kinds:
+        for stem in STEMS:
+            index = f"{stem}.safetensors.index.{kind}.json" if kind else f"{stem}.safetensors.index.json"
+            file = f"{stem}.{kind}.safetensors" if kind else f"{stem}.safetensors"
+            if found := [name for name in (index, file) if name in names]:
+                return found[0]
+    indices = sorted(name for name in names if re.fullmatch(r".+\.safetensors\.index(\.\w+)?\.json", name))
+    files = sorted(name for name in names if name.endswith(".safetensors"))
+    whole = [name for name in files if not _SHARD_NAME.fullmatch(name)]
+    # shards count only through an index; beside a whole file they are the rest of an older save
+    if not indices and files and not whole:
+        raise CheckpointError(f"{where}/{files[0]}: a shard without its index, expected a *.safetensors.index.json")
+    if not indices and not whole:
+        raise CheckpointError(f"{where}: no .safetensors file")
+    if len(indices) > 1 or (not indices and len(whole) > 1):
+        raise CheckpointError(
+            f"{where}: expected {STEMS[0]}.safetensors or {STEMS[1]}.safetensors, got {', '.join(indices or whole)}: "
+            "name the file itself, or its variant with --weights-variant"
+        )
+    return (indices or whole)[0]
+
+
+def has_variant(names: Collection[str], variant: str) -> bool:
+    """Whether a folder of these files has weights of that variant."""
+    forms = ("{0}.safetensors.index.{1}.json", "{0}.{1}.safetensors")
+    return any(form.format(stem, variant) in names for form in forms for stem in STEMS)
+
+
+def shards_of(index: Path) -> dict[str, str]:
+    """key -> file name of an index of shards."""
+    weight_map = read_json(index).get("weight_map", {})
+    if not isinstance(weight_map, dict) or not weight_map or not all(map(_is_file_name, weight_map.values())):
+        raise CheckpointError(f"{index}: expected a 'weight_map' object of keys and file names")
+    return weight_map
+
+
+def open_shards(path: Path, variant: str | None = None) -> dict[str, Shard]:
+    """key -> shard for every tensor of a file, or of a folder (one file, or shards behind an index; see `weights_name`).
+    Checks index against headers."""
+    if not path.is_dir():
+        shard = Shard(path)
+        return dict.fromkeys(shard.entries, shard)
+    name = ""
+    try:
+        name = weights_name(os.listdir(path), str(path), variant)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{contents.of_folder(path)}") from None
+    if name.endswith(".safetensors"):
+        shard = Shard(path / name)
+        return dict.fromkeys(shard.entries, shard)
+    weight_map = shards_of(path / name)
     keys: dict[str, Shard] = {}
-    for name in names:
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder / name}: shard named by {indices[0].name} not found")
-        shard = Shard(folder / name)
+    for file in sorted(set(weight_map.values())):
+        if not is_there(path / file):
+            raise CheckpointError(f"{path / file}: shard named by {name} not found")
+        shard = Shard(path / file)
         for key in shard.entries:
             if key in keys:
                 raise CheckpointError(f"{shard.path}: {key} is also in {keys[key].path.name}")
             keys[key] = shard
-    for key, name in weight_map.items():
-        if key not in keys or keys[key].path.name != name:
-            raise CheckpointError(f"{folder / name}: {key} is promised by {indices[0].name} but not in the file")
+    for key, file in weight_map.items():
+        if key not in keys or keys[key].path.name != file:
+            raise CheckpointError(f"{path / file}: {key} is promised by {name} but not in the file")
     return keys
 
 
 def check_entries(
-    folder: Path,
-    shards: Mapping[str, Shard],
+    where: Path,
+    tensors: Mapping[str, Stored],
     expected: Mapping[str, tuple[list[int], Iterable[str]]],
     ignored: tuple[str, ...] = (),
 ) -> None:
     """The stored keys must be the ``expected`` ones (those with an ``ignored`` prefix aside), each key's shape exact
     and its dtype among the given; the headers tell, before the first byte of data is read."""
-    files = sorted({s.path for s in shards.values()})
-    missing = sorted(set(expected) - set(shards))
+    files = sorted({s.shard.path for s in tensors.values()})
+    missing = sorted(set(expected) - set(tensors))
     if missing:
+        prefix = next((s.key.removesuffix(name) for name, s in tensors.items() if s.key.endswith(name)), "")
         raise CheckpointError(
-            f"{files[0] if len(files) == 1 else folder}: {len(missing)} keys missing, first {missing[0]!r}, "
-            f"expected with shape {expected[missing[0]][0]}"
+            f"{files[0] if len(files) == 1 else where}: {len(missing)} keys missing, first {prefix + missing[0]!r}, "
+            f"expected with shape {expected[missing[0]][0]}; {contents.of_names(s.key for s in tensors.values())}"
         )
-    extra = sorted(k for k in set(shards) - set(expected) if not k.startswith(ignored))
+    extra = sorted(k for k in set(tensors) - set(expected) if not k.startswith(ignored))
     if extra:
-        raise CheckpointError(f"{shards[extra[0]].path}: {len(extra)} unexpected keys, first {extra[0]!r}")
+        raise CheckpointError(
+            f"{tensors[extra[0]].shard.path}: {len(extra)} unexpected keys, first {tensors[extra[0]].key!r}; "
+            f"{contents.of_names(tensors[key].key for key in extra)}"
+        )
     for key, (shape, dtypes) in expected.items():
-        stored, got = shards[key].entries[key][:2]
-        if got != shape:
-            raise CheckpointError(f"{shards[key].path}: {key} must have shape {shape}, got {got}")
-        if stored not in dtypes:
-            raise CheckpointError(f"{shards[key].path}: {key} must have a dtype of {sorted(dtypes)}, got {stored}")
+        stored = tensors[key]
+        if stored.shape != shape:
+            raise CheckpointError(f"{stored.shard.path}: {stored.key} must have shape {shape}, got {stored.shape}")
+        if stored.dtype not in dtypes:
+            cast = ": fp8 weights are not read yet; take the bf16 file" if stored.dtype in FLOAT8 else ""
+            raise CheckpointError(
+                f"{stored.shard.path}: {stored.key} must have a dtype of {sorted(dtypes)}, got {stored.dtype}{cast}"
+            )
 
 
 def load_parameters(
     module: nn.Module,
-    folder: Path,
+    source: Path | Mapping[str, Stored],
     names: Callable[[str], list[str]] = lambda name: [name],
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     ignored: tuple[str, ...] = (),
     unread: tuple[str, ...] = (),
     store: Callable[[nn.Module, str, Tensor, bool], None] | None = None,
+    unused: tuple[str, ...] = (),
 ) -> None:
-    """Fill a module built on the meta device from ``folder``, strictly: every key once, every shape exact.
+    """Fill a module built on the meta device from a file, a folder or opened tensors, strictly: every key once, every
+    shape exact.
 
     ``names`` maps a name of the module to the stored keys it is made of, stacked along the rows. Keys with an
-    ``ignored`` prefix may be in the files; names with an ``unread`` prefix are checked and stay on the meta device.
+    ``ignored`` prefix may be in the files; names with an ``unread`` prefix are checked and stay on the meta device;
+    ``unused`` names, which decide no result, may be missing or of any type, and are zero.
     ``store(module, name, value, is_parameter)`` keeps a value; by default as the module's own tensor.
     """
-    shards = open_shards(folder)
+    tensors = stored_as(open_shards(source)) if isinstance(source, Path) else source
+    where = source if isinstance(source, Path) else next((s.shard.path.parent for s in tensors.values()), Path())
     wanted: dict[str, Tensor] = dict(module.state_dict(keep_vars=True))
-    expected = {key: name for name in wanted for key in names(name)}
-    stored_as: dict[str, tuple[list[int], Iterable[str]]] = {}
-    for key, name in expected.items():
-        shape, pieces = list(wanted[name].shape), len(names(name))
-        stored_as[key] = (
-            [shape[0] // pieces, *shape[1:]] if pieces > 1 else shape,
-            DTYPES if wanted[name].is_floating_point() else INTEGERS,
-        )
-    check_entries(folder, shards, stored_as, ignored)
+    expected: dict[str, tuple[list[int], Iterable[str]]] = {}
+    for name, target in wanted.items():
+        if name in unused:
+            continue
+        shape, pieces = list(target.shape), len(names(name))
+        shape = [shape[0] // pieces, *shape[1:]] if pieces > 1 else shape
+        dtypes = DTYPES if target.is_floating_point() else INTEGERS
+        expected |= dict.fromkeys(names(name), (shape, dtypes))
+    check_entries(where, tensors, expected, (*ignored, *unused))
     for name, target in wanted.items():
         if name.startswith(unread):
             continue
         sources = names(name)
-        value = torch.empty(target.shape, dtype=dtype if target.is_floating_point() else target.dtype, device=device)
+        kind = dtype if target.is_floating_point() else target.dtype
+        value = torch.empty(target.shape, dtype=kind, device=device)
         rows = value.shape[0] // len(sources) if value.dim() else 0
         for i, key in enumerate(sources):
             piece = value[i * rows : (i + 1) * rows] if len(sources) > 1 else value
-            shards[key].read(key, lambda stored, piece=piece: piece.copy_(stored))  # type: ignore[misc]
+            if name in unused:
+                piece.zero_()
+            else:
+                tensors[key].read(lambda stored, piece=piece: piece.copy_(stored))  # type: ignore[misc]
         (store or _assign)(module, name, value, isinstance(target, nn.Parameter))
-    for shard in set(shards.values()):
+    for shard in {stored.shard for stored in tensors.values()}:
         shard.close()
 
 

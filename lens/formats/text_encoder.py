@@ -3,29 +3,82 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from lens.formats.files import CheckpointError, read_json, write_json
+from lens.formats.contents import of_names
+from lens.formats.files import CheckpointError, write_json
 from lens.formats.mxfp4 import packed_modules, warn_expanded, why_expanded
-from lens.formats.safetensors import DTYPES, check_entries, load_parameters, open_shards, save_tensors
+from lens.formats.names import without_prefix
+from lens.formats.parts import Part
+from lens.formats.safetensors import DTYPES, Stored, check_entries, load_parameters, open_shards, save_tensors
+
+_PREFIXES = ("model.", "text_encoder.", "text_encoder.model.", "module.", "module.model.")
+TOKENIZER_KEY = "tokenizer_json"  # where ComfyUI keeps the tokenizer inside the text encoder's file
+# What the features depend on. Whatever else a config.json says, `attn_implementation` or the labels of a classifier, is of
+# no use here, and some of it would be obeyed: another attention, code from a hub, gigabytes of labels.
+_SETTINGS = (
+    "attention_bias", "attention_dropout", "experts_per_token", "head_dim", "hidden_act", "hidden_size",
+    "initial_context_length", "initializer_range", "intermediate_size", "layer_types", "max_position_embeddings",
+    "num_attention_heads", "num_experts_per_tok", "num_hidden_layers", "num_key_value_heads", "num_local_experts",
+    "pad_token_id", "bos_token_id", "eos_token_id", "quantization_config", "rms_norm_eps", "rope_parameters", "rope_scaling",
+    "rope_theta", "sliding_window", "swiglu_alpha", "swiglu_limit", "tie_word_embeddings", "vocab_size",
+)  # fmt: skip
+_WHOLE = {
+    "head_dim": 1 << 14, "hidden_size": 1 << 18, "intermediate_size": 1 << 20, "max_position_embeddings": 1 << 30,
+    "num_attention_heads": 1 << 12, "num_hidden_layers": 1000, "num_key_value_heads": 1 << 12, "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14, "vocab_size": 1 << 24,
+}  # fmt: skip
 
 
-def packed_experts(folder: Path) -> bool:
+def packed_experts(source: Path | Part) -> bool:
     """Whether a text encoder's experts are stored in MXFP4: on a GPU their kernels keep them where they were loaded, but
     where `mxfp4.why_expanded` has a reason."""
-    return read_json(folder / "config.json").get("quantization_config") is not None
+    settings = Part.of(source).settings() or {}
+    return settings.get("quantization_config") is not None
+
+
+def vocab_size(source: Path | Part) -> int | None:
+    """Tokens that a text encoder has; None where its files do not tell."""
+    tensors = text_encoder_tensors(source, 0)
+    embedding = tensors.get("embed_tokens.weight")
+    return embedding.shape[0] if embedding and embedding.shape else None
+
+
+def text_encoder_tensors(source: Path | Part, depth: int | None = None) -> dict[str, Stored]:
+    """The tensors of a GPT-OSS by transformers' name without "model.", also from ComfyUI's names; neither the LM head nor
+    what comes after ``depth`` layers."""
+    part = Part.of(source)
+    found = without_prefix(open_shards(part.weights, part.variant), "embed_tokens.weight", _PREFIXES)
+    tensors: dict[str, Stored] = {}
+    for key, stored in found.items():
+        if key.startswith("lm_head.") or key == TOKENIZER_KEY:
+            continue
+        if depth is not None and (match := re.match(r"layers\.(\d{1,6})\.", key)) and int(match[1]) >= depth:
+            continue
+        name, shape = key, stored.shape
+        if match := re.fullmatch(r"(.+\.experts\.(?:gate_up|down)_proj)\.(weight|bias)", key):
+            name = match[1] if match[2] == "weight" else f"{match[1]}_bias"
+            if match[2] == "weight" and len(shape) == 3:  # ComfyUI's [experts, outputs, inputs]
+                stored = replace(stored, shape=[shape[0], shape[2], shape[1]], transposed=True)
+        if name in tensors:
+            raise CheckpointError(f"{stored.shard.path}: both {key} and {tensors[name].key}, expected one of them")
+        tensors[name] = stored
+    return tensors
 
 
 def load_text_encoder(
-    folder: Path, dtype: torch.dtype, device: torch.device | str, depth: int | None = None
+    source: Path | Part, dtype: torch.dtype, device: torch.device | str, depth: int | None = None
 ) -> nn.Module:
-    """``text_encoder/`` -> transformers' GptOssModel (no LM head) in eval mode; MXFP4 experts through transformers.
+    """``text_encoder/``, or a file, -> transformers' GptOssModel (no LM head) in eval mode; MXFP4 experts through
+    transformers.
 
     ``depth``: decoder layers to keep; what comes after the last selected one is never read.
 
@@ -33,62 +86,149 @@ def load_text_encoder(
     """
     from transformers import GptOssConfig, GptOssModel
 
-    path = folder / "config.json"
-    config = read_json(path)
-    if config.get("model_type") != "gpt_oss":
-        raise CheckpointError(f"{path}: model_type must be gpt_oss, got {config.get('model_type')!r}")
-    quantization = config.get("quantization_config")
-    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4"):
+    part = Part.of(source)
+    settings = part.settings()
+    if settings is not None:
+        settings = _checked_settings(settings, str(part))
+    tensors = text_encoder_tensors(part)
+    if settings is None:
+        settings = _config_of_tensors(tensors, part.weights)
+    if settings.get("num_hidden_layers", 0) > max(100, len(tensors)):  # seen before so many layers are built
         raise CheckpointError(
-            f"{path}: quantization_config must be absent or of quant_method mxfp4, got {quantization!r}"
+            f"{part}: num_hidden_layers is {settings['num_hidden_layers']}, more than the keys stored"
         )
-    shards = open_shards(folder)
     try:
-        parsed = GptOssConfig.from_pretrained(folder)
+        parsed = GptOssConfig.from_dict(settings)
         with torch.device("meta"):
             model = GptOssModel(parsed)
     except Exception as error:  # whatever transformers trips over in a configuration
-        raise CheckpointError(f"{path}: not a configuration of GPT-OSS: {error!r}") from error
+        raise CheckpointError(f"{part}: not a configuration of GPT-OSS: {error!r}") from error
+    _check_routing(parsed, str(part))
     if depth is not None and depth > len(model.layers):
         raise CheckpointError(
-            f"{path}: num_hidden_layers must be at least {depth}, because the transformer's selected_layer_index "
+            f"{part}: num_hidden_layers must be at least {depth}, because the transformer's selected_layer_index "
             f"names layer {depth - 1}, got {len(model.layers)}"
         )
-    prefix = "model." if any(key.startswith("model.") for key in shards) else ""
-    if quantization is not None:
-        check_entries(folder, shards, _mxfp4_entries(model, prefix), ("lm_head.",))
-        model = _load_mxfp4(folder, parsed, dtype, device)
+    if settings.get("quantization_config") is not None:
+        check_entries(part.weights, tensors, _mxfp4_entries(model))
+        model = _load_mxfp4(part, parsed, dtype, device)
     else:
         unread = tuple(f"layers.{n}." for n in range(len(model.layers) if depth is None else depth, len(model.layers)))
-        load_parameters(model, folder, lambda name: [prefix + name], dtype, device, ("lm_head.",), unread)
+        load_parameters(model, tensors, dtype=dtype, device=device, unread=unread)
         model.rotary_emb = type(model.rotary_emb)(parsed).to(device)  # its tables are computed, not stored
     if depth is not None:
         del model.layers[depth:]
     left = [name for name, value in [*model.named_parameters(), *model.named_buffers()] if value.is_meta]
     if left:
-        raise CheckpointError(f"{folder}: {left[0]!r} is neither stored nor computed by this version of transformers")
+        raise CheckpointError(
+            f"{part.weights}: {left[0]!r} is neither stored nor computed by this version of transformers"
+        )
     return model.eval()
 
 
-def _mxfp4_entries(model: nn.Module, prefix: str) -> dict[str, tuple[list[int], Iterable[str]]]:
+def _checked_settings(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The settings that count, or CheckpointError: sizes that no model has are refused before they are built."""
+    if config.get("model_type") != "gpt_oss":
+        raise CheckpointError(f"{source}: model_type must be gpt_oss, got {config.get('model_type')!r}")
+    quantization = config.get("quantization_config")
+    if quantization is not None and (not isinstance(quantization, dict) or quantization.get("quant_method") != "mxfp4"):
+        raise CheckpointError(
+            f"{source}: quantization_config must be absent or of quant_method mxfp4, got {quantization!r}"
+        )
+    for key, most in _WHOLE.items():
+        value = config.get(key)
+        if key in config and (type(value) is not int or not 1 <= value <= most):
+            raise CheckpointError(
+                f"{source}: not a configuration of GPT-OSS: {key} must be a whole number from 1 to {most}, got {str(value)[:40]}"
+            )
+    for key in ("rms_norm_eps", "swiglu_alpha", "swiglu_limit"):
+        value = config.get(key, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e30:
+            raise CheckpointError(
+                f"{source}: not a configuration of GPT-OSS: {key} must be a positive number, got {str(value)[:40]}"
+            )
+    kinds = config.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list)
+        or len(kinds) > _WHOLE["num_hidden_layers"]
+        or not all(kind in ("sliding_attention", "full_attention") for kind in kinds)
+    ):
+        raise CheckpointError(
+            f"{source}: not a configuration of GPT-OSS: layer_types must be a list of sliding_attention and "
+            f"full_attention, got {str(kinds)[:40]}"
+        )
+    return {key: config[key] for key in _SETTINGS if key in config}
+
+
+def _check_routing(config: Any, source: str) -> None:
+    """What transformers takes without a look, and trips over when the first prompt is encoded."""
+    if not 1 <= config.num_experts_per_tok <= config.num_local_experts:
+        raise CheckpointError(
+            f"{source}: num_experts_per_tok must be 1 to num_local_experts = {config.num_local_experts}, got "
+            f"{config.num_experts_per_tok}"
+        )
+    window = config.sliding_window
+    if "sliding_attention" in config.layer_types and (type(window) is not int or window < 1):
+        raise CheckpointError(
+            f"{source}: sliding_window must be a positive whole number, because layer_types has sliding_attention, got "
+            f"{window!r}"
+        )
+    if config.num_attention_heads % config.num_key_value_heads:
+        raise CheckpointError(
+            f"{source}: num_key_value_heads must divide num_attention_heads = {config.num_attention_heads}, got "
+            f"{config.num_key_value_heads}"
+        )
+
+
+def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, Any]:
+    """The configuration of a GPT-OSS without config.json: sizes by the tensors, all else as released."""
+    names = (
+        "embed_tokens.weight",
+        "layers.0.self_attn.sinks",
+        "layers.0.self_attn.k_proj.bias",
+        "layers.0.mlp.router.bias",
+    )
+    expert = "layers.0.mlp.experts.down_proj"
+    if missing := [name for name in (*names, expert) if name not in tensors or not tensors[name].shape]:
+        found = of_names(stored.key for stored in tensors.values())
+        raise CheckpointError(f"{where}: no GPT-OSS text encoder in bf16: {missing[0]} is missing; {found}")
+    embedding, sinks, keys, router = (tensors[name].shape for name in names)
+    layers = 1 + max(int(match[1]) for key in tensors if (match := re.match(r"layers\.(\d{1,6})\.", key)))
+    values = {
+        "model_type": "gpt_oss",
+        "vocab_size": embedding[0],
+        "hidden_size": embedding[-1],
+        "intermediate_size": tensors[expert].shape[-2],
+        "num_hidden_layers": layers,
+        "num_attention_heads": sinks[0],
+        "num_key_value_heads": keys[0] // 64,
+        "num_local_experts": router[0],
+    }
+    return _checked_settings(values, str(where))
+
+
+def _mxfp4_entries(model: nn.Module) -> dict[str, tuple[list[int], Iterable[str]]]:
     """Stored keys of a GPT-OSS model whose experts are MXFP4: 32 inputs share a scale, a byte of a block holds two."""
     entries: dict[str, tuple[list[int], Iterable[str]]] = {}
     for name, value in model.state_dict().items():
         shape = list(value.shape)
         if ".experts." in name and not name.endswith("_bias"):
             experts, inputs, outputs = shape
-            entries[f"{prefix}{name}_blocks"] = [experts, outputs, inputs // 32, 16], ("U8",)
-            entries[f"{prefix}{name}_scales"] = [experts, outputs, inputs // 32], ("U8",)
+            entries[f"{name}_blocks"] = [experts, outputs, inputs // 32, 16], ("U8",)
+            entries[f"{name}_scales"] = [experts, outputs, inputs // 32], ("U8",)
         else:
-            entries[prefix + name] = shape, DTYPES
+            entries[name] = shape, DTYPES
     return entries
 
 
-def _load_mxfp4(folder: Path, config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
+def _load_mxfp4(part: Part, config: Any, dtype: torch.dtype, device: torch.device | str) -> Any:
     """GPT-OSS with MXFP4 experts (``*_blocks``, ``*_scales``), by transformers: dequantised on a CPU, and with a warning
     on a GPU where transformers cannot keep them packed."""
     from transformers import GptOssModel, Mxfp4Config
 
+    folder = part.weights
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: MXFP4 experts are read from a folder in transformers' layout, got a file")
     why = "" if torch.device(device).type == "cpu" else why_expanded()
     expand = why or torch.device(device).type == "cpu"
     kwargs = {"quantization_config": Mxfp4Config(dequantize=True)} if expand else {"device_map": {"": str(device)}}

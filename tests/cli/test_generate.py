@@ -21,14 +21,15 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from lens import LensPipeline, __version__, image_file, pipeline
+from lens import LensPipeline, __version__, image_file
 from lens.cli import __main__ as cli
 from lens.cli import request as cli_request
 from lens.cli import terminal
 from lens.doctor.findings import Finding
-from lens.formats import released
-from lens.formats.hub import EMBEDDED, fingerprint
+from lens.formats import parts, released
+from lens.formats.hub import EMBEDDED
 from lens.formats.released import read_index
+from tests.small_pipeline import shared
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
 FAST = ["--model", str(DEV), "--variant", "lens", "--steps", "2", "--size", "32x32"]
@@ -45,7 +46,7 @@ EXPECTED_RECIPE = {
     "model": "dev",
     "dtype": "float32",
     "version": __version__,
-    "fingerprint": fingerprint(DEV),
+    "fingerprint": shared().fingerprint,
     "solver": "euler",
     "loras": (),
     "threads": 1,
@@ -762,6 +763,31 @@ def test_interrupt_exits_130_and_keeps_what_was_saved(tmp_path):
     assert all(p.suffix == ".png" and image_file.read_recipe(p).steps == 60 for p in left)
 
 
+def test_parts_from_three_places(apple, tmp_path):
+    """The same weights named apart: the same picture, and its recipe redraws it from there."""
+    files = [
+        "--transformer",
+        DEV / "transformer" / "diffusion_pytorch_model.safetensors",
+        "--vae",
+        DEV,
+        "--text-encoder",
+        DEV / "text_encoder",
+    ]
+    options = ["--seed", 5, "--steps", 1, "--size", "32x32"]
+    apart, whole = tmp_path / "apart.png", tmp_path / "whole.png"
+    written(generate("a dog", "-o", apart, *files, "--variant", "lens", *options, fast=False))
+    written(generate("a dog", "-o", whole, *options, "--model", DEV, "--variant", "lens", fast=False))
+    assert np.array_equal(pixels(apart), pixels(whole))
+    assert image_file.read_recipe(apart).model == "diffusion_pytorch_model.safetensors"
+    assert image_file.read_recipe(apart).fingerprint == EXPECTED_RECIPE["fingerprint"]
+    again = tmp_path / "again.png"
+    written(generate("--like", apart, *files, "-o", again, fast=False))
+    assert np.array_equal(pixels(again), pixels(apart))
+    refused = generate("a dog", "-o", apart, "--model", files[1], fast=False)
+    assert refused.exit_code == 1
+    assert "name the other parts with --text-encoder and --vae" in " ".join(refused.output.split())
+
+
 # ------------------------------------------------------------------------------------------------ help
 
 
@@ -785,7 +811,7 @@ def test_version():
 
 @pytest.mark.parametrize("model", ["../../etc", "./dev", "stranger/weights", "dev"])
 def test_a_recipe_opens_no_path_and_fetches_nothing(apple, tmp_path, monkeypatch, model):
-    monkeypatch.setattr(pipeline, "resolve", lambda source: pytest.fail(f"{source} was opened"))
+    monkeypatch.setattr(parts, "resolve", lambda source, _: pytest.fail(f"{source} was opened"))
     with Image.open(apple) as image:
         image_file.save_png(image, tmp_path / "a.png", replace(image_file.read_recipe(apple), model=model))
     result = generate("--like", tmp_path / "a.png", fast=False)

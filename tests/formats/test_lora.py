@@ -1,10 +1,12 @@
 """LoRAs: held to peft on an independent Lens, merged into fused weights, taken out again bit for bit, refused when wrong."""
 
 import json
+import re
 import signal
 import struct
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from lens import LensPipeline
 from lens.formats import lora
 from lens.formats.files import CheckpointError
-from lens.formats.released import load_transformer
+from lens.formats.patterns import fullmatch
+from lens.formats.released import load_transformer, released_tensors
 from tests.reference_model import ReferenceLens, as_lens, relative
 from tests.small_pipeline import FOLDER, counted, fresh, same_bits
 
@@ -157,13 +160,19 @@ def renamed(tensors, old, new):
 FAULTS = {
     "nan": (lambda t: t[KEY].view(-1)[3].fill_(float("nan")), r"img_qkv\.lora_A\.weight holds NaN or infinity"),
     "one side": (lambda t: t.pop(KEY), r"blocks\.0\.attn\.img_qkv has lora_B alone, expected lora_A and lora_B"),
-    "other model": (lambda t: renamed(t, "attn.img_qkv", "attn.to_q"), r"blocks\.0\.attn\.to_q is no linear layer of this"),
+    "other model": (lambda t: renamed(t, "attn.img_qkv", "attn.qkv"), r"blocks\.0\.attn\.qkv is no linear layer of this"),
     "shape": (
         lambda t: t.update({KEY: torch.zeros(4, 96)}),
         r"img_qkv must adapt a weight of shape \[384, 128\], got lora_B @ lora_A of \[384, 96\]",
     ),
     "rank": (lambda t: t.update({KEY: torch.zeros(3, 128)}), r"lora_A \[3, 128\] and lora_B \[384, 4\] do not share a rank"),
-    "dora": (lambda t: t.update({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(4)}), "is no LoRA of a"),
+    "dora": (
+        lambda t: t.update({KEY.replace("lora_A.weight", "lora_magnitude_vector"): torch.ones(4)}),
+        r"a magnitude must have shape \[384, 1\] or \[1, 128\], got \[4\]",
+    ),
+    "tucker": (lambda t: t.update({KEY.replace("lora_A", "lora_mid"): torch.ones(4, 4)}), "is no LoRA of a linear layer"),
+    "bias of B": (lambda t: t.update({KEY.replace("lora_A.weight", "lora_B.bias"): torch.ones(384)}), "is no LoRA of a linear"),
+    "two kinds": (lambda t: t.update({KEY.replace("lora_A.weight", "lokr_w1"): torch.ones(4, 4)}), "expected one kind of adapter"),
     "integers": (lambda t: t.update({KEY: torch.ones(4, 128, dtype=torch.int64)}), r"has dtype torch\.int64, expected a float"),
     "no matrix": (lambda t: t.update({KEY: torch.ones(4, 128, 1)}), r"of shape \[4, 128, 1\] is no LoRA of a linear layer"),
 }  # fmt: skip
@@ -200,8 +209,16 @@ def test_a_truncated_or_missing_file_is_refused(folder, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type must be LORA, got 'LOHA'"),
-        ({"use_dora": True}, "use_dora is not supported"),
+        ({"peft_type": "BOFT"}, "peft_type must be one of LORA, LOKR, LOHA, got 'BOFT'"),
+        ({"use_dora": True}, "use_dora is set, but adapter_model.safetensors has no magnitude vectors"),
+        ({"rank_pattern": [4]}, "rank_pattern must be an object of at most 2000 patterns"),
+        ({"rank_pattern": {"(": 4}}, r"rank_pattern: '\(' is no pattern that is read here: it ends too early"),
+        (
+            {"alpha_pattern": {"(?=a)": 4}},
+            "alpha_pattern: .* is no pattern that is read here: a group that looks around",
+        ),
+        ({"alpha_pattern": {"([a-z_.0]+)+X": 4}, "rank_pattern": {}, "r": 5}, "must have rank r = 5"),
+        ({"lora_alpha": 10**300}, "lora_alpha of .* must be a number, got '1000"),
         ({"bias": "all"}, "bias must be 'none', got 'all'"),
         ({"modules_to_save": ["proj_out"]}, "modules_to_save is not supported"),
         ({"r": 5}, "must have rank r = 5, got 4"),
@@ -214,6 +231,263 @@ def test_a_configuration_that_means_something_else_is_refused(folder, tmp_path, 
     (tmp_path / lora.CONFIG).write_text(json.dumps({**config, **change}))
     with pytest.raises(CheckpointError, match=message):
         lora.read(tmp_path)
+
+
+def test_broken_settings_inside_a_file_are_refused(folder, tmp_path):
+    tensors = load_file(folder / lora.WEIGHTS)
+    for text, message in (
+        ("[1]", "lora_adapter_metadata in its header: expected a JSON object"),
+        ("[" * 100_000, "nested too deep"),
+        ('{"r": ' + "9" * 5000 + "}", "an integer of 5000 digits"),
+        ('{"transformer.lora_alpha": 1e999}', "1e999 is no finite number"),
+    ):
+        save_file(tensors, tmp_path / "a.safetensors", {lora.METADATA: text})
+        with pytest.raises(CheckpointError, match=message):
+            lora.read(tmp_path / "a.safetensors")
+
+
+def test_what_is_no_lora_is_named(tmp_path):
+    save_file(load_file(next((FOLDER / "vae").glob("*.safetensors"))), tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"vae\.safetensors: .* is no LoRA of a linear layer"):
+        lora.read(tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"file not found; a LoRA is a \.safetensors file or a folder"):
+        lora.read(tmp_path / ("x" * 5000))
+    (tmp_path / "pytorch_lora_weights.bin").write_bytes(b"PK")
+    (tmp_path / "vae.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"file not found; .*; it has pytorch_lora_weights\.bin, a pickle"):
+        lora.read(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ dialects
+
+QKV, OUT, NORM = (
+    "transformer_blocks.0.attn.img_qkv",
+    "transformer_blocks.1.attn.to_out.0",
+    "transformer_blocks.0.img_norm1",
+)
+W1 = "transformer_blocks.2.txt_mlp.w1"
+SHAPES = {QKV: (384, 128), OUT: (128, 128), W1: (341, 128)}
+
+
+@pytest.fixture(scope="module")
+def base():
+    return lens()
+
+
+@pytest.fixture(scope="module")
+def factors():
+    generator = torch.Generator().manual_seed(5)
+    return {
+        m: (torch.randn(4, i, generator=generator), torch.randn(o, 4, generator=generator))
+        for m, (o, i) in SHAPES.items()
+    }
+
+
+def keys(factors, name="{}", down="lora_A.weight", up="lora_B.weight", flat=False):
+    """Every module's two matrices under a spelling of its name."""
+    spelled = {m: name.format(m.replace(".", "_") if flat else m) for m in factors}
+    return {f"{spelled[m]}.{side}": value for m, pair in factors.items() for side, value in zip((down, up), pair)}
+
+
+def changes(base, path):
+    """Released name -> what the file adds to that weight of the golden model, where it adds anything."""
+    model = lens()
+    lora.Adapters(model).add(lora.read(path, model), 1.0)
+    old = dict(released_tensors(base, torch.float32))
+    new = {key: value - old[key] for key, value in released_tensors(model, torch.float32)}
+    return {key: value for key, value in new.items() if value.any()}
+
+
+def same(got, expected):
+    assert sorted(got) == sorted(expected)
+    for key, value in expected.items():
+        assert relative(got[key], value) < 1e-5, key
+
+
+SPELLINGS = {
+    "peft": {"name": "base_model.model.{}"},
+    "diffusers": {"name": "transformer.{}"},
+    "bare": {},
+    "comfyui": {"name": "diffusion_model.{}"},
+    "wrapped": {"name": "transformer.base_model.model.{}", "down": "lora.down.weight", "up": "lora.up.weight"},
+    "checkpoint": {"name": "model.diffusion_model.{}", "down": "lora_down.weight", "up": "lora_up.weight"},
+    "compiled": {"name": "base_model.model._orig_mod.{}"},
+    "named": {"name": "unet.{}", "down": "lora_A.default_0.weight", "up": "lora_B.default_0.weight"},
+    "kohya": {"name": "lora_unet_{}", "down": "lora_down.weight", "up": "lora_up.weight", "flat": True},
+    "lycoris": {"name": "lycoris_{}", "down": "lora_down.weight", "up": "lora_up.weight", "flat": True},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+def test_every_spelling_of_a_name_is_the_models_own(base, factors, tmp_path, spelling):
+    save_file(keys(factors, **spelling), tmp_path / "a.safetensors")
+    same(changes(base, tmp_path / "a.safetensors"), {f"{m}.weight": up @ down for m, (down, up) in factors.items()})
+
+
+def test_numbers_of_every_kind(base, factors, tmp_path):
+    """Alpha 0-d, of one element, whole or half; matrices in fp8 and as 1x1 convolutions; a text encoder's keys beside."""
+    whole = {m: (down.round(), up.round()) for m, (down, up) in factors.items()}
+    tensors = keys(whole, "lora_unet_{}", "lora_down.weight", "lora_up.weight", flat=True)
+    flat = {m: f"lora_unet_{m.replace('.', '_')}" for m in factors}
+    tensors[f"{flat[QKV]}.lora_down.weight"] = whole[QKV][0].to(torch.float8_e4m3fn)
+    tensors[f"{flat[OUT]}.lora_down.weight"] = whole[OUT][0][..., None, None].contiguous()
+    tensors |= {
+        f"{flat[QKV]}.alpha": torch.tensor(2),
+        f"{flat[OUT]}.alpha": torch.tensor([1.0]).half(),
+        f"{flat[W1]}.alpha": torch.tensor(8.0),
+    }
+    tensors |= {
+        "lora_te_layers_0.lora_down.weight": torch.zeros(4, 8),
+        "lora_te_layers_0.lora_up.weight": torch.zeros(8, 4),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"a\.safetensors: 2 keys of a text encoder are left out"):
+        got = changes(base, tmp_path / "a.safetensors")
+    scale = {QKV: 0.5, OUT: 0.25, W1: 2.0}
+    same(got, {f"{m}.weight": scale[m] * up @ down for m, (down, up) in whole.items()})
+
+
+@pytest.mark.parametrize(("rank", "factor"), [("4", 0.5), (None, 0.5), ("8", 1.0)])
+def test_alpha_of_the_header_counts_where_nothing_else_tells(factors, tmp_path, rank, factor):
+    """And for the rank it was written for; another is told."""
+    header = {"ss_network_alpha": "2"} | ({"ss_network_dim": rank} if rank else {})
+    save_file(keys(factors), tmp_path / "a.safetensors", header)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = lora.read(tmp_path / "a.safetensors")
+    assert {pair.factor for pair in found.pairs.values()} == {factor}
+    assert any("ss_network_alpha = 2 in its header is for rank 8" in str(w.message) for w in told) == (rank == "8")
+    save_file(keys(factors) | {f"{m}.alpha": torch.tensor(1.0) for m in factors}, tmp_path / "a.safetensors", header)
+    assert {pair.factor for pair in lora.read(tmp_path / "a.safetensors").pairs.values()} == {0.25}
+
+
+def test_alpha_of_the_file_stands_before_the_configurations(factors, tmp_path):
+    settings = {"r": 4, "lora_alpha": 4, "alpha_pattern": {"img_qkv": 12}}
+    header = {lora.METADATA: json.dumps(settings), "ss_network_alpha": "40"}
+    save_file(
+        keys(factors) | {f"{OUT}.alpha": torch.tensor(2.0), f"{QKV}.alpha": torch.tensor(1.0)},
+        tmp_path / "a.safetensors",
+        header,
+    )
+    found = lora.read(tmp_path / "a.safetensors").pairs
+    assert {m: pair.factor for m, pair in found.items()} == {QKV: 0.25, OUT: 0.5, W1: 1.0}
+
+
+def test_norms_biases_and_whole_differences(base, tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    wanted = {f"{NORM}.weight": 128, f"{OUT}.bias": 128, f"{QKV}.bias": 384, "txt_norm.1.weight": 64}
+    values = {key: torch.randn(n, generator=generator) for key, n in wanted.items()}
+    values["proj_out.weight"] = torch.randn(128, 128, generator=generator)
+    spelled = {
+        f"diffusion_model.{NORM}.diff": values[f"{NORM}.weight"], f"diffusion_model.{OUT}.diff_b": values[f"{OUT}.bias"],
+        "lora_unet_transformer_blocks_0_attn_img_qkv.diff_b": values[f"{QKV}.bias"],
+        "lycoris_txt_norm_1.w_norm": values["txt_norm.1.weight"], "transformer.proj_out.diff": values["proj_out.weight"],
+    }  # fmt: skip
+    save_file(spelled, tmp_path / "a.safetensors")
+    same(changes(base, tmp_path / "a.safetensors"), values)
+
+
+def test_split_queries_keys_and_values(base, tmp_path):
+    generator = torch.Generator().manual_seed(2)
+    names = {"attn.to_q": 0, "attn.to_k": 1, "attn.to_v": 2, "attn.add_k_proj": 1}
+    tensors, expected = {}, {f"transformer_blocks.1.attn.{s}_qkv.weight": torch.zeros(384, 128) for s in ("img", "txt")}
+    for name, third in names.items():
+        down, up = torch.randn(2, 128, generator=generator), torch.randn(128, 2, generator=generator)
+        tensors |= {f"transformer.transformer_blocks.1.{name}.lora_{s}.weight": t for s, t in (("A", down), ("B", up))}
+        stream = "txt" if "add" in name else "img"
+        expected[f"transformer_blocks.1.attn.{stream}_qkv.weight"][third * 128 : (third + 1) * 128] = up @ down
+    tensors["transformer.transformer_blocks.1.attn.to_v.diff_b"] = torch.ones(128)
+    expected["transformer_blocks.1.attn.img_qkv.bias"] = torch.cat([torch.zeros(256), torch.ones(128)])
+    save_file(tensors, tmp_path / "a.safetensors")
+    same(changes(base, tmp_path / "a.safetensors"), expected)
+
+
+def test_kronecker_and_hadamard_products(base, tmp_path):
+    """LyCORIS's formulas: kron(w1, w2) alpha / rank of the factored side, (a1 b1) * (a2 b2) alpha / r."""
+    g = torch.Generator().manual_seed(3)
+    r = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    w1, a2, b2 = r(8, 4), r(48, 3), r(3, 32)
+    a1, b1, c2, d2 = r(341, 2), r(2, 128), r(341, 2), r(2, 128)
+    tensors = {
+        f"lycoris_{QKV.replace('.', '_')}.lokr_w1": w1, f"lycoris_{QKV.replace('.', '_')}.lokr_w2_a": a2,
+        f"lycoris_{QKV.replace('.', '_')}.lokr_w2_b": b2, f"lycoris_{QKV.replace('.', '_')}.alpha": torch.tensor(6.0),
+        f"{OUT}.lokr_w1": w1.clone(), f"{OUT}.lokr_w2": r(16, 32), f"{OUT}.alpha": torch.tensor(99.0),
+        f"diffusion_model.{W1}.hada_w1_a": a1, f"diffusion_model.{W1}.hada_w1_b": b1, f"diffusion_model.{W1}.hada_w2_a": c2,
+        f"diffusion_model.{W1}.hada_w2_b": d2, f"diffusion_model.{W1}.alpha": torch.tensor(1.0),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "a.safetensors")
+    expected = {
+        f"{QKV}.weight": torch.kron(w1, a2 @ b2) * 2,
+        f"{OUT}.weight": torch.kron(w1, tensors[f"{OUT}.lokr_w2"]),
+        f"{W1}.weight": (a1 @ b1) * (c2 @ d2) / 2,
+    }
+    same(changes(base, tmp_path / "a.safetensors"), expected)
+
+
+@pytest.mark.parametrize("kind", ["LoKrConfig", "LoHaConfig", "dora"])
+def test_pefts_other_adapters(tmp_path, kind):
+    """Merged by peft itself: alpha of its configuration, names, the magnitude's norm."""
+    peft = pytest.importorskip("peft")
+    reference = ReferenceLens(CONFIG)
+    reference.load_state_dict(load_file(next((FOLDER / "transformer").glob("*.safetensors"))))
+    targets = ["img_qkv", "txt_mlp.w1", "to_out.0"]
+    if kind == "dora":
+        config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=targets, use_dora=True)
+    else:
+        config = getattr(peft, kind)(r=4, alpha=6, target_modules=targets)
+    model = peft.get_peft_model(reference.float().eval(), config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if any(leaf in name for leaf in ("lora_", "lokr_", "hada_")):
+                p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    model.save_pretrained(tmp_path)
+    ours = lens()
+    lora.Adapters(ours).add(lora.read(tmp_path, ours), 1.0)
+    merged = as_lens(model.merge_and_unload(), CONFIG).requires_grad_(False)
+    for (name, p), q in zip(ours.named_parameters(), merged.parameters()):
+        assert relative(p, q) < 1e-5, name
+
+
+def test_a_magnitude_of_columns_and_half_a_scale(base, factors, tmp_path):
+    """W + s (W' - W): nothing at 0, peft's W' at 1."""
+    magnitude = torch.rand(1, 128) + 0.5
+    save_file(keys({OUT: factors[OUT]}) | {f"{OUT}.dora_scale": magnitude}, tmp_path / "a.safetensors")
+    weight = dict(released_tensors(base, torch.float32))[f"{OUT}.weight"]
+    turned = weight + factors[OUT][1] @ factors[OUT][0]
+    expected = magnitude * turned / turned.norm(dim=0, keepdim=True) - weight
+    same(changes(base, tmp_path / "a.safetensors"), {f"{OUT}.weight": expected})
+    model = lens()
+    lora.Adapters(model).add(lora.read(tmp_path / "a.safetensors"), 0.5)
+    assert relative(dict(released_tensors(model, torch.float32))[f"{OUT}.weight"], weight + expected / 2) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "my_style.safetensors"])
+def test_a_folder_as_diffusers_saves_it_or_with_one_file(factors, tmp_path, name):
+    save_file(keys(factors, "transformer.{}"), tmp_path / name)
+    assert sorted(lora.read(tmp_path).pairs) == sorted(SHAPES)
+
+
+PATTERNS = [
+    "img_mlp.w1", r"transformer_blocks\.1\.attn.img_qkv", r"^transformer_blocks\.[0-2]\..*qkv$", "(img|txt)_mlp.w[13]", r"\d+\.attn.*",
+    "a{2,3}b?", "[^.]+", r"(?:ab)*\w?", "x*?y", "(a|ab)(c|bcd)", r"\bqkv\b", "", "a|", "[]a]", r"[\w-]+", "w{1}", ".{3}",
+]  # fmt: skip
+
+
+def test_patterns_match_as_pythons_do():
+    texts = [*SHAPES, "img_mlp.w1", "aab", "aaab", "abab", "abcd", "xxy", "qkv", "", "a", "]", "a-b", "w", "a\nb"]
+    for pattern in PATTERNS:
+        for text in texts:
+            assert fullmatch(pattern, text) == bool(re.fullmatch(pattern, text)), (pattern, text)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(", ")", "a**", "*a", "[a", r"a\1", "(?i)a", "(?<=a)b", "a{2,1}", "a++", "\\", "(" * 7 + ")" * 7, "a" * 501],
+)
+def test_patterns_that_are_not_read(pattern):
+    with pytest.raises(ValueError, match=r"\w"):
+        fullmatch(pattern, "a")
 
 
 # ------------------------------------------------------------------------------------------------ pipeline
@@ -261,7 +535,7 @@ def test_tables_are_forgotten_where_modulation_changes(folder, tmp_path):
     assert not calls
 
 
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", True])
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), "1", True, 10**400])
 def test_a_scale_that_is_no_number_is_refused(folder, scale):
     pipe = fresh()
     with pytest.raises(ValueError, match="load_lora: scale must be a finite number"):

@@ -14,16 +14,16 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lens import LensConfig, LensTransformer2DModel
 from lens.engine.schedule_table import evict
 from lens.formats import files
 from lens.formats.files import CheckpointError, write_atomic, write_json
-from lens.formats.hub import fingerprint
+from lens.formats.fingerprint import fingerprint
 from lens.formats.released import load_transformer, save_transformer
-from lens.formats.safetensors import open_shards, save_tensors
-from tests.small_pipeline import FOLDER, shared
+from lens.formats.safetensors import open_shards, save_tensors, stored_as
+from tests.small_pipeline import FOLDER, fresh, shared
 
 SMALL = LensConfig(num_layers=1, num_attention_heads=1, enc_hidden_dim=32, selected_layer_index=(0,))
 
@@ -189,46 +189,57 @@ def test_saving_after_eviction(tmp_path):
 # ---------------------------------------------------------------------------------------------- fingerprint
 
 
-def test_fingerprint_is_stable(tmp_path):
+VAE = "vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def copy(tmp_path):
     root = tmp_path / "another name"
     shutil.copytree(FOLDER, root)
-    first = fingerprint(FOLDER)
+    return root
+
+
+def test_fingerprint_is_of_the_tensors_that_are_loaded(copy):
+    """Names, times, settings, shards, prefixes, variants and whatever else lies beside the weights do not count."""
+    first = shared().fingerprint
     assert len(first) == 64
-    assert shared().fingerprint == first == fingerprint(root)
-    os.utime(root / "vae" / "diffusion_pytorch_model.safetensors", (1, 1))
-    (root / "README.md").write_text("notes")
-    (root / "model_index.json").write_text("{}")
-    assert fingerprint(root) == first  # names, times and settings are not weights
+    os.utime(copy / VAE, (1, 1))
+    (copy / "README.md").write_text("notes")
+    shutil.copy(copy / VAE, copy / "vae" / "diffusion_pytorch_model.fp16.safetensors")
+    tensors = load_file(copy / "transformer" / "diffusion_pytorch_model.safetensors")
+    save_file(tensors, copy / "transformer" / "diffusion_pytorch_model_ema.safetensors")
+    (copy / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+    prefixed = {f"model.diffusion_model.{key}": value for key, value in tensors.items()}
+    save_tensors(copy / "transformer", "diffusion_pytorch_model", prefixed, 500_000)
+    encoder = load_file(copy / "text_encoder" / "model.safetensors")
+    save_file({k: v for k, v in encoder.items() if k != "lm_head.weight"}, copy / "text_encoder" / "model.safetensors")
+    assert fresh(copy).fingerprint == first
 
 
 def test_fingerprint_of_known_bytes(tmp_path):
     """The recipe, once by hand: pictures carry it, so it may never change."""
     import hashlib
 
-    (tmp_path / "b").mkdir()
-    save_tensors(tmp_path / "b", "x", {"k": torch.arange(5.0)})
-    save_tensors(tmp_path, "a", {"k": torch.zeros(600_000)})  # more than two MiB
-    digest = hashlib.sha256()
-    for name in ("a.safetensors", "b/x.safetensors"):
-        data = (tmp_path / name).read_bytes()
-        header = data[: 8 + int.from_bytes(data[:8], "little")]
-        digest.update(f"{name}\0{len(data)}\0".encode() + header + data[: 1 << 20] + data[-(1 << 20) :])
-    assert fingerprint(tmp_path) == digest.hexdigest()
+    large = torch.arange(600_000, dtype=torch.float32)  # more than two MiB
+    save_tensors(tmp_path, "model", {"k": large, "a": torch.zeros(2, 3, dtype=torch.bfloat16)})
+    data = large.numpy().tobytes()
+    digest = hashlib.sha256(b"vae/a\0[2, 3]\0BF16\0" + bytes(12))
+    digest.update(b"vae/k\0[600000]\0F32\0" + data[: 1 << 20] + data[-(1 << 20) :])
+    assert fingerprint({"vae": stored_as(open_shards(tmp_path))}) == digest.hexdigest()
 
 
-@pytest.mark.parametrize("change", ["value", "name", "extra"])
+@pytest.mark.parametrize("change", ["value", "name", "shape", "dtype", "part"])
 def test_fingerprint_sees_other_weights(tmp_path, change):
-    shutil.copytree(FOLDER, tmp_path / "c")
-    file = tmp_path / "c" / "vae" / "diffusion_pytorch_model.safetensors"
-    if change == "value":
-        data = bytearray(file.read_bytes())
-        data[-1] ^= 1
-        file.write_bytes(data)
-    elif change == "name":
-        file.rename(file.with_name("other.safetensors"))
-    else:
-        shutil.copy(file, file.with_name("other.safetensors"))
-    assert fingerprint(tmp_path / "c") != fingerprint(FOLDER)
+    def of(tensors, part="vae"):
+        save_file(tensors, tmp_path / "model.safetensors")
+        return fingerprint({part: stored_as(open_shards(tmp_path))})
+
+    old = torch.arange(6, dtype=torch.int32).float()
+    new = {
+        "value": {"k": old + 1}, "name": {"l": old}, "shape": {"k": old.view(2, 3)}, "dtype": {"k": old.view(torch.int32)},
+        "part": {"k": old},
+    }[change]  # fmt: skip
+    assert of(new, "transformer" if change == "part" else "vae") != of({"k": old})
 
 
 def _save(folder, value, shard_bytes):

@@ -176,9 +176,8 @@ BAD_TEMPLATES = {
 
 @pytest.mark.parametrize(("template", "message"), BAD_TEMPLATES.values(), ids=BAD_TEMPLATES.keys())
 def test_templates_that_cannot_be_used(tmp_path, template, message):
-    chat = ChatTokenizer(folder(tmp_path, template))
     with pytest.raises(CheckpointError, match=message) as error:
-        chat.frame("2026-05-23")
+        ChatTokenizer(folder(tmp_path, template))
     assert "chat_template.jinja" in str(error.value)
 
 
@@ -198,7 +197,9 @@ def test_broken_tokenizer_is_named(tmp_path, content):
     (tmp_path / "tokenizer.json").unlink()
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json: (file not found|not a tokenizers file)"):
+    with pytest.raises(
+        CheckpointError, match=r"tokenizer\.json: (file not found|not a tokenizers file|not valid JSON|expected a)"
+    ):
         ChatTokenizer(tmp_path)
 
 

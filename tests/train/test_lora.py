@@ -20,7 +20,7 @@ from train import configs, pretrain
 from train import export as shipping
 from train.loop.checkpoints import folder_tensors, load_state, save_state
 from train.loop.keys import keyed
-from train.loop.lora import Lora, attach_lora, init_lora, lora_layers, merge_lora, parse_lora, save_lora
+from train.loop.lora import COMFYUI, Lora, attach_lora, init_lora, lora_layers, merge_lora, parse_lora, save_lora
 from train.networks import generator
 from train.networks.codec import Latents
 from train.networks.denoiser import Denoiser
@@ -81,6 +81,13 @@ def test_saved_adapters_are_pefts_and_ours(tmp_path, targets):
     inference = base().eval()
     lens.formats.lora.Adapters(inference).add(lens.formats.lora.read(tmp_path), 1.0)
     assert relative(forward(inference), ours) < 1e-5
+    one_file = lens.formats.lora.read(tmp_path / COMFYUI)
+    assert one_file.fingerprint == lens.formats.lora.read(tmp_path).fingerprint
+    keys = load_file(tmp_path / COMFYUI)
+    assert len(keys) == 3 * len(one_file.pairs)
+    assert set(keys) >= {
+        f"diffusion_model.transformer_blocks.0.attn.img_qkv.{leaf}" for leaf in ("lora_up.weight", "alpha")
+    }
     merge_lora(model)
     assert [n for n, _ in model.named_parameters()] == [n for n, _ in inference.named_parameters()]
     for (name, p), q in zip(model.named_parameters(), inference.parameters()):

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lens.formats import hub
 from lens.formats.files import read_json
+from lens.formats.fingerprint import fingerprint
 from lens.formats.released import transformer_config
-from lens.formats.text_encoder import load_text_encoder
-from lens.formats.vae import load_vae
+from lens.formats.text_encoder import load_text_encoder, text_encoder_tensors
+from lens.formats.vae import load_vae, vae_tensors
 
 if TYPE_CHECKING:
     from lens.text_encoder import ChatTokenizer
@@ -142,8 +142,9 @@ def released(
     tokenizer = ChatTokens(folder / "tokenizer")
     model = load_text_encoder(folder / "text_encoder", dtype, device, max(layers) + 1)
     vae = load_vae(folder / "vae", torch.float32, device)
-    marks = [hub.fingerprint(folder / part)[:16] for part in ("vae", "text_encoder")]
-    return tokenizer, ReleasedLatents(vae, marks[0]), ReleasedText(model, layers, tokenizer, marks[1])
+    codec = fingerprint({"vae": vae_tensors(folder / "vae")})[:16]
+    text = fingerprint({"text_encoder": text_encoder_tensors(folder / "text_encoder", max(layers) + 1)})[:16]
+    return tokenizer, ReleasedLatents(vae, codec), ReleasedText(model, layers, tokenizer, text)
 
 
 def mini(recipe: str, vae: Path, encoder: Path, device: torch.device | str) -> tuple[ChatTokens, MiniLatents, MiniText]:

@@ -31,6 +31,7 @@ from .ranks import place
 ATTENTION = ("attn.img_qkv", "attn.txt_qkv", "attn.to_out.0", "attn.to_add_out")
 MLP = tuple(f"{stream}_mlp.{part}" for stream in ("img", "txt") for part in ("w1", "w2", "w3"))
 NO_BASE = "--lora: expected --init CHECKPOINT beside it, the released layout's folder whose weights stay frozen"
+COMFYUI = "lora_comfyui.safetensors"
 NO_LORA = "none"  # the name of no adapter
 TARGETS = {"attention": ATTENTION, "all": ATTENTION + MLP}
 
@@ -190,14 +191,20 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def save_lora(model: nn.Module, lora: Lora, folder: Path) -> None:
-    """The adapters as a peft folder, float32: adapter_model.safetensors and adapter_config.json."""
+    """The adapters as a peft folder, float32: adapter_model.safetensors and adapter_config.json; beside them the same
+    numbers as one file in ComfyUI's names, lora_down, lora_up and alpha, which finds nothing under peft's."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
+    comfyui: dict[str, Tensor] = {}
     for _, layer in lora_layers(model):
         for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
-            for side, value in (("A", down), ("B", up)):
-                tensors[f"base_model.model.{module}.lora_{side}.weight"] = value.detach().float().cpu().contiguous()
+            for side, way, value in (("A", "down", down), ("B", "up", up)):
+                kept = value.detach().float().cpu().contiguous()
+                tensors[f"base_model.model.{module}.lora_{side}.weight"] = kept
+                comfyui[f"diffusion_model.{module}.lora_{way}.weight"] = kept
+            comfyui[f"diffusion_model.{module}.alpha"] = torch.tensor(float(lora.alpha))
+    write_atomic(folder / COMFYUI, lambda temporary: save_file(comfyui, temporary, {"format": "pt"}))
     write_atomic(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     config = {
         "peft_type": "LORA",
