@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 RECIPE_KEY = "lens"  # the PNG text chunk (iTXt, UTF-8) that holds the recipe as one JSON object
 DEFAULT_NAME = "{index:03d}-{prompt}-{seed}"
 _NAME_FIELDS = ("index", "prompt", "seed")
+_WHERE_PRESENT = ("loras", "wish", "reasoner")  # fields of a recipe that are unwritten where they are empty
 
 _SHEET_SMALL, _SHEET_LARGE = 192, 512  # a sheet enlarges smaller pictures and reduces larger ones, by whole factors
 _GAP, _FONT_SIZE, _LINE = 12, 13, 17
@@ -53,23 +54,26 @@ class Recipe:
     fingerprint: str
     solver: str = "euler"  # absent in recipes of versions that knew no other
     loras: tuple[tuple[str, str, float], ...] = ()  # (name, fingerprint, scale) of each; unwritten where there are none
+    wish: str = ""  # what a reasoner made ``prompt`` of, and which one; both unwritten where there was none
+    reasoner: str = ""
 
     def to_json(self) -> str:
         values = asdict(self)
-        if not self.loras:
-            del values["loras"]
+        for name in _WHERE_PRESENT:
+            if not values[name]:
+                del values[name]
         return json.dumps(values, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str, source: str) -> Recipe:
-        """Strict: every field present (``loras`` where there were any, ``solver`` since there are two) and of its type.
+        """Strict: every field present (_WHERE_PRESENT where there is any, ``solver`` since there are two) and of its type.
         ``source`` is named in errors."""
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
             raise RecipeError(f"{source}: its recipe is not valid JSON: {error}") from None
         names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) | {"loras", "solver"} != names:
+        if not isinstance(values, dict) or set(values) | {*_WHERE_PRESENT, "solver"} != names:
             got = sorted(values) if isinstance(values, dict) else type(values).__name__
             raise RecipeError(f"{source}: its recipe must have the keys {sorted(names)}, got {got}")
         for name, value in values.items():

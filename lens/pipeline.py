@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,7 @@ from .formats.vae import load_vae
 from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
+from .reasoner import PromptsRefused, Reasoner, Refined
 from .request import Request
 from .sampler import Scheduler
 from .serving import stream
@@ -54,6 +56,7 @@ class LensPipelineOutput:
 
     images: Any
     seeds: list[int | None]
+    reasoned: list[Refined] | None = None  # per prompt, where a reasoner wrote them
 
 
 class LensPipeline:
@@ -77,6 +80,7 @@ class LensPipeline:
         self.scheduler = scheduler
         self.defaults = defaults
         self.fingerprint = fingerprint
+        self.folder: Path | None = None  # where the checkpoint was loaded from
         self.engine = Engine()
         self.places: Places | None = None  # where the parts live, if not simply on one device
         self._batch_invariant = batch_invariant
@@ -130,6 +134,7 @@ class LensPipeline:
         codec = vae.PixelCodec(load_vae(root / "vae", dtype, host("vae")))
         check_fit(root, transformer.config, encoder.width, codec.channels)
         pipe = cls(transformer, encoder, codec, scheduler, defaults, fingerprint_of(root))
+        pipe.folder = root
         if policy is not None:
             pipe.live(policy, device)
         return pipe
@@ -296,6 +301,7 @@ class LensPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         chat_date: str | None = DEFAULT_CHAT_DATE,
         solver: str = "euler",
+        reason: Reasoner | None = None,
     ) -> LensPipelineOutput | tuple[Any]:
         """Draw pictures. Order is prompt-major: [p0, p0, p1, p1] for two images per prompt; B pictures in all.
 
@@ -309,8 +315,16 @@ class LensPipeline:
         the tensors it names and may return replacements: latents; noise_pred (the guided velocity; the step is taken
         again); embeddings, for the steps to come, where another T means that all T tokens are valid. solver: "euler", or
         "dpm2m", DPM-Solver++(2M), of second order for as many steps; not with a scheduler that adds noise.
-        Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
+        reason: what writes the prompts out before they are drawn (``lens.reasoner``); it may refuse, PromptsRefused, and
+        nothing is drawn. None: they are drawn as they stand, and nothing is filtered. Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
+        reasoned: list[Refined] | None = None
+        if reason is not None:
+            answers = reason(prompt_list("prompt", prompt))
+            reasoned = [answer for answer in answers if isinstance(answer, Refined)]
+            if len(reasoned) < len(answers):
+                raise PromptsRefused(answers)
+            prompt = [answer.prompt for answer in reasoned]
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -336,6 +350,7 @@ class LensPipeline:
             solver=solver,
         )
         output = self.draw(request, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        output = replace(output, reasoned=reasoned)
         return output if return_dict else (output.images,)
 
     @torch.no_grad()

@@ -44,6 +44,8 @@ EXPECTED_RECIPE = {
     "fingerprint": fingerprint(DEV),
     "solver": "euler",
     "loras": (),
+    "wish": "",
+    "reasoner": "",
 }
 
 
