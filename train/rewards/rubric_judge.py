@@ -69,7 +69,8 @@ class RubricJudge:
         return cls(ChatClient(url, model, **client), kind, max_failed)
 
     def score(self, prompts: Sequence[str], rubrics: Sequence[Sequence[str]], images: Sequence[np.ndarray]) -> Scores:
-        """See `Judge`. ValueError for lists of unequal length or an image without rubrics; JudgeStopped."""
+        """See `Judge`. ValueError for lists of unequal length or an image without rubrics; JudgeStopped; ChatError where a
+        budget is spent or a transcript lacks a call."""
         n = len(images)
         if not len(prompts) == len(rubrics) == n:
             raise ValueError(f"RubricJudge: {len(prompts)} prompts, {len(rubrics)} lists of rubrics, {n} images")
@@ -80,6 +81,8 @@ class RubricJudge:
         per_rubric = np.full((n, max(map(len, rubrics), default=0)), np.nan, np.float32)
         valid, reasons, failures = np.zeros(n, bool), list[list[str]](), list[str]()
         for i, answer in enumerate(answers):
+            if answer.error is not None and answer.error.kind in ("budget", "replay"):  # no judgement was tried
+                raise answer.error
             if answer.value is None:
                 failures.append(str(answer.error))
                 reasons.append([f"not judged: {answer.error}"])
