@@ -252,13 +252,20 @@ class ChatClient:
         if self._recorded is not None:
             return self._replayed(key, parse)
         if key in self._pending:
-            self.counters.cached += 1
-            return await asyncio.shield(self._pending[key])
+            shared = self._pending[key]
+            try:
+                reply = await asyncio.shield(shared)
+                self.counters.cached += 1
+                return reply
+            except asyncio.CancelledError:
+                if not shared.cancelled():  # we are, not the one that asks for us
+                    raise
         self._pending[key] = task = asyncio.ensure_future(self._fresh(key, chat, parse))
         try:
             return await task
         finally:
-            self._pending.pop(key, None)
+            if self._pending.get(key) is task:
+                del self._pending[key]
 
     async def _fresh(self, key: str, chat: Chat, parse: Callable[[Reply], Any]) -> Reply:
         """From the cache, else from the server; into cache and transcript."""
@@ -500,7 +507,7 @@ class ChatClient:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="lens-chat", daemon=True).start()
+                threading.Thread(target=_turn, args=(self._loop,), name="lens-chat", daemon=True).start()
         future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result()
@@ -521,6 +528,12 @@ class ChatClient:
 
 
 # ------------------------------------------------------------------------------------------------ files and helpers
+
+
+def _turn(loop: asyncio.AbstractEventLoop) -> None:
+    """A thread's whole work: the loop until it is stopped."""
+    loop.run_forever()
+    loop.close()
 
 
 def require_extra() -> None:

@@ -15,12 +15,9 @@ from .terminal import console, nothing
 if TYPE_CHECKING:
     from ..pipeline import LensPipeline
 
-REASON = (
-    "Let a reasoner write each prompt out before it is drawn, and refuse unsafe ones (exit code 3). Off by default: without "
-    "it prompts are drawn as they stand, and nothing is filtered."
-)
-REASONER = "Address of an OpenAI-compatible server that reasons, up to /v1 (default: the model's own text encoder)."
-REASONER_MODEL = "Name of the server's model; its key, if it needs one, is read from LENS_CHAT_KEY."
+REASON = "Have a reasoner write prompts out and refuse unsafe ones (exit code 3); without it nothing is filtered."
+REASONER = "OpenAI-compatible server that reasons, up to /v1 (default: the model's own text encoder)."
+REASONER_MODEL = "Name of the server's model; a key, where needed, is read from LENS_CHAT_KEY."
 REASONER_PROMPT = "What the reasoner is told: general, geneval, oneig, text, or a text file (default: general)."
 
 

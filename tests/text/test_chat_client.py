@@ -311,6 +311,26 @@ def test_without_the_extra_one_error_names_it():
     assert "lens-t2i[llm]" in done.stdout
 
 
+def test_an_interrupt_cancels_what_is_under_way_and_the_client_goes_on(tmp_path):
+    """Ctrl-C while one call hangs: the answered one is kept, the other is asked for again."""
+    import signal
+    import threading
+
+    main = threading.main_thread().ident
+
+    def answer(call, number):
+        if call.user == "slow" and number < 2:
+            threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT)).start()
+            return chat_server.hang
+        return call.user
+
+    with serving(answer) as server, client(server, cache=tmp_path) as ours:
+        with pytest.raises(KeyboardInterrupt):
+            ours.ask_all([Chat("quick"), Chat("slow")], said)
+        assert [a.value for a in ours.ask_all([Chat("quick"), Chat("slow")], said)] == ["quick", "slow"]
+    assert ours.counters.cached == 1
+
+
 def test_works_where_a_loop_is_running_already():
     import asyncio
 
