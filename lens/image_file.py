@@ -23,7 +23,7 @@ from .sampler import MAX_SEED, MIN_SEED
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_UNWRITTEN = {"loras", "threads", "hardware", "torch_version"}  # where there is nothing to say
+_UNWRITTEN = {"loras", "wish", "reasoner", "threads", "hardware", "torch_version"}  # where there is nothing to say
 _SINCE = {"solver", *_UNWRITTEN}  # fields that not every recipe has
 RECIPE_KEY = "lens"  # the PNG text chunk (iTXt, UTF-8) that holds the recipe as one JSON object
 MAX_THREADS = 1024  # that a recipe may ask for
@@ -96,6 +96,8 @@ class Recipe:
     fingerprint: str
     solver: str = "euler"  # absent in recipes of versions that knew no other
     loras: tuple[tuple[str, str, float], ...] = ()  # (name, fingerprint, scale) of each; unwritten where there are none
+    wish: str = ""  # what a reasoner made ``prompt`` of, and which one
+    reasoner: str = ""
     threads: int = 0  # of the CPU; 0, and "" below: not known, unwritten
     hardware: str = ""  # device and instruction set
     torch_version: str = ""

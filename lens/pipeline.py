@@ -33,6 +33,7 @@ from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
 from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
+from .formats.parts import Part
 from .formats.released import (
     check_fit,
     load_scheduler,
@@ -47,6 +48,7 @@ from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
 from .progress import counted_steps
+from .reasoner import PromptsRefused, Reasoner, Refined
 from .request import Request, finite
 from .sampler import Scheduler
 from .serving import stream
@@ -79,6 +81,7 @@ class LensPipelineOutput:
 
     images: Any
     seeds: list[int | None]
+    reasoned: list[Refined] | None = None  # per prompt, where a reasoner wrote them
 
 
 class LensPipeline:
@@ -102,6 +105,7 @@ class LensPipeline:
         self.scheduler = scheduler
         self.defaults = defaults
         self.fingerprint = fingerprint
+        self.text_encoder_files: Part | None = None  # where the text encoder was loaded from
         self.engine = Engine()
         self.placement: Placement | None = None  # where the parts live, if not simply on one device
         self._batch_invariant = batch_invariant
@@ -183,6 +187,7 @@ class LensPipeline:
             "vae": vae_tensors(files.vae),
         }
         pipe = cls(denoiser, encoder, codec, scheduler, defaults, fingerprint_of(loaded))
+        pipe.text_encoder_files = files.text_encoder
         if policy is not None:
             pipe.set_residency(policy, device)
         return pipe
@@ -428,6 +433,7 @@ class LensPipeline:
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         chat_date: str | None = DEFAULT_CHAT_DATE,
         solver: str = "euler",
+        reason: Reasoner | None = None,
     ) -> LensPipelineOutput | tuple[Any]:
         """Draw pictures. Order is prompt-major: [p0, p0, p1, p1] for two images per prompt; B pictures in all.
 
@@ -441,8 +447,16 @@ class LensPipeline:
         the tensors it names and may return replacements: latents; noise_pred (the guided velocity; the step is taken
         again); embeddings, for the steps to come, where another T means that all T tokens are valid. solver: "euler", or
         "dpm2m", DPM-Solver++(2M), of second order for as many steps; not with a scheduler that adds noise.
-        Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
+        reason: what writes the prompts out before they are drawn (``lens.reasoner``); it may refuse, PromptsRefused, and
+        nothing is drawn. None: they are drawn as they stand, and nothing is filtered. Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
         """
+        reasoned: list[Refined] | None = None
+        if reason is not None:
+            answers = reason(prompt_list("prompt", prompt))
+            reasoned = [answer for answer in answers if isinstance(answer, Refined)]
+            if len(reasoned) < len(answers):
+                raise PromptsRefused(answers)
+            prompt = [answer.prompt for answer in reasoned]
         request = Request(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -468,6 +482,7 @@ class LensPipeline:
             solver=solver,
         )
         output = self.draw(request, callback_on_step_end, callback_on_step_end_tensor_inputs)
+        output = replace(output, reasoned=reasoned)
         return output if return_dict else (output.images,)
 
     @torch.no_grad()

@@ -31,6 +31,7 @@ SYSTEM = (
 )
 ANALYSIS = "Need to generate one image according to the description."
 RETURN = "<|return|>"
+ANSWER = "<|start|>assistant<|channel|>final<|message|>"  # after the user's turn: where a reasoner writes
 TRUNCATIONS = ("reference", "prompt")
 _SLOT = "\ue000lens-prompt\ue001"  # private-use characters: stands for the prompt while the chat is rendered
 
@@ -98,7 +99,8 @@ class ChatTokenizer:
         self._marker = re.compile("|".join(re.escape(m) for m in sorted(markers, key=len, reverse=True)) or r"(?!)")
         self._make_cache()
         self.frame(DEFAULT_CHAT_DATE)  # a template that cannot be used is found here, not at the first prompt
-        if self._with_markers.token_to_id("<|message|>") == 200008:  # GPT-OSS's own tokenizer
+        self.is_gpt_oss = self._with_markers.token_to_id("<|message|>") == 200008  # else a tokenizer of our own
+        if self.is_gpt_oss:
             got = len(self._encode(self.frame(DEFAULT_CHAT_DATE)[0]))
             if got != PREFIX_TOKENS:
                 raise CheckpointError(
@@ -120,6 +122,14 @@ class ChatTokenizer:
     def _encode(self, text: str, markers: bool = True) -> list[int]:
         tokenizer = self._with_markers if markers else self._plain
         return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def ids(self, text: str, markers: bool = True) -> list[int]:
+        """The tokens of a text; markers: whether control markers in it count as such."""
+        return self._encode(text, markers)
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The inverse, control markers included."""
+        return str(self._with_markers.decode(list(ids), skip_special_tokens=False))
 
     def frame(self, chat_date: str | None) -> tuple[str, str]:
         """The rendered chat before and after the prompt, cut at the return marker; ``None`` means today's date."""

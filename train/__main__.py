@@ -17,6 +17,10 @@ STAGES = {  # module, what it does
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
     "detector": ("train.detector", "the judge of classes, boxes and colours"),
+    "prompt_search": (
+        "train.prompt_search",
+        "a better system prompt for the reasoner, by writing, drawing and judging",
+    ),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
     "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),
 }

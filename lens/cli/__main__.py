@@ -1,7 +1,7 @@
 """lens generate | doctor: the command line.
 
-Exit codes: 0 done, 1 failed (a checkpoint, the disk, memory), 2 a mistake in the command, 130 interrupted. Paths of
-pictures go to stdout, one per line; progress and notices to stderr.
+Exit codes: 0 done, 1 failed (a checkpoint, the disk, memory), 2 a mistake in the command, 3 a reasoner refused a prompt
+(the others are drawn), 130 interrupted. Paths of pictures go to stdout, one per line; progress and notices to stderr.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from rich.markup import escape
 from .. import __version__, image_file
 from ..formats.files import CheckpointError
 from ..formats.hub import EMBEDDED
+from ..reasoner import Refused
 from ..request import MAX_IMAGES, MAX_STEPS, joined
 from ..text_encoder import DEFAULT_CHAT_DATE
+from . import reason as cli_reason
 from . import request as cli_request
 from . import terminal
 from .request import UsageError
@@ -138,6 +140,10 @@ def generate(
         int | None, _what("--images-per-prompt", "-n", min=1, max=MAX_IMAGES, help=PER_PROMPT)
     ] = None,
     seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=SEED)] = None,
+    reason: Annotated[bool, _what("--reason", help=cli_reason.REASON)] = False,
+    reasoner: Annotated[str | None, _what("--reasoner", metavar="URL", help=cli_reason.REASONER)] = None,
+    reasoner_model: Annotated[str | None, _what("--reasoner-model", help=cli_reason.REASONER_MODEL)] = None,
+    reasoner_prompt: Annotated[str | None, _what("--reasoner-prompt", help=cli_reason.REASONER_PROMPT)] = None,
     size: Annotated[list[str] | None, _how("--size", metavar="WxH", help=SIZE)] = None,
     height: Annotated[int | None, _how("--height", help="Height in pixels; needs --width.")] = None,
     width: Annotated[int | None, _how("--width", help="Width in pixels; needs --height.")] = None,
@@ -189,6 +195,7 @@ def generate(
             raise image_file.RecipeError(f"the recipe names the solver {way!r}, expected one of {known}")
         if guidance is not None and not math.isfinite(guidance):
             raise UsageError(f"--guidance must be a finite number, got {guidance}")
+        reasoning = cli_reason.asked(reason, reasoner, reasoner_model, reasoner_prompt)
         adapters = cli_request.loras(lora, lora_scale, recipe)
         texts, seeds = [str(r.prompt) for r in lines], [cast(int, r.seed) for r in lines]
         paths = cli_request.paths(output, name, texts, seeds)
@@ -209,6 +216,20 @@ def generate(
         if recipe is not None:
             _same_checkpoint(recipe, pipe, like, explicit=bool(model or transformer))
             _same_machine(recipe, pipe, like)
+        wishes, sources = [""] * len(lines), [""] * len(lines)
+        if recipe is not None and not (prompts or file):
+            wishes, sources = [recipe.wish] * len(lines), [recipe.reasoner] * len(lines)
+        refused = False
+        if reasoning is not None:
+            told = cli_reason.reasoned(reasoning, pipe, [w or t for w, t in zip(wishes, texts)], quiet)
+            refused = any(isinstance(answer, Refused) for answer in told)
+            left = [(k, answer) for k, answer in enumerate(told) if not isinstance(answer, Refused)]
+            lines = [replace(lines[k], prompt=answer.prompt) for k, answer in left]
+            paths, seeds = [paths[k] for k, _ in left], [seeds[k] for k, _ in left]
+            texts, wishes = [answer.prompt for _, answer in left], [answer.wish for _, answer in left]
+            sources = [answer.described for _, answer in left]
+            if not left:
+                raise typer.Exit(3)
         # an explicit --variant brings its own steps and guidance; otherwise the recipe's hold
         kept = recipe if variant is None else None
         n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
@@ -248,6 +269,8 @@ def generate(
                         threads=machine.threads,
                         hardware=machine.hardware,
                         torch_version=machine.torch_version,
+                        wish=wishes[k],
+                        reasoner=sources[k],
                     )
                     image_file.save_png(image, paths[k], made)
                     saved.append(paths[k])
@@ -256,11 +279,13 @@ def generate(
                         drawn.append(image)
         seconds = time.perf_counter() - loaded
         if sheet is not None:
-            captions = [f"{text}\nseed {number}" for text, number in zip(texts, seeds)]
+            captions = [f"{wish or text}\nseed {number}" for wish, text, number in zip(wishes, texts, seeds)]
             image_file.save_png(image_file.contact_sheet(drawn, captions, scale), sheet)
             typer.echo(sheet)
         if not quiet:
             terminal.summary(pipe, sizes, n_steps, strength, machine.threads, seconds, loaded - began)
+        if refused:
+            raise typer.Exit(3)
 
 
 # ------------------------------------------------------------------------------------------------ model

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.text import Text
 
 from .. import image_file, resolution
+from ..chat_client import ChatError
 from ..formats.files import CheckpointError
 from .request import UsageError, batched, flag_names
 
@@ -71,7 +72,7 @@ def clean_exits(saved: Sequence[Path]) -> Iterator[None]:
         leave(f"out of memory: try a smaller --batch-size or size ({str(error).splitlines()[0]})", 1)
     except BrokenPipeError:
         raise
-    except (CheckpointError, image_file.RecipeError, FloatingPointError, ImportError, MemoryError) as error:
+    except (CheckpointError, ChatError, image_file.RecipeError, FloatingPointError, ImportError, MemoryError) as error:
         leave(str(error), 1)
     except ValueError as error:  # what only the model could refuse, a size or a truncation
         leave(flag_names(str(error)), 2)

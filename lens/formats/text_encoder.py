@@ -207,6 +207,37 @@ def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, 
     return _checked_settings(values, str(where))
 
 
+def with_lm_head(model: Any, source: Path | Part | None) -> Any:
+    """A loaded GptOssModel, its weights shared, with the LM head of ``source``, as transformers' causal LM.
+
+    CheckpointError where the files have no head, or ``model`` kept fewer layers than it has.
+    """
+    from transformers import GptOssForCausalLM
+
+    part = None if source is None else Part.of(source)
+    place = "the text encoder" if part is None else str(part.weights)
+    depth, config = len(model.layers), model.config
+    if depth < config.num_hidden_layers:
+        raise CheckpointError(f"{place}: {depth} of {config.num_hidden_layers} layers are loaded: it cannot write")
+    with torch.device("meta"):
+        causal = GptOssForCausalLM(config)
+    like, key = next(model.parameters()), "lm_head.weight"
+    head = torch.empty(config.vocab_size, config.hidden_size, dtype=model.dtype, device=like.device)
+    shards = {} if part is None else open_shards(part.weights, part.variant)
+    if key not in shards:
+        raise CheckpointError(f"{place}: {key} is missing, without which the text encoder cannot write")
+
+    def keep(stored: torch.Tensor) -> None:
+        if stored.shape != head.shape:
+            raise CheckpointError(f"{place}: {key}: expected {list(head.shape)}, got {list(stored.shape)}")
+        head.copy_(stored)
+
+    shards[key].read(key, keep)
+    causal.model = model
+    causal.lm_head.weight = nn.Parameter(head, requires_grad=False)
+    return causal.eval()
+
+
 def _mxfp4_entries(model: nn.Module) -> dict[str, tuple[list[int], Iterable[str]]]:
     """Stored keys of a GPT-OSS model whose experts are MXFP4: 32 inputs share a scale, a byte of a block holds two."""
     entries: dict[str, tuple[list[int], Iterable[str]]] = {}

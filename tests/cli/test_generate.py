@@ -49,6 +49,8 @@ EXPECTED_RECIPE = {
     "fingerprint": shared().fingerprint,
     "solver": "euler",
     "loras": (),
+    "wish": "",
+    "reasoner": "",
     "threads": 1,
     "hardware": image_file.Machine.here(torch.device("cpu"), 1).hardware,
     "torch_version": torch.__version__,

@@ -38,6 +38,7 @@ def test_signature_is_the_published_one():
         "prompt_mask": None, "negative_prompt_embeds": None, "negative_prompt_mask": None, "max_sequence_length": 512,
         "truncation": "reference", "output_type": "pil", "return_dict": True, "callback_on_step_end": None,
         "callback_on_step_end_tensor_inputs": ("latents",), "chat_date": "2026-05-23", "solver": "euler",
+        "reason": None,
     }  # fmt: skip
     load = inspect.signature(LensPipeline.from_pretrained).parameters
     expected = {"source": "mini", "variant": None, "device": None, "dtype": None, "residency": None}

@@ -19,14 +19,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from lens.text_encoder import DEFAULT_CHAT_DATE, PREFIX_TOKENS, RETURN, ChatTokenizer
+from lens.text_encoder import ANSWER, DEFAULT_CHAT_DATE, PREFIX_TOKENS, RETURN, ChatTokenizer
 
 from ..loop.checkpoints import folder_tensors, load_state
 from ..loop.keys import keyed
 
 ROOT = Path(__file__).resolve().parents[2]
-
-ANSWER = "<|start|>assistant<|channel|>final<|message|>"  # after the user's turn: where a reasoner writes
 
 
 class CaptionTokenizer:

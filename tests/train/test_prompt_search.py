@@ -1,0 +1,180 @@
+"""The search over system prompts, on a scripted server: it finds a planted fix, accepts nothing worse, resumes, ends in time."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("openai")
+pytest.importorskip("tenacity")
+
+from lens.chat_client import ChatClient
+from lens.reasoner import ServerReasoner
+from tests.chat_server import serving
+from train import prompt_search
+from train.prompt_search import Item, Search, read_items, rise, split
+from train.rewards.rubric_judge import RubricJudge
+
+ITEMS = [Item(f"item {k}", f"wish {k}", ("is red", "is there")) for k in range(16)]
+START, NOTHING, WORSE, FIX = "Write well.", "Write very well.", "Be brief.", "Name the colour."
+EDITS = [NOTHING, WORSE, FIX, WORSE, NOTHING]
+
+
+def script(call, _):
+    """Reasoner, writer and judge in one. Under START and NOTHING a quarter of the pictures are red; WORSE makes none."""
+    said = call.system
+    if call.body["model"] == "reasoner":
+        lucky = int(call.user.split()[1]) % 4 == 0
+        red = said.startswith(FIX) or (lucky and not said.startswith(WORSE))
+        return json.dumps({"prompt": f"{call.user}{', red' if red else ''}", "refuse": None})
+    if call.body["model"] == "writer":
+        told = json.loads(call.user)
+        assert told["failures"] == [] or told["failures"][0]["failed"] == ["is red: seen"]
+        done = EDITS.index(told["system_prompt"]) + 1 if told["system_prompt"] in EDITS else 0
+        script.asked += 1
+        return json.dumps({"diagnosis": f"edit after {done}", "prompt": EDITS[script.asked - 1]})
+    red = pixels_red(call.images[0])
+    entries = [{"rubric": n, "reason": "seen", "verdict": v} for n, v in ((1, red), (2, True))]
+    return json.dumps({"verdicts": entries})
+
+
+def pixels_red(url):
+    import base64
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).getpixel((0, 0))[0] > 100
+
+
+def draw(prompts, seeds):
+    """Red where the prompt says so; the seed is in the picture, so that no two items share a judgement."""
+    images = [np.zeros((4, 4, 3), np.uint8) for _ in prompts]
+    for image, prompt, seed in zip(images, prompts, seeds):
+        image[:, :, 0] = 200 if prompt.endswith("red") else 0
+        image[1, 1] = [seed % 256, seed // 256 % 256, seed // 65536 % 256]
+    return images
+
+
+@pytest.fixture
+def server():
+    script.asked = 0
+    with serving(script) as running:
+        yield running
+
+
+def search(server, out, generate=draw, **client):
+    common = {"cache": out / "cache", "transcript": out / "calls.jsonl", "wait": (0.001, 0.01), **client}
+    ask = {name: ChatClient(server.url, name, **common) for name in ("reasoner", "writer", "judge")}
+    make = lambda path: ServerReasoner(ask["reasoner"], path)  # noqa: E731
+    return Search(ITEMS, START, make, generate, RubricJudge(ask["judge"]), ask["writer"], out), ask
+
+
+def quiet(_):
+    pass
+
+
+def test_it_finds_the_planted_fix_and_accepts_nothing_worse(server, tmp_path):
+    ours, _ = search(server, tmp_path)
+    final = ours.run(4, quiet)
+    assert [c.text for c in ours.archive] == [START, NOTHING, WORSE, FIX, WORSE]
+    assert [c.accepted for c in ours.archive] == [True, False, False, True, False]
+    assert [c.parent for c in ours.archive] == [None, 0, 0, 0, 3]
+    nothing, worse, fix = ours.archive[1:4]
+    assert (nothing.rise, worse.rise < 0, fix.rise > fix.error > 0) == (0, True, True)
+    assert final.text == FIX
+    assert set(final.dev) == set(final.held) == {1.0}
+    assert (tmp_path / "best.md").read_text() == FIX + "\n"
+    assert ours.archive[4].rise is None  # a known text is not drawn again
+    assert min(ours.archive[0].held) == 0.5  # the first one is judged on the held-out prompts, too
+    assert [c.held for c in ours.archive if not c.accepted] == [[]] * 3
+
+
+@pytest.mark.parametrize("broken_at", [0, 2, 3])
+def test_it_goes_on_where_it_was_interrupted(server, tmp_path, broken_at):
+    drawn = []
+
+    def once(prompts, seeds):
+        drawn.append(len(prompts))
+        if len(drawn) == broken_at + 1:
+            raise KeyboardInterrupt
+        return draw(prompts, seeds)
+
+    whole, _ = search(server, tmp_path / "a")
+    whole.run(3, quiet)
+    before, script.asked = len(server.calls), 0
+    ours, _ = search(server, tmp_path / "b", once)
+    with pytest.raises(KeyboardInterrupt):
+        ours.run(3, quiet)
+    again, _ = search(server, tmp_path / "b")
+    assert len(again.archive) == broken_at
+    again.run(3, quiet)
+    assert again.archive == whole.archive
+    assert len(server.calls) - before == before  # nothing was asked twice
+    assert len((tmp_path / "b" / "calls.jsonl").read_text().splitlines()) >= before
+    other = [*ITEMS[:-1], Item("another", "wish 3", ("is red",))]
+    with pytest.raises(ValueError, match="of other prompts"):
+        Search(other, START, again.reasoner, draw, again.judge, again.writer, tmp_path / "b")
+
+
+def test_a_spent_budget_ends_the_search_with_what_was_found(server, tmp_path):
+    dev, _ = split(ITEMS, 0.3)
+    ours, ask = search(server, tmp_path, max_calls=3 * len(dev) + 1)
+    lines = []
+    final = ours.run(9, lines.append)
+    assert final.text == START
+    assert "stopped: reasoner: all" in lines[-1]
+    assert max(client.counters.calls for client in ask.values()) <= 3 * len(dev) + 1
+    assert len(ours.archive) == 3
+
+
+def test_the_error_of_a_rise_is_the_bootstraps():
+    old = [0.0] * 8
+    assert rise([0.25] * 8, old, 0) == (0.25, 0.0)
+    assert rise([None] * 8, old, 0) == (0.0, float("inf"))
+    differences = np.random.default_rng(1).normal(0.1, 0.3, 200)
+    mean, error = rise(differences.tolist(), [0.0] * 200, 0)
+    assert mean == pytest.approx(differences.mean())
+    assert error == pytest.approx(differences.std() / 200**0.5, rel=0.1)
+    assert rise([1.0, None, 0.0], [0.0, 0.0, None], 0) == (1.0, 0.0)
+
+
+def test_prompts_are_read_and_split(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(
+        '{"id": 1, "prompt": "a fox", "rubrics": ["is a fox"]}\n\n{"id": 2, "prompt": "b", "rubrics": []}\n'
+    )
+    with pytest.raises(ValueError, match="line 3"):
+        read_items(path)
+    path.write_text('{"id": 1, "prompt": "a fox", "rubrics": ["is a fox"]}\n')
+    assert read_items(path) == [Item("1", "a fox", ("is a fox",))]
+    dev, held = split(ITEMS, 0.3)
+    assert sorted(i.id for i in [*dev, *held]) == sorted(i.id for i in ITEMS)
+    assert split([*ITEMS[::-1], Item("more", "x", ("y",))], 0.3)[1][:1] == held[-1:]
+    with pytest.raises(ValueError, match="0 held out"):
+        split(ITEMS[:1], 0.0)
+
+
+def test_the_command_searches(server, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(prompt_search, "generator", lambda source: draw if source == "lens:mini" else None)
+    path = tmp_path / "p.jsonl"
+    lines = [{"id": str(k), "prompt": f"wish {k}", "rubrics": ["is red", "is there"]} for k in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    from train.__main__ import main
+
+    argv = [
+        "prompt_search",
+        "--prompts",
+        path,
+        "--url",
+        server.url,
+        "--reasoner-model",
+        "reasoner",
+        "--out",
+        tmp_path / "o",
+    ]
+    argv += ["--judge-model", "judge", "--iterations", "0", "--held", "0.5"]
+    assert main([str(a) for a in argv]) == 0
+    said = capsys.readouterr().out
+    assert "start: dev" in said
+    assert (tmp_path / "o" / "best.md").read_text() == prompt_search.PROMPTS.joinpath("general.v1.md").read_text()
