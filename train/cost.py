@@ -192,7 +192,9 @@ def dry_run(
         )
     lines.append(f"  text encoder       {encoder / flops:8.0%} more, where features are not in the shards")
     if hasattr(recipe, "PAPER_A100_HOURS") and not lora:
-        lines.append(f"  paper              {recipe.PAPER_A100_HOURS:8,} A100 hours, all stages of the model together")
+        lines.append(
+            f"  paper              {recipe.PAPER_A100_HOURS:8,} A100 hours, as stated; not said of which stages"
+        )
     # memory
     lines += ["", f"memory of a GPU, {capacity / 1e9:.0f} GB"]
     parts = memory(recipe, config, shard, world, rows)

@@ -78,6 +78,8 @@ def check(recipe: ModuleType) -> None:
     for name in ("LR", "CLIP", "TIME_SIGMA"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    if recipe.MAX_UPSCALE < 1:
+        raise ValueError(f"MAX_UPSCALE: expected 1 or more, got {recipe.MAX_UPSCALE}")
     if not isinstance(recipe.MU, float | int) and (len(recipe.MU) != 2 or recipe.MU[0][0] == recipe.MU[1][0]):
         raise ValueError(f"MU: expected a number or two points of a line, (tokens, mu), got {recipe.MU}")
     bucket_size(int(recipe.SHEET["base"]), "1:1")
@@ -280,6 +282,11 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
 
 def bucket_sizes(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
     """Samples of every bucket that a recipe draws and the shards hold. Errors: ValueError where there is none."""
+    if shards.max_upscale > recipe.MAX_UPSCALE:
+        raise ValueError(
+            f"{shards.folder} enlarges pictures up to {shards.max_upscale:g}, MAX_UPSCALE is {recipe.MAX_UPSCALE:g}; "
+            f"expected shards of --max-upscale {recipe.MAX_UPSCALE:g}, or --set MAX_UPSCALE={shards.max_upscale:g}"
+        )
     asked = buckets_of(recipe)
     found = {bucket: n for bucket, n in shards.sizes.items() if bucket in asked}
     if not found:

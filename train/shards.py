@@ -7,11 +7,12 @@
     python -m train shards ... --precompute latents,text --model checkpoint/ --device cuda
     python -m train shards --verify shards/train                                             # hashes; exit 1 where one differs
 
-A picture goes to the bucket of the nearest aspect (in log ratio) at every base it serves without upscaling (`--assign largest`: only
-at the largest). Files are kept as they are encoded; orientation, crop and resize happen at load. Captions come from NAME.txt, from
-"caption" in NAME.json, or from `--captions`: JSON lines {"file": ..., "caption": ...}. What cannot be used (broken, too small, without
-a caption) is left out, counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps that share of the keys, chosen
-by their hash alone, out of the split "train"; the world's own held-out compositions are its split "held_out".
+A picture goes to the bucket of the nearest aspect (in log ratio) at every base whose size it covers (`--assign largest`: only at the
+largest), enlarged by `--max-upscale` at most: not at all, unless told otherwise.
+Files are kept as they are encoded; orientation, crop and resize happen at load. Captions come from NAME.txt, from "caption" in NAME.json,
+or from `--captions`: JSON lines {"file": ..., "caption": ...}. What cannot be used (broken, too small, without a caption) is left out,
+counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps that share of the keys, chosen by their hash alone, out of
+the split "train"; the world's own held-out compositions are its split "held_out".
 
 Interrupted or out of disk, the same command goes on at the first unfinished shard. The same sources give the same tars,
 whatever `--workers`.
@@ -28,6 +29,7 @@ import collections
 import functools
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +66,7 @@ class Precompute:
     recipe: str = "mini"
     device: str = "cpu"
     dtype: str = "float32"
+    max_upscale: float = 1.0
 
     def networks(self) -> tuple[encoders.Tokenizer, encoders.LatentCodec | None, encoders.TextEncoder | None]:
         return _networks(self)
@@ -78,7 +81,7 @@ class Precompute:
             return sample
         tokenizer, codec, text = self.networks()
         if codec is not None:
-            pixels = torch.from_numpy(fitted(sample.picture, bucket.size))[None].to(self.device)
+            pixels = torch.from_numpy(fitted(sample.picture, bucket.size, self.max_upscale))[None].to(self.device)
             sample.arrays[LATENTS] = codec.encode(pixels)[0].to(DTYPES[self.dtype])
         if text is not None:
             ids = tokenizer(sample.caption)
@@ -115,6 +118,8 @@ class ShardPlan:
         """Of everything the bytes depend on; paths and devices are no part of it."""
         content = [[type(s).__name__, *(v for k, v in asdict(s).items() if k != "folder")] for s in self.sources]
         settings = [self.bucket.name, sorted(self.extra.fingerprints().items()), self.extra.dtype]
+        if self.bucket.size != self.bucket.unrecorded_size:  # where the name alone does not say it
+            settings.append(list(self.bucket.size))
         return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:16]
 
     def build(self) -> int:
@@ -149,7 +154,7 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
     for picture, height, width in images_of(options.images, captions, out):
         if (fraction(picture.key) < options.held_out) != (options.split == "held_out"):
             continue
-        found = assign(height, width, options.bases, options.aspects, options.assign == "largest")
+        found = assign(height, width, options.bases, options.aspects, options.assign == "largest", options.max_upscale)
         if not found:
             out.append((picture.file, "too small"))
         for bucket in found:
@@ -207,6 +212,17 @@ def forgotten(folder: Path, plans: Sequence[ShardPlan]) -> str:
     return ", ".join(f"{bucket} ({count})" for bucket, count in gone.items() if count)
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """The command that makes these shards, without where to and by how many processes."""
+    parser, words = argparse.ArgumentParser(), ["python", "-m", "train", "shards"]
+    add_arguments(parser)
+    for name, value in vars(options).items():
+        if name not in ("stage", "run", "out", "workers", "verify") and value != parser.get_default(name):
+            flat = ",".join(value) if name == "precompute" else value
+            words += [f"--{name.replace('_', '-')}", *map(str, flat if isinstance(flat, list) else [flat])]
+    return shlex.join(words)
+
+
 def build(options: argparse.Namespace) -> None:
     """Plan, write what is missing, then the manifest. Errors: ValueError where nothing usable was found; OSError."""
     extra = Precompute(
@@ -217,6 +233,7 @@ def build(options: argparse.Namespace) -> None:
         options.config,
         options.device,
         options.dtype,
+        options.max_upscale,
     )
     out: list[tuple[str, str]] = []
     plans = plans_of(options, sources_of(options, out), extra)
@@ -229,6 +246,10 @@ def build(options: argparse.Namespace) -> None:
     # what is missing
     gone = forgotten(options.out, plans)
     missing = [plan for plan in plans if not plan.done()]
+    small = sum(reason == "too small" for _, reason in out)
+    if small:
+        how = f"enlarged by {options.max_upscale:g} at most" if options.max_upscale > 1 else "without enlarging"
+        print(f"{small} pictures serve no bucket: they are too small for every size, {how}", flush=True)
     print(f"{sum(len(p.sources) for p in plans)} samples in {len(plans)} shards, {len(missing)} to write", flush=True)
     begin, written = time.monotonic(), 0
     for count, (plan, samples) in enumerate(completed(missing, options.workers), 1):
@@ -242,6 +263,8 @@ def build(options: argparse.Namespace) -> None:
         "held_out": options.held_out,
         "precomputed": extra.fingerprints(),
         "dtype": options.dtype if extra.what else None,
+        "max_upscale": options.max_upscale,
+        "command": command_of(options),
     }
     manifest = write_manifest(options.out, [(p.bucket, p.path) for p in plans], counted, settings)
     torn = [pair for p in plans for pair in read_index(p.path.with_suffix(".json"))["skipped"]]
@@ -258,6 +281,14 @@ def share(text: str) -> float:
     """A number in [0, 1)."""
     value = float(text)
     if not 0 <= value < 1:
+        raise ValueError(text)
+    return value
+
+
+def upscale(text: str) -> float:
+    """A number from 1 to 4."""
+    value = float(text)
+    if not 1 <= value <= 4:
         raise ValueError(text)
     return value
 
@@ -292,6 +323,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--assign", choices=("all", "largest"), default="all", help="bases a picture goes to (default: all it serves)"
+    )
+    parser.add_argument(
+        "--max-upscale",
+        type=upscale,
+        default=1.0,
+        metavar="FACTOR",
+        help="how much a picture may be enlarged to serve a bucket (default: 1, not at all; 1.34: 384^2 serves base 512)",
     )
     parser.add_argument("--split", choices=("train", "held_out"), default="train", help="(default: train)")
     parser.add_argument(

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-from lens.resolution import TOKEN_PIXELS, bucket_size
+from lens.resolution import TOKEN_PIXELS, bucket_size, parse_ratio, ratio_size
 
 ASPECTS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")  # W:H
 BASES = (512, 768, 1024)
@@ -46,6 +46,11 @@ class Bucket:
     @functools.cached_property
     def size(self) -> tuple[int, int]:
         return bucket_size(self.base, self.aspect)
+
+    @property
+    def unrecorded_size(self) -> tuple[int, int]:
+        """(height, width) that the name stood for in shards that do not record their sizes."""
+        return self.size if self.base == 1024 else ratio_size(self.base, parse_ratio(self.aspect))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,13 +93,15 @@ def cover_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, fl
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def eligible(height: int, width: int, bucket: Bucket) -> bool:
-    """Whether a picture serves a bucket without upscaling: it covers the bucket's size, and what is left of it after the
-    crop to the bucket's aspect has at least base^2 pixels."""
-    h, w = bucket.size
-    # crop = min(H/h, W/w)^2 h w >= base^2, in integers
-    area = min(height * height * w * h * w * w, width * width * h * w * h * h)
-    return height >= h and width >= w and area >= (bucket.base * h * w) ** 2
+def covers(height: int, width: int, size: tuple[int, int], max_upscale: float = 1.0) -> bool:
+    """Whether a picture, enlarged at most so much, covers `size` (height, width)."""
+    return height * max_upscale >= size[0] and width * max_upscale >= size[1]
+
+
+def eligible(height: int, width: int, bucket: Bucket, max_upscale: float = 1.0) -> bool:
+    """Whether a picture serves a bucket: it covers the bucket's size. Eight of the 27 sizes have fewer than base^2 pixels, so
+    that base^2 is no measure of it."""
+    return covers(height, width, bucket.size, max_upscale)
 
 
 def philox(seed: int, purpose: str, *key: int | str) -> np.random.Philox:

@@ -8,9 +8,10 @@
         batch.latents, batch.features, batch.lengths, batch.bucket.grid
     saved = loader.state(step)                                                   # `step` optimiser steps were consumed
 
-A worker reads, checks, decodes, applies the EXIF orientation, crops to the bucket's aspect and resizes (bicubic, antialiased, never
-up). It keeps nothing between batches. A member that cannot be read is skipped, and the sample drawn in its place depends on
-(seed, bucket, ordinal) alone; `ShardBatch.skipped` names it. Dropped captions have no text at all, drawn by (seed, place in the stream).
+A worker reads, checks, decodes, applies the EXIF orientation, crops to the bucket's aspect and resizes (bicubic, antialiased, up only
+as far as the shards were written for). It keeps nothing between batches. A member that cannot be read is skipped, and the sample drawn
+in its place depends on (seed, bucket, ordinal) alone; `ShardBatch.skipped` names it. Dropped captions have no text at all, drawn by
+(seed, place in the stream).
 A shard that is gone, a bucket without a usable member and a worker that was killed end the stream with one line (`Interrupted`).
 """
 
@@ -161,7 +162,7 @@ class ShardReader(torch.utils.data.Dataset):
         if "latents" in self.shards.precomputed:
             row["latents"] = array_of(member.read(LATENTS)).float()
         else:
-            row["pixels"] = torch.from_numpy(fitted(member.read(member.picture), bucket.size))
+            row["pixels"] = torch.from_numpy(fitted(member.read(member.picture), bucket.size, self.shards.max_upscale))
         if "text" in self.shards.precomputed:
             row["ids"], row["features"] = array_of(member.read(IDS)).long(), array_of(member.read(FEATURES))
         elif self.tokenizer is not None:

@@ -1,6 +1,7 @@
 """Shards on disk: WebDataset tars of one bucket each, a sidecar index, a manifest; written whole or not at all.
 
-    OUT/manifest.json                 buckets, shards with their hashes, what was left out and why, what was computed beforehand
+    OUT/manifest.json                 buckets with their sizes, shards with their hashes, what was left out and why, what was computed
+                                      beforehand, the command
     OUT/512_1x1/000000.tar            members KEY.jpg (the encoded picture as it came), KEY.txt (caption), KEY.json (provenance),
                                       with --precompute also KEY.latents.npy, KEY.ids.npy, KEY.features.npy
     OUT/512_1x1/000000.json           keys; offset, size and CRC-32 of every member in the tar
@@ -195,7 +196,9 @@ class ShardSet:
             raise ValueError(f"{path}: not a manifest of shards of format {FORMAT}")
         tars = {n: [[s["samples"], s["sha256"]] for s in own] for n, own in self.manifest["buckets"].items()}
         self.fingerprint = hashlib.sha256(json.dumps(tars).encode()).hexdigest()[:16]
+        self._check_sizes(path)
         self.precomputed: dict[str, str] = self.manifest["precomputed"]
+        self.max_upscale = float(self.manifest.get("max_upscale", 1.0))
         self.sizes: dict[Bucket, int] = {}
         self._shards: dict[Bucket, tuple[np.ndarray, list[Path]]] = {}
         for name, shards in self.manifest["buckets"].items():
@@ -206,6 +209,21 @@ class ShardSet:
                 self._shards[bucket] = ends, [self.folder / name / s["name"] for s in own]
         self._indexes: OrderedDict[Path, tuple[list[str], dict[str, np.ndarray]]] = OrderedDict()
         self._files: OrderedDict[Path, int] = OrderedDict()
+
+    def _check_sizes(self, path: Path) -> None:
+        """Refuse pictures chosen, or latents computed, for sizes that the buckets' names do not stand for."""
+        recorded, wrong = self.manifest.get("sizes", {}), []
+        for name in self.manifest["buckets"]:
+            bucket = Bucket.of(name)
+            (h, w), (height, width) = recorded.get(name, bucket.unrecorded_size), bucket.size
+            if (h, w) != bucket.size:
+                wrong.append(f"{name} is {h}x{w}, expected {height}x{width}")
+        if wrong:
+            command = self.manifest.get("command", "python -m train shards --images PICTURES")
+            raise ValueError(
+                f"{path}: shards of other sizes, height x width: {'; '.join(wrong)}; "
+                f"`{command} --out NEW` writes them anew"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSet, (self.folder,)
@@ -284,6 +302,7 @@ def write_manifest(
         "left_out": {**left_out, "unusable": left_out.get("unusable", 0) + skipped},
         "precomputed": {},
         **settings,
+        "sizes": {name: Bucket.of(name).size for name in buckets},
         "buckets": buckets,
     }
     write_json(folder / MANIFEST, manifest)

@@ -141,8 +141,11 @@ def images_of(
         yield Picture(str(folder), file, key, caption, (stat.st_size, stat.st_mtime_ns)), height, width
 
 
-def assign(height: int, width: int, bases: Sequence[int], aspects: Sequence[str], largest: bool) -> list[Bucket]:
+def assign(
+    height: int, width: int, bases: Sequence[int], aspects: Sequence[str], largest: bool, max_upscale: float = 1.0
+) -> list[Bucket]:
     """The buckets a picture serves, largest base first."""
     aspect = nearest_aspect(height, width, aspects)
-    fitting = [b for base in sorted(bases, reverse=True) if eligible(height, width, b := Bucket(base, aspect))]
+    offered = [Bucket(base, aspect) for base in sorted(bases, reverse=True)]
+    fitting = [bucket for bucket in offered if eligible(height, width, bucket, max_upscale)]
     return fitting[:1] if largest else fitting

@@ -19,7 +19,5 @@ LR = 1e-4
 SHEET = {**BASED_ON.SHEET, "base": 1024}
 OPEN = {
     **BASED_ON.OPEN,
-    "BASES": "27 buckets are stated; sizes at 1024 are the released code's. Those at 512 and 768 are in no public code: ours are "
-    "round16(base sqrt(H/W)) by round16(base sqrt(W/H)), see lens/resolution.py",
     "MU": "the line is given up to 4,096 tokens; the largest bucket has 4,232: extrapolated, not cut",
 }

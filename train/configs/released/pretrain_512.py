@@ -20,6 +20,7 @@ BATCH: dict[int, int] = {512: 24, 768: 10, 1024: 6}  # pictures of a micro-batch
 SLOTS = 128  # micro-batches of an optimiser step, whoever computes them: 128 x 24 = 3,072
 BASE_WEIGHTS: dict[int, float] | None = None
 ASPECT_WEIGHTS: dict[str, float] | str = "data"
+MAX_UPSCALE = 1.0  # shards that enlarge pictures more are refused
 TEXT_DROPOUT = 0.1
 TEXT_TOKENS = 200  # of a caption on average; --dry-run alone reads it
 
@@ -61,12 +62,14 @@ PROMPTS: tuple[str, ...] = (
     "A cutaway drawing of a mechanical watch, thin ink lines, labelled parts.",
 )
 
-PAPER_A100_HOURS = 192_000  # of the whole model, all stages; --dry-run prints it beside its own estimate
+PAPER_A100_HOURS = 192_000  # as the paper states it, not by stage; --dry-run prints it beside its own estimate
 
 OPEN = {
     "SEED": "any will do; every draw of the training follows from it",
     "BASE_WEIGHTS": "p(base) is not given; None: every base of the data alike",
     "ASPECT_WEIGHTS": "p(aspect | base) is not given; 'data': as often as in the data, 'uniform', or aspect -> weight",
+    "MAX_UPSCALE": "not given; the paper keeps pictures from 384^2 pixels on, which implies 1.34 for base 512 (`shards --max-upscale "
+    "1.34`); 1 enlarges nothing",
     "TEXT_DROPOUT": "the rate is not given; a tenth is what classifier-free guidance is usually trained with",
     "TEXT_TOKENS": "captions average 109 words; 200 tokens with the chat's ending are assumed for estimates",
     "TIME_SIGMA": "only mu is given; 1 is the plain logit-normal",
