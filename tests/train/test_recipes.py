@@ -93,6 +93,48 @@ def test_what_does_not_fit_is_refused(change, message):
         configs.override(STAGE_B, [change])
 
 
+RECIPES = sorted(
+    f"{path.parent.name}/{path.stem}" for path in (ROOT / "train/configs").glob("*/*.py") if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_holds_can_be_set(name):
+    recipe = configs.load(name, "")
+    for field, value in configs.fields(recipe).items():
+        assert getattr(configs.override(recipe, [f"{field}={value!r}"]), field) == value, field
+        if isinstance(value, dict):
+            for key, own in value.items():
+                assert getattr(configs.override(recipe, [f"{field}.{key}={own!r}"]), field) == value, (field, key)
+
+
+def test_a_table_without_entries_takes_those_of_its_type():
+    assert configs.override(STAGE_A, ["MODEL.num_layers=2"]).MODEL == {"num_layers": 2}
+    with pytest.raises(ValueError, match=r"--set MODEL\.num_layers=few: expected int, got str 'few'"):
+        configs.override(STAGE_A, ["MODEL.num_layers=few"])
+
+
+def test_a_recipe_is_a_file_anywhere(tmp_path, capsys):
+    path = tmp_path / "my_recipe.py"
+    path.write_text("from train.configs.released.pretrain_512 import *\n\nLR = 3e-4\n")
+    assert main(["pretrain", "--config", str(path), "--set", "SLOTS=8", "--print-config"]) == 0
+    out = capsys.readouterr().out
+    assert "LR = 0.0003\n" in out
+    assert "SLOTS = 8\n" in out
+    assert main(["pretrain", "--config", str(path), "--dry-run"]) == 0
+    assert str(path) in capsys.readouterr().out
+    for text, message in (
+        ("LR = ", "SyntaxError"),
+        ("from train.nothing import x", "ModuleNotFound"),
+        ("", "no field"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"--config .*my_recipe\.py: {message}"):
+            configs.load(str(path), "pretrain")
+    with pytest.raises(ValueError, match=r"--config .*gone\.py: no such file"):
+        configs.load(str(tmp_path / "gone.py"), "pretrain")
+
+
 def test_a_recipe_there_is_not():
     here = "there are released/mixed_resolution, released/pretrain_512$"
     for name in ("released", "released/other"):
