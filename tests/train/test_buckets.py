@@ -240,6 +240,56 @@ def test_any_world_size_gives_one_global_stream(world):
     assert len({row[0] for row in whole}) == len(whole)
 
 
+@pytest.mark.parametrize("world", [3, 5, 7])
+def test_ranks_that_do_not_divide_the_slots_share_them_all_the_same(world):
+    s = sampler(slots=8)
+    whole = sequence(m for _, m in zip(range(16), s.stream(5)))
+    counts = [2 * len(range(rank, 8, world)) for rank in range(world)]
+    ranks = [sequence(m for _, m in zip(range(n), s.stream(5, r, world))) for r, n in enumerate(counts)]
+    assert sorted(row for own in ranks for row in own) == whole
+    with pytest.raises(ValueError, match="8 slots on rank 0 of 9, expected at most as many"):
+        next(s.stream(0, 0, 9))
+
+
+def test_data_that_grows_comes_with_the_next_epoch():
+    """Every epoch of every bucket holds its members once: those of before until it ends, then all; a new bucket at once."""
+    a, b, c = Bucket(512, "1:1"), Bucket(768, "2:1"), Bucket(1024, "9:16")
+    first, second, third = {a: 131, b: 64}, {a: 170, b: 64}, {a: 170, b: 90, c: 29}
+    grown = [(5, second), (9, third)]
+
+    def grows(*later):
+        return BucketSampler(first, BucketLaw(), 8, 12, later)
+
+    s, steps = grows(*grown), 60
+    rows = [m for _, m in zip(range(12 * steps), s.stream())]
+    assert sequence(rows[:60]) == sequence(
+        m for _, m in zip(range(60), grows().stream())
+    )  # nothing before it is another
+    assert sequence(rows[60:108]) == sequence(m for _, m in zip(range(48), grows(grown[0]).stream(5)))
+    assert min(m.step for m in rows if m.bucket == c) >= 9
+    for bucket, known in ((a, ((0, 131), (5, 170))), (b, ((0, 64), (9, 90))), (c, ((9, 29),))):
+        own = [m for m in rows if m.bucket == bucket]
+        given_out, begun = (
+            np.concatenate([m.members for m in own]),
+            np.repeat([m.step for m in own], len(own[0].members)),
+        )
+        at, sizes = 0, []
+        while at < len(given_out):
+            n = max(size for step, size in known if step <= begun[at])
+            # an epoch that began before the step keeps its size
+            epoch = given_out[at : at + n]
+            assert len(np.unique(epoch)) == len(epoch)
+            assert epoch.max() < n
+            sizes.append(n)
+            at += n
+        assert sizes == sorted(sizes)
+        assert sizes[-1] == known[-1][1]
+    assert sequence(m for _, m in zip(range(24), s.stream(s.state(30)))) == sequence(rows[360:384])
+    assert len({grows().fingerprint, grows(grown[0]).fingerprint, s.fingerprint, grows((6, second)).fingerprint}) == 4
+    with pytest.raises(ValueError, match="512_1x1 has 130 samples from step 5 on and 131 before"):
+        grows((5, {a: 130, b: 64}))
+
+
 def test_exactly_once_over_a_training_whose_world_size_changes():
     """Two epochs of every bucket, collected from ranks that come and go, resumed from saved states."""
     sizes = {Bucket(512, "1:1"): 131, Bucket(768, "2:1"): 64, Bucket(1024, "9:16"): 29}

@@ -162,7 +162,7 @@ def test_print_config_names_fields_and_reasons(capsys):
         ),
         ("pretrain --config mini/on_shards --lr-scale 2", "--lr-scale: for recipes without SLOTS"),
         ("pretrain --config mini/on_shards", "expected --data SHARDS for mini.on_shards"),
-        ("pretrain --config released/pretrain_512 --dry-run --world 96", "96 processes in shards of 8 for 128 slots"),
+        ("pretrain --config released/pretrain_512 --dry-run --world 136", "136 processes in shards of 8 for 128 slots"),
     ],
 )
 def test_options_of_the_other_kind_are_refused(command, message):
@@ -212,6 +212,20 @@ def test_the_dry_run_of_adapters_adds_up():
     assert "(3 forward passes)" in cost.dry_run(STAGE_A, 8, 8, "h200", 0.4)
     assert "adapters" in text
     assert "192,000" not in text
+
+
+def test_the_dry_run_of_96_processes_tells_how_long_some_wait():
+    text = cost.dry_run(STAGE_A, 96, 8, "a100", 0.4)
+    assert "33% of the time: 128 slots do not divide among 96 processes" in text
+    assert "idle" not in cost.dry_run(STAGE_A, 64, 8, "a100", 0.4)
+
+
+def test_the_dry_run_counts_encoding():
+    for side, want in ((512, 1.12e12), (768, 2.61e12), (1024, 4.89e12)):
+        assert cost.vae_flops(side * side) == pytest.approx(want, rel=5e-3)
+    text = cost.dry_run(STAGE_A, 8, 8, "h200", 0.4)
+    assert "more, where latents are not in the shards: 1.12 e12 a picture" in text
+    assert "1.44 e12 a picture; the prefix's 97 tokens once" in text
 
 
 def test_the_dry_run_is_quick_and_needs_no_gpu():

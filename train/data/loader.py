@@ -219,7 +219,7 @@ class Loader:
     def batches(self, start: int | Mapping[str, Any] = 0, rank: int = 0, world: int = 1) -> Iterator[ShardBatch]:
         """A rank's micro-batches from the first slot of a step (or of a saved state) on, without end.
 
-        Errors: ValueError where a state belongs to another stream or to other shards, or `world` does not divide the slots;
+        Errors: ValueError where a state belongs to another stream or to other shards, or there are more ranks than slots;
         from the iterator: Interrupted.
         """
         if isinstance(start, Mapping) and start["data"] != self.shards.fingerprint:
@@ -255,7 +255,7 @@ class Loader:
             except RuntimeError as error:
                 if "exited unexpectedly" not in str(error):
                     raise
-                rounds, ahead = divmod(count, self.sampler.slots // world)
+                rounds, ahead = divmod(count, len(range(rank, self.sampler.slots, world)))
                 micro = next(itertools.islice(self.sampler.stream(step + rounds, rank, world), ahead, None))
                 first = self.shards.member(micro.bucket, int(micro.members[0]))
                 batch = Interrupted(

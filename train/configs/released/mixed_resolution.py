@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 8 --nnodes 16 ... -m train mixed_resolution --config released --data SHARDS \\
         --model CHECKPOINT --init runs/pretrain_512/checkpoints/step_0400000 --out runs/mixed_resolution --device cuda
+
+It continues from the weights that stage A trained; `--weights average` begins from their running average instead.
 """
 
 from __future__ import annotations

@@ -39,6 +39,7 @@ WEIGHT_DECAY = 0.01  # on matrices alone
 CLIP = 1.0
 EMA = 0.9999
 SKIP_LIMIT = 10  # steps in a row whose gradient is not finite, before the training gives up
+DAMAGED_LIMIT = 0.01  # of the members asked for: more that cannot be used end the training
 
 # ---- machine
 COMPUTE: Literal["bfloat16", "float32"] = "bfloat16"
@@ -79,8 +80,9 @@ OPEN = {
     "WARMUP": "the rate is called constant; 2,000 steps guard Adam's first moments, 0 is the paper to the letter",
     "EPS": "torch's default",
     "WEIGHT_DECAY": "not given; matrices only, since norms, biases and the time path have no scale to shrink to",
-    "EMA": "not mentioned; the average is kept and drawn from, never trained on",
+    "EMA": "not mentioned; the average is kept and drawn from, never trained on unless `--weights average` says so",
     "SKIP_LIMIT": "not mentioned; a gradient that is not finite is skipped, counted and told, this many times in a row",
+    "DAMAGED_LIMIT": "not mentioned; damaged members are replaced, counted and named, and a hundredth of all is no accident",
     "RECOMPUTE": "gradient checkpointing is stated, its granularity is not: block, or selective where memory allows",
     "RESHARD": "not given; False keeps gathered weights between the passes: 8.2 GB more, a third less traffic",
     "SHARD": "not given; the eight GPUs of a node hold one copy of the state, 66 GB with 16 GB of averages",
