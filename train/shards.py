@@ -3,6 +3,7 @@
     python -m train shards --images photos/ --out shards/train --held-out 0.01               # photos/a.jpg with a.txt or a.json
     python -m train shards --images photos/ --split held_out --held-out 0.01 --out shards/held
     python -m train shards --images photos/ --captions captions.jsonl --bases 512 --aspects 1:1 --out shards/512
+    python -m train shards --tars laion/ --out shards/train --workers 8                      # WebDataset tars as they are
     python -m train shards --world mini --bases 64 96 128 --per-bucket 2000 --out shards/world
     python -m train shards ... --precompute latents,text --model checkpoint/ --device cuda
     python -m train shards --verify shards/train                                             # hashes; exit 1 where one differs
@@ -46,7 +47,7 @@ from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
 from .data.images import fitted
 from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
-from .data.sources import Drawing, Source, assign, captions_of, fraction, images_of
+from .data.sources import Drawing, Source, assign, captions_of, fraction, images_of, tars_of
 from .loop.checkpoints import write_text
 from .loop.clock import FULL, Interrupted, positive
 from .loop.ranks import device_of
@@ -148,10 +149,13 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
             seeds = range(first, first + options.per_bucket)
             own += [Drawing(options.world, options.split, seed, *bucket.size) for seed in seeds]
         return buckets
-    if not options.images.is_dir():
-        raise ValueError(f"--images: {options.images} is no folder")
+    option, folder, found_in = (
+        ("--images", options.images, images_of) if options.images else ("--tars", options.tars, tars_of)
+    )
+    if not folder.is_dir():
+        raise ValueError(f"{option}: {folder} is no folder")
     captions = captions_of(options.captions) if options.captions else None
-    for picture, height, width in images_of(options.images, captions, out):
+    for picture, height, width in found_in(folder, captions, out, options.workers):
         if (fraction(picture.key) < options.held_out) != (options.split == "held_out"):
             continue
         found = assign(height, width, options.bases, options.aspects, options.assign == "largest", options.max_upscale)
@@ -197,7 +201,9 @@ def completed(plans: Sequence[ShardPlan], workers: int) -> Iterator[tuple[ShardP
 
 def kind(reason: str) -> str:
     """The sort of a reason, which names no file."""
-    return "no caption" if reason.startswith("no caption") else reason if reason == "too small" else "unusable"
+    return (
+        "no caption" if reason.startswith("no caption") else reason if reason in ("too small", "twice") else "unusable"
+    )
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
@@ -240,7 +246,7 @@ def build(options: argparse.Namespace) -> None:
     if not plans:
         reasons = in_words(collections.Counter(kind(reason) for _, reason in out))
         raise ValueError(
-            f"shards: {options.images} holds no usable picture with a caption for --split {options.split}; "
+            f"shards: {options.images or options.tars} holds no usable picture with a caption for --split {options.split}; "
             f"left out: {reasons}"
         )
     # what is missing
@@ -304,11 +310,16 @@ def parts(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, metavar="FOLDER", help="pictures, in subfolders too")
+    source.add_argument(
+        "--tars", type=Path, metavar="FOLDER", help="WebDataset tars, in subfolders too; also shards of other sizes"
+    )
     source.add_argument("--world", metavar="RECIPE", help="scenes of a recipe's small world, e.g. mini")
     source.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="write nothing; compare finished shards with their hashes"
     )
-    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON lines {"file": ..., "caption": ...}')
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help='JSON lines {"file": ..., "caption": ...}, or .parquet'
+    )
     parser.add_argument("--out", type=Path, default=Path("shards"), help="folder to write (default: shards)")
     parser.add_argument(
         "--bases", type=int, nargs="+", default=list(BASES), help="base resolutions (default: 512 768 1024)"
@@ -340,7 +351,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-bucket", type=positive, default=1_000, help="--world: scenes of a bucket (default: 1000)"
     )
     parser.add_argument("--first-seed", type=int, default=0, help="--world: seed of the first scene (default: 0)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that write shards (default: 0, none)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that write shards, threads that list sources (default: 0, none)",
+    )
     parser.add_argument(
         "--precompute", type=parts, default=[], metavar="latents,text", help="what to store beside pictures"
     )

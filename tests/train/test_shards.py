@@ -145,6 +145,56 @@ def test_shards_of_other_sizes_are_refused_with_the_command_that_rewrites_them(p
         ShardSet(out)
 
 
+def test_a_training_maps_the_manifests_table_and_reads_the_manifest_where_that_is_not_its_own(
+    photos, tmp_path, monkeypatch
+):
+    from train.data import shards
+
+    out = tmp_path / "out"
+    build("--images", photos, "--bases", 64, 96, "--samples", 2, "--out", out)
+    whole = shards.table_of(shards.read_manifest(out))
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "read_manifest", lambda _folder: pytest.fail("the manifest was read"))
+        found = ShardSet(out)
+        assert (found.fingerprint, found.sizes) == (whole[0]["fingerprint"], {b: found.sizes[b] for b in found.sizes})
+        assert all(isinstance(rows.base, np.memmap) or isinstance(rows, np.memmap) for rows in found._shards.values())
+        keys = [member.key for _, member in members(found)]
+    for stale in ("manifest.head.json", "manifest.table.npy"):
+        kept = (out / stale).read_bytes()
+        (out / stale).unlink()
+        assert [member.key for _, member in members(ShardSet(out))] == keys
+        (out / stale).write_bytes(kept)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["buckets"]["96_1x1"]  # another manifest than the table is of
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert Bucket(96, "1:1") not in ShardSet(out).sizes
+
+
+def test_webdataset_tars_are_taken_as_they_are(photos, tmp_path, capsys):
+    """Our own shards of two bases hold a picture twice: written anew they are those of the folder, picture by picture."""
+    build("--images", photos, "--bases", 64, 96, "--samples", 2, "--out", tmp_path / "a")
+    build("--tars", tmp_path / "a", "--bases", 64, 96, "--out", tmp_path / "b", "--workers", 2)
+    one, two = (
+        sorted((b.name, m.key, m.read("txt"), m.read(m.picture)) for b, m in members(ShardSet(tmp_path / name)))
+        for name in "ab"
+    )
+    assert one == two
+    assert " twice" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "a" / "other.tar", "w") as tar:
+        for name, data in (
+            ("x/1.JPG", encoded(gradient(70, 70), "JPEG")),
+            ("x/1.json", b'{"caption": "a slope"}'),
+            ("x/2.png", b"?"),
+        ):
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
+    build("--tars", tmp_path / "a", "--bases", 64, "--out", tmp_path / "c")
+    found = {m.key: m.read("txt") for _, m in members(ShardSet(tmp_path / "c"))}
+    assert found["x/1"] == b"a slope"
+    assert "other.tar/x/2.png" in (tmp_path / "c" / "left_out.jsonl").read_text()
+
+
 def test_pictures_may_grow_where_that_is_asked_for(photos, tmp_path, capsys):
     out = tmp_path / "out"
     build("--images", photos, "--bases", 64, "--aspects", "1:1", "--max-upscale", 1.6, "--out", out)

@@ -29,7 +29,7 @@ def _opened(data: bytes | Path) -> Any:
         raise Unusable(reason) from None
 
 
-def oriented_size(path: Path) -> tuple[int, int]:
+def oriented_size(path: Path | bytes) -> tuple[int, int]:
     """(height, width) as the picture is meant to be seen, from the file's header. Errors: Unusable."""
     with _opened(path) as image:
         try:
