@@ -24,7 +24,7 @@ from train.__main__ import main
 from train.data import images
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
-from train.data.sources import Picture, assign, fraction, key_of
+from train.data.sources import Picture, assign, captions_of, fraction, key_of
 from train.loop.clock import Interrupted
 from train.pretrain_on_shards import bucket_sizes
 from train.shards import completed
@@ -140,7 +140,8 @@ def test_shards_of_other_sizes_are_refused_with_the_command_that_rewrites_them(p
     manifest["buckets"] = {"512_1x1": [], "512_16x9": [], "768_2x3": [], "1024_16x9": []}
     path.write_text(json.dumps(manifest))
     with pytest.raises(
-        ValueError, match="512_16x9 is 384x688, expected 384x672; 768_2x3 is 944x624, expected 960x640; `py"
+        ValueError,
+        match="512_16x9 is 384x688, expected 384x672; 768_2x3 is 944x624, expected 960x640; `python -m train shards --tars ",
     ):
         ShardSet(out)
 
@@ -241,6 +242,24 @@ def test_captions_from_one_file(photos, tmp_path):
     captions.write_text('{"file": "a.png"}\n')
     with pytest.raises(ValueError, match=r"captions.jsonl, line 1: expected"):
         build("--images", photos, "--captions", captions, "--out", tmp_path / "other", "--bases", 64)
+
+
+def test_captions_from_parquet(tmp_path, monkeypatch):
+    path = tmp_path / "captions.parquet"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(
+            ValueError, match=r"--captions .*captions\.parquet: Parquet needs pyarrow: pip install pyarrow"
+        ):
+            captions_of(path)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pyarrow.table({"file": ["a/b.png", "c.jpg"], "caption": ["größer", "x"], "other": [1, 2]}), path
+    )
+    assert captions_of(path) == {"a/b.png": "größer", "c.jpg": "x"}
+    parquet.write_table(pyarrow.table({"file": ["a.png"], "text": ["x"]}), path)
+    with pytest.raises(ValueError, match="no column 'caption'; it has file, text"):
+        captions_of(path)
 
 
 def test_marks_and_other_encodings_of_captions(photos, tmp_path):

@@ -271,7 +271,7 @@ class ShardSet:
             if (h, w) != bucket.size:
                 wrong.append(f"{name} is {h}x{w}, expected {height}x{width}")
         if wrong:
-            command = head["command"] or "python -m train shards --images PICTURES"
+            command = head["command"] or f"python -m train shards --tars {self.folder}"
             raise ValueError(
                 f"{path}: shards of other sizes, height x width: {'; '.join(wrong)}; "
                 f"`{command} --out NEW` writes them anew"
