@@ -105,7 +105,7 @@ class Defaults:
     num_inference_steps: int
     guidance_scale: float
     base_resolution: int = 1024
-    max_resolution: int = 1440  # side of the largest square the model was trained at: above it, a warning
+    max_resolution: int = 1440  # side of the largest square shown to work, trained or not: above it, a warning
     time_dtype: str = "reference"  # how the time is rounded, see lens.sampler.conditioning_time
 
     @classmethod

@@ -12,16 +12,19 @@ from typing import Any
 TOKEN_PIXELS = 16  # the VAE's factor 8 times the 2x2 patch
 MAX_SIDE = 65_536  # pixels: the tokens of one image must be countable in int32, with room for a batch
 
-# (height, width) of the released buckets from tall to square; the wide ones are their transposes. Aspect ratios are
-# spoken of as "W:H". Other bases follow the formula of bucket_size, which is this project's choice: the paper's tables
-# for 512 and 768 are in no public code.
+# (height, width) of the buckets from tall to square; the wide ones are their transposes. Aspect ratios are spoken of as
+# "W:H". Bases 512, 768 and 1024 are the paper's 27 buckets, which Lens was trained on; 1440 is the released code's.
 _TALL = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1))
 _PORTRAIT = {
+    512: ((704, 352), (672, 384), (640, 416), (608, 448), (512, 512)),
+    768: ((1088, 544), (1024, 576), (960, 640), (896, 672), (768, 768)),
     1024: ((1472, 736), (1376, 768), (1248, 832), (1152, 864), (1024, 1024)),
     1440: ((2080, 1040), (1936, 1088), (1760, 1168), (1616, 1216), (1440, 1440)),
 }
 RELEASED_BASES = (512, 768, 1024, 1440)
 MINI_BASES = (64, 96, 128)
+TRAINED_BASE = 1024  # the largest of the training
+TRAINED_PIXELS = max(height * width for height, width in _PORTRAIT[TRAINED_BASE])
 
 
 def _round16(value: float) -> int:
@@ -41,9 +44,9 @@ def parse_ratio(aspect_ratio: str) -> Fraction:
 
 
 def bucket_size(base_resolution: int, aspect_ratio: str) -> tuple[int, int]:
-    """(height, width) of a bucket: the released table's where it has one (of any spelling: 2:4 is 1:2).
+    """(height, width) of a bucket: the table's where it has one (of any spelling: 2:4 is 1:2).
 
-    Elsewhere round16(base sqrt(H/W)), round16(base sqrt(W/H)).
+    Mini's bases and ratios between the table's nine: round16(base sqrt(H/W)), round16(base sqrt(W/H)).
     """
     if base_resolution not in RELEASED_BASES + MINI_BASES:
         raise ValueError(
@@ -56,6 +59,11 @@ def bucket_size(base_resolution: int, aspect_ratio: str) -> tuple[int, int]:
             return height, width
         if ratio == Fraction(h, w):
             return width, height
+    return ratio_size(base_resolution, ratio)
+
+
+def ratio_size(base_resolution: int, ratio: Fraction) -> tuple[int, int]:
+    """(height, width) near base^2 pixels at width / height = ratio: round16(base / sqrt(ratio)), round16(base sqrt(ratio))."""
     stretch = math.sqrt(ratio)
     return _round16(base_resolution / stretch), _round16(base_resolution * stretch)
 
@@ -79,16 +87,23 @@ def _pixels(name: str, value: Any) -> int:
     return pixels
 
 
-def check_size(height: int, width: int, max_trained: int) -> tuple[int, int]:
-    """Refuse sizes that tokens cannot tile; warn outside 1:2 to 2:1 and above the largest trained base squared."""
+def check_size(height: int, width: int, max_resolution: int) -> tuple[int, int]:
+    """Refuse sizes that tokens cannot tile; warn outside 1:2 to 2:1 and above the largest square shown to work; a note, as a
+    warning too, from there down to the largest trained bucket. No Lens was trained between 1024^2 and 1440^2."""
     height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
         warnings.warn(f"height {height}, width {width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=7)
-    if height * width > max_trained**2:
+    if height * width > max_resolution**2:
         warnings.warn(
-            f"height {height}, width {width} is larger than the largest size this model was trained at "
-            f"({max_trained} by {max_trained}); composition may repeat or drift",
+            f"height {height}, width {width} is larger than the largest size this model is shown to work at "
+            f"({max_resolution} by {max_resolution}); composition may repeat or drift",
             stacklevel=7,  # the caller of the pipeline
+        )
+    elif height * width > TRAINED_PIXELS:
+        warnings.warn(
+            f"{height}x{width} is above {TRAINED_BASE}x{TRAINED_BASE}, the largest base Lens was trained at; it is shown to work "
+            f"up to {max_resolution}x{max_resolution}",
+            stacklevel=7,
         )
     return height, width
 
@@ -101,7 +116,7 @@ def request_grids(
     ratio: str | None,
     sizes: Sequence[tuple[int, int]] | None,
     default_base: int,
-    max_trained: int,
+    max_resolution: int,
 ) -> list[tuple[int, int]]:
     """A call's size arguments -> one grid (height, width) in tokens per prompt. Half a pair, or two ways, raises."""
     for a, b, name in ((height, width, "height and width"), (base, ratio, "base_resolution and aspect_ratio")):
@@ -126,6 +141,6 @@ def request_grids(
     grids: dict[tuple[int, int], tuple[int, int]] = {}
     for pair in pairs:  # one warning per size
         if pair not in grids:
-            h, w = check_size(*pair, max_trained)
+            h, w = check_size(*pair, max_resolution)
             grids[pair] = h // TOKEN_PIXELS, w // TOKEN_PIXELS
     return [grids[pair] for pair in pairs]

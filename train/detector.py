@@ -230,7 +230,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument("--config", default="mini", help="recipe in train/configs, or a file .py (default: mini)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/detector"), help="folder of state and log (default: runs/detector)"
     )

@@ -235,7 +235,7 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument("--config", default="mini", help="recipe in train/configs, or a file .py (default: mini)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/base"), help="folder of state, log, sheets (default: runs/base)"
     )

@@ -5,9 +5,9 @@
     python -m train mixed_resolution --config mini/on_shards --data shards/world --vae runs/vae --encoder runs/encoder/encoder.pt
 
 The VAE and the text encoder are frozen: those of a checkpoint folder (`--model`) or of Mini's stages (`--vae`, `--encoder`);
-neither is needed where the shards hold latents and features. OUT holds checkpoints/, log.jsonl and its copy for TensorBoard,
-a sheet of fixed prompts and seeds at every save, skipped.jsonl. `--validate`: the loss on pictures held out. The same command
-again resumes.
+neither is needed where the shards hold latents and features. OUT holds checkpoints/, log.jsonl and its copy for TensorBoard, a
+sheet of fixed prompts and seeds at every save, skipped.jsonl, damaged.jsonl. `--validate`: the loss on pictures held out. The
+same command again resumes.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,7 @@ from . import configs, cost
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import Encode, Loader, ShardBatch
-from .data.shards import ShardSet
+from .data.shards import ShardSet, ShardSets
 from .loop import ranks
 from .loop.checkpoints import Checkpoints, read_state
 from .loop.clock import Clock, positive
@@ -50,6 +51,7 @@ from .networks.denoiser import Denoiser
 from .objectives import flow_matching
 from .objectives.velocity import FlowMatching
 
+WEIGHTS = ("raw", "average")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -78,6 +80,10 @@ def check(recipe: ModuleType) -> None:
     for name in ("LR", "CLIP", "TIME_SIGMA"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    if not 0 < recipe.DAMAGED_LIMIT <= 1:
+        raise ValueError(f"DAMAGED_LIMIT: expected a share in (0, 1], got {recipe.DAMAGED_LIMIT}")
+    if recipe.MAX_UPSCALE < 1:
+        raise ValueError(f"MAX_UPSCALE: expected 1 or more, got {recipe.MAX_UPSCALE}")
     if not isinstance(recipe.MU, float | int) and (len(recipe.MU) != 2 or recipe.MU[0][0] == recipe.MU[1][0]):
         raise ValueError(f"MU: expected a number or two points of a line, (tokens, mu), got {recipe.MU}")
     bucket_size(int(recipe.SHEET["base"]), "1:1")
@@ -184,6 +190,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own.add_argument(
         "--shard", type=positive, help="ranks that hold one copy of the state (default: those of a node, at most SHARD)"
     )
+    own.add_argument(
+        "--extend-data",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="SHARDS",
+        help="more shards for a training that is resumed: they come with every bucket's next epoch, and its states record them; repeatable",
+    )
+    own.add_argument(
+        "--weights",
+        choices=WEIGHTS,
+        help="which of a state given to --init: those that were trained, as the paper continues, or their running average (default: raw)",
+    )
     own.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
 
 
@@ -191,7 +210,8 @@ def is_sharded_recipe(recipe: ModuleType, options: argparse.Namespace) -> bool:
     """Whether a recipe trains here. `--print-config` is answered for all. Errors: ValueError for options of the other kind."""
     here = hasattr(recipe, "SLOTS")
     mine = {"--data": options.data, "--model": options.model, "--shard": options.shard, "--resume": options.resume}
-    mine |= {"--dry-run": options.dry_run, "--validate": options.validate}
+    mine |= {"--dry-run": options.dry_run, "--validate": options.validate, "--weights": options.weights}
+    mine |= {"--extend-data": options.extend_data or None}
     others = {"--decay": options.decay, "--joint-steps": options.joint_steps, "--compile": options.compile}
     others |= {"--lr-scale": options.lr_scale != 1}
     wrong = [name for name, value in (others if here else mine).items() if value not in (None, False)]
@@ -203,7 +223,10 @@ def is_sharded_recipe(recipe: ModuleType, options: argparse.Namespace) -> bool:
 
 def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
     """The recipe with the MMDiT and the LoRA of the state that is taken up, else of the checkpoint folder to start from and
-    of `--lora`. Errors: ValueError where `--lora` and the state differ."""
+    of `--lora`; with the state it began from (INIT) and which of its weights (WEIGHTS), where it began from one.
+
+    Errors: ValueError where an option and the state differ.
+    """
     changed: Any = configs.override(recipe, [])  # a module: it takes any field
     asked = parse_lora(options.lora) if options.lora else None
     folder = state_of(options)
@@ -212,6 +235,11 @@ def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
         if asked and held.get("LORA") != str(asked):
             raise ValueError(f"--lora {asked}: this training has {held.get('LORA', 'none')}")
         asked = parse_lora(held["LORA"]) if "LORA" in held else None
+        if options.weights and options.weights != held.get("WEIGHTS"):
+            raise ValueError(f"--weights {options.weights}: this training began from {held.get('WEIGHTS', 'no state')}")
+        for name in ("INIT", "WEIGHTS"):
+            if name in held:
+                setattr(changed, name, held[name])
         changed.MODEL = {name: tuple(v) if isinstance(v, list) else v for name, v in held["MODEL"].items()}
     elif options.init is not None and not options.init.is_dir():
         raise ValueError(f"--init {options.init}: no such folder; expected a checkpoint folder, or a state step_...")
@@ -219,6 +247,10 @@ def as_trained(options: argparse.Namespace, recipe: ModuleType) -> ModuleType:
         changed.MODEL = vars(transformer_config(read_json(path), str(path)))
     elif asked and not options.dry_run:
         raise ValueError(NO_BASE)
+    elif options.init is not None:
+        changed.INIT, changed.WEIGHTS = str(options.init), options.weights or "raw"
+    if options.weights and not hasattr(changed, "WEIGHTS"):
+        raise ValueError(f"--weights {options.weights}: expected --init STATE, a state of a training, beside it")
     if asked:
         changed.LORA = str(asked)
     return changed
@@ -269,7 +301,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     states, folder = Checkpoints(options.out / "checkpoints", ALONE), state_of(options)
     if folder is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
-    states.load(folder, averaged_names(model))
+    folder = states.last_whole(options.resume, lambda state: loaded(states, state, averaged_names(model)), loudly)
     if lora:
         save_lora(model, lora, options.export / "lora")
         merge_lora(model)
@@ -278,8 +310,23 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     print(f"{folder.name} is exported: {options.export / 'transformer'}{made}")
 
 
+def loaded(states: Checkpoints, folder: Path, tensors: dict[str, Tensor]) -> Path:
+    """The state's folder, whose tensors are where they were asked for."""
+    states.load(folder, tensors)
+    return folder
+
+
+def loudly(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr, flush=True)
+
+
 def bucket_sizes(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
     """Samples of every bucket that a recipe draws and the shards hold. Errors: ValueError where there is none."""
+    if shards.max_upscale > recipe.MAX_UPSCALE:
+        raise ValueError(
+            f"{shards.folder} enlarges pictures up to {shards.max_upscale:g}, MAX_UPSCALE is {recipe.MAX_UPSCALE:g}; "
+            f"expected shards of --max-upscale {recipe.MAX_UPSCALE:g}, or --set MAX_UPSCALE={shards.max_upscale:g}"
+        )
     asked = buckets_of(recipe)
     found = {bucket: n for bucket, n in shards.sizes.items() if bucket in asked}
     if not found:
@@ -289,6 +336,47 @@ def bucket_sizes(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
         )
         raise ValueError(f"{shards.folder} holds no bucket of BASES and ASPECTS: {held}; expected {wanted}")
     return found
+
+
+def data_of(
+    options: argparse.Namespace, recipe: ModuleType, state: dict[str, Any] | None
+) -> tuple[ShardSets, BucketSampler, list[dict[str, Any]]]:
+    """The shards of `--data` with those that a state or `--extend-data` adds, the stream over them, and what a state records
+    of the added: step, folder, fingerprint.
+
+    Errors: ValueError where there is no state to add to, or it is of other data.
+    """
+    held = state["data"] if state else {}
+    extended = list(held.get("extended", []))
+    known = [entry["fingerprint"] for entry in extended]
+    folders = [options.data, *(Path(entry["folder"]) for entry in extended)]
+
+    def stream() -> tuple[ShardSets, BucketSampler]:
+        sets = [ShardSets(folders[: count + 1]) for count in range(len(folders))]
+        sizes = [bucket_sizes(recipe, own) for own in sets]
+        grown = [(entry["step"], more) for entry, more in zip(extended, sizes[1:])]
+        return sets[-1], BucketSampler(sizes[0], law_of(recipe), recipe.SEED, recipe.SLOTS, grown)
+
+    shards, sampler = stream()
+    for own, mark in zip(shards.sets[1:], known):
+        if own.fingerprint != mark:
+            raise ValueError(f"{own.folder}: not the shards {mark} that this training was extended by")
+    added = [own for own in map(ShardSet, options.extend_data) if own.fingerprint not in known]
+    if not added:
+        return shards, sampler, extended
+    if state is None:
+        raise ValueError(
+            f"--extend-data {added[0].folder}: expected a training to resume, there is no state in {options.out}"
+        )
+    if (held["data"], held["fingerprint"]) != (shards.fingerprint, sampler.fingerprint):
+        raise ValueError(
+            f"--extend-data {added[0].folder}: the state is of shards {held['data']} and stream {held['fingerprint']}, --data is "
+            f"{shards.fingerprint} and {sampler.fingerprint}: other data, or another seed, slots, batch sizes or bucket law"
+        )
+    for own in added:
+        extended.append({"step": state["step"], "folder": str(own.folder), "fingerprint": own.fingerprint})
+        folders.append(own.folder)
+    return *stream(), extended
 
 
 class OnShards(Method):
@@ -325,6 +413,7 @@ class OnShards(Method):
             clip=recipe.CLIP,
             slots=recipe.SLOTS,
             skip_limit=recipe.SKIP_LIMIT,
+            damaged_limit=recipe.DAMAGED_LIMIT,
             log_every=recipe.LOG_EVERY,
             validate_every=recipe.VALIDATE_EVERY if validated else 0,
             save_every=recipe.SAVE_EVERY,
@@ -343,7 +432,7 @@ class OnShards(Method):
             place=(batch.step, batch.slot),
             image_tokens=count * tokens,
             text_tokens=sum(batch.lengths),
-            skipped_members=len(batch.skipped),
+            damaged=[(skip.key, skip.reason) for skip in batch.skipped],
             flops=self.flops(batch),
             seen={"bucket": batch.bucket.name, "keys": list(batch.keys)},
         )
@@ -364,21 +453,27 @@ def averaged_names(model: nn.Module) -> dict[str, Tensor]:
     return {f"{'ema' if p.requires_grad else 'model'}.{n}": p.detach() for n, p in model.named_parameters()}
 
 
+def names_in_a_state(model: nn.Module, which: str) -> dict[str, Tensor]:
+    """A state's name -> the parameter that begins as it. which: "raw", the weights that were trained, or "average"."""
+    if which == "average":
+        return averaged_names(model)
+    return {f"model.{n}": p.detach() for n, p in model.named_parameters()}
+
+
 def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ranks) -> int:
     clock, out = Clock(options.stop_after), options.out
     # data, and the frozen networks that encode it
-    shards = ShardSet(options.data)
-    sampler = BucketSampler(bucket_sizes(recipe, shards), law_of(recipe), recipe.SEED, recipe.SLOTS)
+    folder = state_of(options)
+    shards, sampler, extended = data_of(options, recipe, read_state(folder) if folder else None)
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)
     # the MMDiT: of the state, of a checkpoint folder, or fresh; and where its states go
-    folder = state_of(options)
     released = None if folder else released_config(options.init)
     model, shape = build(recipe, group, released.parent if released else None), model_of(recipe)
     states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
     if folder is None and options.init is not None and released is None:
-        states.load(options.init, averaged_names(ranks.bare(model)))
+        states.load(options.init, names_in_a_state(ranks.bare(model), recipe.WEIGHTS))
     lora = lora_of(recipe)
     sheet = None
     if decode is not None:
@@ -406,13 +501,23 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     trainer = Trainer(method.plan(stage), method, states, out, group, fields, peak)
     start: Any = 0
     if folder is not None:
-        state = trainer.resume(folder)
+        folder, state = states.last_whole(
+            options.resume, lambda whole: (whole, trainer.resume(whole)), loudly if group.main else lambda _line: None
+        )
         start = state["data"]
+        if start.get("extended", []) != extended[: len(start.get("extended", []))] or state["step"] < max(
+            (entry["step"] for entry in extended), default=0
+        ):
+            raise ValueError(f"{folder}: a state of other data than the newest; --resume {folder} goes on from it")
+        if len(extended) > len(start.get("extended", [])):
+            start = loader.state(trainer.step)
         if group.main:
             for line in changed(recipe, state["settings"]):
                 print(line, flush=True)
     if group.main:
-        whence = f"step {trainer.step} of {folder}" if trainer.step else options.init or "fresh weights"
+        whence = f"step {trainer.step} of {folder}" if trainer.step else str(options.init or "fresh weights")
+        if not trainer.step and hasattr(recipe, "WEIGHTS"):
+            whence += f" ({recipe.WEIGHTS})"
         count = sum(p.numel() for p in method.networks["model"].parameters.values())
         print(
             f"{stage}: {count:,} parameters from {whence}; {sum(sampler.sizes):,} samples in {len(sampler.buckets)} "
@@ -422,7 +527,8 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     context = contextlib.nullcontext() if recipe.ATTENTION == "auto" else attention_choice.use(recipe.ATTENTION)
     with context:
         batches = encode.ahead(loader.batches(start, group.rank, group.world))
-        trainer.run(batches, clock, loader.state, options.steps)
+        place = loader.state if not extended else lambda step: {**loader.state(step), "extended": extended}
+        trainer.run(batches, clock, place, options.steps)
     if group.main:
         print(f"step {trainer.step} is saved: {states.latest()}", flush=True)
     return 0

@@ -3,15 +3,17 @@
     python -m train shards --images photos/ --out shards/train --held-out 0.01               # photos/a.jpg with a.txt or a.json
     python -m train shards --images photos/ --split held_out --held-out 0.01 --out shards/held
     python -m train shards --images photos/ --captions captions.jsonl --bases 512 --aspects 1:1 --out shards/512
+    python -m train shards --tars laion/ --out shards/train --workers 8                      # WebDataset tars as they are
     python -m train shards --world mini --bases 64 96 128 --per-bucket 2000 --out shards/world
     python -m train shards ... --precompute latents,text --model checkpoint/ --device cuda
     python -m train shards --verify shards/train                                             # hashes; exit 1 where one differs
 
-A picture goes to the bucket of the nearest aspect (in log ratio) at every base it serves without upscaling (`--assign largest`: only
-at the largest). Files are kept as they are encoded; orientation, crop and resize happen at load. Captions come from NAME.txt, from
-"caption" in NAME.json, or from `--captions`: JSON lines {"file": ..., "caption": ...}. What cannot be used (broken, too small, without
-a caption) is left out, counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps that share of the keys, chosen
-by their hash alone, out of the split "train"; the world's own held-out compositions are its split "held_out".
+A picture goes to the bucket of the nearest aspect (in log ratio) at every base whose size it covers (`--assign largest`: only at the
+largest), enlarged by `--max-upscale` at most: not at all, unless told otherwise.
+Files are kept as they are encoded; orientation, crop and resize happen at load. Captions come from NAME.txt, from "caption" in NAME.json,
+or from `--captions`: JSON lines {"file": ..., "caption": ...}. What cannot be used (broken, too small, without a caption) is left out,
+counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps that share of the keys, chosen by their hash alone, out of
+the split "train"; the world's own held-out compositions are its split "held_out".
 
 Interrupted or out of disk, the same command goes on at the first unfinished shard. The same sources give the same tars,
 whatever `--workers`.
@@ -28,6 +30,7 @@ import collections
 import functools
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,7 +47,7 @@ from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
 from .data.images import fitted
 from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
-from .data.sources import Drawing, Source, assign, captions_of, fraction, images_of
+from .data.sources import Drawing, Source, assign, captions_of, fraction, images_of, tars_of
 from .loop.checkpoints import write_text
 from .loop.clock import FULL, Interrupted, positive
 from .loop.ranks import device_of
@@ -64,6 +67,7 @@ class Precompute:
     recipe: str = "mini"
     device: str = "cpu"
     dtype: str = "float32"
+    max_upscale: float = 1.0
 
     def networks(self) -> tuple[encoders.Tokenizer, encoders.LatentCodec | None, encoders.TextEncoder | None]:
         return _networks(self)
@@ -78,7 +82,7 @@ class Precompute:
             return sample
         tokenizer, codec, text = self.networks()
         if codec is not None:
-            pixels = torch.from_numpy(fitted(sample.picture, bucket.size))[None].to(self.device)
+            pixels = torch.from_numpy(fitted(sample.picture, bucket.size, self.max_upscale))[None].to(self.device)
             sample.arrays[LATENTS] = codec.encode(pixels)[0].to(DTYPES[self.dtype])
         if text is not None:
             ids = tokenizer(sample.caption)
@@ -115,6 +119,8 @@ class ShardPlan:
         """Of everything the bytes depend on; paths and devices are no part of it."""
         content = [[type(s).__name__, *(v for k, v in asdict(s).items() if k != "folder")] for s in self.sources]
         settings = [self.bucket.name, sorted(self.extra.fingerprints().items()), self.extra.dtype]
+        if self.bucket.size != self.bucket.unrecorded_size:  # where the name alone does not say it
+            settings.append(list(self.bucket.size))
         return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:16]
 
     def build(self) -> int:
@@ -143,13 +149,16 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
             seeds = range(first, first + options.per_bucket)
             own += [Drawing(options.world, options.split, seed, *bucket.size) for seed in seeds]
         return buckets
-    if not options.images.is_dir():
-        raise ValueError(f"--images: {options.images} is no folder")
+    option, folder, found_in = (
+        ("--images", options.images, images_of) if options.images else ("--tars", options.tars, tars_of)
+    )
+    if not folder.is_dir():
+        raise ValueError(f"{option}: {folder} is no folder")
     captions = captions_of(options.captions) if options.captions else None
-    for picture, height, width in images_of(options.images, captions, out):
+    for picture, height, width in found_in(folder, captions, out, options.workers):
         if (fraction(picture.key) < options.held_out) != (options.split == "held_out"):
             continue
-        found = assign(height, width, options.bases, options.aspects, options.assign == "largest")
+        found = assign(height, width, options.bases, options.aspects, options.assign == "largest", options.max_upscale)
         if not found:
             out.append((picture.file, "too small"))
         for bucket in found:
@@ -192,7 +201,9 @@ def completed(plans: Sequence[ShardPlan], workers: int) -> Iterator[tuple[ShardP
 
 def kind(reason: str) -> str:
     """The sort of a reason, which names no file."""
-    return "no caption" if reason.startswith("no caption") else reason if reason == "too small" else "unusable"
+    return (
+        "no caption" if reason.startswith("no caption") else reason if reason in ("too small", "twice") else "unusable"
+    )
 
 
 def in_words(left_out: Mapping[str, int]) -> str:
@@ -207,6 +218,17 @@ def forgotten(folder: Path, plans: Sequence[ShardPlan]) -> str:
     return ", ".join(f"{bucket} ({count})" for bucket, count in gone.items() if count)
 
 
+def command_of(options: argparse.Namespace) -> str:
+    """The command that makes these shards, without where to and by how many processes."""
+    parser, words = argparse.ArgumentParser(), ["python", "-m", "train", "shards"]
+    add_arguments(parser)
+    for name, value in vars(options).items():
+        if name not in ("stage", "run", "out", "workers", "verify") and value != parser.get_default(name):
+            flat = ",".join(value) if name == "precompute" else value
+            words += [f"--{name.replace('_', '-')}", *map(str, flat if isinstance(flat, list) else [flat])]
+    return shlex.join(words)
+
+
 def build(options: argparse.Namespace) -> None:
     """Plan, write what is missing, then the manifest. Errors: ValueError where nothing usable was found; OSError."""
     extra = Precompute(
@@ -217,18 +239,23 @@ def build(options: argparse.Namespace) -> None:
         options.config,
         options.device,
         options.dtype,
+        options.max_upscale,
     )
     out: list[tuple[str, str]] = []
     plans = plans_of(options, sources_of(options, out), extra)
     if not plans:
         reasons = in_words(collections.Counter(kind(reason) for _, reason in out))
         raise ValueError(
-            f"shards: {options.images} holds no usable picture with a caption for --split {options.split}; "
+            f"shards: {options.images or options.tars} holds no usable picture with a caption for --split {options.split}; "
             f"left out: {reasons}"
         )
     # what is missing
     gone = forgotten(options.out, plans)
     missing = [plan for plan in plans if not plan.done()]
+    small = sum(reason == "too small" for _, reason in out)
+    if small:
+        how = f"enlarged by {options.max_upscale:g} at most" if options.max_upscale > 1 else "without enlarging"
+        print(f"{small} pictures serve no bucket: they are too small for every size, {how}", flush=True)
     print(f"{sum(len(p.sources) for p in plans)} samples in {len(plans)} shards, {len(missing)} to write", flush=True)
     begin, written = time.monotonic(), 0
     for count, (plan, samples) in enumerate(completed(missing, options.workers), 1):
@@ -242,6 +269,8 @@ def build(options: argparse.Namespace) -> None:
         "held_out": options.held_out,
         "precomputed": extra.fingerprints(),
         "dtype": options.dtype if extra.what else None,
+        "max_upscale": options.max_upscale,
+        "command": command_of(options),
     }
     manifest = write_manifest(options.out, [(p.bucket, p.path) for p in plans], counted, settings)
     torn = [pair for p in plans for pair in read_index(p.path.with_suffix(".json"))["skipped"]]
@@ -262,6 +291,14 @@ def share(text: str) -> float:
     return value
 
 
+def upscale(text: str) -> float:
+    """A number from 1 to 4."""
+    value = float(text)
+    if not 1 <= value <= 4:
+        raise ValueError(text)
+    return value
+
+
 def parts(text: str) -> list[str]:
     """Comma-separated names of what can be precomputed."""
     names = text.split(",")
@@ -273,11 +310,16 @@ def parts(text: str) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, metavar="FOLDER", help="pictures, in subfolders too")
+    source.add_argument(
+        "--tars", type=Path, metavar="FOLDER", help="WebDataset tars, in subfolders too; also shards of other sizes"
+    )
     source.add_argument("--world", metavar="RECIPE", help="scenes of a recipe's small world, e.g. mini")
     source.add_argument(
         "--verify", type=Path, metavar="FOLDER", help="write nothing; compare finished shards with their hashes"
     )
-    parser.add_argument("--captions", type=Path, metavar="FILE", help='JSON lines {"file": ..., "caption": ...}')
+    parser.add_argument(
+        "--captions", type=Path, metavar="FILE", help='JSON lines {"file": ..., "caption": ...}, or .parquet'
+    )
     parser.add_argument("--out", type=Path, default=Path("shards"), help="folder to write (default: shards)")
     parser.add_argument(
         "--bases", type=int, nargs="+", default=list(BASES), help="base resolutions (default: 512 768 1024)"
@@ -293,6 +335,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--assign", choices=("all", "largest"), default="all", help="bases a picture goes to (default: all it serves)"
     )
+    parser.add_argument(
+        "--max-upscale",
+        type=upscale,
+        default=1.0,
+        metavar="FACTOR",
+        help="how much a picture may be enlarged to serve a bucket (default: 1, not at all; 1.34: 384^2 serves base 512)",
+    )
     parser.add_argument("--split", choices=("train", "held_out"), default="train", help="(default: train)")
     parser.add_argument(
         "--held-out", type=share, default=0.0, metavar="SHARE", help="of the keys of a folder (default: 0)"
@@ -302,7 +351,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--per-bucket", type=positive, default=1_000, help="--world: scenes of a bucket (default: 1000)"
     )
     parser.add_argument("--first-seed", type=int, default=0, help="--world: seed of the first scene (default: 0)")
-    parser.add_argument("--workers", type=int, default=0, help="processes that write shards (default: 0, none)")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that write shards, threads that list sources (default: 0, none)",
+    )
     parser.add_argument(
         "--precompute", type=parts, default=[], metavar="latents,text", help="what to store beside pictures"
     )

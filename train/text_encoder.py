@@ -200,7 +200,7 @@ def train(
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument("--config", default="mini", help="recipe in train/configs, or a file .py (default: mini)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/encoder"), help="folder of state and log (default: runs/encoder)"
     )

@@ -16,8 +16,16 @@ from lens.formats.released import released_scheduler, scheduler_config
 from lens.sampler import Scheduler, conditioning_time
 from tests.reference_model import reference_sigmas
 
-# (height, width) of every released bucket
+# (height, width) of every bucket: the paper's 27, and those of 1440
 BUCKETS = {
+    512: {
+        "1:2": (704, 352), "9:16": (672, 384), "2:3": (640, 416), "3:4": (608, 448), "1:1": (512, 512),
+        "4:3": (448, 608), "3:2": (416, 640), "16:9": (384, 672), "2:1": (352, 704),
+    },
+    768: {
+        "1:2": (1088, 544), "9:16": (1024, 576), "2:3": (960, 640), "3:4": (896, 672), "1:1": (768, 768),
+        "4:3": (672, 896), "3:2": (640, 960), "16:9": (576, 1024), "2:1": (544, 1088),
+    },
     1024: {
         "1:2": (1472, 736), "9:16": (1376, 768), "2:3": (1248, 832), "3:4": (1152, 864), "1:1": (1024, 1024),
         "4:3": (864, 1152), "3:2": (832, 1248), "16:9": (768, 1376), "2:1": (736, 1472),
@@ -68,11 +76,16 @@ def test_unknown_bases(base):
 def test_every_multiple_of_16_between_1_2_and_2_1():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for h in range(16, 1441, 112):
-            for w in range(-(-h // 32) * 16, min(2 * h, 1440) + 1, 112):
+        for h in range(16, 1473, 112):
+            for w in range(-(-h // 32) * 16, min(2 * h, 1472 * 736 // h) + 1, 112):
                 grids = resolution.request_grids(1, h, w, None, None, None, 1024, 1440)
                 assert grids == [(h // 16, w // 16)]
-    with pytest.warns(UserWarning, match="1440x1456 is larger than the largest size this model was trained at"):
+    for h, w in ((1440, 1440), (1040, 1056)):  # nothing between 1024^2 and 1440^2 was trained
+        with pytest.warns(
+            UserWarning, match=f"{h}x{w} is above 1024x1024, the largest base Lens was trained at; it is shown"
+        ):
+            resolution.request_grids(1, h, w, None, None, None, 1024, 1440)
+    with pytest.warns(UserWarning, match="1440x1456 is larger than the largest size this model is shown to work at"):
         resolution.request_grids(1, 1440, 1456, None, None, None, 1024, 1440)
     with pytest.warns(UserWarning, match="32x80 lies outside"):
         resolution.request_grids(1, 32, 80, None, None, None, 1024, 1440)

@@ -28,10 +28,10 @@ from train.data.buckets import (
     uniforms,
 )
 
-# W x H: the released table at 1024, round16(base sqrt(ratio)) below; written down again on purpose
+# W x H as the paper prints them; written down again on purpose
 TABLE = {
-    512: ["368x720", "384x688", "416x624", "448x592", "512x512", "592x448", "624x416", "688x384", "720x368"],
-    768: ["544x1088", "576x1024", "624x944", "672x880", "768x768", "880x672", "944x624", "1024x576", "1088x544"],
+    512: ["352x704", "384x672", "416x640", "448x608", "512x512", "608x448", "640x416", "672x384", "704x352"],
+    768: ["544x1088", "576x1024", "640x960", "672x896", "768x768", "896x672", "960x640", "1024x576", "1088x544"],
     1024: ["736x1472", "768x1376", "832x1248", "864x1152", "1024x1024", "1152x864", "1248x832", "1376x768", "1472x736"],
 }
 ALL = [Bucket(base, aspect) for base in BASES for aspect in ASPECTS]
@@ -89,9 +89,8 @@ def test_nothing_eligible_is_ever_enlarged(height, width, bucket):
     h, w = bucket.size
     assert (right - left) / (bottom - top) == pytest.approx(w / h)
     assert right - left == pytest.approx(width) or bottom - top == pytest.approx(height)
-    area = (right - left) * (bottom - top)
-    if abs(area - bucket.base**2) > 1 and abs(area - h * w) > 1:
-        assert eligible(height, width, bucket) == (area >= bucket.base**2 and area >= h * w)
+    if abs(right - left - w) > 1e-6:
+        assert eligible(height, width, bucket) == (right - left > w)
 
 
 @pytest.mark.parametrize(
@@ -102,12 +101,28 @@ def test_nothing_eligible_is_ever_enlarged(height, width, bucket):
         (2_000, 511, Bucket(512, "1:1"), False),
         (1_472, 736, Bucket(1024, "1:2"), True),
         (1_450, 730, Bucket(1024, "1:2"), False),  # more than 1024^2 pixels, and yet it would have to grow
-        (1_152, 864, Bucket(1024, "3:4"), False),  # the bucket's very size, which has fewer
-        (1_184, 888, Bucket(1024, "3:4"), True),
+        (1_152, 864, Bucket(1024, "3:4"), True),  # has fewer, and yet it is the bucket's very size
     ],
 )
 def test_eligible_at_the_border(height, width, bucket, want):
     assert eligible(height, width, bucket) is want
+
+
+def test_a_picture_of_a_buckets_very_size_serves_it():
+    fewer = [bucket for bucket in ALL if bucket.size[0] * bucket.size[1] < bucket.base**2]
+    assert len(fewer) == 8
+    for bucket in ALL:
+        height, width = bucket.size
+        assert eligible(height, width, bucket)
+        assert not eligible(height - 1, width, bucket)
+        assert not eligible(height, width - 1, bucket)
+
+
+def test_how_much_a_picture_may_grow():
+    square = Bucket(512, "1:1")
+    assert eligible(384, 384, square, 1.34)  # the paper's smallest picture
+    assert not eligible(384, 384, square, 1.33)
+    assert not eligible(600, 381, square, 1.34)
 
 
 def test_outputs_cost_nothing_to_reach_and_are_numpys():
@@ -223,6 +238,56 @@ def test_any_world_size_gives_one_global_stream(world):
         assert all(row[0] % slots % world == rank for row in own)
         assert [row[0] for row in own] == sorted(row[0] for row in own)
     assert len({row[0] for row in whole}) == len(whole)
+
+
+@pytest.mark.parametrize("world", [3, 5, 7])
+def test_ranks_that_do_not_divide_the_slots_share_them_all_the_same(world):
+    s = sampler(slots=8)
+    whole = sequence(m for _, m in zip(range(16), s.stream(5)))
+    counts = [2 * len(range(rank, 8, world)) for rank in range(world)]
+    ranks = [sequence(m for _, m in zip(range(n), s.stream(5, r, world))) for r, n in enumerate(counts)]
+    assert sorted(row for own in ranks for row in own) == whole
+    with pytest.raises(ValueError, match="8 slots on rank 0 of 9, expected at most as many"):
+        next(s.stream(0, 0, 9))
+
+
+def test_data_that_grows_comes_with_the_next_epoch():
+    """Every epoch of every bucket holds its members once: those of before until it ends, then all; a new bucket at once."""
+    a, b, c = Bucket(512, "1:1"), Bucket(768, "2:1"), Bucket(1024, "9:16")
+    first, second, third = {a: 131, b: 64}, {a: 170, b: 64}, {a: 170, b: 90, c: 29}
+    grown = [(5, second), (9, third)]
+
+    def grows(*later):
+        return BucketSampler(first, BucketLaw(), 8, 12, later)
+
+    s, steps = grows(*grown), 60
+    rows = [m for _, m in zip(range(12 * steps), s.stream())]
+    assert sequence(rows[:60]) == sequence(
+        m for _, m in zip(range(60), grows().stream())
+    )  # nothing before it is another
+    assert sequence(rows[60:108]) == sequence(m for _, m in zip(range(48), grows(grown[0]).stream(5)))
+    assert min(m.step for m in rows if m.bucket == c) >= 9
+    for bucket, known in ((a, ((0, 131), (5, 170))), (b, ((0, 64), (9, 90))), (c, ((9, 29),))):
+        own = [m for m in rows if m.bucket == bucket]
+        given_out, begun = (
+            np.concatenate([m.members for m in own]),
+            np.repeat([m.step for m in own], len(own[0].members)),
+        )
+        at, sizes = 0, []
+        while at < len(given_out):
+            n = max(size for step, size in known if step <= begun[at])
+            # an epoch that began before the step keeps its size
+            epoch = given_out[at : at + n]
+            assert len(np.unique(epoch)) == len(epoch)
+            assert epoch.max() < n
+            sizes.append(n)
+            at += n
+        assert sizes == sorted(sizes)
+        assert sizes[-1] == known[-1][1]
+    assert sequence(m for _, m in zip(range(24), s.stream(s.state(30)))) == sequence(rows[360:384])
+    assert len({grows().fingerprint, grows(grown[0]).fingerprint, s.fingerprint, grows((6, second)).fingerprint}) == 4
+    with pytest.raises(ValueError, match="512_1x1 has 130 samples from step 5 on and 131 before"):
+        grows((5, {a: 130, b: 64}))
 
 
 def test_exactly_once_over_a_training_whose_world_size_changes():

@@ -71,6 +71,49 @@ def test_resumed_by_the_same_command_it_is_bit_equal(shards, trained, tmp_path, 
     assert [p.name for p in (tmp_path / "checkpoints").glob("step*")] == ["step_0000003"]
 
 
+@pytest.mark.parametrize(("asked", "kind"), [((), "model"), (("--weights", "average"), "ema")])
+def test_a_training_begins_from_the_weights_of_another(asked, kind, shards, trained, tmp_path, capsys):
+    """A rate of nothing leaves them where they began, and the state says from what."""
+    first = trained / "checkpoints" / "step_0000003"
+    begin = words(shards, tmp_path, 1, "--init", str(first), *asked, "--set", "LR=1e-30", "--set", "WEIGHT_DECAY=0.0")
+    assert main(begin) == 0
+    which = asked[1] if asked else "raw"
+    assert f"parameters from {first} ({which}); " in capsys.readouterr().out
+    (found, state), (before, _) = tensors(tmp_path), tensors(trained)
+    names = [name.removeprefix("ema.") for name in before if name.startswith("ema.")]
+    assert [n for n in names if not torch.equal(found[f"model.{n}"], before[f"{kind}.{n}"])] == []
+    assert (state["settings"]["INIT"], state["settings"]["WEIGHTS"]) == (str(first), which)
+    with pytest.raises(ValueError, match=f"--weights .*: this training began from {which}"):
+        main([*begin, "--weights", "average" if which == "raw" else "raw"])
+
+
+def test_which_weights_is_asked_of_a_state_alone(shards, tmp_path):
+    with pytest.raises(ValueError, match="--weights raw: expected --init STATE, a state of a training, beside it"):
+        main(words(shards, tmp_path, 1, "--weights", "raw"))
+
+
+def test_data_may_grow_within_a_training(shards, tmp_path, capsys):
+    """The same data, stops and additions give the same weights, whether it is stopped once more or not."""
+    more, build = tmp_path / "more", "shards --world mini --bases 64 --aspects 1:1 --per-bucket 7 --first-seed 900"
+    assert main([*build.split(), "--precompute", "latents,text", "--model", str(SHIPPED), "--out", str(more)]) == 0
+    with pytest.raises(ValueError, match=r"--extend-data .*more: expected a training to resume, there is no state in"):
+        main(words(shards, tmp_path / "none", 1, "--extend-data", str(more)))
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for out, stops in ((whole, (1, 4)), (parts, (1, 2, 3, 4))):
+        for stop in stops:
+            added = ("--extend-data", str(more)) if stop == stops[1] else ()
+            assert main(words(shards, out, stop, *added)) == 0
+    assert "27 samples in 2 buckets" in capsys.readouterr().out
+    (one, state), (two, other) = tensors(whole), tensors(parts)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+    (entry,) = state["data"]["extended"]
+    assert (entry["step"], entry["folder"]) == (1, str(more))
+    assert state["data"] == other["data"]
+    (more / "manifest.json").write_text((more / "manifest.json").read_text().replace('"sha256": "', '"sha256": "0'))
+    with pytest.raises(ValueError, match=r"more: not the shards .* that this training was extended by"):
+        main(words(shards, parts, 5))
+
+
 def test_a_sheet_is_drawn_at_a_save(trained):
     with Image.open(trained / "sheet_0000003.png") as image:
         assert image.width > 2 * 64

@@ -18,6 +18,7 @@ ALONE = Ranks(torch.device("cpu"))
 LAYOUTS = [  # processes, ranks that share one copy of the state
     pytest.param(2, 1, id="ddp-2x4"),
     pytest.param(2, 2, id="fsdp-2x4"),
+    pytest.param(3, 3, id="fsdp-uneven"),  # slots 0 to 7: 3, 3 and 2
     pytest.param(8, 1, id="ddp-8x1", marks=pytest.mark.nightly),
     pytest.param(8, 8, id="fsdp-8x1", marks=pytest.mark.nightly),
     pytest.param(4, 2, id="hsdp-4x2", marks=pytest.mark.nightly),

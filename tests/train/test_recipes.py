@@ -93,6 +93,48 @@ def test_what_does_not_fit_is_refused(change, message):
         configs.override(STAGE_B, [change])
 
 
+RECIPES = sorted(
+    f"{path.parent.name}/{path.stem}" for path in (ROOT / "train/configs").glob("*/*.py") if path.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_what_a_recipe_holds_can_be_set(name):
+    recipe = configs.load(name, "")
+    for field, value in configs.fields(recipe).items():
+        assert getattr(configs.override(recipe, [f"{field}={value!r}"]), field) == value, field
+        if isinstance(value, dict):
+            for key, own in value.items():
+                assert getattr(configs.override(recipe, [f"{field}.{key}={own!r}"]), field) == value, (field, key)
+
+
+def test_a_table_without_entries_takes_those_of_its_type():
+    assert configs.override(STAGE_A, ["MODEL.num_layers=2"]).MODEL == {"num_layers": 2}
+    with pytest.raises(ValueError, match=r"--set MODEL\.num_layers=few: expected int, got str 'few'"):
+        configs.override(STAGE_A, ["MODEL.num_layers=few"])
+
+
+def test_a_recipe_is_a_file_anywhere(tmp_path, capsys):
+    path = tmp_path / "my_recipe.py"
+    path.write_text("from train.configs.released.pretrain_512 import *\n\nLR = 3e-4\n")
+    assert main(["pretrain", "--config", str(path), "--set", "SLOTS=8", "--print-config"]) == 0
+    out = capsys.readouterr().out
+    assert "LR = 0.0003\n" in out
+    assert "SLOTS = 8\n" in out
+    assert main(["pretrain", "--config", str(path), "--dry-run"]) == 0
+    assert str(path) in capsys.readouterr().out
+    for text, message in (
+        ("LR = ", "SyntaxError"),
+        ("from train.nothing import x", "ModuleNotFound"),
+        ("", "no field"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"--config .*my_recipe\.py: {message}"):
+            configs.load(str(path), "pretrain")
+    with pytest.raises(ValueError, match=r"--config .*gone\.py: no such file"):
+        configs.load(str(tmp_path / "gone.py"), "pretrain")
+
+
 def test_a_recipe_there_is_not():
     here = "there are released/mixed_resolution, released/pretrain_512$"
     for name in ("released", "released/other"):
@@ -120,7 +162,7 @@ def test_print_config_names_fields_and_reasons(capsys):
         ),
         ("pretrain --config mini/on_shards --lr-scale 2", "--lr-scale: for recipes without SLOTS"),
         ("pretrain --config mini/on_shards", "expected --data SHARDS for mini.on_shards"),
-        ("pretrain --config released/pretrain_512 --dry-run --world 96", "96 processes in shards of 8 for 128 slots"),
+        ("pretrain --config released/pretrain_512 --dry-run --world 136", "136 processes in shards of 8 for 128 slots"),
     ],
 )
 def test_options_of_the_other_kind_are_refused(command, message):
@@ -170,6 +212,20 @@ def test_the_dry_run_of_adapters_adds_up():
     assert "(3 forward passes)" in cost.dry_run(STAGE_A, 8, 8, "h200", 0.4)
     assert "adapters" in text
     assert "192,000" not in text
+
+
+def test_the_dry_run_of_96_processes_tells_how_long_some_wait():
+    text = cost.dry_run(STAGE_A, 96, 8, "a100", 0.4)
+    assert "33% of the time: 128 slots do not divide among 96 processes" in text
+    assert "idle" not in cost.dry_run(STAGE_A, 64, 8, "a100", 0.4)
+
+
+def test_the_dry_run_counts_encoding():
+    for side, want in ((512, 1.12e12), (768, 2.61e12), (1024, 4.89e12)):
+        assert cost.vae_flops(side * side) == pytest.approx(want, rel=5e-3)
+    text = cost.dry_run(STAGE_A, 8, 8, "h200", 0.4)
+    assert "more, where latents are not in the shards: 1.12 e12 a picture" in text
+    assert "1.44 e12 a picture; the prefix's 97 tokens once" in text
 
 
 def test_the_dry_run_is_quick_and_needs_no_gpu():

@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 from lens.resolution import MINI_BASES
+from train import configs
 from train.__main__ import main
 from train.data import images
 from train.data.buckets import ASPECTS, Bucket
 from train.data.shards import LATENTS, ShardSet, array_bytes, array_of, digest_of, write_shard
-from train.data.sources import Picture, assign, fraction, key_of
+from train.data.sources import Picture, assign, captions_of, fraction, key_of
 from train.loop.clock import Interrupted
+from train.pretrain_on_shards import bucket_sizes
 from train.shards import completed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -98,23 +100,113 @@ def test_a_folder_becomes_shards_of_one_bucket_each(photos, tmp_path, capsys):
     assert placed["picture.2.png"] == ["64_1x1", "96_1x1", "128_1x1"]
     assert placed["sub/picture.5.png"] == ["64_1x2", "96_1x2", "128_1x2"]  # 200 high, 100 wide
     assert placed["sub/picture.3.png"] == ["64_2x1", "96_2x1"]
-    assert placed["picture.4.png"] == ["64_2x1"]
+    assert placed["picture.4.png"] == ["64_2x1", "96_2x1"]  # 64x128, the very size at 96
     assert "small.png" not in placed
-    assert "picture.6.png" not in placed  # 80x64 covers 3:4's 80x48, but has then less than 64 x 64 pixels
+    assert placed["picture.6.png"] == ["64_3x4"]  # 80x64 covers its 80x48, though that has less than 64 x 64 pixels
     captions = {json.loads(m.read("json"))["source"]: m.read("txt").decode() for _, m in members(shards)}
     assert captions["photo.jpg"] == "Fünf Äpfel"
     assert captions["picture.0.png"] == "picture number 0"  # without the space around it
-    assert shards.manifest["left_out"] == {"no caption": 1, "too small": 2, "unusable": 2}
+    assert shards.manifest["left_out"] == {"no caption": 1, "too small": 1, "unusable": 2}
     left = [json.loads(line) for line in (out / "left_out.jsonl").read_text().splitlines()]
-    assert {entry["source"] for entry in left} == {"mute.png", "small.png", "picture.6.png", "torn.png", "none.jpg"}
+    assert {entry["source"] for entry in left} == {"mute.png", "small.png", "torn.png", "none.jpg"}
     for tar in out.rglob("*.tar"):
         with tarfile.open(tar) as file:
             names = file.getnames()
         assert len({name.partition(".")[0] for name in names}) <= 2
         assert len(names) == 3 * len({name.partition(".")[0] for name in names})
     total = shards.manifest["samples"]
-    said = f"samples written, {total} in all; left out: 1 no caption, 2 too small, 2 unusable\n"
-    assert capsys.readouterr().out.endswith(f"{total} {said}")
+    said = f"samples written, {total} in all; left out: 1 no caption, 1 too small, 2 unusable\n"
+    printed = capsys.readouterr().out
+    assert printed.endswith(f"{total} {said}")
+    assert printed.startswith("1 pictures serve no bucket: they are too small for every size, without enlarging\n")
+
+
+def test_shards_of_other_sizes_are_refused_with_the_command_that_rewrites_them(photos, tmp_path):
+    out, made = tmp_path / "out", ["--images", photos, "--bases", 64, 96, "--aspects", "1:1", "3:4"]
+    build(*made, "--out", out)
+    path = out / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["sizes"] == {"64_1x1": [64, 64], "64_3x4": [80, 48], "96_1x1": [96, 96], "96_3x4": [112, 80]}
+    manifest["sizes"]["64_3x4"] = [80, 64]
+    path.write_text(json.dumps(manifest))
+    again = f"python -m train shards {' '.join(map(str, made))} --out NEW"
+    with pytest.raises(ValueError, match=r"manifest\.json: shards of other sizes") as refused:
+        ShardSet(out)
+    assert str(refused.value).endswith(f": 64_3x4 is 80x64, expected 80x48; `{again}` writes them anew")
+    # those of before sizes were recorded have the formula's
+    del manifest["sizes"], manifest["command"]
+    path.write_text(json.dumps(manifest))
+    assert len(ShardSet(out).sizes) == 4
+    manifest["buckets"] = {"512_1x1": [], "512_16x9": [], "768_2x3": [], "1024_16x9": []}
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(
+        ValueError,
+        match="512_16x9 is 384x688, expected 384x672; 768_2x3 is 944x624, expected 960x640; `python -m train shards --tars ",
+    ):
+        ShardSet(out)
+
+
+def test_a_training_maps_the_manifests_table_and_reads_the_manifest_where_that_is_not_its_own(
+    photos, tmp_path, monkeypatch
+):
+    from train.data import shards
+
+    out = tmp_path / "out"
+    build("--images", photos, "--bases", 64, 96, "--samples", 2, "--out", out)
+    whole = shards.table_of(shards.read_manifest(out))
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "read_manifest", lambda _folder: pytest.fail("the manifest was read"))
+        found = ShardSet(out)
+        assert (found.fingerprint, found.sizes) == (whole[0]["fingerprint"], {b: found.sizes[b] for b in found.sizes})
+        assert all(isinstance(rows.base, np.memmap) or isinstance(rows, np.memmap) for rows in found._shards.values())
+        keys = [member.key for _, member in members(found)]
+    for stale in ("manifest.head.json", "manifest.table.npy"):
+        kept = (out / stale).read_bytes()
+        (out / stale).unlink()
+        assert [member.key for _, member in members(ShardSet(out))] == keys
+        (out / stale).write_bytes(kept)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["buckets"]["96_1x1"]  # another manifest than the table is of
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    assert Bucket(96, "1:1") not in ShardSet(out).sizes
+
+
+def test_webdataset_tars_are_taken_as_they_are(photos, tmp_path, capsys):
+    """Our own shards of two bases hold a picture twice: written anew they are those of the folder, picture by picture."""
+    build("--images", photos, "--bases", 64, 96, "--samples", 2, "--out", tmp_path / "a")
+    build("--tars", tmp_path / "a", "--bases", 64, 96, "--out", tmp_path / "b", "--workers", 2)
+    one, two = (
+        sorted((b.name, m.key, m.read("txt"), m.read(m.picture)) for b, m in members(ShardSet(tmp_path / name)))
+        for name in "ab"
+    )
+    assert one == two
+    assert " twice" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "a" / "other.tar", "w") as tar:
+        for name, data in (
+            ("x/1.JPG", encoded(gradient(70, 70), "JPEG")),
+            ("x/1.json", b'{"caption": "a slope"}'),
+            ("x/2.png", b"?"),
+        ):
+            about = tarfile.TarInfo(name)
+            about.size = len(data)
+            tar.addfile(about, io.BytesIO(data))
+    build("--tars", tmp_path / "a", "--bases", 64, "--out", tmp_path / "c")
+    found = {m.key: m.read("txt") for _, m in members(ShardSet(tmp_path / "c"))}
+    assert found["x/1"] == b"a slope"
+    assert "other.tar/x/2.png" in (tmp_path / "c" / "left_out.jsonl").read_text()
+
+
+def test_pictures_may_grow_where_that_is_asked_for(photos, tmp_path, capsys):
+    out = tmp_path / "out"
+    build("--images", photos, "--bases", 64, "--aspects", "1:1", "--max-upscale", 1.6, "--out", out)
+    assert "serve no bucket" not in capsys.readouterr().out
+    shards = ShardSet(out)
+    found = {member.key: member for _, member in members(shards)}
+    assert images.fitted(found["small"].read("png"), (64, 64), shards.max_upscale).shape == (64, 64, 3)
+    recipe = configs.load("mini/on_shards", "")
+    with pytest.raises(ValueError, match=r"enlarges pictures up to 1\.6, MAX_UPSCALE is 1; .* --set MAX_UPSCALE=1\.6"):
+        bucket_sizes(recipe, shards)
+    assert bucket_sizes(configs.override(recipe, ["MAX_UPSCALE=1.6"]), shards) == {Bucket(64, "1:1"): 10}
 
 
 def test_any_webdataset_reader_streams_them(photos, tmp_path):
@@ -133,7 +225,7 @@ def test_any_webdataset_reader_streams_them(photos, tmp_path):
 def test_the_largest_base_alone(photos, tmp_path):
     build("--images", photos, "--out", tmp_path / "out", "--bases", 64, 96, 128, "--assign", "largest")
     keys = [m.key for _, m in members(ShardSet(tmp_path / "out"))]
-    assert len(keys) == len(set(keys)) == 8
+    assert len(keys) == len(set(keys)) == 9
     assert assign(130, 128, (64, 96, 128), ASPECTS, True) == [Bucket(128, "1:1")]
 
 
@@ -150,6 +242,24 @@ def test_captions_from_one_file(photos, tmp_path):
     captions.write_text('{"file": "a.png"}\n')
     with pytest.raises(ValueError, match=r"captions.jsonl, line 1: expected"):
         build("--images", photos, "--captions", captions, "--out", tmp_path / "other", "--bases", 64)
+
+
+def test_captions_from_parquet(tmp_path, monkeypatch):
+    path = tmp_path / "captions.parquet"
+    with monkeypatch.context() as patched:
+        patched.setitem(sys.modules, "pyarrow", None)
+        with pytest.raises(
+            ValueError, match=r"--captions .*captions\.parquet: Parquet needs pyarrow: pip install pyarrow"
+        ):
+            captions_of(path)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(
+        pyarrow.table({"file": ["a/b.png", "c.jpg"], "caption": ["größer", "x"], "other": [1, 2]}), path
+    )
+    assert captions_of(path) == {"a/b.png": "größer", "c.jpg": "x"}
+    parquet.write_table(pyarrow.table({"file": ["a.png"], "text": ["x"]}), path)
+    with pytest.raises(ValueError, match="no column 'caption'; it has file, text"):
+        captions_of(path)
 
 
 def test_marks_and_other_encodings_of_captions(photos, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -16,14 +17,15 @@ from lens.model import LensTransformer2DModel
 from lens.packing import plan
 from tests.train import processes, small_training
 from tests.train.small_training import batches, distance, micro, same, state_of, the_network, trainer_on, weights
-from train.loop.checkpoints import Checkpoints
+from train.data.loader import Skip
+from train.loop.checkpoints import Checkpoints, Damaged
 from train.loop.clock import Clock, Interrupted
 from train.loop.log import JsonLog
 from train.loop.ranks import Ranks, bare
 from train.loop.trainer import Trainer
 from train.objectives.flow_matching import REDUCTIONS
 from train.objectives.velocity import noise, times
-from train.pretrain_on_shards import averaged_names
+from train.pretrain_on_shards import names_in_a_state
 
 ALONE = Ranks(torch.device("cpu"))
 
@@ -148,12 +150,30 @@ def test_where_the_data_ends_whole_steps_are_saved_and_nothing_else(tmp_path):
     assert fresh.states.latest() is None
 
 
+def test_damaged_members_are_named_and_too_many_end_the_training(tmp_path):
+    def spoil(batch):
+        if batch.slot == 3:
+            batch.skipped = (Skip(f"bad-{batch.step % 4}", "its .png is not what was written"),)
+
+    trainer = trainer_on(ALONE, tmp_path, DAMAGED_LIMIT=0.05, LOG_EVERY=1, STEPS=40)
+    with pytest.raises(
+        Interrupted, match=r"^pretrain: 10 of 171 members could not be used, 5\.8%, where 5\.0% are allowed; "
+    ):
+        trainer.run(batches(0, 0, 1, spoil=spoil), Clock(None))
+    assert state_of(tmp_path)["step"] == trainer.step == 10
+    rows = [json.loads(line) for line in (tmp_path / "damaged.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["key"]) for row in rows] == [(step, f"bad-{step}") for step in range(4)]  # each once
+    assert {row["reason"] for row in rows} == {"its .png is not what was written"}
+    allowed = trainer_on(ALONE, tmp_path / "allowed", DAMAGED_LIMIT=0.06, STEPS=12)
+    assert allowed.run(batches(0, 0, 1, spoil=spoil), Clock(None))
+
+
 def test_data_of_another_place_is_refused(tmp_path):
     trainer = trainer_on(ALONE, tmp_path)
     with pytest.raises(RuntimeError, match=r"the data is at step, slot \(1, 0\), the training at \(0, 0\)"):
         trainer.train_step(batches(1, 0, 1))
-    with pytest.raises(ValueError, match="8 micro-batches do not divide among 3 processes"):
-        Trainer(trainer.plan, trainer.method, None, tmp_path, Ranks(torch.device("cpu"), 0, 3))
+    with pytest.raises(ValueError, match="8 micro-batches are fewer than the 9 processes"):
+        Trainer(trainer.plan, trainer.method, None, tmp_path, Ranks(torch.device("cpu"), 0, 9))
 
 
 @pytest.fixture(scope="module")
@@ -190,16 +210,19 @@ def test_a_state_of_another_stage_is_refused(saved_alone, tmp_path):
         trainer.resume(saved_alone[0] / "half" / "checkpoints" / "step_0000002")
 
 
-def test_init_takes_the_averages_alone(saved_alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("which", "kind"), [("raw", "model"), ("average", "ema")])
+def test_init_takes_the_weights_that_are_asked_for(which, kind, saved_alone, tmp_path, monkeypatch):
     model = small_training.model_on(ALONE, small_training.recipe())
-    Checkpoints(tmp_path, ALONE).load(saved_alone[0] / "half" / "checkpoints" / "step_0000002", averaged_names(model))
+    state = saved_alone[0] / "half" / "checkpoints" / "step_0000002"
+    Checkpoints(tmp_path, ALONE).load(state, names_in_a_state(model, which))
     monkeypatch.setattr(small_training, "model_on", lambda *_: model)
     trainer = trainer_on(ALONE, tmp_path)
     saved, now = saved_alone[2][0], weights(trainer)
     names = [n.removeprefix("ema.") for n in saved if n.startswith("ema.")]
     for name in names:
-        assert np.array_equal(now[f"model.{name}"], saved[f"ema.{name}"]), name
-        assert np.array_equal(now[f"ema.{name}"], saved[f"ema.{name}"]), name
+        assert np.array_equal(now[f"model.{name}"], saved[f"{kind}.{name}"]), name
+        assert np.array_equal(now[f"ema.{name}"], saved[f"{kind}.{name}"]), name
+    assert any(not np.array_equal(saved[f"model.{name}"], saved[f"ema.{name}"]) for name in names)
     assert (trainer.step, the_network(trainer).ema.updates) == (0, 0)
     assert not any(now[name].any() for name in now if name.startswith("optimizer."))
 
@@ -216,6 +239,70 @@ def test_a_kill_during_a_save_leaves_a_loadable_latest(tmp_path):
     trainer.resume(trainer.states.latest())
     assert trainer.step == 1
     assert list((out / "checkpoints").glob(".step*")) == []
+
+
+def saved_states(out, *steps, keep_last=2, keep_every=0, then=()):
+    """States of these steps, one after another; then from the state of a step on those of other steps. One number is in each."""
+    states = Checkpoints(out, ALONE, keep_last, keep_every)
+    for first, own in ((None, steps), *then):
+        if first is not None:
+            states.go_on_from(out / f"step_{first:07d}")
+        for step in own:
+            states.save(step, {"x": torch.tensor([float(step)])}, {"stage": "s"})
+            states.wait()
+    return states
+
+
+def left(states):
+    return [int(path.name[5:]) for path in states.states()]
+
+
+def test_as_many_states_stay_as_asked_for_of_the_branch_that_is_trained(tmp_path):
+    assert left(saved_states(tmp_path / "a", 2, 4, 6, 8)) == [8, 6]
+    assert left(saved_states(tmp_path / "b", 2, 4, 6, 8, keep_every=4)) == [8, 6, 4]
+    states = saved_states(tmp_path / "c", 2, 4, 6, 8, keep_last=3, then=[(4, [5])])
+    assert left(states) == [8, 6, 5, 4]  # 4, which 5 came from, not one of the other branch in its place
+    assert [path.name for path in states.branch()] == ["step_0000005", "step_0000004"]
+    assert left(saved_states(tmp_path / "c", then=[(5, [7])])) == [8, 7, 5]  # 6 is behind
+    assert left(saved_states(tmp_path / "c", then=[(7, [8])])) == [8, 7]  # in the place of the other 8
+
+
+@pytest.mark.parametrize("damage", ["a tensor's file", "state.json", "folder", "latest"])
+def test_a_damaged_or_missing_newest_state_falls_back_to_the_last_whole_one(damage, tmp_path):
+    states, said, x = saved_states(tmp_path, 2, 4, 6, keep_last=3), [], torch.zeros(1)
+    newest = tmp_path / "step_0000006"
+    if damage == "folder":
+        shutil.rmtree(newest)
+    elif damage == "latest":
+        (tmp_path / "latest").unlink()
+    else:
+        file = newest / "state.json" if damage == "state.json" else next(newest.glob("*.distcp"))
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    state = states.last_whole(None, lambda folder: states.load(folder, {"x": x}), said.append)
+    step = 6 if damage == "latest" else 4
+    assert (state["step"], x.item()) == (step, step)
+    assert len(said) == (damage != "latest")
+    if damage == "folder":
+        assert said == [f"{newest}: the newest state is missing"]
+    elif said:
+        assert str(newest) in said[0]
+        assert said[0].endswith("; going back to step_0000004")
+        with pytest.raises(Damaged, match="step_0000006"):  # asked for by name, it is not passed over
+            states.last_whole(newest, lambda folder: states.load(folder, {"x": x}), said.append)
+        # trained on from there, the whole one stays as long as the damaged one
+        states.go_on_from(tmp_path / "step_0000004")
+        states.keep_last = 2
+        states.save(5, {"x": x}, {"stage": "s"})
+        states.wait()
+        assert left(states) == [6, 5, 4]
+
+
+def test_no_whole_state_is_an_error_and_no_fresh_start(tmp_path):
+    states = saved_states(tmp_path, 2)
+    (tmp_path / "step_0000002" / "state.json").unlink()
+    with pytest.raises(Damaged, match="step_0000002: no state of a training here, or only the first part of one"):
+        states.last_whole(None, lambda folder: states.load(folder, {}), print)
+    assert states.latest() == tmp_path / "step_0000002"
 
 
 def wait_for(true, process, seconds=600):
@@ -242,7 +329,7 @@ def test_what_a_person_watches(tmp_path, monkeypatch):
     parts = {"flops": lambda batch: 1e6}
     parts["sheet"] = lambda path: sheets.append((path.name, weights(trainer)["model.image_in.weight"]))
     trainer = trainer_on(ALONE, tmp_path, None, parts, 1e9, LOG_EVERY=3, STEPS=6, SAVE_EVERY=4)
-    monkeypatch.setattr(JsonLog, "picture", lambda *_: None)
+    monkeypatch.setattr(JsonLog, "image", lambda *_: None)
     trainer.run(batches(0, 0, 1), Clock(None))
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6]

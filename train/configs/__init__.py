@@ -1,7 +1,8 @@
-"""Recipes as plain Python: `load("mini", "vae")` -> the module train.configs.mini.vae.
+"""Recipes as plain Python: `load("mini", "vae")` -> the module train.configs.mini.vae; `load("my/recipe.py", ...)` -> that file.
 
-A field is a name in capitals. `--set FIELD=value` replaces one, checked against its annotation or, without one, against the
-value it has.
+A field is a name in capitals. `--set FIELD=value` replaces one, checked against its annotation or, where there is none that
+the value it has would pass, against that value. A file anywhere begins from another recipe by
+`from train.configs.released.pretrain_512 import *`.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import importlib.util
 import types
 import typing
 from collections.abc import Sequence
@@ -21,7 +23,12 @@ if TYPE_CHECKING:
 
 
 def load(name: str, stage: str) -> ModuleType:
-    """The recipe of a stage; "released/pretrain_512" names the file itself. Errors: ValueError naming recipe and stage."""
+    """The recipe of a stage; "released/pretrain_512" names the file itself, and so does a path that ends in .py.
+
+    Errors: ValueError naming recipe and stage.
+    """
+    if name.endswith(".py"):
+        return _of_file(Path(name))
     folder, _, file = name.partition("/")
     try:
         return importlib.import_module(f"train.configs.{folder}.{file or stage}")
@@ -31,6 +38,23 @@ def load(name: str, stage: str) -> ModuleType:
                 f"no recipe {name!r} for stage {stage!r} in train/configs; there are {', '.join(_near(folder, stage))}"
             ) from None
         raise
+
+
+def _of_file(path: Path) -> ModuleType:
+    """A recipe outside of the package. Errors: ValueError naming the file."""
+    if not path.is_file():
+        raise ValueError(f"--config {path}: no such file")
+    spec = importlib.util.spec_from_file_location(str(path), path)
+    assert spec is not None, "a .py file has a loader"
+    assert spec.loader is not None, "and it is there"
+    recipe = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(recipe)
+    except (SyntaxError, ImportError, NameError, UnicodeError) as error:
+        raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
+    if not fields(recipe):
+        raise ValueError(f"--config {path}: no field there; expected names in capitals, such as LR = 1e-4")
+    return recipe
 
 
 def _near(folder: str, stage: str) -> list[str]:
@@ -74,12 +98,17 @@ def override(recipe: ModuleType, changes: Sequence[str]) -> ModuleType:
         value, old = _value(text.strip()), getattr(copy, name)
         if keys:
             table, key = old, _value(".".join(keys))
+            hint = typing.get_args(hints.get(name))
+            if table == {} and len(hint) == 2:  # one that says what may come in
+                setattr(copy, name, {key: _typed(change, value, hint[1])})
+                continue
             if not isinstance(table, dict) or key not in table:
                 known = ", ".join(map(str, table)) if isinstance(table, dict) else "no table"
                 raise ValueError(f"--set {change}: {name} has no entry {key!r}; it has {known}")
             setattr(copy, name, {**table, key: _typed(change, value, type(table[key]))})
         else:
-            setattr(copy, name, _typed(change, value, hints.get(name, type(old))))
+            kind = hints.get(name, type(old))
+            setattr(copy, name, _typed(change, value, kind if fits(old, kind) else type(old)))
     return copy
 
 
@@ -118,6 +147,8 @@ def fits(value: Any, kind: Any) -> bool:
             return False
         kinds = [inner[0]] * len(value) if inner[-1] is Ellipsis else list(inner)
         return len(kinds) == len(value) and all(map(fits, value, kinds))
+    if kind is tuple:
+        return isinstance(value, tuple | list)
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

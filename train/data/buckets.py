@@ -10,6 +10,9 @@ The global stream is a sequence of micro-batches g = 0, 1, 2, ..., independent o
 * an epoch's order: BLOCK consecutive members (one stretch of one shard) stay together while the blocks are permuted; then the
   positions of a window of WINDOW blocks are permuted among themselves. Reads stay sequential within WINDOW stretches.
 
+Data may grow: from a step on there are more members, appended to those of before. The law is theirs from that step on; a bucket's
+new members come with its next epoch, so that every epoch still holds every member of its own once.
+
 A permutation is the stable order of as many outputs of a keyed Philox: the bit generator's stream is fixed by NumPy, that of
 `Generator.permutation` is not.
 """
@@ -27,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from lens.resolution import TOKEN_PIXELS, bucket_size
+from lens.resolution import TOKEN_PIXELS, bucket_size, parse_ratio, ratio_size
 
 ASPECTS = ("1:2", "9:16", "2:3", "3:4", "1:1", "4:3", "3:2", "16:9", "2:1")  # W:H
 BASES = (512, 768, 1024)
@@ -46,6 +49,11 @@ class Bucket:
     @functools.cached_property
     def size(self) -> tuple[int, int]:
         return bucket_size(self.base, self.aspect)
+
+    @property
+    def unrecorded_size(self) -> tuple[int, int]:
+        """(height, width) that the name stood for in shards that do not record their sizes."""
+        return self.size if self.base == 1024 else ratio_size(self.base, parse_ratio(self.aspect))
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -88,13 +96,15 @@ def cover_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, fl
     return (width - w) / 2, (height - h) / 2, (width + w) / 2, (height + h) / 2
 
 
-def eligible(height: int, width: int, bucket: Bucket) -> bool:
-    """Whether a picture serves a bucket without upscaling: it covers the bucket's size, and what is left of it after the
-    crop to the bucket's aspect has at least base^2 pixels."""
-    h, w = bucket.size
-    # crop = min(H/h, W/w)^2 h w >= base^2, in integers
-    area = min(height * height * w * h * w * w, width * width * h * w * h * h)
-    return height >= h and width >= w and area >= (bucket.base * h * w) ** 2
+def covers(height: int, width: int, size: tuple[int, int], max_upscale: float = 1.0) -> bool:
+    """Whether a picture, enlarged at most so much, covers `size` (height, width)."""
+    return height * max_upscale >= size[0] and width * max_upscale >= size[1]
+
+
+def eligible(height: int, width: int, bucket: Bucket, max_upscale: float = 1.0) -> bool:
+    """Whether a picture serves a bucket: it covers the bucket's size. Eight of the 27 sizes have fewer than base^2 pixels, so
+    that base^2 is no measure of it."""
+    return covers(height, width, bucket.size, max_upscale)
 
 
 def philox(seed: int, purpose: str, *key: int | str) -> np.random.Philox:
@@ -172,30 +182,76 @@ class MicroBatch:
 
 
 class BucketSampler:
-    """The global stream over buckets of these sizes. Errors: ValueError where the law names what the data lacks."""
+    """The global stream over buckets of these sizes, and from the steps of `grown` on of those.
 
-    def __init__(self, sizes: Mapping[Bucket, int], law: BucketLaw, seed: int, slots: int):
+    Errors: ValueError where the law names what the data lacks, where a bucket of `grown` has fewer members than before.
+    """
+
+    def __init__(
+        self,
+        sizes: Mapping[Bucket, int],
+        law: BucketLaw,
+        seed: int,
+        slots: int,
+        grown: Sequence[tuple[int, Mapping[Bucket, int]]] = (),
+    ):
         if slots < 1:
             raise ValueError(f"BucketSampler: slots must be positive, got {slots}")
         self.seed, self.slots = seed, slots
-        self.probability = law.weights(sizes)
-        self.buckets = tuple(self.probability)
-        self.sizes = tuple(sizes[b] for b in self.buckets)
+        laws = [(step, own, law.weights(own)) for step, own in ((0, sizes), *grown)]
+        self.buckets = tuple(dict.fromkeys(bucket for *_, weights in laws for bucket in weights))
+        self.probability = laws[-1][2]
+        self.sizes = tuple(laws[-1][1].get(b, 0) for b in self.buckets)
         self.batch = tuple(law.batch[b.base] for b in self.buckets)
-        total, bounds = Fraction(0), []
-        for weight in list(self.probability.values())[:-1]:
-            total += weight
-            bounds.append(min(int(total * 2**64), 2**64 - 1))
-        self._bounds = np.array(bounds, np.uint64)
+        # (first micro-batch, bounds of the cumulated law, the buckets they are of)
+        self._laws: list[tuple[int, np.ndarray, np.ndarray]] = []
+        # of every bucket (first ordinal, its epoch, members from there on)
+        self._spans: list[list[tuple[int, int, int]]] = [[] for _ in self.buckets]
+        for step, own, weights in laws:
+            self._grow(step, own)
+            total, bounds = Fraction(0), []
+            for weight in list(weights.values())[:-1]:
+                total += weight
+                bounds.append(min(int(total * 2**64), 2**64 - 1))
+            places = np.array([self.buckets.index(b) for b in weights])
+            self._laws.append((step * slots, np.array(bounds, np.uint64), places))
         self._blocks = functools.lru_cache(maxsize=2 * len(self.buckets))(self._draw_blocks)
         self._window = functools.lru_cache(maxsize=4 * len(self.buckets))(self._draw_window)
-        known = [[b.name, n, size, str(p)] for (b, p), n, size in zip(self.probability.items(), self.sizes, self.batch)]
-        text = json.dumps([seed, slots, BLOCK, WINDOW, known])
+        known = [
+            [step, [[b.name, own[b], law.batch[b.base], str(p)] for b, p in weights.items()]]
+            for step, own, weights in laws
+        ]
+        text = json.dumps([seed, slots, BLOCK, WINDOW, known[0][1], *known[1:]])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _grow(self, step: int, sizes: Mapping[Bucket, int]) -> None:
+        """More members of every bucket from its first epoch on that begins at a step or later."""
+        used = self.counts(step * self.slots) * np.array(self.batch)
+        for bucket, spans, ordinal in zip(self.buckets, self._spans, used.tolist()):
+            n = sizes.get(bucket, 0)
+            start, epoch, before = spans[-1] if spans else (0, 0, 0)
+            if n < before:
+                raise ValueError(
+                    f"BucketSampler: {bucket.name} has {n} samples from step {step} on and {before} before"
+                )
+            if n > before:
+                epochs = -(-(ordinal - start) // before) if before and ordinal > start else 0
+                if not epochs:  # none of the span was given out
+                    spans[-1:] = []
+                spans.append((start + epochs * before, epoch + epochs, n))
+
+    def _members(self, index: int, epoch: int) -> int:
+        """How many members a bucket has in an epoch."""
+        return next(n for _, first, n in reversed(self._spans[index]) if first <= epoch)
 
     def draw(self, first: int, count: int) -> np.ndarray:
         """Index of the bucket of the micro-batches first ... first + count: int64 [count]."""
-        return np.searchsorted(self._bounds, outputs(philox(self.seed, "bucket"), first, count), side="right")
+        numbers, out = outputs(philox(self.seed, "bucket"), first, count), np.empty(count, np.int64)
+        for start, bounds, places in self._laws:
+            own = numbers[max(0, start - first) :]
+            if len(own):
+                out[count - len(own) :] = places[np.searchsorted(bounds, own, side="right")]
+        return out
 
     def counts(self, number: int) -> np.ndarray:
         """Micro-batches of each bucket before `number`: int64 [buckets]."""
@@ -208,8 +264,11 @@ class BucketSampler:
     def members(self, index: int, first: int, count: int) -> np.ndarray:
         """Members of bucket `index` at the ordinals first ... first + count: int64 [count], positions in stored order."""
         ordinals = np.arange(first, first + count)
-        n, span = self.sizes[index], BLOCK * WINDOW
-        epochs, places = ordinals // n, ordinals % n
+        span = BLOCK * WINDOW
+        starts, firsts, sizes = (np.array(row) for row in zip(*self._spans[index]))
+        own = np.searchsorted(starts, ordinals, side="right") - 1
+        epochs = firsts[own] + (ordinals - starts[own]) // sizes[own]
+        places = (ordinals - starts[own]) % sizes[own]
         out = np.empty(count, np.int64)
         for epoch in np.unique(epochs).tolist():
             order, short, missing = self._blocks(index, epoch)
@@ -224,7 +283,7 @@ class BucketSampler:
 
     def _draw_blocks(self, index: int, epoch: int) -> tuple[np.ndarray, int, int]:
         """The blocks in order; where the short one ends, and what it lacks."""
-        n = self.sizes[index]
+        n = self._members(index, epoch)
         count = -(-n // BLOCK)
         order = permutation(count, self.seed, "blocks", self.buckets[index].name, epoch)
         missing = count * BLOCK - n
@@ -232,7 +291,7 @@ class BucketSampler:
         return order.astype(np.int32), ends, missing
 
     def _draw_window(self, index: int, epoch: int, window: int) -> np.ndarray:
-        length = min(BLOCK * WINDOW, self.sizes[index] - window * BLOCK * WINDOW)
+        length = min(BLOCK * WINDOW, self._members(index, epoch) - window * BLOCK * WINDOW)
         return permutation(length, self.seed, "window", self.buckets[index].name, epoch, window)
 
     def state(self, step: int) -> dict[str, Any]:
@@ -245,10 +304,10 @@ class BucketSampler:
     ) -> Iterator[MicroBatch]:
         """The micro-batches of a rank from a step (or a saved state) on, without end.
 
-        Errors: ValueError where `world` does not divide the slots, or the state is that of other data or another recipe.
+        Errors: ValueError where there are more ranks than slots, or the state is that of other data or another recipe.
         """
-        if not 0 <= rank < world or self.slots % world:
-            raise ValueError(f"BucketSampler: {self.slots} slots on rank {rank} of {world}, expected a divisor")
+        if not 0 <= rank < world <= self.slots:
+            raise ValueError(f"BucketSampler: {self.slots} slots on rank {rank} of {world}, expected at most as many")
         if isinstance(start, Mapping):
             if start["fingerprint"] != self.fingerprint:
                 raise ValueError(

@@ -1,4 +1,4 @@
-"""Encoded pictures -> pixels of a bucket: orientation, colour mode, crop to the aspect, antialiased bicubic, never up."""
+"""Encoded pictures -> pixels of a bucket: orientation, colour mode, crop to the aspect, antialiased bicubic; up only where told."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .buckets import cover_box
+from .buckets import cover_box, covers
 
 ORIENTATION = 274  # EXIF
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
@@ -29,7 +29,7 @@ def _opened(data: bytes | Path) -> Any:
         raise Unusable(reason) from None
 
 
-def oriented_size(path: Path) -> tuple[int, int]:
+def oriented_size(path: Path | bytes) -> tuple[int, int]:
     """(height, width) as the picture is meant to be seen, from the file's header. Errors: Unusable."""
     with _opened(path) as image:
         try:
@@ -59,13 +59,15 @@ def decoded(data: bytes) -> Any:
         raise Unusable(f"{type(error).__name__}: {error}") from None
 
 
-def fitted(data: bytes, size: tuple[int, int]) -> np.ndarray:
-    """The centre of a picture that has the aspect of `size`, at that size: uint8 [H, W, 3]. Errors: Unusable."""
+def fitted(data: bytes, size: tuple[int, int], max_upscale: float = 1.0) -> np.ndarray:
+    """The centre of a picture that has the aspect of `size`, at that size: uint8 [H, W, 3]. Errors: Unusable, for one that
+    would have to grow more than `max_upscale`, too."""
     from PIL import Image
 
     image, (height, width) = decoded(data), size
-    if image.height < height or image.width < width:
-        raise Unusable(f"{image.height}x{image.width} is smaller than {height}x{width}")
+    if not covers(image.height, image.width, size, max_upscale):
+        more = f" even enlarged by {max_upscale:g}" if max_upscale > 1 else ""
+        raise Unusable(f"{image.height}x{image.width} is smaller than {height}x{width}{more}")
     if (image.height, image.width) != size:
         box = cover_box(image.height, image.width, size)
         image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)

@@ -8,9 +8,10 @@
         batch.latents, batch.features, batch.lengths, batch.bucket.grid
     saved = loader.state(step)                                                   # `step` optimiser steps were consumed
 
-A worker reads, checks, decodes, applies the EXIF orientation, crops to the bucket's aspect and resizes (bicubic, antialiased, never
-up). It keeps nothing between batches. A member that cannot be read is skipped, and the sample drawn in its place depends on
-(seed, bucket, ordinal) alone; `ShardBatch.skipped` names it. Dropped captions have no text at all, drawn by (seed, place in the stream).
+A worker reads, checks, decodes, applies the EXIF orientation, crops to the bucket's aspect and resizes (bicubic, antialiased, up only
+as far as the shards were written for). It keeps nothing between batches. A member that cannot be read is skipped, and the sample drawn
+in its place depends on (seed, bucket, ordinal) alone; `ShardBatch.skipped` names it. Dropped captions have no text at all, drawn by
+(seed, place in the stream).
 A shard that is gone, a bucket without a usable member and a worker that was killed end the stream with one line (`Interrupted`).
 """
 
@@ -161,7 +162,7 @@ class ShardReader(torch.utils.data.Dataset):
         if "latents" in self.shards.precomputed:
             row["latents"] = array_of(member.read(LATENTS)).float()
         else:
-            row["pixels"] = torch.from_numpy(fitted(member.read(member.picture), bucket.size))
+            row["pixels"] = torch.from_numpy(fitted(member.read(member.picture), bucket.size, self.shards.max_upscale))
         if "text" in self.shards.precomputed:
             row["ids"], row["features"] = array_of(member.read(IDS)).long(), array_of(member.read(FEATURES))
         elif self.tokenizer is not None:
@@ -218,7 +219,7 @@ class Loader:
     def batches(self, start: int | Mapping[str, Any] = 0, rank: int = 0, world: int = 1) -> Iterator[ShardBatch]:
         """A rank's micro-batches from the first slot of a step (or of a saved state) on, without end.
 
-        Errors: ValueError where a state belongs to another stream or to other shards, or `world` does not divide the slots;
+        Errors: ValueError where a state belongs to another stream or to other shards, or there are more ranks than slots;
         from the iterator: Interrupted.
         """
         if isinstance(start, Mapping) and start["data"] != self.shards.fingerprint:
@@ -254,7 +255,7 @@ class Loader:
             except RuntimeError as error:
                 if "exited unexpectedly" not in str(error):
                     raise
-                rounds, ahead = divmod(count, self.sampler.slots // world)
+                rounds, ahead = divmod(count, len(range(rank, self.sampler.slots, world)))
                 micro = next(itertools.islice(self.sampler.stream(step + rounds, rank, world), ahead, None))
                 first = self.shards.member(micro.bucket, int(micro.members[0]))
                 batch = Interrupted(

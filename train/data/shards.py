@@ -1,6 +1,8 @@
 """Shards on disk: WebDataset tars of one bucket each, a sidecar index, a manifest; written whole or not at all.
 
-    OUT/manifest.json                 buckets, shards with their hashes, what was left out and why, what was computed beforehand
+    OUT/manifest.json                 buckets with their sizes, shards with their hashes, what was left out and why, what was computed
+                                      beforehand, the command
+    OUT/manifest.head.json, .table.npy  what a training reads of it: mapped into memory, shared by the processes of a node
     OUT/512_1x1/000000.tar            members KEY.jpg (the encoded picture as it came), KEY.txt (caption), KEY.json (provenance),
                                       with --precompute also KEY.latents.npy, KEY.ids.npy, KEY.features.npy
     OUT/512_1x1/000000.json           keys; offset, size and CRC-32 of every member in the tar
@@ -11,6 +13,7 @@ Any WebDataset reader can stream the tars; ours reads members at random by the i
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -27,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.formats.files import write_atomic, write_json
+from lens.formats.files import read_json, write_atomic, write_json
 
 from ..loop.checkpoints import write_text
 from ..loop.clock import Interrupted
@@ -36,6 +39,7 @@ from .images import Unusable
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+HEAD, TABLE = "manifest.head.json", "manifest.table.npy"
 TEXT, META, LATENTS, IDS, FEATURES = "txt", "json", "latents.npy", "ids.npy", "features.npy"
 OPEN_FILES, OPEN_INDEXES = 256, 512  # kept by a reader
 
@@ -177,6 +181,48 @@ class Member:
         return next(part for part in self.parts if part not in known)
 
 
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """A manifest. Errors: FileNotFoundError, or ValueError naming a file that is none, or of another format."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no finished shards here; `python -m train shards` writes them")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a manifest of shards: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{path}: not a manifest of shards of format {FORMAT}")
+    return manifest
+
+
+def table_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
+    """What a training reads of a manifest: a head, and a row for every shard that holds samples, those of a bucket together.
+
+    A row: the shard's name and how many samples its bucket has up to its end.
+    """
+    buckets = manifest["buckets"]
+    tars = {n: [[s["samples"], s["sha256"]] for s in own] for n, own in buckets.items()}
+    rows: list[tuple[int, bytes]] = []
+    places: dict[str, tuple[int, int]] = {}
+    for name, shards in buckets.items():
+        first, end = len(rows), 0
+        for shard in shards:
+            if shard["samples"]:
+                end += shard["samples"]
+                rows.append((end, shard["name"].encode()))
+        places[name] = first, len(rows)
+    longest = max((len(name) for _, name in rows), default=1)
+    head = {
+        "fingerprint": hashlib.sha256(json.dumps(tars).encode()).hexdigest()[:16],
+        "precomputed": manifest["precomputed"],
+        "max_upscale": manifest.get("max_upscale", 1.0),
+        "sizes": manifest.get("sizes", {}),
+        "command": manifest.get("command", ""),
+        "rows": places,
+    }
+    return head, np.array(rows, dtype=[("end", "<i8"), ("name", f"S{longest}")])
+
+
 class ShardSet:
     """A finished folder of shards. `sizes`: samples of every bucket; members are counted through its shards in order.
 
@@ -184,37 +230,62 @@ class ShardSet:
     """
 
     def __init__(self, folder: Path):
-        self.folder, path = Path(folder), Path(folder) / MANIFEST
-        if not path.is_file():
-            raise FileNotFoundError(f"{path}: no finished shards here; `python -m train shards` writes them")
-        try:
-            self.manifest = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a manifest of shards: {error}") from None
-        if not isinstance(self.manifest, dict) or self.manifest.get("format") != FORMAT:
-            raise ValueError(f"{path}: not a manifest of shards of format {FORMAT}")
-        tars = {n: [[s["samples"], s["sha256"]] for s in own] for n, own in self.manifest["buckets"].items()}
-        self.fingerprint = hashlib.sha256(json.dumps(tars).encode()).hexdigest()[:16]
-        self.precomputed: dict[str, str] = self.manifest["precomputed"]
+        self.folder = Path(folder)
+        head, table = self._table()
+        self.fingerprint: str = head["fingerprint"]
+        self.precomputed: dict[str, str] = head["precomputed"]
+        self.max_upscale = float(head["max_upscale"])
+        self._check_sizes(head)
         self.sizes: dict[Bucket, int] = {}
-        self._shards: dict[Bucket, tuple[np.ndarray, list[Path]]] = {}
-        for name, shards in self.manifest["buckets"].items():
-            bucket, own = Bucket.of(name), [s for s in shards if s["samples"]]
-            if own:
-                ends = np.cumsum([s["samples"] for s in own])
-                self.sizes[bucket] = int(ends[-1])
-                self._shards[bucket] = ends, [self.folder / name / s["name"] for s in own]
+        self._shards: dict[Bucket, np.ndarray] = {}
+        for name, (first, last) in head["rows"].items():
+            if last > first:
+                bucket = Bucket.of(name)
+                self._shards[bucket] = table[first:last]
+                self.sizes[bucket] = int(table["end"][last - 1])
         self._indexes: OrderedDict[Path, tuple[list[str], dict[str, np.ndarray]]] = OrderedDict()
         self._files: OrderedDict[Path, int] = OrderedDict()
+
+    @functools.cached_property
+    def manifest(self) -> dict[str, Any]:
+        """All of manifest.json. Errors: FileNotFoundError, ValueError naming it."""
+        return read_manifest(self.folder)
+
+    def _table(self) -> tuple[dict[str, Any], np.ndarray]:
+        """What a training reads of the manifest: mapped from its table, which all processes of a node share, where that was made
+        from this manifest; else from the manifest itself."""
+        path, head_path, table_path = (self.folder / name for name in (MANIFEST, HEAD, TABLE))
+        if path.is_file() and head_path.is_file() and table_path.is_file():
+            head = read_json(head_path)
+            table = np.load(table_path, mmap_mode="r", allow_pickle=False)
+            if head.get("manifest") == digest_of(path) and head.get("table") == digest_of(table_path):
+                return head, table
+        return table_of(self.manifest)
+
+    def _check_sizes(self, head: Mapping[str, Any]) -> None:
+        """Refuse pictures chosen, or latents computed, for sizes that the buckets' names do not stand for."""
+        path, wrong = self.folder / MANIFEST, []
+        for name in head["rows"]:
+            bucket = Bucket.of(name)
+            (h, w), (height, width) = head["sizes"].get(name, bucket.unrecorded_size), bucket.size
+            if (h, w) != bucket.size:
+                wrong.append(f"{name} is {h}x{w}, expected {height}x{width}")
+        if wrong:
+            command = head["command"] or f"python -m train shards --tars {self.folder}"
+            raise ValueError(
+                f"{path}: shards of other sizes, height x width: {'; '.join(wrong)}; "
+                f"`{command} --out NEW` writes them anew"
+            )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardSet, (self.folder,)
 
     def member(self, bucket: Bucket, position: int) -> Member:
         """Member `position` of a bucket in stored order. Errors: Interrupted where its shard's index is missing or damaged."""
-        ends, paths = self._shards[bucket]
+        rows = self._shards[bucket]
+        ends = rows["end"]
         shard = int(np.searchsorted(ends, position, side="right"))
-        path = paths[shard]
+        path = self.folder / bucket.name / rows["name"][shard].decode()
         place = position - (int(ends[shard - 1]) if shard else 0)
         try:
             keys, parts = self._index(path)
@@ -260,6 +331,42 @@ class ShardSet:
         return found
 
 
+class ShardSets:
+    """Finished folders as one set, each one's members after those of the folders before it.
+
+    Errors: those of ShardSet; ValueError where folders hold different numbers computed beforehand, or one comes twice.
+    """
+
+    def __init__(self, folders: Sequence[Path]):
+        self.sets = [ShardSet(folder) for folder in folders]
+        first = self.sets[0]
+        self.folder, self.precomputed = first.folder, first.precomputed
+        marks = [own.fingerprint for own in self.sets]
+        for place, own in enumerate(self.sets):
+            if own.fingerprint in marks[:place]:
+                raise ValueError(f"{own.folder}: the same shards as {self.sets[marks.index(own.fingerprint)].folder}")
+            if own.precomputed != first.precomputed:
+                raise ValueError(f"{own.folder} holds computed {own.precomputed}, {first.folder} {first.precomputed}")
+        self.fingerprint = marks[0] if len(marks) == 1 else hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:16]
+        self.max_upscale = max(own.max_upscale for own in self.sets)
+        self.sizes: dict[Bucket, int] = {}
+        for own in self.sets:
+            for bucket, n in own.sizes.items():
+                self.sizes[bucket] = self.sizes.get(bucket, 0) + n
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ShardSets, ([own.folder for own in self.sets],)
+
+    def member(self, bucket: Bucket, position: int) -> Member:
+        """As of a ShardSet."""
+        for own in self.sets:
+            n = own.sizes.get(bucket, 0)
+            if position < n:
+                return own.member(bucket, position)
+            position -= n
+        raise IndexError(f"{bucket.name}: no member {position} beyond the last")
+
+
 def write_manifest(
     folder: Path, shards: Sequence[tuple[Bucket, Path]], left_out: Mapping[str, int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -284,7 +391,18 @@ def write_manifest(
         "left_out": {**left_out, "unusable": left_out.get("unusable", 0) + skipped},
         "precomputed": {},
         **settings,
+        "sizes": {name: Bucket.of(name).size for name in buckets},
         "buckets": buckets,
     }
     write_json(folder / MANIFEST, manifest)
+    head, table = table_of(manifest)
+    write_atomic(folder / TABLE, lambda temporary: temporary.write_bytes(npy_bytes(table)))
+    write_json(folder / HEAD, {**head, "manifest": digest_of(folder / MANIFEST), "table": digest_of(folder / TABLE)})
     return manifest
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """A .npy file."""
+    stream = io.BytesIO()
+    np.save(stream, array)
+    return stream.getvalue()

@@ -9,22 +9,22 @@ distributed checkpointing; a state can be loaded by another number of processes 
     state.json          everything else: step, place in the data, settings, revision
     checksums.json      SHA-256 of every file above
 
-A folder gets its name when all of it is on disk, and only then `latest` names it. All processes see one file system.
+A folder gets its name when all of it is on disk, and only then `latest` names it. All processes see one file system. state.json
+also names the state before it: a branch is a state with all that it came from, however many were begun from older ones.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -32,13 +32,14 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lens.formats.files import read_json, write_atomic, write_json
+from lens.formats.files import CheckpointError, read_json, write_atomic, write_json
 from lens.formats.safetensors import open_shards
 
 from .clock import Interrupted
 from .ranks import Ranks
 
 FORMAT = 1
+Found = TypeVar("Found")
 RENAMED = {"eye": "detector"}  # stages and their networks by the names that older states have
 
 
@@ -193,7 +194,7 @@ class _Writer(dcp.FileSystemWriter):
         with self._said():
             super().finish(metadata, results)
             folder = Path(self.path)
-            write_json(folder / "state.json", self.state)
+            write_json(folder / "state.json", {**self.state, "parent": self.owner.parent})
             sums = {}
             for part in sorted(folder.glob("*.sha256")):
                 sums[part.stem] = part.read_text()
@@ -216,10 +217,15 @@ class _Writer(dcp.FileSystemWriter):
             raise Interrupted(f"{self.owner.folder / self.name}: not saved, {found.strerror}") from error
 
 
+class Damaged(ValueError):
+    """A state whose files are not those that were saved, or not all there."""
+
+
 class Checkpoints:
     """States of a training. `save` returns when the tensors are copied to host memory; a thread writes them.
 
-    keep_last: how many of the newest stay; keep_every: those of multiples of this step stay for good (0: none).
+    keep_last: how many of the branch that is trained stay; keep_every: those of multiples of this step stay for good (0: none).
+    States of an abandoned branch go when this one has come as far.
     """
 
     def __init__(self, folder: Path, group: Ranks, keep_last: int = 2, keep_every: int = 0):
@@ -227,6 +233,7 @@ class Checkpoints:
             raise ValueError(f"Checkpoints: keep_last must be positive, got {keep_last}")
         self.folder, self.group, self.keep_last, self.keep_every = folder, group, keep_last, keep_every
         self.pending: Future | None = None
+        self.parent = ""  # the state that the next one comes from
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # alone is as good as any
 
     def take_over(self) -> None:
@@ -285,15 +292,60 @@ class Checkpoints:
         write_text(self.folder / "latest", name + "\n")
         _flush(self.folder)
         shutil.rmtree(self.folder / f".{name}.old.part", ignore_errors=True)
-        for old in sorted(self.folder.glob("step_*"))[: -self.keep_last]:
-            step = int(old.name.removeprefix("step_"))
-            if old.name != name and not (self.keep_every and step % self.keep_every == 0):
+        self.parent = name
+        kept = [state for state in self.branch() if _has_its_files(state)][: self.keep_last]
+        for old in self.states():
+            ahead = step_of(old) > step_of(self.folder / name)
+            if not (old in kept or ahead or (self.keep_every and step_of(old) % self.keep_every == 0)):
                 shutil.rmtree(old)
 
-    def latest(self) -> Path | None:
-        """The newest published state, or None where there is none yet."""
+    def states(self) -> list[Path]:
+        """All that were published and not removed, of whatever branch, the highest step first."""
+        found = [path for path in self.folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+        return sorted(found, key=step_of, reverse=True)
+
+    def branch(self) -> list[Path]:
+        """The state that `latest` names and those that it came from, newest first; [] where there is none.
+
+        One that is not there any more is passed over; where none is named, the next lower step stands for it.
+        """
+        there = self.states()
         pointer = self.folder / "latest"
-        return self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        place = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        at, found = place if place is not None else next(iter(there), None), []
+        while at is not None:
+            if at in there:
+                found.append(at)
+            below = [state for state in there if step_of(state) < step_of(at)]
+            named = at.parent / _parent_of(at)
+            at = named if named in below else next(iter(below), None)
+        return found or there[:1]
+
+    def latest(self) -> Path | None:
+        """The newest state of the branch that has all its files, or None where there is no state yet."""
+        branch = self.branch()
+        return next((state for state in branch if _has_its_files(state)), branch[0] if branch else None)
+
+    def last_whole(self, forced: Path | None, take: Callable[[Path], Found], say: Callable[[str], None]) -> Found:
+        """`take` of the newest state of the branch that is whole; of a `forced` one, of that alone.
+
+        say: told of every state that is passed over, and why. Errors: Damaged where none is whole; those of `take`.
+        """
+        pointer = self.folder / "latest"
+        named = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        candidates = [forced] if forced is not None else self.branch()
+        if forced is None and named and not (self.folder / named).is_dir():
+            say(f"{self.folder / named}: the newest state is missing")
+        for place, state in enumerate(candidates):
+            try:
+                found = take(state)
+            except Damaged as error:
+                if place + 1 == len(candidates):
+                    raise
+                say(f"{error}; going back to {candidates[place + 1].name}")
+                continue
+            return found
+        raise Damaged(f"{self.folder}: no state of a training here")
 
     def load(self, folder: Path, tensors: Mapping[str, Tensor], expect: str | None = None) -> dict[str, Any]:
         """Fill `tensors`, sharded as they are, from a state; returns what is not a tensor (see `read_state`).
@@ -301,15 +353,17 @@ class Checkpoints:
         Errors: ValueError on all processes for the state of a stage other than `expect`, for a damaged file (each checks its
         share), for tensors that are missing or of another shape.
         """
-        state = read_state(folder)
+        try:
+            state, sums = read_state(folder), read_json(folder / "checksums.json")
+        except (FileNotFoundError, CheckpointError) as error:
+            raise Damaged(str(error)) from error
         if expect is not None and state["stage"] != expect:
             raise ValueError(
                 f"{folder}: a state of stage {state['stage']!r}, expected {expect!r}; --init takes its weights"
             )
-        sums = read_json(folder / "checksums.json")
         mine = sorted(sums)[self.group.rank :: self.group.world]
         damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
-        _refuse([line for own in self.group.gather(damaged) for line in own])
+        _refuse([line for own in self.group.gather(damaged) for line in own], Damaged)
         reader = dcp.FileSystemReader(folder)
         held = reader.read_metadata().state_dict_metadata
         stored = {name: found.size for name, found in held.items() if isinstance(found, TensorStorageMetadata)}
@@ -322,8 +376,32 @@ class Checkpoints:
         own = folder.parent == self.folder
         if self.group.main and own:
             write_text(self.folder / "latest", folder.name + "\n")
+        self.parent = folder.name if own else ""
         self.group.barrier()
         return own
+
+
+def step_of(folder: Path) -> int:
+    """Of a state's folder, by its name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def _parent_of(folder: Path) -> str:
+    """The name of the state that a state came from; "" where it names none."""
+    try:
+        return str(read_state(folder).get("parent", ""))
+    except (OSError, ValueError):
+        return ""
+
+
+def _has_its_files(folder: Path) -> bool:
+    """Whether the files of a state are all there and the small ones what was saved: quick, where hashing the tensors is not."""
+    try:
+        sums = read_json(folder / "checksums.json")
+        small = all(_intact(folder / name, sums[name]) for name in (".metadata", "state.json"))
+        return small and all((folder / name).is_file() for name in sums)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def read_state(folder: Path) -> dict[str, Any]:
@@ -331,7 +409,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     path = folder / "state.json"
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no state of a training here, or only the first part of one")
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path)
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: format {state.get('format')!r}, expected {FORMAT}")
     return state
@@ -351,7 +429,7 @@ def _unlike(where: Path, tensors: Mapping[str, Tensor], stored: Mapping[str, Any
     ]
 
 
-def _refuse(lines: list[str]) -> None:
+def _refuse(lines: Sequence[str], kind: type[ValueError] = ValueError) -> None:
     if lines:
         more = f" (and {len(lines) - 4} more)" if len(lines) > 4 else ""
-        raise ValueError("; ".join(lines[:4]) + more)
+        raise kind("; ".join(lines[:4]) + more)

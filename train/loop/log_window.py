@@ -44,8 +44,9 @@ class StepSums:
 
     def add(self, losses: dict[str, Losses], about: About) -> None:
         """A micro-batch: its losses by network, by tenth of their time and by kind, its terms, its counts."""
-        for name in ("weight", "samples", "image_tokens", "text_tokens", "skipped_members", "flops"):
+        for name in ("weight", "samples", "image_tokens", "text_tokens", "flops"):
             self.head[name] += getattr(about, name)
+        self.head["skipped_members"] += len(about.damaged)
         for place, (name, own) in enumerate(losses.items()):
             values = own.values.detach().double()
             row = self._row(f"loss {name}", 1 + 2 * BINS)

@@ -6,7 +6,7 @@ averages, states, resuming, the log, sheets, what to do where a number is not fi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,7 +123,7 @@ class About:
     place: tuple[int, int] | None = None
     image_tokens: int = 0
     text_tokens: int = 0
-    skipped_members: int = 0
+    damaged: Sequence[tuple[str, str]] = ()  # members that were asked for and could not be used: key, reason
     flops: float = 0.0
     seen: Mapping[str, Any] = field(default_factory=dict)
 
@@ -175,7 +175,8 @@ class Plan:
     """The numbers of a training that its loop reads.
 
     slots: micro-batches of a step, whoever computes them. clip: of the gradient's norm; None: no clip. skip_limit: steps in
-    a row that are not finite, before the training gives up. every 0: never; validation and saves also come at the end.
+    a row that are not finite, before the training gives up. damaged_limit: the share of the members asked for that may be of no
+    use. every 0: never; validation and saves also come at the end.
     """
 
     stage: str
@@ -185,6 +186,7 @@ class Plan:
     clip: float | None = 1.0
     slots: int = 1
     skip_limit: int = 10
+    damaged_limit: float = 1.0
     log_every: int = 100
     validate_every: int = 0
     validate_first: bool = False  # also before the first step: what it starts from

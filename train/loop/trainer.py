@@ -3,13 +3,15 @@
 What is trained, and on which losses, a `Method` says; every stage runs here. An optimiser step is `Plan.slots` micro-batches
 of the global stream, whoever computes them: rank r of W takes the slots r, r + W, ... one after another. Every draw is keyed by
 (seed, purpose, step, sample), so one process with 8 slots, two with 4 and eight with one take the same step up to the order
-of sums.
+of sums. Where W does not divide the slots, ranks without one in the last round repeat a batch whose gradient counts nothing, so
+that collectives match: 96 processes take 128 slots in the time of 192.
 
 The loss of a step is sum_s w_s mean_b l_b / sum_s w_s over its slots s and their samples b; w_s is the method's
 (`About.weight`). The sums go backward; their denominator, known when all slots are through, is applied to the gradient
 together with the clip. A step whose loss or gradient is not finite changes nothing but the place in the data: it is counted,
 what it was made of goes to OUT/skipped.jsonl, and `Plan.skip_limit` of them in a row end the training. Where the data of any
-process ends (a shard is gone, a worker was killed), all save what the whole steps made and end.
+process ends (a shard is gone, a worker was killed), all save what the whole steps made and end. Members of no use that others
+stand in for are counted, named in OUT/damaged.jsonl, and end the training where they are more than `Plan.damaged_limit`.
 """
 
 from __future__ import annotations
@@ -35,7 +37,20 @@ from .method import Method, Plan, learning_rate
 from .ranks import Ranks
 
 # of a row of the log, on the terminal
-SHOWN = ("step", "loss", "grad_norm", "lr", "samples_per_s", "mfu", "data_wait", "memory_gb", "skipped_steps", "eta_s")
+SHOWN = (
+    "step",
+    "loss",
+    "grad_norm",
+    "lr",
+    "samples_per_s",
+    "mfu",
+    "data_wait",
+    "memory_gb",
+    "skipped_steps",
+    "skipped_members",
+)
+SHOWN += ("eta_s",)
+FEWEST = 10  # members of no use, before their share says anything
 
 ALONE = Ranks(torch.device("cpu"))
 Place = Callable[[int], dict[str, Any]]
@@ -62,8 +77,8 @@ class Trainer:
         settings: Mapping[str, Any] | None = None,
         peak: float | None = None,
     ):
-        if plan.slots % group.world:
-            raise ValueError(f"SLOTS: {plan.slots} micro-batches do not divide among {group.world} processes")
+        if plan.slots < group.world:
+            raise ValueError(f"SLOTS: {plan.slots} micro-batches are fewer than the {group.world} processes")
         self.plan, self.method, self.states, self.out, self.group = plan, method, states, out, group
         self.settings, self.peak = dict(settings or {}), peak
         self.networks = method.networks
@@ -72,6 +87,8 @@ class Trainer:
             states.take_over()
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.samples = 0.0  # since it began or was resumed
+        self.damaged = 0  # since then, too: members that were asked for and could not be used
+        self.named: set[str] = set()  # those of them that were written down
         self.learners: tuple[str, ...] | None = None  # of the last step
         self.saved: int | None = None
         self.batch: Any = None  # the last one
@@ -86,20 +103,22 @@ class Trainer:
         nothing is changed. Errors: Interrupted where there is no last one.
         """
         plan, group, method = self.plan, self.group, self.method
-        learners, own = self._turn(), plan.slots // group.world
+        learners, own = self._turn(), -(-plan.slots // group.world)
         sums, seen, waited, began = StepSums(method.kinds, group.device), [], 0.0, time.perf_counter()
+        damaged: list[tuple[str, str]] = []
         for network in self.networks.values():
             for p in network.parameters.values():
                 p.grad = None
         # forward and backward: a slot of this rank after the other
         for index in range(own):
             slot, asked = index * group.world + group.rank, time.perf_counter()
-            batch = self._next(batches)
+            idle = slot >= plan.slots
+            batch = self.batch if idle else self._next(batches)
             waited += time.perf_counter() - asked
             if self.lost is not None and group.world == 1:
                 return {"lost": 1.0}
             about = method.about(batch)
-            if self.lost is None and about.place not in (None, (self.step, slot)):
+            if self.lost is None and not idle and about.place not in (None, (self.step, slot)):
                 raise RuntimeError(
                     f"the data is at step, slot {about.place}, the training at {self.step, slot}: another stream than before"
                 )
@@ -108,9 +127,12 @@ class Trainer:
                 parts = [part.values.mean() for part in losses.values()]
                 parts += [part.beside for part in losses.values() if part.beside is not None]
                 # gradients are averaged over ranks: the world makes a sum of it, whose denominator comes with the clip
-                (sum(parts[1:], parts[0]) * (about.weight * group.world)).backward()
+                (sum(parts[1:], parts[0]) * (0.0 if idle else about.weight * group.world)).backward()
+            if idle:
+                continue
             sums.add(losses, about)
             seen.append({"slot": slot, **about.seen})
+            damaged += about.damaged
         # sums over all ranks: the one exchange by which all decide alike
         with_losses = tuple(losses)
         gradients = {name: self._gradients(name, learners, with_losses) for name in with_losses}
@@ -129,6 +151,8 @@ class Trainer:
             raise Interrupted("a state could not be saved on another process")
         if found["lost"]:
             return found
+        if found["skipped_members"]:
+            self._name_damaged(damaged, int(found["skipped_members"]))
         # the step, or none of it
         for name in with_losses:
             beside = self._beside(name)
@@ -222,6 +246,29 @@ class Trainer:
                 f"see {self.out / 'skipped.jsonl'}"
             )
 
+    def _name_damaged(self, damaged: list[tuple[str, str]], count: int) -> None:
+        """Count members that could not be used, of all ranks, and write down each the first time."""
+        self.damaged += count
+        found = [pair for own in self.group.gather(damaged) for pair in own]
+        if self.group.main:
+            self.out.mkdir(parents=True, exist_ok=True)
+            with (self.out / "damaged.jsonl").open("a", encoding="utf-8") as file:
+                for key, reason in found:
+                    if key not in self.named:
+                        self.named.add(key)
+                        line = {"step": self.step, "key": key, "reason": reason}
+                        file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def _too_damaged(self) -> str | None:
+        """A sentence where more of the members that were asked for are of no use than the plan allows."""
+        asked, limit = self.samples + self.damaged, self.plan.damaged_limit
+        if self.damaged < FEWEST or self.damaged <= limit * asked:
+            return None
+        return (
+            f"{self.plan.stage}: {self.damaged:,} of {asked:,.0f} members could not be used, {self.damaged / asked:.1%}, where "
+            f"{limit:.1%} are allowed; {self.out / 'damaged.jsonl'} says which and why"
+        )
+
     # -------------------------------------------------------------------------------------------- state
 
     def tensors(self) -> dict[str, Tensor]:
@@ -299,6 +346,9 @@ class Trainer:
                     raise Interrupted(f"{why}; step {self.step} is saved, the same command goes on from there")
                 stopped, self.samples = bool(found["stop"]), self.samples + found["samples"]
                 window.add(found, found["sums"])
+                if (why := self._too_damaged()) is not None:
+                    self.save(data, last=True)
+                    raise Interrupted(f"{why}; step {self.step} is saved")
                 if self.step % plan.log_every == 0 or stopped or self.step == last:
                     row = window.row(self.main, self.skipped)
                     if log is not None:

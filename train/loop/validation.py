@@ -42,13 +42,16 @@ class HeldOut:
         group = self.group
         sums = torch.zeros(len(self.bases), 3, dtype=torch.float64, device=group.device)  # pictures, with text, without
         batches = self.loader.batches(0, group.rank, group.world)
-        for _ in range(self.recipe.VALIDATION * self.recipe.SLOTS // group.world):
-            batch = self.encode(next(batches))
+        slots, batch = self.recipe.SLOTS, None
+        for place in range(self.recipe.VALIDATION * -(-slots // group.world)):
+            # ranks without a slot in a last round ask the model as often as the others
+            idle = place % -(-slots // group.world) * group.world + group.rank >= slots
+            batch = batch if idle else self.encode(next(batches))
             bare = dataclasses.replace(batch, lengths=[0] * len(batch.lengths), features=batch.encoded[1][:0])
             row = sums[self.bases.index(batch.bucket.base)]
-            row[0] += len(batch.lengths)
-            for place, given in ((1, batch), (2, bare)):
-                row[place] += self.losses(model, given)[0].double().sum()
+            row[0] += 0 if idle else len(batch.lengths)
+            for column, given in ((1, batch), (2, bare)):
+                row[column] += self.losses(model, given)[0].double().sum() * (not idle)
         sums = group.sum(sums)
         found = {}
         for name, (count, text, none) in zip(

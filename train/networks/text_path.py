@@ -132,6 +132,16 @@ def residuals(
     return out, cache
 
 
+def calls_of(lengths: Sequence[int], fill: float) -> list[list[int]]:
+    """Places in `lengths` that share a call, the longest first: the shortest has at least `fill` of the longest's."""
+    calls: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if not calls or lengths[i] < fill * lengths[calls[-1][0]]:
+            calls.append([])
+        calls[-1].append(i)
+    return calls
+
+
 def encode_packed(
     model: nn.Module,
     tokens: Sequence[Sequence[int]],
@@ -153,13 +163,8 @@ def encode_packed(
         fill = 0.75 if device.type == "cpu" else 0.4
     with torch.no_grad():
         _, past = residuals(model, torch.tensor([list(prefix)], device=device))
-    calls: list[list[int]] = []
-    for i in sorted(range(len(tokens)), key=lambda i: (-lengths[i], i)):
-        if not calls or lengths[i] < fill * lengths[calls[-1][0]]:
-            calls.append([])
-        calls[-1].append(i)
     parts, starts, at = [], [0] * len(tokens), 0
-    for members in calls:
+    for members in calls_of(lengths, fill):
         longest = lengths[members[0]]
         ids = [[*tokens[i], *[0] * (longest - lengths[i])] for i in members]
         states, _ = residuals(model, torch.tensor(ids, device=device), past)

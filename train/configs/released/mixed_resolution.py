@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 8 --nnodes 16 ... -m train mixed_resolution --config released --data SHARDS \\
         --model CHECKPOINT --init runs/pretrain_512/checkpoints/step_0400000 --out runs/mixed_resolution --device cuda
+
+It continues from the weights that stage A trained; `--weights average` begins from their running average instead.
 """
 
 from __future__ import annotations
@@ -19,7 +21,5 @@ LR = 1e-4
 SHEET = {**BASED_ON.SHEET, "base": 1024}
 OPEN = {
     **BASED_ON.OPEN,
-    "BASES": "27 buckets are stated; sizes at 1024 are the released code's. Those at 512 and 768 are in no public code: ours are "
-    "round16(base sqrt(H/W)) by round16(base sqrt(W/H)), see lens/resolution.py",
     "MU": "the line is given up to 4,096 tokens; the largest bucket has 4,232: extrapolated, not cut",
 }

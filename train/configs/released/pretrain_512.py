@@ -20,6 +20,7 @@ BATCH: dict[int, int] = {512: 24, 768: 10, 1024: 6}  # pictures of a micro-batch
 SLOTS = 128  # micro-batches of an optimiser step, whoever computes them: 128 x 24 = 3,072
 BASE_WEIGHTS: dict[int, float] | None = None
 ASPECT_WEIGHTS: dict[str, float] | str = "data"
+MAX_UPSCALE = 1.0  # shards that enlarge pictures more are refused
 TEXT_DROPOUT = 0.1
 TEXT_TOKENS = 200  # of a caption on average; --dry-run alone reads it
 
@@ -38,6 +39,7 @@ WEIGHT_DECAY = 0.01  # on matrices alone
 CLIP = 1.0
 EMA = 0.9999
 SKIP_LIMIT = 10  # steps in a row whose gradient is not finite, before the training gives up
+DAMAGED_LIMIT = 0.01  # of the members asked for: more that cannot be used end the training
 
 # ---- machine
 COMPUTE: Literal["bfloat16", "float32"] = "bfloat16"
@@ -61,12 +63,14 @@ PROMPTS: tuple[str, ...] = (
     "A cutaway drawing of a mechanical watch, thin ink lines, labelled parts.",
 )
 
-PAPER_A100_HOURS = 192_000  # of the whole model, all stages; --dry-run prints it beside its own estimate
+PAPER_A100_HOURS = 192_000  # as the paper states it, not by stage; --dry-run prints it beside its own estimate
 
 OPEN = {
     "SEED": "any will do; every draw of the training follows from it",
     "BASE_WEIGHTS": "p(base) is not given; None: every base of the data alike",
     "ASPECT_WEIGHTS": "p(aspect | base) is not given; 'data': as often as in the data, 'uniform', or aspect -> weight",
+    "MAX_UPSCALE": "not given; the paper keeps pictures from 384^2 pixels on, which implies 1.34 for base 512 (`shards --max-upscale "
+    "1.34`); 1 enlarges nothing",
     "TEXT_DROPOUT": "the rate is not given; a tenth is what classifier-free guidance is usually trained with",
     "TEXT_TOKENS": "captions average 109 words; 200 tokens with the chat's ending are assumed for estimates",
     "TIME_SIGMA": "only mu is given; 1 is the plain logit-normal",
@@ -76,8 +80,9 @@ OPEN = {
     "WARMUP": "the rate is called constant; 2,000 steps guard Adam's first moments, 0 is the paper to the letter",
     "EPS": "torch's default",
     "WEIGHT_DECAY": "not given; matrices only, since norms, biases and the time path have no scale to shrink to",
-    "EMA": "not mentioned; the average is kept and drawn from, never trained on",
+    "EMA": "not mentioned; the average is kept and drawn from, never trained on unless `--weights average` says so",
     "SKIP_LIMIT": "not mentioned; a gradient that is not finite is skipped, counted and told, this many times in a row",
+    "DAMAGED_LIMIT": "not mentioned; damaged members are replaced, counted and named, and a hundredth of all is no accident",
     "RECOMPUTE": "gradient checkpointing is stated, its granularity is not: block, or selective where memory allows",
     "RESHARD": "not given; False keeps gathered weights between the passes: 8.2 GB more, a third less traffic",
     "SHARD": "not given; the eight GPUs of a node hold one copy of the state, 66 GB with 16 GB of averages",
