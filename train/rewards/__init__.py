@@ -1,0 +1,1 @@
+"""Rewards of RL post-training: judges of one signature, and what a group of pictures adds."""
