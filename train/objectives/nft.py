@@ -95,7 +95,7 @@ def optimality(
     rewards: [N]; groups: int64 [N], which prompt each belongs to; valid: bool [N], False for a failed judgement, which enters no
     mean. z_scale: 5 as in the official code, 1 as the paper's formula has it, which cuts a third of all samples. recentre:
     the c with mean over the group of clip(a - c, -1, 1) = 0 is taken off before the clip, so that what is cut does not bias
-    the policy. mask_degenerate: groups whose rewards are all equal, whose r = 1/2 pulls theta towards old, teach nothing.
+    the policy. mask_degenerate: groups whose rewards are all equal, whose r = 1/2 pulls theta towards old, teach nothing, unless all are.
     Statistics are float64. Errors: ValueError where nothing is valid or z_scale is not positive.
     """
     if z_scale <= 0:
@@ -125,6 +125,7 @@ def optimality(
         a = a - ((low + high) / 2)[index]
     degenerate = (spread < 1e-9) & (sizes > 0)
     teaches = valid & ~degenerate[index] if mask_degenerate else valid
+    teaches = teaches if bool(teaches.any()) else valid
     r = torch.where(valid, (1 + a.clamp(-1, 1)) / 2, 0.5)
     return Optimality(
         r.float(),
