@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_refused(change, message):
 
 
 def test_a_recipe_there_is_not():
-    here = "there are released/mixed_resolution, released/pretrain_512$"
+    here = "there are released/mixed_resolution, released/pretrain_512, released/rl$"
     for name in ("released", "released/other"):
         with pytest.raises(ValueError, match=f"no recipe '{name}' for stage 'pretrain' in train/configs; {here}"):
             configs.load(name, "pretrain")

@@ -208,7 +208,8 @@ def test_recipes_that_cannot_run_are_refused(changes, words):
 
 
 def test_distilled_checkpoints_need_an_anchor(tmp_path):
-    (tmp_path / "transformer").mkdir()
+    for part in ("transformer", "text_encoder", "vae", "tokenizer", "scheduler"):
+        (tmp_path / part).mkdir()
     (tmp_path / "model_index.json").write_text('{"_class_name": "LensPipeline", "lens": {"variant": "turbo"}}')
     settings = recipe(KL_WEIGHT=0.0, STOP={"sharpness": 0.7})
     with pytest.raises(ValueError, match="--allow-distilled trains it all the same"):

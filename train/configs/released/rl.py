@@ -19,7 +19,7 @@ MODEL: dict[str, int] = {}
 
 # ---- rollouts
 GROUPS, GROUP = 48, 24
-SLOTS = 192
+SLOTS = 576
 BASE = 1024
 ASPECTS: tuple[str, ...] = buckets.ASPECTS
 SAMPLING_STEPS, SOLVER = 20, "dpm2m"
@@ -59,7 +59,7 @@ TEXT_TOKENS = 200
 
 OPEN = {
     "SEED": "any will do; every draw of the run follows from it",
-    "SLOTS": "not given; six pictures of 1024^2 are a micro-batch, three of them on each of 64 GPUs",
+    "SLOTS": "not given; two pictures of 1024^2 at ten times each are a micro-batch that fits, nine of them on each of 64 GPUs",
     "SAMPLING_STEPS": "not given; at 10 steps the last node of the released schedule is t = .51, and nothing below would be trained: 20",
     "ROLLOUT_OVERLAP": "ours; a judge's answer is waited for while the next micro-batch of the same step is drawn",
     "TIMES": "not given; a random half of the nodes of every picture, all in one packed forward",
