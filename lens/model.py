@@ -81,7 +81,8 @@ class Block(nn.Module):
             return cast("Sequence[Residual]", around(self, carried, modulation, packing, last, adapter, groups))
         both, offsets = self.streams(), (packing.image_offsets, packing.text_offsets)
         if modulation.dim() == 2:
-            tables = [s.modulation(modulation).view(len(modulation), 6, -1).unbind(1) for s in both]
+            alone = [1] * len(modulation) if groups[IMAGE] is not None else None
+            tables = [linear(s.modulation, modulation, alone).view(len(modulation), 6, -1).unbind(1) for s in both]
         else:
             tables = [modulation[:, s].unbind(1) for s in (IMAGE, TEXT)]
         shift1, scale1, gate1, shift2, scale2, gate2 = zip(*tables)
@@ -236,17 +237,18 @@ class LensTransformer2DModel(nn.Module):
         modulation: Modulation,
         packing: Packing,
         blocks_out: list[tuple[Tensor, Tensor]] | None = None,
+        adapter: str | None = None,
     ) -> Tensor:
         """Packed forward: image rows [RI, C], projected text rows [RT, D], modulation of B samples -> velocity [RI, C].
 
-        ``blocks_out`` receives (image [RI, D], text [RT, D]) after each block. Without it the last block's text branch,
-        which nothing reads, is skipped.
+        ``adapter``: the one in force, see `Block.forward`. ``blocks_out`` receives (image [RI, D], text [RT, D]) after each
+        block. Without it the last block's text branch, which nothing reads, is skipped.
         """
         groups, layers = self._groups(packing), self.layers()
         carried: Sequence[Residual] = [(linear(self.image_in, image_rows, groups[IMAGE]),), (text_rows,)]
         for index, block in enumerate(layers):
             last = blocks_out is None and index + 1 == len(layers)
-            carried = block(carried, modulation.blocks[:, index], packing, last, groups=groups)
+            carried = block(carried, modulation.blocks[:, index], packing, last, adapter, groups)
             if blocks_out is not None:
                 image, text = summed(carried, packing)
                 blocks_out.append((image, text))

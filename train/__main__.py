@@ -16,6 +16,8 @@ STAGES = {  # module, what it does
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
+    "rl_prompts": ("train.rl_prompts", "prompts with rubrics for the rl stage, as JSON lines"),
+    "rl": ("train.rl", "post-training on rewards: DiffusionNFT with rubric judges"),
     "detector": ("train.detector", "the judge of classes, boxes and colours"),
     "prompt_search": (
         "train.prompt_search",

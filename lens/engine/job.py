@@ -39,6 +39,7 @@ class Job:
     step: int = 0  # where the run begins
     solver: str = "euler"  # of sampler.SOLVERS
     clean: Tensor | None = None  # float32 [R, C], x0 of the step before the first, where the solver remembers it
+    adapter: str | None = None  # of layers that hold several; None: the one in force when nothing is said
 
     @property
     def steps(self) -> int:

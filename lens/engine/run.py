@@ -168,7 +168,7 @@ class Engine:
         if binned.exact:
             texts = tuple(binned.text_lengths)
         shape: Hashable = (job.grids[0], len(job.grids), job.halves, texts)
-        key = (placed, choices, shape, capacity(job), job.guidance, job.stochastic, job.solver)
+        key = (placed, choices, shape, capacity(job), job.guidance, job.stochastic, job.solver, job.adapter)
         entry = cache.find(key)
         if entry is None:
             state = fixed_state(model, job, binned)

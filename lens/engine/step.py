@@ -57,6 +57,7 @@ class State:
     memory: Memory | None  # of a multistep solver
     guidance: float
     halves: int
+    adapter: str | None = None
     whole: DenoiseStep | None = None  # the transformer as one call, where every kernel is one of lens._C
 
     def tensors(self) -> list[Tensor]:
@@ -85,7 +86,7 @@ def advance(model: LensTransformer2DModel, state: State) -> None:
     else:
         modulation = state.table.rows(state.first + state.index)
         x = state.x.to(model.dtype).repeat(state.halves, 1)
-        state.velocity.copy_(model.denoise(x, state.text, modulation, state.packing))
+        state.velocity.copy_(model.denoise(x, state.text, modulation, state.packing, adapter=state.adapter))
     state.before.copy_(state.x)
     if state.memory is not None:
         state.memory.earlier.copy_(state.memory.clean)
@@ -139,6 +140,7 @@ def free_state(model: LensTransformer2DModel, job: Job) -> State:
         memory=_memory(job, x),
         guidance=job.guidance,
         halves=job.halves,
+        adapter=job.adapter,
         whole=_whole(model, packing),
     )
 
@@ -192,6 +194,7 @@ def fixed_state(model: LensTransformer2DModel, job: Job, binned: Binned) -> Stat
         memory=None if job.solver == "euler" else Memory(sigmas(), torch.zeros_like(x), torch.zeros_like(x)),
         guidance=job.guidance,
         halves=job.halves,
+        adapter=job.adapter,
         whole=_whole(model, packing),
     )
 

@@ -137,8 +137,9 @@ class Detector(nn.Module):
             cx, cy = ((v + 0.5 + place[b, i, y, x].item()) * STRIDE for i, v in enumerate((x, y)))
             w, h = (size[b, :, y, x].float().clamp(-3, 6).exp() * STRIDE).tolist()
             word = self.colours[int(colour[b, :, y, x].argmax())]
+            shares = dict(zip(self.colours, colour[b, :, y, x].float().softmax(0).tolist()))
             box = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-            out[b].append(Detection(self.kinds[k], score[b, k, y, x].item(), box, word))
+            out[b].append(Detection(self.kinds[k], score[b, k, y, x].item(), box, word, shares))
         return [without_overlaps(found) for found in out]
 
     # ---- the shipped file

@@ -9,8 +9,8 @@ between each of them and each box of the want it refers to.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -35,6 +35,7 @@ class Detection:
     score: float
     box: Box
     colour: str | None = None
+    colours: Mapping[str, float] = field(default_factory=dict, compare=False, repr=False)  # palette word -> probability
 
 
 @dataclass(frozen=True)

@@ -103,11 +103,11 @@ class LoraLinear(nn.Module):
         """adapter: None, the one that trains; NO_LORA, no adapter at all; else a name that `keep_lora` was given."""
         if adapter == NO_LORA:
             return self.base(x)
-        downs, ups = self._sides(adapter)
-        parts = [F.linear(F.linear(x, down), up) for down, up in zip(downs, ups)]
+        downs, ups = self.sides(adapter)
+        parts = [F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) for down, up in zip(downs, ups)]
         return self.base(x) + self.factor * (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
 
-    def _sides(self, adapter: str | None) -> tuple[nn.ParameterList, nn.ParameterList]:
+    def sides(self, adapter: str | None) -> tuple[nn.ParameterList, nn.ParameterList]:
         """Down and up of the adapter that trains, or of a kept one."""
         if adapter is None:
             return self.down, self.up
@@ -159,7 +159,7 @@ def keep_lora(model: nn.Module, name: str) -> None:
             layer.kept[name] = nn.ModuleDict(
                 {side: nn.ParameterList(nn.Parameter(p.clone(), False) for p in own) for side, own in sides.items()}
             )
-        for copy, own in zip(layer._sides(name), (layer.down, layer.up)):
+        for copy, own in zip(layer.sides(name), (layer.down, layer.up)):
             for target, source in zip(copy, own):
                 target.copy_(source)
 

@@ -6,6 +6,7 @@ averages, states, resuming, the log, sheets, what to do where a number is not fi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,11 +19,11 @@ from .ema import Ema
 from .ranks import bare, local_shard
 
 
-def learning_rate(step: int, base: float, warmup: int, steps: int, decay: int) -> float:
-    """Of a step: linear warm-up, constant, then linear to zero over the last `decay` of `steps`."""
+def learning_rate(step: int, base: float, warmup: int, steps: int, decay: int, cosine: bool = False) -> float:
+    """Of a step: linear warm-up, constant, then linear, or as half a cosine, to zero over the last `decay` of `steps`."""
     up = min(1.0, (step + 1) / max(1, warmup))
     down = min(1.0, max(0.0, (steps - step) / max(1, decay)))
-    return base * min(up, down)
+    return base * min(up, (1 - math.cos(math.pi * down)) / 2 if cosine else down)
 
 
 def adamw(
@@ -183,6 +184,7 @@ class Plan:
     steps: int
     warmup: int = 1
     decay: int = 0
+    cosine: bool = False  # the decay is half a cosine, not a line
     clip: float | None = 1.0
     slots: int = 1
     skip_limit: int = 10

@@ -224,7 +224,7 @@ class Trainer:
         for name in learners:
             network = self.networks[name]
             for group, base in zip(network.groups, network.base_rates):
-                group["lr"] = learning_rate(self.step, base, plan.warmup, plan.steps, plan.decay)
+                group["lr"] = learning_rate(self.step, base, plan.warmup, plan.steps, plan.decay, plan.cosine)
             network.step()
         found["lr"] = self.networks[learners[0]].groups[0]["lr"]
         self.skipped_in_a_row = 0

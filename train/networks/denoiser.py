@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from lens.config import LensConfig
 from lens.model import IMAGE, Block, LensTransformer2DModel, summed
 from lens.modulation import Modulation
-from lens.ops.linear.fused import Residual
+from lens.ops.linear.fused import Residual, linear
 from lens.packing import Packing
 
 RECOMPUTE = ("none", "block", "selective")
@@ -100,18 +100,22 @@ class Denoiser(LensTransformer2DModel):
         blocks_out: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         # the time stays float32 up to its sinusoid: rounded to bfloat16 it would move by up to 0.4 %
-        temb = F.silu(self.time_embedding(time)).float()  # every block rounds its own copy: gradients meet in float32
+        groups = self._groups(packing)
+        alone = [1] * len(time) if groups[IMAGE] is not None else None
+        # every block rounds its own copy: gradients meet in float32
+        temb = F.silu(linear(self.time_embedding, time, alone)).float()
         text = self.project_text(list(features.to(self.compute).unbind(1)), packing.text_lengths)
-        carried: Sequence[Residual] = (self.image_in(image_rows.to(self.compute)),), (text,)
+        carried: Sequence[Residual] = (linear(self.image_in, image_rows.to(self.compute), groups[IMAGE]),), (text,)
         for index, block in enumerate(self.blocks):
             last = index + 1 == len(self.blocks)
-            carried = block(carried, temb.to(self.compute), packing, last, adapter, around=self._around)
+            carried = block(carried, temb.to(self.compute), packing, last, adapter, groups, self._around)
             if blocks_out is not None and not last:
                 image, text = summed(carried, packing)
                 blocks_out.append((image, text))
                 carried = (image,), (text,)
-        final = self.final_modulation(temb.to(self.compute)).view(len(time), 2, -1)
-        return self.image_out(self._final_norm(carried[IMAGE][0], Modulation(final, final), packing))
+        final = linear(self.final_modulation, temb.to(self.compute), alone).view(len(time), 2, -1)
+        rows = self._final_norm(carried[IMAGE][0], Modulation(final, final), packing)
+        return linear(self.image_out, rows, groups[IMAGE])
 
     def _around(self, block: Block, *arguments: Any) -> Any:
         """A block as it is trained: what it computes again in the backward pass, with the weights it was called with."""

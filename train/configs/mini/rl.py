@@ -1,0 +1,55 @@
+"""Mini's RL: DiffusionNFT with the small world's local judge, minutes of a CPU core.
+
+python -m train rl --config mini --out runs/rl --stop-after 5m
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from .pretrain import PROMPTS as PROMPTS
+
+SEED = 11
+MODEL: dict[str, int] = {}  # the checkpoint's own
+
+# ---- rollouts
+GROUPS, GROUP = 16, 8  # prompts a step, pictures a prompt
+SLOTS = 8  # micro-batches of a step, whoever computes them; every group is spread over them
+BASE = 64
+ASPECTS: tuple[str, ...] = ("1:1",)  # at base 64 the detector cannot look at the others, whose short side is 48 pixels
+SAMPLING_STEPS, SOLVER = 8, "dpm2m"
+ROLLOUT_OVERLAP = False  # decode and judge a slot while the next one is drawn: nothing to gain on one core
+
+# ---- objective
+TIMES = 2  # nodes of a picture's schedule that are trained, in one packed forward
+INNER_STEPS = 1  # optimiser steps a rollout; with 1 and ETA 0 beta and the negative branch cancel
+NFT_BETA = 1.0
+Z_SCALE = 5.0
+ADAPTIVE, RECENTRE, MASK_DEGENERATE = True, False, False
+KL_WEIGHT = 0.3  # arms 1e-4, .1, 1: 1e-4 was seen to do nothing
+ETA: float | Literal["nft"] = 0.0  # old <- eta old + (1 - eta) theta; "nft": min(.001 i, .5)
+DIVERSITY_WEIGHT = 0.25  # of the groupwise reward: backdrops and places that differ within a group
+MOST_FAILURES = 0.05  # share of judgements that may fail in a step
+
+# ---- optimiser
+LORA = "r=32,alpha=64,targets=all"
+STEPS, WARMUP, DECAY, COSINE = 40, 1, 40, True
+LR = 3e-4
+BETAS: tuple[float, float] = (0.9, 0.999)
+EPS, WEIGHT_DECAY, CLIP = 1e-8, 1e-4, 1.0
+EMA = 0.9
+SKIP_LIMIT = 3
+
+# ---- machine
+COMPUTE: Literal["bfloat16", "float32"] = "float32"
+RECOMPUTE: Literal["none", "block", "selective"] = "none"
+
+# ---- what a person watches; a rule stops the run where the mean of the last WINDOW steps falls below this share of the first ones'
+WINDOW = 3
+STOP: dict[str, float] = {"effective_backdrops": 0.5, "group_diversity": 0.6, "sharpness": 0.7}
+LOG_EVERY, SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 1, 5, 2, 5
+VALIDATE_EVERY, VALIDATION = 5, 48  # prompts neither trained on nor reported
+SHEET: dict[str, float] = {"steps": 20, "guidance": 1.0, "base": 64}
+TEXT_TOKENS = 20  # of a prompt on average; --dry-run alone reads it
+
+OPEN: dict[str, str] = {}

@@ -1,0 +1,301 @@
+"""Stage "rl": post-training on rewards, DiffusionNFT with LoRA (train/rl_method.py), reproducible on a CPU.
+
+    python -m train rl --config mini --out runs/rl --stop-after 5m          # no GPU, no server
+    python -m train rl --config mini --out runs/rl --stop-after 5m          # again to resume, bit-equal on a CPU
+    python -m train rl --config mini --out runs/rl --export runs/rl/export  # the averages: adapters alone, and merged
+    python -m train rl --config mini --set KL_WEIGHT=1.0 --subset half --out runs/rl_kl1
+    python -m train rl --config released --dry-run                          # rollouts, judge calls, memory
+    torchrun --nproc-per-node 8 -m train rl --config released --init CHECKPOINT --prompts PROMPTS.jsonl ...
+
+Starts from a checkpoint folder (`--init`, default: Lens-Mini), whose text encoder, VAE and scheduler stay as they are. OUT holds
+checkpoints/, log.jsonl, prompts.jsonl where none were given, a sheet of the same prompts and seeds before, during and after,
+and index.html, which shows all of it. What to watch is in docs/rl.md; the loss is not among it: its value at theta = old
+does not depend on the rewards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lens.config import LensConfig
+from lens.formats.files import read_json, write_json
+from lens.formats.hub import resolve
+from lens.formats.released import (
+    load_scheduler,
+    read_defaults,
+    read_index,
+    released_index,
+    save_transformer,
+    transformer_config,
+)
+
+from . import configs, cost
+from .data import encoders
+from .data.prompts import Prompt, read_prompts, write_prompts
+from .data.small_world.kinds import CORE
+from .evaluate import ocr
+from .evaluate.detector import Detector
+from .loop import ranks
+from .loop.checkpoints import Checkpoints
+from .loop.clock import Clock, duration, positive
+from .loop.lora import attach_lora, init_lora, keep_lora, lora_of, merge_lora, save_lora
+from .loop.ranks import Ranks
+from .loop.sheets import released_decoder
+from .loop.trainer import ALONE, Trainer
+from .networks.denoiser import Denoiser
+from .report import run_page
+from .rewards.judge import Judge
+from .rewards.small_world import SmallWorldJudge
+from .rewards.small_world_rubrics import GLOBAL, rubrics_of, sentence
+from .rewards.small_world_watch import SmallWorldWatch
+from .rl_method import OLD, Held, Nft, grids_of
+from .rl_prompts import FIRST_SEED, TASKS, VALIDATION_SEED, prompt_of, scenes
+from .rollout import Rollouts, Texts
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+JUDGES = ("small-world",)  # local ones
+OWN_PROMPTS = 600  # of a run that is given none
+
+
+def check(recipe: ModuleType) -> None:
+    """Refuse at the start what would fail later. Errors: ValueError naming the field."""
+    for name in ("GROUPS", "GROUP", "SLOTS", "SAMPLING_STEPS", "TIMES", "INNER_STEPS", "STEPS", "WINDOW", "VALIDATION"):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {getattr(recipe, name)}")
+    if recipe.GROUPS * recipe.GROUP % recipe.SLOTS:
+        raise ValueError(
+            f"SLOTS: {recipe.SLOTS}, expected a divisor of GROUPS x GROUP = {recipe.GROUPS * recipe.GROUP}"
+        )
+    if recipe.GROUP < 2:
+        raise ValueError("GROUP: expected 2 or more pictures of a prompt: a reward is compared with those of its group")
+    if recipe.TIMES > recipe.SAMPLING_STEPS:
+        raise ValueError(f"TIMES: {recipe.TIMES} nodes of {recipe.SAMPLING_STEPS} SAMPLING_STEPS")
+    for name in ("NFT_BETA", "Z_SCALE", "LR", "CLIP"):
+        if not 0 < getattr(recipe, name) < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    for name in ("KL_WEIGHT", "DIVERSITY_WEIGHT"):
+        if not 0 <= getattr(recipe, name) < float("inf"):
+            raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
+    if lora_of(recipe) is None:
+        raise ValueError("LORA: expected for example r=32,alpha=64,targets=all")
+    grids_of(recipe.BASE, recipe.ASPECTS)
+
+
+def refuse_distilled(folder: Path, recipe: ModuleType, allowed: bool) -> None:
+    """Few-step checkpoints blur under this loss. Errors: ValueError."""
+    if read_defaults(folder, None, folder.name).variant != "turbo":
+        return
+    if not allowed:
+        raise ValueError(
+            f"--init {folder}: a distilled checkpoint, which this loss blurs; --allow-distilled trains it all the same"
+        )
+    if recipe.KL_WEIGHT <= 0 or "sharpness" not in recipe.STOP:
+        raise ValueError("--allow-distilled: expected KL_WEIGHT > 0 and a rule for sharpness in STOP")
+
+
+# ------------------------------------------------------------------------------------------------ building
+
+
+def build(recipe: ModuleType, folder: Path, group: Ranks) -> tuple[Denoiser, nn.Module]:
+    """The checkpoint's MMDiT, frozen, with adapters and their kept copy "old"; as it is and as it is called."""
+    lora = lora_of(recipe)
+    assert lora is not None, "checked at the start"
+    path = folder / "transformer" / "config.json"
+    with torch.device("meta"):
+        model = Denoiser(transformer_config(read_json(path), str(path)), DTYPES[recipe.COMPUTE], recipe.RECOMPUTE)
+        attach_lora(model, lora, model.compute)
+    ranks.load_released(model, folder / "transformer", group.device)
+    init_lora(model, recipe.SEED)
+    keep_lora(model, OLD)
+    # no layer of it behaves otherwise in training: in this mode a sample's bits are its own on a CPU
+    model.eval()
+    model.batch_invariant = group.device.type == "cpu"
+    return model, ranks.wrap(model, group)
+
+
+def rollouts_of(recipe: ModuleType, folder: Path, model: Denoiser) -> Rollouts:
+    scheduler, defaults = load_scheduler(folder / "scheduler"), read_defaults(folder, None, folder.name)
+    return Rollouts(model, scheduler, recipe.SAMPLING_STEPS, recipe.SOLVER, defaults.time_dtype)
+
+
+def frozen_networks(
+    recipe: ModuleType, folder: Path, device: torch.device
+) -> tuple[Texts, Callable[[Tensor, tuple[int, int]], np.ndarray]]:
+    """Prompts -> features, kept; latents [I, C] of one picture -> uint8 [H, W, 3]."""
+    tokenizer, codec, text = encoders.released(folder, device, DTYPES[recipe.COMPUTE])
+    decode = released_decoder(codec)
+    return Texts(lambda prompt: text.encode([tokenizer(prompt)])), lambda x, grid: decode(x[None], grid)[0]
+
+
+def local_judge(recipe: ModuleType) -> tuple[Judge, SmallWorldWatch, Held]:
+    """The small world's judge, its watch, and the held-out prompts with their rubrics."""
+    detector = Detector.load()
+    own = scenes(recipe.VALIDATION, CORE, TASKS, VALIDATION_SEED, (recipe.BASE, recipe.BASE))
+    rubrics = [[*map(sentence, rubrics_of(scene)), GLOBAL] for scene in own]
+    judge = SmallWorldJudge(detector, CORE, ocr.Reader() if ocr.available() else None)
+    return judge, SmallWorldWatch(detector, CORE, own), Held([scene.caption for scene in own], rubrics)
+
+
+def prompts_of_run(options: argparse.Namespace, group: Ranks) -> list[Prompt]:
+    """Those of `--prompts`, or the small world's, written to OUT once."""
+    path = options.prompts
+    if path is None:
+        path = options.out / "prompts.jsonl"
+        if group.main and not path.is_file():
+            write_prompts(path, [prompt_of(scene) for scene in scenes(OWN_PROMPTS, CORE, TASKS, FIRST_SEED)])
+        group.barrier()
+    return read_prompts(path, options.subset, options.without)
+
+
+# ------------------------------------------------------------------------------------------------ the stage
+
+
+def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
+    clock, out, folder = Clock(options.stop_after), options.out, resolve(options.init)
+    refuse_distilled(folder, recipe, options.allow_distilled)
+    if options.judge not in JUDGES:
+        raise ValueError(f"--judge {options.judge}: expected one of {', '.join(JUDGES)}")
+    if group.main:
+        out.mkdir(parents=True, exist_ok=True)
+    group.barrier()
+    prompts = prompts_of_run(options, group)
+    judge, watch, held = local_judge(recipe)
+    model, wrapped = build(recipe, folder, group)
+    texts, decode = frozen_networks(recipe, folder, group.device)
+    rollouts = rollouts_of(recipe, folder, model)
+    method = Nft(recipe, wrapped, group, rollouts, texts, decode, judge, prompts, GLOBAL, held, watch)
+    states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
+    settings = configs.fields(recipe) | {"INIT": str(folder), "SUBSET": options.subset, "PROMPTS_USED": len(prompts)}
+    trainer = Trainer(method.plan(), method, states, out, group, settings, cost.peak_of(group.device))
+    if (before := states.latest()) is not None:
+        trainer.resume(before)
+    else:
+        method.draw(out, 0)
+    try:
+        trainer.run(method.batches(), clock, steps=options.steps)
+    finally:
+        if group.main:
+            run_page(out, "Reinforcement learning", settings)
+    return 0
+
+
+def export(options: argparse.Namespace, recipe: ModuleType) -> None:
+    """The averages of the latest state: FOLDER/lora as peft saves it, and a whole checkpoint with merged weights."""
+    folder, target, lora = resolve(options.init), options.export, lora_of(recipe)
+    assert lora is not None, "checked at the start"
+    model, _ = build(recipe, folder, ALONE)
+    states = Checkpoints(options.out / "checkpoints", ALONE)
+    before = options.state or states.latest()
+    if before is None:
+        raise FileNotFoundError(f"{states.folder}: no state of a training here")
+    averaged = {f"ema.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = states.load(before, averaged, "rl")
+    if target.resolve() == folder.resolve():
+        raise ValueError(f"--export {target}: the checkpoint the run starts from; expected another folder")
+    shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "lora"))
+    save_lora(model, lora, target / "lora")
+    merge_lora(model)
+    save_transformer(model, target / "transformer", torch.bfloat16)
+    about = dict(read_index(folder).get("lens", {}))
+    about |= {"name": f"{about.get('name', 'Lens')}-RL", "rl_steps": state["step"]}
+    write_json(target / "model_index.json", released_index(about))
+    print(f"{before.name} is exported: {target / 'transformer'} and {target / 'lora'}")
+
+
+def dry_run(recipe: ModuleType, shape: LensConfig, world: int, gpu: str) -> str:
+    """What a run does, in counts, and a GPU's memory. Errors: ValueError where the processes do not divide the slots."""
+    if recipe.SLOTS % world:
+        raise ValueError(f"--world: {world} processes for SLOTS = {recipe.SLOTS}; expected a divisor")
+    pictures, iterations = recipe.GROUPS * recipe.GROUP, -(-recipe.STEPS // recipe.INNER_STEPS)
+    tokens = max(h * w for h, w in grids_of(recipe.BASE, recipe.ASPECTS))
+    texts, per_slot = [recipe.TEXT_TOKENS], pictures // recipe.SLOTS
+    forward = cost.forward_flops(shape, tokens, texts)
+    training = cost.training_flops(shape, tokens, texts, lora_of(recipe)) + 2 * forward
+    rollout = recipe.SAMPLING_STEPS * forward
+    own: Any = configs.override(recipe, [])
+    own.RESHARD = False
+    lines = [
+        f"{recipe.__name__.removeprefix('train.configs.')} on {world} x {gpu}",
+        f"iterations           {iterations:10,} of {recipe.INNER_STEPS} optimiser steps",
+        f"pictures             {pictures:10,} an iteration, {pictures * iterations:,} in all",
+        f"judge calls          {pictures * iterations:10,} of 11 rubrics each",
+        f"pictures of a slot   {per_slot:10,}, {recipe.SLOTS // world} slots on each process",
+        f"trained samples      {pictures * recipe.TIMES:10,} an optimiser step, {per_slot * recipe.TIMES} in one packed forward",
+        f"FLOPs of a picture   {rollout / 1e12:10.2f} e12 to draw, {recipe.TIMES * training / 1e12:.2f} e12 to train in a step",
+        "",
+        f"memory of a GPU, {cost.GPUS[gpu][1] / 1e9:.0f} GB",
+    ]
+    parts = cost.memory(own, shape, 1, world, per_slot * recipe.TIMES * (tokens + recipe.TEXT_TOKENS))
+    parts["old adapters"] = parts["float32 adapters"]
+    lines += [f"  {name:32} {value / 1e9:7.1f} GB" for name, value in parts.items()]
+    need = sum(parts.values())
+    lines.append(f"  {'sum':32} {need / 1e9:7.1f} GB{'' if need < 0.95 * cost.GPUS[gpu][1] else '   does not fit'}")
+    lines.append("  besides: text encoder, whose features are kept by prompt, and VAE")
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/rl"), help="folder of all that is written (default: runs/rl)"
+    )
+    parser.add_argument(
+        "--init", default="mini", metavar="CHECKPOINT", help="mini, or a released-layout folder (default: mini)"
+    )
+    parser.add_argument("--allow-distilled", action="store_true", help="train a few-step checkpoint all the same")
+    parser.add_argument(
+        "--prompts", type=Path, metavar="FILE", help="JSON lines (default: the small world's, written to OUT)"
+    )
+    parser.add_argument("--subset", default="full", help="full, half or quarter of the prompts, nested (default: full)")
+    parser.add_argument(
+        "--without",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="leave out a category or sub-category; repeatable",
+    )
+    parser.add_argument("--judge", default="small-world", help=f"{', '.join(JUDGES)} (default: small-world)")
+    parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 5m")
+    parser.add_argument(
+        "--steps", type=positive, help="end after this optimiser step, the schedule staying the recipe's"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a field; repeatable")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print every field, and why where the paper is open"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print rollouts, judge calls and memory; needs no GPU")
+    parser.add_argument("--world", type=positive, default=1, help="processes that --dry-run assumes (default: 1)")
+    parser.add_argument("--gpu", default="h100", choices=sorted(cost.GPUS), help="GPU of --dry-run (default: h100)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="train nothing; write the averages as a checkpoint"
+    )
+    parser.add_argument("--state", type=Path, metavar="STATE", help="the state to export (default: the latest)")
+
+
+def run(options: argparse.Namespace) -> int:
+    recipe = configs.override(configs.load(options.config, "rl"), options.set)
+    if options.print_config:
+        print(configs.describe(recipe))
+        return 0
+    check(recipe)
+    if options.dry_run:
+        shape = LensConfig() if options.config.startswith("released") else LensConfig.mini()
+        print(dry_run(recipe, shape, options.world, options.gpu))
+        return 0
+    torch.set_num_threads(options.threads)
+    if options.export:
+        export(options, recipe)
+        return 0
+    with ranks.join(options.device, shard=1) as group:
+        return train(options, recipe, group)
