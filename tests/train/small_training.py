@@ -43,6 +43,10 @@ class Micro:
     features: torch.Tensor
     skipped: tuple = ()
 
+    @property
+    def encoded(self):
+        return self.latents, self.features
+
 
 def recipe(**changes):
     source = configs.load("mini/on_shards", "pretrain")

@@ -174,8 +174,9 @@ class Method:
 class Plan:
     """The numbers of a training that its loop reads.
 
-    slots: micro-batches of a step, whoever computes them. clip: of the gradient's norm; None: no clip. skip_limit: steps in
-    a row that are not finite, before the training gives up. every 0: never; validation and saves also come at the end.
+    slots: micro-batches of a step, whoever computes them. clip: of the gradient's norm; None: no clip. clip_of: another clip
+    of networks with losses of their own, by name. skip_limit: steps in a row that are not finite, before the training gives
+    up. every 0: never; validation and saves also come at the end.
     """
 
     stage: str
@@ -183,6 +184,7 @@ class Plan:
     warmup: int = 1
     decay: int = 0
     clip: float | None = 1.0
+    clip_of: Mapping[str, float] = field(default_factory=dict)
     slots: int = 1
     skip_limit: int = 10
     log_every: int = 100
