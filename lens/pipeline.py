@@ -32,7 +32,7 @@ from .formats.hub import resolve, variant_hint
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
 from .formats.names import released_names
-from .formats.released import check_fit, load_scheduler, load_transformer, placement, read_defaults
+from .formats.released import check_fit, check_sampler, load_scheduler, load_transformer, placement, read_defaults
 from .formats.text_encoder import load_text_encoder, packed_experts
 from .formats.vae import load_vae
 from .model import LensTransformer2DModel
@@ -111,6 +111,7 @@ class LensPipeline:
         root = resolve(source)
         defaults = read_defaults(root, variant, variant_hint(source))
         scheduler = load_scheduler(root / "scheduler")
+        check_sampler(root, defaults, scheduler)
         tokenizer = ChatTokenizer(root / "tokenizer")
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
         parked = Places(policy, device) if isinstance(policy, Residency) else None
@@ -309,7 +310,8 @@ class LensPipeline:
         the tensors it names and may return replacements: latents; noise_pred (the guided velocity; the step is taken
         again); embeddings, for the steps to come, where another T means that all T tokens are valid. solver: "euler", or
         "dpm2m", DPM-Solver++(2M), of second order for as many steps; not with a scheduler that adds noise.
-        Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
+        Wrong arguments raise ValueError, NaN in the final latents FloatingPointError. A distilled checkpoint warns of
+        guidance, negative prompts and other steps than it was trained on, and draws by them all the same.
         """
         request = Request(
             prompt=prompt,
