@@ -16,6 +16,7 @@ STAGES = {  # module, what it does
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
+    "distill": ("train.distill", "a student of four steps without guidance"),
     "detector": ("train.detector", "the judge of classes, boxes and colours"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
     "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),
