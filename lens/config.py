@@ -98,6 +98,31 @@ VARIANTS = {"lens": (20, 5.0), "turbo": (4, 1.0), "base": (50, 5.0)}  # default 
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """How the student of a distilled checkpoint was trained: "distilled" in the metadata.
+
+    sampler: between its steps, "euler" or "renoise" (the scheduler's stochastic_sampling); steps: of the training; grid:
+    "fixed", the scheduler's times for that many steps alone, or "random", any.
+    """
+
+    sampler: str = "euler"
+    steps: int = 4
+    grid: str = "fixed"
+
+    @classmethod
+    def read(cls, value: Any, source: str) -> Distilled:
+        """Of a metadata entry. Errors: ValueError naming ``source`` and the key."""
+        if not isinstance(value, dict) or set(value) != {f.name for f in fields(cls)}:
+            raise ValueError(f"{source}: lens.distilled must be an object of sampler, steps, grid, got {value!r}")
+        for key, known in (("sampler", ("euler", "renoise")), ("grid", ("fixed", "random"))):
+            if value[key] not in known:
+                raise ValueError(f"{source}: lens.distilled.{key} must be one of {known}, got {value[key]!r}")
+        if type(value["steps"]) is not int or value["steps"] < 1:
+            raise ValueError(f"{source}: lens.distilled.steps must be a positive integer, got {value['steps']!r}")
+        return cls(**value)
+
+
+@dataclass(frozen=True)
 class Defaults:
     """What a call uses where the caller says nothing; from the checkpoint's metadata or the variant."""
 
@@ -107,6 +132,7 @@ class Defaults:
     base_resolution: int = 1024
     max_resolution: int = 1440  # side of the largest square shown to work, trained or not: above it, a warning
     time_dtype: str = "reference"  # how the time is rounded, see lens.sampler.conditioning_time
+    distilled: Distilled | None = None  # of a student of few steps, where the metadata says so
 
     @classmethod
     def choose(cls, variant: str | None, metadata: Any, name: str, source: str = "model_index.json") -> Defaults:
@@ -128,6 +154,7 @@ class Defaults:
         if variant is not None and variant != said:
             own.pop("num_inference_steps", None)
             own.pop("guidance_scale", None)
+            own.pop("distilled", None)
         return replace(cls(chosen, *VARIANTS[chosen]), **own)
 
     @classmethod
@@ -137,7 +164,11 @@ class Defaults:
         if not isinstance(metadata, dict):
             raise ValueError(f"{source}: 'lens' must be an object, got {metadata!r}")
         values = {f.name: metadata[f.name] for f in fields(cls) if f.name in metadata}
+        if "distilled" in values:
+            values["distilled"] = Distilled.read(values["distilled"], source)
         for key, value in values.items():
+            if key == "distilled":
+                continue
             whole = isinstance(value, int) and not isinstance(value, bool)
             expected: Any = "a positive integer"
             if key == "num_inference_steps":

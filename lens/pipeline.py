@@ -36,6 +36,7 @@ from .formats.names import released_names
 from .formats.parts import Part
 from .formats.released import (
     check_fit,
+    check_sampler,
     load_scheduler,
     load_transformer,
     read_defaults,
@@ -159,6 +160,7 @@ class LensPipeline:
         files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant)
         defaults = read_defaults(files.root, variant, files.name)
         scheduler = load_scheduler(files.scheduler)
+        check_sampler(files.scheduler, defaults, scheduler)
         chat = ChatTokenizer(files.tokenizer, vocab_size(files.text_encoder))
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
         parked = Placement(policy, device) if isinstance(policy, Residency) else None
@@ -448,7 +450,9 @@ class LensPipeline:
         again); embeddings, for the steps to come, where another T means that all T tokens are valid. solver: "euler", or
         "dpm2m", DPM-Solver++(2M), of second order for as many steps; not with a scheduler that adds noise.
         reason: what writes the prompts out before they are drawn (``lens.reasoner``); it may refuse, PromptsRefused, and
-        nothing is drawn. None: they are drawn as they stand, and nothing is filtered. Wrong arguments raise ValueError, NaN in the final latents FloatingPointError.
+        nothing is drawn. None: they are drawn as they stand, and nothing is filtered. Wrong arguments raise ValueError, NaN
+        in the final latents FloatingPointError. A distilled checkpoint warns of guidance, negative prompts and other steps
+        than it was trained on, and draws by them all the same.
         """
         reasoned: list[Refined] | None = None
         if reason is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import resolution, sampler
-from .config import Defaults
+from .config import Defaults, Distilled
 from .packing import Grid, expect_tensors
 from .resolution import TOKEN_PIXELS
 from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, negative_list, prompt_list
@@ -82,6 +82,8 @@ class Request:
         self._notice(guidance, negatives)
         if self.negative_prompt_embeds is not None and any(n is not None for n in negatives):
             raise ValueError("give only one of negative_prompt and negative_prompt_embeds")
+        if defaults.distilled is not None or defaults.variant == "turbo":  # the released Turbo has no metadata
+            _beside_the_training(defaults.distilled, steps, guidance, self, any(n is not None for n in negatives))
         if self.size is not None and self.sizes is not None:
             raise ValueError("give only one of size and sizes")
         grids = resolution.request_grids(
@@ -179,6 +181,24 @@ def joined(requests: Sequence[Request], seeds: Sequence[int]) -> Request:
         sizes=[size for r in requests for size in r.sizes or ()],
         seed=list(seeds),
     )
+
+
+def _beside_the_training(
+    student: Distilled | None, steps: int, guidance: float, request: Request, negative: bool
+) -> None:
+    """Warn of what a distilled student was not trained for. It is done all the same."""
+    said = []
+    if guidance != 1:
+        said.append(f"guidance {guidance:g}: it has learned the guided picture, and was trained without")
+    if negative or request.negative_prompt_embeds is not None:
+        said.append("a negative prompt" + ("" if guidance != 1 else ", which nothing reads at guidance 1"))
+    if student is not None and student.grid == "fixed" and steps != student.steps:
+        said.append(f"{steps} steps: it was trained on the times of {student.steps}")
+    if request.solver != "euler":
+        said.append(f"solver {request.solver!r}: it was trained on the steps of 'euler'")
+    if said:
+        warnings.warn(f"this checkpoint is distilled; {'; '.join(said)}", stacklevel=5)
+
 
 
 def finite(name: str, value: Any, least: float = -math.inf) -> float:

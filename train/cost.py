@@ -138,6 +138,79 @@ def memory(recipe: ModuleType, config: LensConfig, shard: int, world: int, rows:
     return found
 
 
+def distillation_memory(recipe: ModuleType, config: LensConfig, shard: int, rows: int) -> dict[str, float]:
+    """Bytes on one GPU by part, of student, fake score, frozen teacher and heads. rows: of the largest micro-batch.
+
+    Gradients of student and fake score are never there together; the heads are whole on every GPU. The most activations are
+    the student's step: its own, and the teacher's up to the deepest tap, whose graph the generator's gradient passes.
+    """
+    total, block = parameters(config)
+    item, width, layers = (2 if recipe.COMPUTE == "bfloat16" else 4), config.inner_dim, config.num_layers
+    lora = lora_of(recipe)
+    trained = sum(adapter_parameters(config, lora)) if lora else total
+    found = {"frozen weights beside the adapters": 2 * item * total / shard} if lora else {}
+    for name in ("student", "fake score"):
+        found[f"{name}: float32 masters"] = 4 * trained / shard
+        found[f"{name}: second moment"] = 4 * trained / shard
+    found["student: running average"] = 4 * trained / shard
+    found["gradients of one of them"] = 4 * trained / shard
+    found["teacher, frozen"] = item * total / shard
+    deepest = max(recipe.TAPS) if recipe.LAMBDA_G else 0
+    if recipe.LAMBDA_G:
+        inside = 16 * width * recipe.HEAD_WIDTH + 4 * recipe.HEAD_WIDTH
+        found["heads, their gradients and moment"] = 12 * len(recipe.TAPS) * inside
+    if shard > 1:
+        held = total if not recipe.RESHARD else total - layers * block + 2 * block
+        found["gathered weights"] = held * item
+        found["gradients before they are summed"] = 2 * block * item + 4 * block
+    elif item == 2 and not lora:
+        found["rounded weights"] = item * (total if recipe.RECOMPUTE == "none" else total - layers * block + block)
+    own = saved_activations(lora, width)
+    kept = {"none": own, "block": BLOCK_BOUNDARY, "selective": BLOCK_BOUNDARY + PRODUCTS}[recipe.RECOMPUTE]
+    found["activations of student and tapped teacher"] = ((layers + deepest) * kept + own) * rows * width * item
+    return found
+
+
+def distillation_dry_run(recipe: ModuleType, world: int, shard: int | None, gpu: str) -> str:
+    """The table of `distill --dry-run`. Errors: ValueError where the processes divide neither the slots nor into shards."""
+    shard = shard or min(world, recipe.SHARD)
+    if world % shard or recipe.SLOTS % world:
+        raise ValueError(
+            f"--dry-run: {world} processes in shards of {shard} for {recipe.SLOTS} slots; expected divisors"
+        )
+    config, law, (_, capacity) = LensConfig(**recipe.MODEL), shares(recipe, None), GPUS[gpu]
+    total, _ = parameters(config)
+    rows = max(recipe.BATCH[b.base] * (b.tokens + recipe.TEXT_TOKENS) for b in law)
+    pictures = recipe.SLOTS * sum(p * recipe.BATCH[b.base] for b, p in law.items())
+    forward = recipe.SLOTS * sum(
+        p * forward_flops(config, b.tokens, [recipe.TEXT_TOKENS] * recipe.BATCH[b.base]) for b, p in law.items()
+    )
+    tapped = max(recipe.TAPS) / config.num_layers if recipe.LAMBDA_G else 0.0
+    simulated = (recipe.STUDENT_STEPS - 1) / 2
+    fake = simulated + 1 + 3 + tapped * (3 if recipe.R1_GAMMA else 2)
+    student = simulated + 3 + 1 + 3 + 2 * tapped
+    cycle = recipe.FAKE_UPDATES * fake + student
+    lines = [
+        f"{recipe.__name__.removeprefix('train.configs.')} on {world} x {gpu}, {world // shard} x {shard} (replicas x shards)",
+        "",
+        f"parameters           {total / 1e9:8.3f} e9, three times; heads look behind blocks {', '.join(map(str, recipe.TAPS))}",
+        f"pictures a turn      {pictures:8.0f}",
+        f"a student step       {cycle:8.1f} forward passes of all its pictures, {recipe.FAKE_UPDATES} turns of the fake score included",
+        f"FLOPs a student step {cycle * forward / 1e15:8.2f} e15",
+        "",
+        f"memory of a GPU, {capacity / 1e9:.0f} GB",
+    ]
+    parts = distillation_memory(recipe, config, shard, rows)
+    lines += [f"  {name:42} {value / 1e9:7.1f} GB" for name, value in parts.items()]
+    need = sum(parts.values())
+    lines.append(f"  {'sum':42} {need / 1e9:7.1f} GB{'' if need < 0.95 * capacity else '   does not fit'}")
+    lines.append(
+        f"  besides, where features are not in the shards: text encoder {ENCODER_BYTES['bfloat16'] / 1e9:.0f} GB, "
+        f"VAE {VAE_BYTES / 1e9:.1f} GB"
+    )
+    return "\n".join(lines)
+
+
 def shares(recipe: ModuleType, sizes: Mapping[Bucket, int] | None) -> dict[Bucket, float]:
     """p(bucket): by the data, or as if every bucket had the same number of samples."""
     known = [Bucket(base, aspect) for base in recipe.BASES for aspect in recipe.ASPECTS]

@@ -221,6 +221,18 @@ def check_fit(where: str, config: LensConfig, encoder_width: int, token_channels
             raise CheckpointError(f"{where}: {key} must be the {part} = {expected}, got {getattr(config, key)}")
 
 
+def check_sampler(folder: Path | None, defaults: Defaults, scheduler: Scheduler) -> None:
+    """A distilled student is drawn by the steps it was trained on."""
+    student = defaults.distilled
+    if student is not None and (student.sampler == "renoise") != scheduler.stochastic_sampling:
+        path = (folder or Path("scheduler")) / "scheduler_config.json"
+        expected = str(student.sampler == "renoise").lower()
+        raise CheckpointError(
+            f"{path}: stochastic_sampling must be {expected}, as the student was trained (lens.distilled.sampler is "
+            f"{student.sampler!r} in model_index.json), got {str(scheduler.stochastic_sampling).lower()}"
+        )
+
+
 def read_index(root: Path) -> dict[str, Any]:
     """``model_index.json`` of a Lens checkpoint, {} where it was not kept, or CheckpointError saying what the folder is."""
     path = root / "model_index.json"

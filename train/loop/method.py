@@ -175,9 +175,10 @@ class Method:
 class Plan:
     """The numbers of a training that its loop reads.
 
-    slots: micro-batches of a step, whoever computes them. clip: of the gradient's norm; None: no clip. skip_limit: steps in
-    a row that are not finite, before the training gives up. damaged_limit: the share of the members asked for that may be of no
-    use. every 0: never; validation and saves also come at the end.
+    slots: micro-batches of a step, whoever computes them. clip: of the gradient's norm; None: no clip. clip_of: another clip
+    of networks with losses of their own, by name. skip_limit: steps in a row that are not finite, before the training gives
+    up. damaged_limit: the share of the members asked for that may be of no use. every 0: never; validation and saves also
+    come at the end.
     """
 
     stage: str
@@ -186,6 +187,7 @@ class Plan:
     decay: int = 0
     cosine: bool = False  # the decay is half a cosine, not a line
     clip: float | None = 1.0
+    clip_of: Mapping[str, float] = field(default_factory=dict)
     slots: int = 1
     skip_limit: int = 10
     damaged_limit: float = 1.0

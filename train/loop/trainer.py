@@ -216,7 +216,8 @@ class Trainer:
         plan = self.plan
         for name, own in gradients.items():
             beside, factor = self._beside(name), 1 / found["weight"]
-            norm, clip = found[f"grad_norm{beside}"], plan.clip if plan.clip is not None else float("inf")
+            norm, clip = found[f"grad_norm{beside}"], plan.clip_of.get(name, plan.clip)
+            clip = float("inf") if clip is None else clip
             found[f"clipped{beside}"] = float(norm > clip)
             factor *= min(1.0, clip / (norm + 1e-6))
             if own and factor != 1:

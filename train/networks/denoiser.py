@@ -75,19 +75,22 @@ class Denoiser(LensTransformer2DModel):
         packing: Packing,
         adapter: str | None = None,
         blocks_out: list[tuple[Tensor, Tensor]] | None = None,
+        taps: Sequence[int] = (),
         inside: bool = False,
-    ) -> Tensor:
+    ) -> Any:
         """image rows [RI, C], text features [RT, F, E], time float32 [B] in [0, 1] -> velocity [RI, C] in `compute`.
 
         adapter: the one in force in this call and in what its backward pass computes again, see `train.loop.lora`;
-        blocks_out: receives (image [RI, D], text [RT, D]) after each block but the last, whose text nothing computes
+        blocks_out: receives (image [RI, D], text [RT, D]) after each block but the last, whose text nothing computes;
+        taps: numbers of blocks, from 1, rising: the image streams [RI, D] behind them are returned in the velocity's place,
+        and nothing behind the last one is computed
         """
         if inside:
-            return self._run(image_rows, features, time, packing, adapter, blocks_out)
+            return self._run(image_rows, features, time, packing, adapter, blocks_out, taps)
         own = {name: p for name, p in self.named_parameters() if not name.startswith("blocks.")}
         if all(p.dtype == self.compute for p in own.values()):
-            return self._run(image_rows, features, time, packing, adapter, blocks_out)
-        arguments = image_rows, features, time, packing, adapter, blocks_out
+            return self._run(image_rows, features, time, packing, adapter, blocks_out, taps)
+        arguments = image_rows, features, time, packing, adapter, blocks_out, taps
         return rounded_call(self, own, self.compute, *arguments, True)
 
     def _run(
@@ -98,7 +101,8 @@ class Denoiser(LensTransformer2DModel):
         packing: Packing,
         adapter: str | None,
         blocks_out: list[tuple[Tensor, Tensor]] | None,
-    ) -> Tensor:
+        taps: Sequence[int],
+    ) -> Tensor | list[Tensor]:
         # the time stays float32 up to its sinusoid: rounded to bfloat16 it would move by up to 0.4 %
         groups = self._groups(packing)
         alone = [1] * len(time) if groups[IMAGE] is not None else None
@@ -106,6 +110,7 @@ class Denoiser(LensTransformer2DModel):
         temb = F.silu(linear(self.time_embedding, time, alone)).float()
         text = self.project_text(list(features.to(self.compute).unbind(1)), packing.text_lengths)
         carried: Sequence[Residual] = (linear(self.image_in, image_rows.to(self.compute), groups[IMAGE]),), (text,)
+        tapped: list[Tensor] = []
         for index, block in enumerate(self.blocks):
             last = index + 1 == len(self.blocks)
             carried = block(carried, temb.to(self.compute), packing, last, adapter, groups, self._around)
@@ -113,6 +118,10 @@ class Denoiser(LensTransformer2DModel):
                 image, text = summed(carried, packing)
                 blocks_out.append((image, text))
                 carried = (image,), (text,)
+            if index + 1 in taps:
+                tapped.append(carried[IMAGE][0] if last else summed(carried, packing)[IMAGE])
+                if len(tapped) == len(taps):
+                    return tapped
         final = linear(self.final_modulation, temb.to(self.compute), alone).view(len(time), 2, -1)
         rows = self._final_norm(carried[IMAGE][0], Modulation(final, final), packing)
         return linear(self.image_out, rows, groups[IMAGE])

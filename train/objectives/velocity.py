@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lens.config import LensConfig
+from lens.packing import Packing
 
 from ..data.loader import STRIDE, ShardBatch
 from ..loop.keys import keyed
@@ -79,8 +80,11 @@ def velocity(
     axes: tuple[int, ...],
 ) -> Tensor:
     """x [B, I, C], features [RT, F, E], t [B] -> [B, I, C]."""
+    return model(x.flatten(0, 1), features, t, packing_for(x, lengths, grid, axes)).view_as(x)
+
+
+def packing_for(x: Tensor, lengths: Sequence[int], grid: tuple[int, int], axes: tuple[int, ...]) -> Packing:
+    """The plan of a batch of one grid, on the device of x [B, I, C]."""
     if x.device.type == "cpu":
-        packing = packing_of(grid, tuple(lengths), axes)
-    else:
-        packing = packing_on(grid, list(lengths), axes, x.device)
-    return model(x.flatten(0, 1), features, t, packing).view_as(x)
+        return packing_of(grid, tuple(lengths), axes)
+    return packing_on(grid, list(lengths), axes, x.device)

@@ -1,0 +1,395 @@
+"""Stage "distill" through the one loop: who learns when, the student's steps, masters, resume, rules, export."""
+
+import argparse
+import json
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from lens.config import LensConfig
+from lens.formats.released import load_scheduler, load_transformer, read_defaults
+from lens.sampler import Scheduler, walk
+from tests.small_pipeline import FOLDER
+from tests.train.clocks import StopAfter
+from tests.train.small_training import BUCKETS, SHAPE, checkpoint_in, micro, same, weights
+from train import configs, cost, distill
+from train.__main__ import main
+from train.evaluate import distillation as watch
+from train.loop import ranks
+from train.loop.checkpoints import Checkpoints
+from train.loop.keys import keyed
+from train.loop.lean_adamw import LeanAdamW
+from train.loop.lora import lora_layers
+from train.loop.trainer import ALONE, Trainer
+from train.networks.denoiser import Denoiser
+from train.networks.discriminator import Heads
+from train.objectives.distillation import Distillation
+
+RELEASED, MINI = configs.load("released", "distill"), configs.load("mini", "distill")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A checkpoint whose MMDiT has two blocks, none of whose weights is zero."""
+    root = tmp_path_factory.mktemp("teacher")
+    checkpoint_in(root)
+    return root
+
+
+def recipe(**changes):
+    module = ModuleType("recipe")
+    module.__dict__.update(configs.fields(RELEASED))
+    module.__dict__.update(MODEL=SHAPE, SLOTS=2, TAPS=(1, 2), HEAD_WIDTH=8, COMPUTE="float32", RECOMPUTE="none")
+    module.__dict__.update(LR=1e-3, FAKE_LR=1e-3, NORMALISER_FLOOR=0.1, LOG_EVERY=1, SAVE_EVERY=100, WATCH_EVERY=1)
+    module.__dict__.update(TEACHER_STEPS=2, GROUPS=1, GROUP=2, EMA=0.9, MU=0.5, **changes)
+    return module
+
+
+def batches(step, slots=2):
+    while True:
+        for slot in range(slots):
+            yield micro(step, slot)
+        step += 1
+
+
+def method_on(folder, own, watched=False, group=ALONE, best=None):
+    objective = Distillation(own, LensConfig(**SHAPE), Scheduler(), "float32", torch.float32)
+    teacher = distill.teacher_of(own, group, folder)
+    held_out = None
+    if watched:
+        held = [micro(99, 0)]
+        held[0].captions = tuple(held[0].keys)
+        held_out = distill.HeldOut(objective, teacher, held, decode)
+    networks = distill.networks_of(own, group, folder)
+    return distill.Distil(own, group, networks, teacher, objective, [b.name for b in BUCKETS], held_out, best)
+
+
+def decode(latents, grid):
+    """Two channels of the latents as colours, 2 x 2 pixels a token."""
+    x = latents[..., :3].unflatten(1, grid).repeat_interleave(4, 1).repeat_interleave(4, 2)
+    return ((x * 40 + 128).clamp(0, 255)).byte().numpy()
+
+
+def trainer_in(out, folder, watched=False, steps=9, **changes):
+    own, states = recipe(**changes), Checkpoints(out / "checkpoints", ALONE)
+    out.mkdir(parents=True, exist_ok=True)
+    method = method_on(folder, own, watched, best=Checkpoints(out / "best", ALONE, 1) if watched else None)
+    return Trainer(method.plan(steps), method, states, out, ALONE, configs.fields(own))
+
+
+def moved(before, after):
+    """Networks of which a weight changed, and which moments did."""
+    changed = same(before, after)  # the names of what differs
+    return {name.split(".")[1] for name in changed if name.startswith("model.")}, {
+        name.split(".")[2] for name in changed if name.startswith("optimizer.")
+    }
+
+
+def test_four_updates_of_fake_and_heads_then_one_of_the_student_then_ida(tmp_path, folder):
+    """Counts 4 : 4 : 1; IDA moves the fake score alone, by its factor, and no moment; the teacher never learns."""
+    trainer, data = trainer_in(tmp_path, folder), batches(0)
+    teacher = {n: p.clone() for n, p in trainer.method.teacher.named_parameters()}
+    for step in range(5):
+        before = weights(trainer)
+        found = trainer.train_step(data)
+        now = weights(trainer)
+        models, moments = moved(before, now)
+        if step < 4:
+            assert models == moments == {"fake", "heads"}
+            assert {"loss/fake", "loss/heads", "grad_norm/heads"} <= found.keys()
+            continue
+        assert moments == {"student"}
+        assert models == {"student", "fake"}
+        assert {"loss"} == {name for name in found if name.startswith("loss")}
+        for name in (n for n in now if n.startswith("model.fake.blocks.0.image")):
+            own = now[name.replace("fake", "student")]
+            np.testing.assert_allclose(now[name], before[name] + 0.03 * (own - before[name]), rtol=1e-4, atol=1e-7)
+    counts = {name: float(next(iter(n.optimizer.state.values()))["step"]) for name, n in trainer.networks.items()}
+    assert counts == {"student": 1, "fake": 4, "heads": 4}
+    assert all(p.grad is None and torch.equal(p, teacher[n]) for n, p in trainer.method.teacher.named_parameters())
+    assert all(p.grad is None for n in ("fake", "heads") for p in trainer.networks[n].parameters.values())
+
+
+def test_a_warm_up_teaches_the_fake_score_alone():
+    method = distill.Distil.__new__(distill.Distil)
+    method.recipe, method.networks = recipe(FAKE_WARMUP=10), dict.fromkeys(("student", "fake", "heads"))
+    turns = ["student" in method.turn(step) for step in range(20)]
+    assert turns == [*[False] * 14, True, *[False] * 4, True]
+    assert [method.student_step(step) for step in (9, 14, 15, 20)] == [0, 0, 1, 2]
+
+
+def test_the_masters_move_at_the_released_rate(tmp_path, folder):
+    """5e-7 on bfloat16 weights would change nothing: their neighbours are a thousand times as far."""
+    trainer, data = trainer_in(tmp_path, folder, LR=5e-7, FAKE_LR=5e-7, IDA=0.0), batches(0)
+    before = weights(trainer)
+    for _ in range(5):
+        trainer.train_step(data)
+    now = weights(trainer)
+    for network in ("student", "fake"):
+        names = [n for n in now if n.startswith(f"model.{network}.blocks.0.image") and before[n].ndim > 1]
+        bits = np.concatenate([(now[n] != before[n]).flatten() for n in names])
+        assert bits.mean() > 0.9
+        rounded = [torch.from_numpy(w[n]).bfloat16() for n in names for w in (before, now)]
+        assert np.mean([(a != b).float().mean() for a, b in zip(rounded[::2], rounded[1::2])]) < 0.01
+
+
+def run_to(out, folder, *stops, **changes):
+    done = False
+    for stop in stops:
+        trainer = trainer_in(out, folder, watched=True, steps=2, RULES={}, **changes)
+        if (latest := trainer.states.latest()) is not None:
+            trainer.resume(latest)
+        done = trainer.run(batches(trainer.step), StopAfter(stop))
+    assert done
+    return trainer
+
+
+def test_a_resume_goes_on_bit_for_bit_anywhere_in_a_turn(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(watch, "score_of", lambda text: lambda pictures, captions: float(np.mean(pictures)))
+    whole, parts = run_to(tmp_path / "whole", folder, 99), run_to(tmp_path / "parts", folder, 3, 4, 99)
+    assert whole.step == parts.step == 10
+    assert same(weights(whole), weights(parts)) == []
+    assert whole.method.state() == parts.method.state()
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines() if "drift" in line]
+        for name in ("whole", "parts")
+    ]
+    assert [{k: v for k, v in row.items() if k != "time"} for row in rows[0]] == [
+        {k: v for k, v in row.items() if k != "time"} for row in rows[1]
+    ]
+    assert [row["student_step"] for row in rows[0]] == [0, 1, 2]
+    assert {"ca_over_dm", "deviation", "cast", "saturation", "high_frequency", "fake_rise"} <= rows[0][-1].keys()
+    assert {"heads_accuracy", "near_eps", "diversity", "backdrops", "score"} <= rows[0][-1].keys()
+    best = whole.method.best
+    assert best["score"] == max(row["score"] for row in rows[0]) or best["score"] == pytest.approx(
+        max(row["score"] for row in rows[0]), rel=1e-5
+    )
+    assert Checkpoints(tmp_path / "whole" / "best", ALONE).latest().name == f"step_{int(best['step']):07d}"
+
+
+# ---------------------------------------------------------------- the student's steps
+
+
+@pytest.mark.parametrize("kind", ["euler", "renoise"])
+def test_the_simulation_is_the_samplers_walk_to_the_last_bit(folder, kind):
+    own = recipe(STUDENT_SAMPLER=kind)
+    method = method_on(folder, own)
+    objective, student, batch = method.objective, method.modules["student"], micro(0, 1)
+    real, given = objective.given(batch)
+    x, sigmas = objective.normal("start", batch, real), objective.sigmas(batch.bucket.tokens, 0)
+    noises = [objective.normal(f"renoise {j}", batch, real) for j in range(4)] if kind == "renoise" else []
+    got = objective.simulate(student, given, x, sigmas, 4, noises)
+    with torch.no_grad():
+        if kind == "euler":
+            want = walk(lambda x, t: (given.velocity(student, x, t), None), x, sigmas)
+        else:
+            want = x
+            for j, noise in enumerate(noises):
+                clean = want - sigmas[j] * given.velocity(student, want, sigmas[j].expand(len(x)))
+                want = (1 - sigmas[j + 1]) * clean + sigmas[j + 1] * noise
+        before = objective.simulate(student, given, x, sigmas, 3, noises)
+        last = objective.picture(student, given, before, sigmas[3])
+    assert torch.equal(got, want)
+    torch.testing.assert_close(last, want, rtol=1e-5, atol=1e-5)  # the last step is a jump to zero
+
+
+def test_the_students_place_and_times_follow_from_seed_and_step_alone():
+    own = recipe()
+    objective = Distillation(own, LensConfig(**SHAPE), Scheduler(), "float32", torch.float32)
+    places = [objective.place(step) for step in range(200)]
+    assert set(places) == {0, 1, 2, 3}
+    assert places == [
+        Distillation(own, LensConfig(**SHAPE), Scheduler(), "float32", torch.float32).place(s) for s in range(200)
+    ]
+    for tokens in (16, 1024, 4096):
+        assert torch.equal(objective.sigmas(tokens, 7), Scheduler().sigmas(tokens, 4))
+    torch.testing.assert_close(
+        objective.sigmas(4096, 0)[:4], torch.tensor([1.0, 0.967, 0.908, 0.767]), atol=1e-3, rtol=0
+    )
+    own.GRID = "random"
+    free = torch.stack([objective.sigmas(1024, step) for step in range(300)])
+    assert (free.diff(dim=1) < 0).all()
+    assert (free[:, 0] == 1).all()
+    assert (free[:, -1] == 0).all()
+    assert free[:, 3].std() > 0.1
+    with pytest.raises(ValueError, match="GRID: 'loose', expected one of fixed, random"):
+        Distillation(recipe(GRID="loose"), LensConfig(**SHAPE), Scheduler(), "float32", torch.float32)
+
+
+def test_taps_are_the_streams_between_the_blocks():
+    model = Denoiser(LensConfig(**{**SHAPE, "num_layers": 3}))
+    model.init_weights(keyed(0, "taps"), 0.2)
+    batch, seen = micro(0, 1), []
+    objective = Distillation(recipe(), LensConfig(**SHAPE), Scheduler(), "float32", torch.float32)
+    real, given = objective.given(batch)
+    t = torch.full((len(real),), 0.5)
+    from train.objectives.velocity import packing_for
+
+    packing = packing_for(real, given.lengths, given.grid, given.axes)
+    with torch.no_grad():
+        model(real.flatten(0, 1), given.features, t, packing, None, seen)
+        one, last = given.streams(model, real, t, (1, 3))
+    torch.testing.assert_close(one, seen[0][0])
+    assert last.shape == one.shape
+    logits = Heads(2, one.shape[1], 8, 0)([one, last], given.grid)
+    assert logits.shape == (len(real), 2)
+
+
+# ---------------------------------------------------------------- the optimiser
+
+
+def test_the_lean_optimiser_has_torchs_bits():
+    generator = keyed(0, "lean")
+    ours, theirs = (
+        [torch.nn.Parameter(torch.randn(s, generator=keyed(1, str(s)))) for s in ((5, 7), (7,))] for _ in range(2)
+    )
+    groups = [{"params": [p], "weight_decay": 0.01} for p in theirs]
+    torchs = torch.optim.AdamW(groups, 3e-3, (0.0, 0.9), eps=1e-8, foreach=False)
+    lean = LeanAdamW({str(i): p for i, p in enumerate(ours)}, 3e-3, 0.9, 0.01, 1e-8)
+    for step in range(40):
+        scale = 10.0 ** (-step % 9 - 4)
+        for a, b in zip(ours, theirs):
+            a.grad = torch.randn(a.shape, generator=generator) * scale
+            b.grad = a.grad.clone()
+        for group in (*lean.param_groups, *torchs.param_groups):
+            group["lr"] = 3e-3 * (1 + step % 3)
+        lean.step()
+        torchs.step()
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs)), step
+    assert {key for held in lean.state.values() for key in held} == {"step", "exp_avg_sq"}
+    assert 0 <= lean.near_eps() < 1
+
+
+# ---------------------------------------------------------------- the watch
+
+
+def test_figures_of_pictures_that_are_known():
+    grey, red = np.full((8, 8, 3), 119, np.uint8), np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 255
+    assert np.abs(watch.cast([grey])).max() < 0.01
+    np.testing.assert_allclose(watch.cast([red]), (80.09, 67.20), atol=0.02)  # CIELAB of sRGB red
+    assert (watch.saturation([grey]), watch.saturation([red])) == (0.0, 1.0)
+    board = (np.indices((8, 8)).sum(0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    assert watch.high_frequency([grey]) == 0
+    assert watch.high_frequency([board]) == 4 * 255
+    assert watch.effective_backdrops([grey, red]) == pytest.approx(2)
+    assert watch.effective_backdrops([red, red, red]) == pytest.approx(1)
+    pair = torch.stack([torch.zeros(4, 3), torch.full((4, 3), 2.0)])
+    assert watch.diversity([pair]) == pytest.approx(2)
+
+
+def test_a_rule_ends_the_training_when_its_number_stays_outside(tmp_path, folder):
+    rules = watch.Rules({"cast": (0.0, 1.0), "score": (0.5, 1.0)}, 2)
+    assert rules.check({"cast": 2.0}) == []
+    assert rules.check({"cast": 0.5}) == []  # in between it was inside
+    assert rules.check({"cast": float("nan")}) == []
+    assert rules.check({"cast": 3.0}) == ["cast is 3, outside of 0 .. 1 at 2 checks in a row"]
+    trainer = trainer_in(tmp_path, folder, watched=True, RULES={"drift": (0.0, 1e-9)}, PATIENCE=2)
+    clock = distill.RuledClock(None, trainer.method)
+    assert trainer.run(batches(0), clock) is False
+    assert trainer.step == 11  # the second check is at 10; the step after it is the last
+    assert "drift is" in trainer.method.ended[0]
+    assert trainer.states.latest().name == "step_0000011"
+
+
+def test_a_score_is_named_by_module_and_function():
+    assert watch.score_of("train.evaluate.distillation:cast") is watch.cast
+    assert watch.score_of("") is None
+    with pytest.raises(ValueError, match=r"SCORE: 'train\.nowhere:f', expected module:function"):
+        watch.score_of("train.nowhere:f")
+
+
+def test_a_teacher_that_does_not_hear_its_text_has_nothing_to_distil(folder):
+    method = method_on(folder, recipe(), watched=True)
+    assert method.held_out.response() > distill.LEAST_RESPONSE
+    with torch.no_grad():
+        for block in method.teacher.layers():
+            block.text.qkv.weight.zero_()
+            block.text.qkv.bias.fill_(-1e4)  # keys that no query looks at, values of all tokens alike
+            block.image.out.weight.zero_()
+    assert method.held_out.response() < distill.LEAST_RESPONSE
+
+
+# ---------------------------------------------------------------- recipes, LoRA, dry run
+
+
+def test_the_released_recipe_is_the_papers():
+    r = RELEASED
+    assert (r.LR, r.FAKE_LR, r.HEADS_LR, r.BETA2) == (5e-7, 5e-7, 1e-4, 0.9)
+    assert (r.GUIDANCE, r.LAMBDA_D, r.LAMBDA_G, r.R1_GAMMA, r.R1_ALPHA, r.IDA) == (5.0, 0.1, 0.001, 1.0, 0.1, 0.03)
+    assert (r.FAKE_UPDATES, r.FAKE_WARMUP, r.SLOTS, set(r.BATCH.values()), r.STEPS) == (4, 0, 8, {4}, 1_000)
+    assert distill.turns_of(r, 1_000) == 5_000
+    stated = {
+        "MODEL",
+        "BATCH",
+        "SLOTS",
+        "STUDENT_STEPS",
+        "GUIDANCE",
+        "LAMBDA_D",
+        "LAMBDA_G",
+        "R1_GAMMA",
+        "R1_ALPHA",
+        "IDA",
+    }
+    stated |= {"FAKE_UPDATES", "STEPS", "LR", "FAKE_LR", "HEADS_LR", "BETA2", "COMPUTE"}
+    assert set(configs.fields(r)) - stated == set(r.OPEN)
+    for own in (RELEASED, MINI):
+        distill.check(own)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"TAPS": (2, 1)}, "TAPS: expected rising numbers of blocks in 1 .. 2"),
+        ({"TAPS": (3,)}, "TAPS: expected rising numbers of blocks in 1 .. 2"),
+        ({"FAKE_WARMUP": 7}, "FAKE_WARMUP: expected a multiple of 5, got 7"),
+        ({"FAKE_LR": 0.0}, "FAKE_LR: expected a positive number, got 0.0"),
+    ],
+)
+def test_a_recipe_that_cannot_be_is_refused(change, words):
+    with pytest.raises(ValueError, match=words):
+        distill.check(recipe(**change))
+
+
+def test_the_dry_run_counts_all_networks(capsys):
+    assert main(["distill", "--config", "released", "--dry-run", "--gpu", "h200", "--world", "8"]) == 0
+    told = capsys.readouterr().out
+    for words in ("student: float32 masters", "fake score: second moment", "teacher, frozen", "heads, their", "sum"):
+        assert words in told
+    whole = cost.distillation_memory(RELEASED, LensConfig(), 1, 1000)
+    assert whole["student: float32 masters"] == pytest.approx(16.4e9, rel=0.01)
+    assert whole["teacher, frozen"] == pytest.approx(8.2e9, rel=0.01)
+
+
+def test_adapters_alone_learn_and_are_exported(tmp_path, folder):
+    """Student and fake score are adapters beside the frozen teacher's weights; IDA draws the matrices together."""
+    trainer, data = trainer_in(tmp_path, folder, LORA="r=2,alpha=4,targets=attention"), batches(0)
+    before = weights(trainer)
+    for _ in range(5):
+        trainer.train_step(data)
+    now = weights(trainer)
+    changed = [n for n in same(before, now) if n.startswith("model.student")]
+    assert changed
+    assert all(".down." in n or ".up." in n for n in changed)
+    assert len(list(lora_layers(ranks.bare(trainer.networks["student"].module)))) == 8
+
+
+def test_an_export_says_how_its_student_draws(tmp_path):
+    """The best student beside the teacher's other parts; its metadata and scheduler agree."""
+    model = load_transformer(FOLDER / "transformer", torch.float32, "cpu")
+    with torch.no_grad():
+        model.image_out.bias.add_(1.0)
+    best = Checkpoints(tmp_path / "best", ALONE, 1)
+    best.save(10, {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"stage": "distill", "settings": {}})
+    best.wait()
+    options = argparse.Namespace(out=tmp_path, init=FOLDER, export=tmp_path / "turbo")
+    own = recipe(STUDENT_SAMPLER="renoise")
+    own.MODEL = vars(model.config)
+    distill.export(options, own)
+    defaults = read_defaults(tmp_path / "turbo", None, "turbo")
+    assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.distilled.sampler) == (4, 1.0, "renoise")
+    assert load_scheduler(tmp_path / "turbo" / "scheduler").stochastic_sampling
+    written = load_transformer(tmp_path / "turbo" / "transformer", torch.float32, "cpu")
+    assert torch.equal(written.image_out.bias, model.image_out.bias.bfloat16().float())

@@ -1,0 +1,654 @@
+"""Stage "distill": a student of four steps without guidance, from a guided teacher of many: Turbo. docs/distillation.md has why.
+
+    python -m train distill --config mini --init lens/mini/base --out runs/turbo --stop-after 5m
+    python -m train distill --config mini --init lens/mini/base --out runs/turbo --stop-after 5m    # again to resume
+    python -m train distill --config mini --init lens/mini/base --out runs/turbo --sweep            # fake rate x CA weight
+    python -m train distill --config mini --init lens/mini/base --out runs/turbo --export runs/mini-turbo
+    python -m train distill --config mini --init lens/mini/base --out runs/style --lora r=64        # adapters alone
+    python -m train distill --config released --dry-run
+    torchrun --nproc-per-node 8 -m train distill --config released --init CHECKPOINT --data SHARDS --device cuda
+
+Student and fake score start from the weights of --init, which frozen are the teacher and keep text encoder and VAE. An
+optimiser step is one turn: FAKE_UPDATES of fake score and heads, then one of the student, after which the fake score is pulled
+towards it; a state may be saved after any, and resumes bit for bit on a CPU. OUT holds checkpoints/, best/ (the averaged
+student of the highest held-out score), log.jsonl and sheets. Numbers that leave their range end the training (RULES).
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lens import sampler
+from lens.formats.files import read_json, write_json
+from lens.formats.released import (
+    load_scheduler,
+    read_defaults,
+    read_index,
+    released_index,
+    released_scheduler,
+    save_transformer,
+    transformer_config,
+)
+from lens.sampler import Scheduler
+
+from . import configs, cost
+from . import pretrain_on_shards as flow
+from .data import encoders
+from .data.buckets import BucketSampler
+from .data.contact_sheet import contact_sheet
+from .data.loader import Encode, Loader, ShardBatch
+from .data.scene_pool import HELD_OUT, ScenePool
+from .data.shards import ShardSet
+from .data.small_world.scene import Scene
+from .data.small_world.world import World
+from .evaluate import distillation as watch
+from .loop import ranks
+from .loop.checkpoints import Checkpoints, read_state, write_text
+from .loop.clock import Clock, duration, positive
+from .loop.ema import Ema
+from .loop.keys import keyed
+from .loop.lean_adamw import LeanAdamW
+from .loop.log import read_log
+from .loop.lora import attach_lora, lora_of, merge_lora, parse_lora, save_lora
+from .loop.method import About, Losses, Method, Network, Plan
+from .loop.ranks import Ranks, local_shard
+from .loop.sheets import released_decoder
+from .loop.trainer import ALONE, Trainer
+from .loop.validation import validation_loader
+from .networks.denoiser import Denoiser
+from .networks.discriminator import Heads
+from .objectives import dmd
+from .objectives.distillation import Distillation, Given
+
+STAGE = "distill"
+LEAST_RESPONSE = 0.02  # of |v_c - v_u| / |v_c|: below, guidance has nothing to distil
+RESPONSE_TIMES = (0.3, 0.6, 0.9)
+MOST_RUNS = 12  # of a sweep
+SWEEP: dict[str, tuple[float, ...]] = {"FAKE_LR": (0.5, 1.0, 2.0, 4.0), "CA_WEIGHT": (0.5, 1.0, 2.0)}  # factors
+SWEEP_STEPS = 50  # student steps of a run
+
+Decode = Callable[[Tensor, tuple[int, int]], np.ndarray]
+
+
+def check(recipe: ModuleType) -> None:
+    """Refuse at the start what would fail later. Errors: ValueError naming the field."""
+    for name in (
+        "SLOTS",
+        "STEPS",
+        "STUDENT_STEPS",
+        "FAKE_UPDATES",
+        "WATCH_EVERY",
+        "WATCHED",
+        "LOG_EVERY",
+        "SAVE_EVERY",
+    ):
+        if getattr(recipe, name) < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {getattr(recipe, name)}")
+    for name in ("LR", "FAKE_LR", "HEADS_LR", "CLIP", "HEADS_CLIP", "LAMBDA_D", "NORMALISER_FLOOR"):
+        if not 0 < getattr(recipe, name) < float("inf"):
+            raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    if recipe.FAKE_WARMUP % (recipe.FAKE_UPDATES + 1):
+        raise ValueError(f"FAKE_WARMUP: expected a multiple of {recipe.FAKE_UPDATES + 1}, got {recipe.FAKE_WARMUP}")
+    if recipe.GROUP < 2 or recipe.GROUPS < 1:
+        raise ValueError(
+            f"GROUP, GROUPS: expected at least 2 pictures of 1 caption, got {recipe.GROUP}, {recipe.GROUPS}"
+        )
+    layers = flow.model_of(recipe).num_layers
+    if (
+        list(recipe.TAPS) != sorted(set(recipe.TAPS))
+        or not recipe.TAPS
+        or not 1 <= min(recipe.TAPS) <= max(recipe.TAPS) <= layers
+    ):
+        raise ValueError(f"TAPS: expected rising numbers of blocks in 1 .. {layers}, got {recipe.TAPS}")
+
+
+def turns_of(recipe: ModuleType, student_steps: int) -> int:
+    """Optimiser steps up to so many of the student."""
+    return recipe.FAKE_WARMUP + student_steps * (recipe.FAKE_UPDATES + 1)
+
+
+# ------------------------------------------------------------------------------------------------ networks
+
+
+def teacher_of(recipe: ModuleType, group: Ranks, folder: Path) -> nn.Module:
+    """The frozen teacher in the compute dtype, sharded as the student is, without an adapter."""
+    with torch.device("meta"):
+        model = Denoiser(flow.model_of(recipe), flow.DTYPES[recipe.COMPUTE], recipe.RECOMPUTE).train()
+        model.to(model.compute).requires_grad_(False)
+    wrapped = ranks.wrap(model, group, recipe.RESHARD) if group.shard > 1 else model
+    ranks.load_released(model, folder / "transformer", group.device)
+    return wrapped
+
+
+def networks_of(recipe: ModuleType, group: Ranks, folder: Path) -> dict[str, Network]:
+    """Student, fake score and, with LAMBDA_G, heads; float32 masters, a second moment each, an average of the student."""
+    found = {}
+    for name, lr in (("student", recipe.LR), ("fake", recipe.FAKE_LR)):
+        model = flow.build(recipe, group, folder / "transformer")
+        average = Ema(ranks.bare(model), recipe.EMA, trained_only=True) if name == "student" else None
+        found[name] = Network(model, _optimizer(recipe, ranks.bare(model), lr), average)
+    if recipe.LAMBDA_G:
+        heads: nn.Module = Heads(len(recipe.TAPS), flow.model_of(recipe).inner_dim, recipe.HEAD_WIDTH, recipe.SEED)
+        heads.to(group.device)
+        optimizer = _optimizer(recipe, heads, recipe.HEADS_LR)
+        found["heads"] = Network(DistributedDataParallel(heads) if group.world > 1 else heads, optimizer)
+    return found
+
+
+def _optimizer(recipe: ModuleType, module: nn.Module, lr: float) -> LeanAdamW:
+    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    return LeanAdamW(trained, lr, recipe.BETA2, recipe.WEIGHT_DECAY, recipe.EPS)
+
+
+# ------------------------------------------------------------------------------------------------ what is held out
+
+
+class HeldOut:
+    """Held-out pictures and captions, what the guided teacher draws of them, and what the student does.
+
+    Every rank draws all of it: sharded networks ask for the same calls of all.
+    """
+
+    def __init__(
+        self,
+        objective: Distillation,
+        teacher: nn.Module,
+        batches: Sequence[ShardBatch],
+        decode: Decode | None,
+        scenes: Sequence[Scene] = (),
+    ):
+        self.objective, self.teacher, self.decode, self.batches, self.scenes = (
+            objective,
+            teacher,
+            decode,
+            batches,
+            scenes,
+        )
+        self.captions = [caption for batch in batches for caption in batch.captions]
+        self.score = watch.score_of(objective.recipe.SCORE)
+        self._reference: tuple[watch.Drawn, watch.Drawn] | None = None
+
+    def draw(self, network: nn.Module, steps: int, guidance: float) -> watch.Drawn:
+        """By the sampler's steps, of fixed noise; every caption once, and the first GROUPS of them GROUP times."""
+        recipe = self.objective.recipe
+        latents, pictures = [], []
+        for index, batch in enumerate(self.batches):
+            real, given = self.objective.given(batch)
+            x = self._walk(network, given, self._noise(real, index), batch.bucket.tokens, steps, guidance)
+            latents.append(x)
+            pictures += self._decoded(x, given.grid)
+        groups, group_pictures = [], []
+        batch = self.batches[0]
+        real, given = self.objective.given(batch)
+        parts = given.features.split(list(given.lengths))
+        for index, (features, length) in enumerate(list(zip(parts, given.lengths))[: recipe.GROUPS]):
+            own = Given(features.repeat(recipe.GROUP, 1, 1), [length] * recipe.GROUP, given.grid, given.axes)
+            noise = self._noise(real[:1].expand(recipe.GROUP, -1, -1), 1_000 + index)
+            x = self._walk(network, own, noise, batch.bucket.tokens, steps, guidance)
+            groups.append(x)
+            group_pictures += self._decoded(x, given.grid)
+        return watch.Drawn(latents, pictures, groups, group_pictures)
+
+    def _noise(self, like: Tensor, index: int) -> Tensor:
+        generator = keyed(self.objective.recipe.SEED, "watch", index)
+        return torch.randn(like.shape, generator=generator).to(like.device)
+
+    def _walk(self, network: nn.Module, given: Given, x: Tensor, tokens: int, steps: int, guidance: float) -> Tensor:
+        none, objective = given.without_text(), self.objective
+        sigmas = objective.scheduler.sigmas(tokens, steps)
+        if guidance == 1:
+            renoise = objective.recipe.STUDENT_SAMPLER == "renoise"
+            noises = [self._noise(x, 2_000 + j) for j in range(steps)] if renoise else []
+            return objective.simulate(network, given, x, sigmas, steps, noises)
+
+        def velocities(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            return given.velocity(network, x, objective.told(t)), none.velocity(network, x, objective.told(t))
+
+        return sampler.walk(velocities, x, sigmas, guidance)
+
+    def _decoded(self, latents: Tensor, grid: tuple[int, int]) -> list[np.ndarray]:
+        return list(self.decode(latents, grid)) if self.decode is not None else []
+
+    @torch.no_grad()
+    def response(self) -> float:
+        """|v_c - v_u| / |v_c| of the teacher on noised real pictures: what there is to distil of its guidance."""
+        apart = whole = 0.0
+        batch = self.batches[0]
+        real, given = self.objective.given(batch)
+        for time in RESPONSE_TIMES:
+            t = torch.full((len(real),), time, device=real.device)
+            x = (1 - time) * real + time * self._noise(real, 0)
+            c, u = given.velocity(self.teacher, x, t), given.without_text().velocity(self.teacher, x, t)
+            apart, whole = apart + float((c - u).square().sum()), whole + float(c.square().sum())
+        return (apart / whole) ** 0.5
+
+    @torch.no_grad()
+    def figures(self, student: nn.Module) -> tuple[dict[str, float], watch.Drawn]:
+        """The numbers of train/evaluate/distillation.py and `score`, and what they are of."""
+        recipe = self.objective.recipe
+        if self._reference is None:
+            latents = [self.objective.given(batch)[0] for batch in self.batches]
+            pictures = [p for x, b in zip(latents, self.batches) for p in self._decoded(x, b.bucket.grid)]
+            true = watch.Drawn(latents, pictures, [], [])
+            self._reference = true, self.draw(self.teacher, recipe.TEACHER_STEPS, recipe.TEACHER_GUIDANCE)
+        true, teacher = self._reference
+        drawn = self.draw(student, recipe.STUDENT_STEPS, 1.0)
+        found = watch.figures(drawn, true, teacher)
+        if self.score is not None and drawn.pictures:
+            own = (drawn.pictures, self.captions, self.scenes) if self.scenes else (drawn.pictures, self.captions)
+            found["score"] = float(self.score(*own))
+        return found, drawn
+
+
+# ------------------------------------------------------------------------------------------------ method
+
+
+class Distil(Method):
+    """Student, fake score and heads in turns. best: where the averaged student of the highest score goes."""
+
+    def __init__(
+        self,
+        recipe: ModuleType,
+        group: Ranks,
+        networks: dict[str, Network],
+        teacher: nn.Module,
+        objective: Distillation,
+        kinds: Sequence[str],
+        held_out: HeldOut | None = None,
+        best: Checkpoints | None = None,
+    ):
+        self.recipe, self.group, self.networks, self.teacher = recipe, group, networks, teacher
+        self.objective, self.held_out, self.states, self.kinds = objective, held_out, best, tuple(kinds)
+        self.modules = {name: network.module for name, network in networks.items()}
+        self.rules = watch.Rules(recipe.RULES, recipe.PATIENCE)
+        self.ended: list[str] = []  # the rules that say stop
+        self.sums: dict[str, list[float]] = {}  # of terms since the last check: sum, count
+        self.lowest_fake, self.best = float("inf"), {"score": float("-inf"), "step": -1.0}
+        self.drawn: watch.Drawn | None = None
+
+    # -------------------------------------------------------------------------------------------- the turns
+
+    def student_step(self, step: int) -> int:
+        """Student steps taken before an optimiser step."""
+        return max(0, step - self.recipe.FAKE_WARMUP) // (self.recipe.FAKE_UPDATES + 1)
+
+    def students_turn(self, step: int) -> bool:
+        after, cycle = step - self.recipe.FAKE_WARMUP, self.recipe.FAKE_UPDATES + 1
+        return after >= 0 and after % cycle == self.recipe.FAKE_UPDATES
+
+    def turn(self, step: int) -> tuple[str, ...]:
+        return ("student",) if self.students_turn(step) else tuple(n for n in self.networks if n != "student")
+
+    def losses(self, batch: ShardBatch, step: int) -> dict[str, Losses]:
+        compute = self.objective.student if self.students_turn(step) else self.objective.fake_and_heads
+        found = compute(self.modules, self.teacher, batch)
+        for own in found.values():
+            for name, value in own.terms.items():
+                held = self.sums.setdefault(name, [0.0, 0.0])
+                held[0], held[1] = held[0] + value.item(), held[1] + 1
+        return found
+
+    def after(self, step: int) -> None:
+        """IDA, behind a student step."""
+        if self.recipe.IDA and self.students_turn(step):
+            fake, student = ([local_shard(p.detach()) for p in own] for own in self._pairs())
+            dmd.align_(fake, student, self.recipe.IDA)
+
+    def _pairs(self) -> tuple[list[Tensor], list[Tensor]]:
+        """What trains of the fake score and of the student, in one order."""
+        fake, student = (self.networks[name].parameters for name in ("fake", "student"))
+        return list(fake.values()), [student[name] for name in fake]
+
+    def about(self, batch: ShardBatch) -> About:
+        count, tokens = len(batch.lengths), batch.bucket.tokens
+        return About(
+            samples=count,
+            kind=batch.bucket.name,
+            place=(batch.step, batch.slot),
+            image_tokens=count * tokens,
+            text_tokens=sum(batch.lengths),
+            skipped_members=len(batch.skipped),
+            seen={"bucket": batch.bucket.name, "keys": list(batch.keys)},
+        )
+
+    def plan(self, student_steps: int) -> Plan:
+        """For a training of so many student steps."""
+        recipe, cycle = self.recipe, self.recipe.FAKE_UPDATES + 1
+        return Plan(
+            STAGE,
+            turns_of(recipe, student_steps),
+            clip=recipe.CLIP,
+            clip_of={"heads": recipe.HEADS_CLIP},
+            slots=recipe.SLOTS,
+            skip_limit=recipe.SKIP_LIMIT,
+            log_every=recipe.LOG_EVERY * cycle,
+            validate_every=recipe.WATCH_EVERY * cycle if self.held_out is not None else 0,
+            validate_first=self.held_out is not None,
+            save_every=recipe.SAVE_EVERY * cycle,
+        )
+
+    # -------------------------------------------------------------------------------------------- state
+
+    def state(self) -> dict[str, Any]:
+        kept = {"sums": self.sums, "broken": self.rules.broken, "best": self.best}
+        return {"watch": {**kept, "lowest_fake": self.lowest_fake}}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        held = state["watch"]
+        self.sums = {name: list(pair) for name, pair in held["sums"].items()}
+        self.rules.broken = dict(held["broken"])
+        self.lowest_fake, self.best = held["lowest_fake"], dict(held["best"])
+
+    # -------------------------------------------------------------------------------------------- the watch
+
+    def _since(self) -> dict[str, float]:
+        """Means of the terms since the last check, and what is made of them; they begin anew."""
+        means = {name: total / count for name, (total, count) in self.sums.items()}
+        self.sums = {}
+        found = {name: means[name] for name in ("heads_accuracy",) if name in means}
+        if "applied_dm" in means:
+            found["ca_over_dm"] = means["applied_ca"] / max(means["applied_dm"], 1e-12)
+        if "fake" in means:
+            self.lowest_fake = min(self.lowest_fake, means["fake"])
+            found["fake_rise"] = means["fake"] / self.lowest_fake
+        return found
+
+    @torch.no_grad()
+    def drift(self) -> float:
+        """|theta - phi| / |theta| over what trains: how far the fake score is from the student."""
+        fake, student = self._pairs()
+        apart = ranks.norm([s.detach() - f.detach() for f, s in zip(fake, student)], self.group)
+        return float(apart / ranks.norm([s.detach() for s in student], self.group))
+
+    def validate(self, step: int) -> dict[str, float]:
+        """The check: numbers, rules, and the best student so far. The student has its averaged weights."""
+        if self.held_out is None:
+            return {}
+        values, self.drawn = self.held_out.figures(self.modules["student"])
+        optimizer = self.networks["student"].optimizer
+        assert isinstance(optimizer, LeanAdamW), "networks_of gave it"
+        values |= {**self._since(), "near_eps": optimizer.near_eps(), "student_step": float(self.student_step(step))}
+        values["drift"] = self.drift()
+        values = self.group.gather(values)[0]  # all decide by what the main rank saw
+        if self.student_step(step):  # before, it is the teacher in four steps, which need not be in any range
+            self.ended = self.rules.check(values)
+        if values.get("score", float("-inf")) > self.best["score"]:
+            self.best = {"score": values["score"], "step": float(step)}
+            if self.states is not None:
+                student = ranks.bare(self.modules["student"])
+                tensors = {f"model.{name}": p.detach() for name, p in student.named_parameters()}
+                self.states.save(step, tensors, {"stage": STAGE, "settings": {}, "score": values["score"]})
+                self.states.wait()
+        return values
+
+    def draw(self, folder: Path, step: int) -> dict[str, Path]:
+        """The held-out captions as the last check drew them."""
+        if self.drawn is None or not self.drawn.pictures or self.held_out is None or not self.group.main:
+            return {}
+        path = folder / f"sheet_{step:06d}.png"
+        shapes = [p.shape for p in self.drawn.pictures]
+        own = [i for i, shape in enumerate(shapes) if shape == shapes[0]]
+        contact_sheet([self.drawn.pictures[i] for i in own], [self.held_out.captions[i] for i in own], path, columns=8)
+        return {"sheet": path}
+
+
+class RuledClock(Clock):
+    """Over, too, when a rule of the method says so."""
+
+    def __init__(self, limit: float | None, method: Distil):
+        super().__init__(limit)
+        self.method = method
+
+    @property
+    def over(self) -> bool:
+        return bool(self.method.ended) or super().over
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="mini", help="recipe in train/configs: mini or released (default: mini)")
+    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="the teacher: a folder in the released layout")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/turbo"), help="states, log, sheets (default: runs/turbo)"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="SHARDS", help="pictures and captions, for a recipe without scenes"
+    )
+    parser.add_argument("--validate", type=Path, metavar="SHARDS", help="shards the training never sees, for the watch")
+    parser.add_argument(
+        "--lora", metavar="r=R[,alpha=A]", help="train adapters alone; alpha=2r, targets=attention or all"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="replace a field; repeatable")
+    parser.add_argument("--steps", type=positive, help="student steps instead of the recipe's")
+    parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 9m")
+    parser.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
+    parser.add_argument("--sweep", action="store_true", help="short runs over the fake score's rate and the CA weight")
+    parser.add_argument(
+        "--export", type=Path, metavar="FOLDER", help="train nothing; write the best student as a checkpoint"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every field, and why where it is open")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory of all networks; needs no GPU")
+    parser.add_argument("--world", type=positive, default=8, help="processes that --dry-run assumes (default: 8)")
+    parser.add_argument("--gpu", default="a100", choices=sorted(cost.GPUS), help="GPU of --dry-run (default: a100)")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument("--shard", type=positive, help="ranks that hold one copy of the state (default: at most SHARD)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: 1)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that read shards ahead of time (default: 0)")
+
+
+def as_given(options: argparse.Namespace) -> ModuleType:
+    """The recipe with the MMDiT of the checkpoint and the LoRA asked for. Errors: ValueError."""
+    recipe: Any = configs.override(configs.load(options.config, STAGE), options.set)
+    if options.init is not None:
+        path = options.init / "transformer" / "config.json"
+        if not path.is_file():
+            raise ValueError(f"distill --init {options.init}: expected a checkpoint folder in the released layout")
+        recipe.MODEL = vars(transformer_config(read_json(path), str(path)))
+    if options.lora:
+        recipe.LORA = str(parse_lora(options.lora))
+    check(recipe)
+    return recipe
+
+
+def run(options: argparse.Namespace) -> int:
+    recipe = as_given(options)
+    if options.print_config:
+        print(configs.describe(recipe))
+        return 0
+    if options.dry_run:
+        print(cost.distillation_dry_run(recipe, options.world, options.shard, options.gpu))
+        return 0
+    if options.init is None:
+        raise ValueError("distill: expected --init CHECKPOINT, the teacher's folder in the released layout")
+    torch.set_num_threads(options.threads)
+    if options.export:
+        export(options, recipe)
+        return 0
+    with ranks.join(options.device, options.shard, most=recipe.SHARD) as group:
+        if options.sweep:
+            sweep(options, recipe, group)
+        else:
+            train(options, recipe, group, options.out, options.steps or recipe.STEPS, options.stop_after)
+    return 0
+
+
+def stream_of(
+    options: argparse.Namespace, recipe: ModuleType, group: Ranks
+) -> tuple[Any, Callable[[Any], Iterator[ShardBatch]], list[ShardBatch], list[Scene], Decode | None, list[str]]:
+    """(place in the stream, batches from a place on, held-out batches, their scenes, decoder, names of the buckets).
+
+    Errors: ValueError where the recipe has no scenes and there is no --data.
+    """
+    dtype = flow.DTYPES[recipe.COMPUTE]
+    tokenizer, codec, text = encoders.released(options.init, group.device, dtype)
+    if hasattr(recipe, "SCENES"):
+        if options.data is not None or group.world > 1:
+            raise ValueError("distill: a recipe with SCENES reads no --data and runs on one process")
+        from .networks.generator import Painter
+
+        world = World("train", recipe.TASKS, recipe.CLASSES, recipe.CAPTIONS, recipe.PHOTOGRAPHS)
+        pool = ScenePool(recipe, world, tokenizer, encoders.MiniLatents(options.init / "vae"), text)
+        held, scenes = pool.held_out(HELD_OUT, recipe.WATCHED)
+        names = [bucket.name for bucket in pool.buckets]
+        return (
+            (lambda step: {"step": step}),
+            lambda at: pool.batches(at["step"]),
+            held,
+            scenes,
+            Painter(options.init / "vae"),
+            names,
+        )
+    if options.data is None:
+        raise ValueError(f"distill: expected --data SHARDS for {recipe.__name__.removeprefix('train.configs.')}")
+    shards = ShardSet(options.data)
+    members = BucketSampler(flow.bucket_sizes(recipe, shards), flow.law_of(recipe), recipe.SEED, recipe.SLOTS)
+    loader = Loader(shards, members, tokenizer, 0.0, options.workers, pin=group.device.type == "cuda")
+    encode = Encode(codec, text, group.device, shards)
+
+    def batches(at: Any) -> Iterator[ShardBatch]:
+        return encode.ahead(loader.batches(at if "data" in at else at["step"], group.rank, group.world))
+
+    held = []
+    if options.validate is not None:
+        unseen, encoder = validation_loader(recipe, options.validate, shards, tokenizer, encode)
+        found = unseen.batches(0)
+        while sum(len(batch.lengths) for batch in held) < recipe.WATCHED:
+            held.append(encoder(next(found)))
+    return loader.state, batches, held, [], released_decoder(codec), [bucket.name for bucket in members.buckets]
+
+
+def train(
+    options: argparse.Namespace, recipe: ModuleType, group: Ranks, out: Path, steps: int, limit: float | None
+) -> Distil:
+    """Distil until so many student steps, the clock or a rule. Errors: ValueError, see the command's help."""
+    index = read_defaults(options.init, None, options.init.resolve().name)
+    if index.distilled:
+        raise ValueError(f"distill --init {options.init}: is distilled itself; expected the guided teacher")
+    data, batches, held, scenes, decode, kinds = stream_of(options, recipe, group)
+    teacher = teacher_of(recipe, group, options.init)
+    scheduler = student_scheduler(recipe, options.init)
+    objective = Distillation(recipe, flow.model_of(recipe), scheduler, index.time_dtype, flow.DTYPES[recipe.COMPUTE])
+    held_out = HeldOut(objective, teacher, held, decode, scenes) if held else None
+    if held_out is not None and (response := held_out.response()) < LEAST_RESPONSE:
+        raise ValueError(
+            f"distill --init {options.init}: |v_c - v_u| / |v_c| is {response:.2g}, expected at least {LEAST_RESPONSE}: this "
+            "teacher does not respond to guidance, and there is nothing to distil of it"
+        )
+    states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
+    best = Checkpoints(out / "best", group, 1)
+    method = Distil(recipe, group, networks_of(recipe, group, options.init), teacher, objective, kinds, held_out, best)
+    trainer = Trainer(method.plan(steps), method, states, out, group, configs.fields(recipe))
+    at: dict[str, Any] = {"step": 0}
+    if (folder := options.resume or states.latest()) is not None:
+        held_lora = read_state(folder)["settings"].get("LORA")
+        if held_lora != getattr(recipe, "LORA", None):
+            raise ValueError(f"--lora {getattr(recipe, 'LORA', None)}: this training has {held_lora or 'none'}")
+        at = trainer.resume(folder)["data"]
+    if group.main:
+        out.mkdir(parents=True, exist_ok=True)
+        if held_out is None:
+            print("distill: without --validate nothing is watched, and the last student is taken", flush=True)
+    group.barrier()
+    trainer.run(batches(at), RuledClock(limit, method), data)
+    if group.main:
+        for line in method.ended:
+            print(f"distill: ended at student step {method.student_step(trainer.step)}: {line}", flush=True)
+        if method.best["step"] >= 0:
+            print(
+                f"best: score {method.best['score']:.4f} at optimiser step {method.best['step']:.0f}, in {best.folder}",
+                flush=True,
+            )
+    return method
+
+
+def student_scheduler(recipe: ModuleType, folder: Path) -> Scheduler:
+    """The checkpoint's, which adds noise between steps where the student was trained so."""
+    found = load_scheduler(folder / "scheduler")
+    return Scheduler(found.use_dynamic_shifting, found.shift, recipe.STUDENT_SAMPLER == "renoise")
+
+
+# ------------------------------------------------------------------------------------------------ sweep and export
+
+
+def sweep(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> None:
+    """SWEEP_STEPS of the student at every pair of factors on FAKE_LR and CA_WEIGHT, into OUT/sweep.md; resumes run by run."""
+    pairs = [(a, b) for a in SWEEP["FAKE_LR"] for b in SWEEP["CA_WEIGHT"]][:MOST_RUNS]
+    lines = [
+        "| fake rate | CA weight | score | at | CA/DM | deviation | high frequency | cast | diversity | ended by |"
+    ]
+    lines.append("|" + "---|" * 10)
+    for rate, weight in pairs:
+        own = configs.override(
+            recipe, [f"FAKE_LR={recipe.FAKE_LR * rate:g}", f"CA_WEIGHT={recipe.CA_WEIGHT * weight:g}"]
+        )
+        if hasattr(recipe, "LORA"):
+            vars(own)["LORA"] = recipe.LORA
+        out = options.out / "sweep" / f"fake_{own.FAKE_LR:g}_ca_{own.CA_WEIGHT:g}"
+        method = train(options, own, group, out, options.steps or SWEEP_STEPS, options.stop_after)
+        last: dict[str, Any] = next(
+            (row for row in reversed(read_log(out / "log.jsonl")) if "deviation" in row and "drift" in row), {}
+        )
+        cells = [
+            f"{last[n]:.3g}" if n in last else "-"
+            for n in ("ca_over_dm", "deviation", "high_frequency", "cast", "diversity")
+        ]
+        best = [f"{method.best['score']:.4f}", str(method.student_step(int(method.best["step"])))]
+        ended = ", ".join(line.split(" is ")[0] for line in method.ended) or "-"
+        lines.append("| " + " | ".join([f"{own.FAKE_LR:g}", f"{own.CA_WEIGHT:g}", *best, *cells, ended]) + " |")
+        if group.main:
+            write_text(options.out / "sweep.md", "\n".join(lines) + "\n")
+    if group.main:
+        print("\n".join(lines))
+
+
+def export(options: argparse.Namespace, recipe: ModuleType) -> None:
+    """The best student, or without a score the last average, as a checkpoint folder beside the teacher's other parts.
+
+    Its metadata says the student's sampler, steps and grid, which the pipeline obeys. With --lora: FOLDER/lora, too.
+    """
+    best = Checkpoints(options.out / "best", ALONE)
+    found = best.latest()
+    with torch.device("meta"):
+        model = Denoiser(flow.model_of(recipe))
+    model.to_empty(device="cpu")
+    if lora := lora_of(recipe):
+        attach_lora(model, lora)
+    if found is not None:
+        best.load(found, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
+    else:
+        states = Checkpoints(options.out / "checkpoints", ALONE)
+        if (found := states.latest()) is None:
+            raise FileNotFoundError(f"{states.folder}: no state of a training here")
+        names = {
+            f"{'ema' if p.requires_grad else 'model'}.student.{n}": p.detach() for n, p in model.named_parameters()
+        }
+        states.load(found, names)
+    folder: Path = options.export
+    if lora:
+        save_lora(model, lora, folder / "lora")
+        merge_lora(model)
+    if folder.resolve() != options.init.resolve():
+        shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
+    save_transformer(model, folder / "transformer", torch.bfloat16)
+    write_json(
+        folder / "scheduler" / "scheduler_config.json", released_scheduler(student_scheduler(recipe, options.init))
+    )
+    about = dict(read_index(options.init).get("lens", {}))
+    about |= {"variant": "turbo", "num_inference_steps": recipe.STUDENT_STEPS, "guidance_scale": 1.0}
+    about["distilled"] = {"sampler": recipe.STUDENT_SAMPLER, "steps": recipe.STUDENT_STEPS, "grid": recipe.GRID}
+    write_json(folder / "model_index.json", released_index(about))
+    if (options.out / "log.jsonl").is_file():
+        write_text(folder / f"{STAGE}.jsonl", (options.out / "log.jsonl").read_text(encoding="utf-8"))
+    print(f"{found} is exported: {folder}")
