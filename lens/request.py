@@ -200,7 +200,6 @@ def _beside_the_training(
         warnings.warn(f"this checkpoint is distilled; {'; '.join(said)}", stacklevel=5)
 
 
-
 def finite(name: str, value: Any, least: float = -math.inf) -> float:
     """A finite number, numpy's too, but neither True nor "5"."""
     try:

@@ -317,7 +317,7 @@ class Distil(Method):
             place=(batch.step, batch.slot),
             image_tokens=count * tokens,
             text_tokens=sum(batch.lengths),
-            skipped_members=len(batch.skipped),
+            damaged=[(skip.key, skip.reason) for skip in batch.skipped],
             seen={"bucket": batch.bucket.name, "keys": list(batch.keys)},
         )
 

@@ -36,7 +36,7 @@ from . import configs, cost
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import Encode, Loader, ShardBatch
-from .data.shards import ShardSet, ShardSets
+from .data.shards import Shards, ShardSet, ShardSets
 from .loop import ranks
 from .loop.checkpoints import Checkpoints, read_state
 from .loop.clock import Clock, positive
@@ -128,7 +128,7 @@ def build(recipe: ModuleType, group: Ranks, init: Path | None = None) -> nn.Modu
 
 
 def networks(
-    recipe: ModuleType, options: argparse.Namespace, shards: ShardSet, group: Ranks
+    recipe: ModuleType, options: argparse.Namespace, shards: Shards, group: Ranks
 ) -> tuple[encoders.Tokenizer | None, Any, Any, Callable[[Tensor, tuple[int, int]], np.ndarray] | None]:
     """(tokenizer, codec, text encoder, decoder) as the options name them; Nones where nothing is named.
 
@@ -320,7 +320,7 @@ def loudly(line: str) -> None:
     print(f"warning: {line}", file=sys.stderr, flush=True)
 
 
-def bucket_sizes(recipe: ModuleType, shards: ShardSet) -> dict[Bucket, int]:
+def bucket_sizes(recipe: ModuleType, shards: Shards) -> dict[Bucket, int]:
     """Samples of every bucket that a recipe draws and the shards hold. Errors: ValueError where there is none."""
     if shards.max_upscale > recipe.MAX_UPSCALE:
         raise ValueError(

@@ -118,7 +118,7 @@ class ShardPlan:
     def digest(self) -> str:
         """Of everything the bytes depend on; paths and devices are no part of it."""
         content = [[type(s).__name__, *(v for k, v in asdict(s).items() if k != "folder")] for s in self.sources]
-        settings = [self.bucket.name, sorted(self.extra.fingerprints().items()), self.extra.dtype]
+        settings: list[Any] = [self.bucket.name, sorted(self.extra.fingerprints().items()), self.extra.dtype]
         if self.bucket.size != self.bucket.unrecorded_size:  # where the name alone does not say it
             settings.append(list(self.bucket.size))
         return hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()[:16]

@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ class ReleasedText:
         self.fingerprint = fingerprint_of((), fingerprint, self.prefix, tuple(layers))
         self._taken: dict[int, Tensor] = {}
         for layer in set(layers):
-            self.model.layers[layer].register_forward_hook(functools.partial(self._take, layer))
+            cast(Any, self.model).layers[layer].register_forward_hook(functools.partial(self._take, layer))
 
     def _take(self, layer: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._taken[layer] = output[0] if isinstance(output, tuple) else output

@@ -36,7 +36,7 @@ from ..loop.workers import undisturbed
 from .buckets import Bucket, BucketSampler, MicroBatch, outputs, philox, uniforms
 from .encoders import LatentCodec, TextEncoder, Tokenizer
 from .images import Unusable, fitted
-from .shards import FEATURES, IDS, LATENTS, TEXT, Member, ShardSet, array_of
+from .shards import FEATURES, IDS, LATENTS, TEXT, Member, Shards, array_of
 
 TRIES = 100  # members drawn for one place before a bucket is given up
 STRIDE = 1 << 12  # draws of a micro-batch; no batch is larger
@@ -101,7 +101,7 @@ class ShardBatch:
 class ShardReader(torch.utils.data.Dataset):
     """MicroBatch -> ShardBatch, from files and keyed draws alone: what a worker runs."""
 
-    def __init__(self, shards: ShardSet, tokenizer: Tokenizer | None, text_dropout: float, seed: int):
+    def __init__(self, shards: Shards, tokenizer: Tokenizer | None, text_dropout: float, seed: int):
         self.shards, self.tokenizer, self.text_dropout, self.seed = shards, tokenizer, text_dropout, seed
 
     def __getitem__(self, micro: MicroBatch) -> ShardBatch | Interrupted:
@@ -198,7 +198,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: ShardSet,
+        shards: Shards,
         sampler: BucketSampler,
         tokenizer: Tokenizer | None = None,
         text_dropout: float = 0.1,
@@ -283,7 +283,7 @@ class Encode:
         codec: LatentCodec | None,
         text: TextEncoder | None,
         device: torch.device | str,
-        shards: ShardSet | None = None,
+        shards: Shards | None = None,
     ):
         self.codec, self.text, self.device = codec, text, torch.device(device)
         for name, network in (("latents", codec), ("text", text)):

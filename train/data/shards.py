@@ -367,6 +367,9 @@ class ShardSets:
         raise IndexError(f"{bucket.name}: no member {position} beyond the last")
 
 
+Shards = ShardSet | ShardSets
+
+
 def write_manifest(
     folder: Path, shards: Sequence[tuple[Bucket, Path]], left_out: Mapping[str, int], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -396,7 +399,11 @@ def write_manifest(
     }
     write_json(folder / MANIFEST, manifest)
     head, table = table_of(manifest)
-    write_atomic(folder / TABLE, lambda temporary: temporary.write_bytes(npy_bytes(table)))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(npy_bytes(table))
+
+    write_atomic(folder / TABLE, write)
     write_json(folder / HEAD, {**head, "manifest": digest_of(folder / MANIFEST), "table": digest_of(folder / TABLE)})
     return manifest
 

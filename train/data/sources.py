@@ -132,7 +132,7 @@ def captions_of(path: Path) -> dict[str, str]:
 
 def _captions_of_parquet(path: Path) -> dict[str, str]:
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-not-found]  # no dependency: whoever has such files has it
     except ImportError:
         raise ValueError(f"--captions {path}: Parquet needs pyarrow: pip install pyarrow") from None
     file = parquet.ParquetFile(path)
@@ -140,7 +140,7 @@ def _captions_of_parquet(path: Path) -> dict[str, str]:
         raise ValueError(
             f"--captions {path}: no column {sorted(missing)[0]!r}; it has {', '.join(file.schema_arrow.names)}"
         )
-    out = {}
+    out: dict[str, str] = {}
     for batch in file.iter_batches(columns=["file", "caption"]):
         rows = batch.to_pydict()
         out |= {str(Path(name)): str(text) for name, text in zip(rows["file"], rows["caption"])}

@@ -37,7 +37,7 @@ from .method import Method, Plan, learning_rate
 from .ranks import Ranks
 
 # of a row of the log, on the terminal
-SHOWN = (
+SHOWN: tuple[str, ...] = (
     "step",
     "loss",
     "grad_norm",
@@ -347,9 +347,9 @@ class Trainer:
                     raise Interrupted(f"{why}; step {self.step} is saved, the same command goes on from there")
                 stopped, self.samples = bool(found["stop"]), self.samples + found["samples"]
                 window.add(found, found["sums"])
-                if (why := self._too_damaged()) is not None:
+                if (damage := self._too_damaged()) is not None:
                     self.save(data, last=True)
-                    raise Interrupted(f"{why}; step {self.step} is saved")
+                    raise Interrupted(f"{damage}; step {self.step} is saved")
                 if self.step % plan.log_every == 0 or stopped or self.step == last:
                     row = window.row(self.main, self.skipped)
                     if log is not None:

@@ -22,7 +22,7 @@ from torch import nn
 from ..data import encoders
 from ..data.buckets import Bucket, BucketLaw, BucketSampler
 from ..data.loader import Encode, Loader
-from ..data.shards import ShardSet
+from ..data.shards import Shards, ShardSet
 from .ranks import Ranks
 
 Objective = Callable[
@@ -42,11 +42,11 @@ class HeldOut:
         group = self.group
         sums = torch.zeros(len(self.bases), 3, dtype=torch.float64, device=group.device)  # pictures, with text, without
         batches = self.loader.batches(0, group.rank, group.world)
-        slots, batch = self.recipe.SLOTS, None
+        slots, batch = self.recipe.SLOTS, self.encode(next(batches))
         for place in range(self.recipe.VALIDATION * -(-slots // group.world)):
             # ranks without a slot in a last round ask the model as often as the others
             idle = place % -(-slots // group.world) * group.world + group.rank >= slots
-            batch = batch if idle else self.encode(next(batches))
+            batch = batch if idle or place == 0 else self.encode(next(batches))
             bare = dataclasses.replace(batch, lengths=[0] * len(batch.lengths), features=batch.encoded[1][:0])
             row = sums[self.bases.index(batch.bucket.base)]
             row[0] += 0 if idle else len(batch.lengths)
@@ -64,7 +64,7 @@ class HeldOut:
 
 
 def validation_loader(
-    recipe: ModuleType, folder: Path, seen: ShardSet, tokenizer: encoders.Tokenizer | None, encode: Encode
+    recipe: ModuleType, folder: Path, seen: Shards, tokenizer: encoders.Tokenizer | None, encode: Encode
 ) -> tuple[Loader, Encode]:
     """What `--validate` reads. Errors: ValueError where it is what the training sees, or needs networks that are not there."""
     shards = ShardSet(folder)

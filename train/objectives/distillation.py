@@ -34,7 +34,9 @@ class Batch(Protocol):
     step: int
     slot: int
     bucket: Bucket
-    lengths: Sequence[int]
+
+    @property
+    def lengths(self) -> Sequence[int]: ...
 
     @property
     def encoded(self) -> tuple[Tensor, Tensor]:
