@@ -34,6 +34,8 @@ Loop = Callable[[list[Tensor], list[Tensor]], list[Tensor]]  # (noise, features)
 class NoEncoder:
     """Stands in where features are given: it encodes no prompts, and there are none."""
 
+    width = 0  # of activations that it never has
+
     def encode(self, prompts: list[str], *_: object) -> list[Any]:
         if prompts:
             raise ValueError(f"bench.suites.e2e: this pipeline has no text encoder, got {len(prompts)} prompts")
@@ -42,6 +44,8 @@ class NoEncoder:
 
 class Prepared:
     """Knows its prompts' features already: what is left of a call is the denoiser's."""
+
+    width = 0
 
     def __init__(self, features: dict[str, list[Tensor]]):
         self.features = features

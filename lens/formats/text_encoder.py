@@ -185,6 +185,7 @@ def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, 
     names = (
         "embed_tokens.weight",
         "layers.0.self_attn.sinks",
+        "layers.0.self_attn.q_proj.bias",
         "layers.0.self_attn.k_proj.bias",
         "layers.0.mlp.router.bias",
     )
@@ -192,7 +193,7 @@ def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, 
     if missing := [name for name in (*names, expert) if name not in tensors or not tensors[name].shape]:
         found = of_names(stored.key for stored in tensors.values())
         raise CheckpointError(f"{where}: no GPT-OSS text encoder in bf16: {missing[0]} is missing; {found}")
-    embedding, sinks, keys, router = (tensors[name].shape for name in names)
+    embedding, sinks, queries, keys, router = (tensors[name].shape for name in names)
     layers = 1 + max(int(match[1]) for key in tensors if (match := re.match(r"layers\.(\d{1,6})\.", key)))
     values = {
         "model_type": "gpt_oss",
@@ -201,7 +202,8 @@ def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, 
         "intermediate_size": tensors[expert].shape[-2],
         "num_hidden_layers": layers,
         "num_attention_heads": sinks[0],
-        "num_key_value_heads": keys[0] // 64,
+        "head_dim": queries[0] // max(1, sinks[0]),
+        "num_key_value_heads": keys[0] * sinks[0] // max(1, queries[0]),
         "num_local_experts": router[0],
     }
     return _checked_settings(values, str(where))

@@ -75,7 +75,7 @@ def test_its_cases_exist_and_the_headlines_are_among_them(tmp_path):
         for stage in ("total", "denoise", "host"):
             assert f"e2e/{variant}/1024/b1/bf16/{stage}" in found
     assert "step/1024/cfg/text415/bf16" in found
-    assert set(tables.SHAPES) <= set(found)
+    assert set(tables.CASES) <= set(found)
 
 
 def test_it_leaves_at_most_eight_files(tmp_path):
@@ -282,7 +282,7 @@ def test_a_suite_goes_on_behind_a_lost_subject(tmp_path, monkeypatch):
         journal.Journal(path).write(journal.subject(second.id, second.subjects[0]), event)
     monkeypatch.setattr(journal, "journal", journal.Journal(path))
     asked = []
-    monkeypatch.setattr(plugin, "measure", lambda case, *_: asked.append((case.id, _[-1])) or {})
+    monkeypatch.setattr(plugin, "measure", lambda case, *_: asked.append((case.id, _[3])) or {})
     bench = plugin.Bench([first, second], torch.device("cpu"), 1.0, None, tmp_path / "ops.json")
     bench.report["ceilings"] = {}
     assert list(bench.cases) == [second.id]

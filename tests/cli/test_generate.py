@@ -682,7 +682,7 @@ def test_files_of_prompts_that_hold_none_or_no_text(tmp_path):
     ("args", "message"),
     [
         (["a", "--model", "no-such-model"], "no-such-model"),
-        (["a", "--model", "."], "model_index.json"),
+        (["a", "--model", "."], "transformer: folder not found"),
         (["--like", "missing.png"], "missing.png: file not found"),
         (["--like", "text.png"], "not a readable PNG"),
         (["--like", "plain.png"], "carries no recipe"),

@@ -10,6 +10,7 @@ from transformers.utils import import_utils
 from lens.doctor import report
 from lens.doctor.findings import NOTE, OK
 from lens.formats import mxfp4, text_encoder
+from lens.formats.parts import Part
 from tests.small_pipeline import FOLDER
 
 LOW, HIGH = import_utils.KERNELS_MIN_VERSION, import_utils.KERNELS_MAX_VERSION
@@ -92,9 +93,9 @@ def test_loading_onto_a_gpu_tells_that_it_expands(machine, monkeypatch, tmp_path
     monkeypatch.setattr(torch.nn.Module, "to", lambda self, device: self)
     machine(kernels=None)
     with pytest.warns(UserWarning, match="are expanded, to about four times their size: MXFP4 quantization requires"):
-        text_encoder._load_mxfp4(tmp_path, config, torch.bfloat16, "cuda")
+        text_encoder._load_mxfp4(Part.of(tmp_path), config, torch.bfloat16, "cuda")
     assert given[0]["quantization_config"].dequantize
     machine()
     with pytest.warns(UserWarning, match="transformers does not say why"):
-        text_encoder._load_mxfp4(tmp_path, config, torch.bfloat16, "cuda")
+        text_encoder._load_mxfp4(Part.of(tmp_path), config, torch.bfloat16, "cuda")
     assert given[1]["device_map"] == {"": "cuda"}

@@ -67,11 +67,11 @@ def expected(qkv, images, texts, rounded=False):
         rows, heads, sums = slice(start, start + i + t), [], []
         for head in range(q.shape[1]):
             logits = q[rows, head].double() @ k[rows, head].double().T / 8
-            lse = logits.logsumexp(-1, keepdim=True)
-            p = (logits - lse).exp()
+            total = logits.logsumexp(-1, keepdim=True)
+            p = (logits - total).exp()
             p = p.bfloat16().double() if rounded else p
             heads.append(p @ v[rows, head].double())
-            sums.append(lse.squeeze(-1))
+            sums.append(total.squeeze(-1))
         out = torch.cat(heads, -1)
         image.append(out[:i])
         text.append(out[i:])

@@ -277,6 +277,7 @@ def test_sdist_alone_builds_a_wheel_of_lens_alone(tmp_path):
     assert "cuda" not in needed(module)
 
 
+@pytest.mark.nightly  # CI itself builds in an editable checkout and compiles with nvcc from PyPI
 def test_editable_with_nvcc_from_pypi(tmp_path):
     """LENS_CUDA=ON with nvcc hidden: the compiler comes from PyPI, the module imports without a driver."""
     source = copy_of_tree(tmp_path / "source")

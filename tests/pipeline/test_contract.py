@@ -298,7 +298,9 @@ def test_return_dict():
 def test_warnings_above_the_trained_size_and_ratio():
     pipe = fresh()
     pipe.defaults = Defaults("lens", 1, 1.0, base_resolution=32, max_resolution=48)
-    with pytest.warns(UserWarning, match="64x48 is larger than the largest size this model is shown to work at"):
+    with pytest.warns(
+        UserWarning, match="height 64, width 48 is larger than the largest size this model is shown to work at"
+    ):
         pipe([A, B], height=64, width=48, output_type="latent")
     with pytest.warns(UserWarning, match="16x48 lies outside the trained aspect ratios 1:2 to 2:1") as caught:
         pipe(A, height=16, width=48, output_type="latent")

@@ -85,7 +85,9 @@ def test_every_multiple_of_16_between_1_2_and_2_1():
             UserWarning, match=f"{h}x{w} is above 1024x1024, the largest base Lens was trained at; it is shown"
         ):
             resolution.request_grids(1, h, w, None, None, None, 1024, 1440)
-    with pytest.warns(UserWarning, match="1440x1456 is larger than the largest size this model is shown to work at"):
+    with pytest.warns(
+        UserWarning, match="height 1440, width 1456 is larger than the largest size this model is shown to work at"
+    ):
         resolution.request_grids(1, 1440, 1456, None, None, None, 1024, 1440)
     with pytest.warns(UserWarning, match="32x80 lies outside"):
         resolution.request_grids(1, 32, 80, None, None, None, 1024, 1440)
