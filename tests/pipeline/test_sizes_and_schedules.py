@@ -89,7 +89,7 @@ def test_every_multiple_of_16_between_1_2_and_2_1():
         UserWarning, match="height 1440, width 1456 is larger than the largest size this model is shown to work at"
     ):
         resolution.request_grids(1, 1440, 1456, None, None, None, 1024, 1440)
-    with pytest.warns(UserWarning, match="32x80 lies outside"):
+    with pytest.warns(UserWarning, match="height 32, width 80 lies outside"):
         resolution.request_grids(1, 32, 80, None, None, None, 1024, 1440)
 
 
