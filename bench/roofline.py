@@ -1,8 +1,6 @@
-"""FLOPs and bytes that a piece of the model cannot avoid, and the share of this machine's ceilings that a time reaches.
+"""What a time means on this machine: its ceilings, measured, the bytes that inputs and outputs take, the share reached.
 
-A GEMM of [m, k] and [k, n] counts 2 m k n; attention 4 S_q S_k D (two GEMMs); everything else counts nothing.
-Bytes are compulsory traffic: every weight and input read once, every output written once. B samples, I image and T
-text tokens of each, D width, F hidden width, L blocks; see `lens.ops.reference` for the alphabet.
+FLOPs and compulsory traffic are `lens.cost`'s.
 """
 
 from __future__ import annotations
@@ -11,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lens.config import LensConfig
-from lens.cost import attention_flops, gemm_flops
+from lens.cost import gemm_flops
 
 from .case import tensors
 
@@ -28,17 +25,6 @@ SAME_CHIP = "An H200 has an H100's multiprocessors and 1.4x its memory bandwidth
 def moved(*values: Any) -> int:
     """Bytes of all tensors in nested arguments and results: what a pass over them reads and writes once."""
     return sum(t.numel() * t.element_size() for t in tensors(values))
-
-
-def reference_step_flops(config: LensConfig, batch: int, image: int, text: int) -> dict[str, int]:
-    """The reference's call on a padded batch [batch, image + text]: modulation, text projection, dead rows and all."""
-    d, f, layers, c = config.inner_dim, config.mlp_hidden_dim, config.num_layers, config.in_channels
-    features = len(config.selected_layer_index) * config.enc_hidden_dim
-    row = gemm_flops(1, d, 3 * d) + gemm_flops(1, d, d) + 2 * gemm_flops(1, d, f) + gemm_flops(1, f, d)
-    time = gemm_flops(batch, 256, d) + gemm_flops(batch, d, d) + gemm_flops(batch, d, 2 * d)
-    gemm = layers * batch * (image + text) * row + 2 * batch * image * gemm_flops(1, c, d)
-    gemm += batch * text * gemm_flops(1, features, d) + layers * 2 * gemm_flops(batch, d, 6 * d) + time
-    return {"gemm": gemm, "attention": layers * batch * attention_flops(image + text, image + text, d)}
 
 
 def roof(flops: float, moved_bytes: float, seconds: float, ceilings: dict[str, float]) -> dict[str, float]:

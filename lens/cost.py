@@ -1,6 +1,6 @@
 """FLOPs, bytes and parameters from shapes alone: the one place of these formulas.
 
-Predictions of step time, residency plans, the bench's roofline and the dry runs of training read them. A GEMM of [m, k] and [k, n]
+Residency plans, the bench and the dry runs of training read them. A GEMM of [m, k] and [k, n]
 counts 2 m k n; attention 4 S_q S_k D (two GEMMs); everything else counts nothing. Traffic is compulsory: every weight
 and input read once, every output written once. B samples, I image and T text tokens of each, D width, F hidden width,
 L blocks; see `lens.ops.reference` for the alphabet.

@@ -9,17 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-
 SINUSOID_CHANNELS = 256
-MODULATION_ORDER = ("shift1", "scale1", "gate1", "shift2", "scale2", "gate2")  # the order of the projection's output
 
 
 def sinusoid(timestep: Tensor) -> Tensor:
@@ -32,7 +27,10 @@ def sinusoid(timestep: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Modulation:
-    """Rows of B samples or K steps: ``blocks`` [B, L, 2 (image, text), 6, D], ``final`` [B, 2 (scale, shift), D]."""
+    """Rows of B samples or K steps: ``blocks`` [B, L, 2 (image, text), 6, D], ``final`` [B, 2 (scale, shift), D].
+
+    The six of a block and stream, in the order of the projection's output: shift1, scale1, gate1, shift2, scale2, gate2.
+    """
 
     blocks: Tensor
     final: Tensor
@@ -40,10 +38,6 @@ class Modulation:
     def rows(self, index: Tensor) -> Modulation:
         """The table's rows ``index`` (int64 [B]): one step for each sample of a batch."""
         return Modulation(self.blocks[index], self.final[index])
-
-    def for_block(self, block: int, stream: int) -> tuple[Tensor, ...]:
-        """The six [B, D] views (shift1, scale1, gate1, shift2, scale2, gate2) of one block and stream."""
-        return self.blocks[:, block, stream].unbind(1)
 
 
 def concatenate(parts: Sequence[Modulation]) -> Modulation:

@@ -5,7 +5,7 @@
 
 Fresh multinomial logistic regressions are fitted to the features of training captions (all styles) with L-BFGS and asked
 about captions of held-out scenes, whose combinations of class and colour, or of classes, training never shows. Where they
-read is where training asks (data/questions.py): class and colour at the noun, count and relation at the last token.
+read is where training asks (data/small_world/questions.py): class and colour at the noun, count and relation at the last token.
 Deterministic: the same weights give the same figures on one machine.
 """
 

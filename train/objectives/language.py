@@ -2,7 +2,7 @@
 
 Features [R, F, E] are those of all tokens of a batch, one sample after another. Each layer is divided by its RMS and the
 layers are concatenated, which is exactly what the MMDiT reads. Every reader is one linear map from there to the values
-of one attribute. Questions: data/questions.py.
+of one attribute. Questions: data/small_world/questions.py.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class Candidate:
     function: str = ""  # that the module must have; private ones come and go
     backward: bool = True
     own_backward: str = ""  # the name of its own gradients, where it is another
-    gives_lse: bool = False  # it gives them, for gradients of another library
+    gives_lse: bool = False  # for gradients of another library
     deterministic: bool = True  # its gradients are the same bits every time
     device_lengths: bool = True
     device: str = "cuda"
