@@ -24,9 +24,11 @@ from .engine.batch_invariance import default as default_invariance
 from .engine.graphs import marked
 from .engine.job import Job, Text
 from .engine.overlap import Pending, host_lane_for
+from .engine.progress import counted_steps
 from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choose, free_bytes, immovable, sizes_of
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
+from .engine.threads import number_for, threads_for
 from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.lora import Adapters
@@ -48,13 +50,11 @@ from .formats.vae import load_vae, vae_tensors
 from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
-from .progress import counted_steps
 from .reasoner import PromptsRefused, Reasoner, Refined
 from .request import Request, finite
 from .sampler import Scheduler
 from .serving import stream
 from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
-from .threads import number_for, threads_for
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
 _Features = tuple[list[list[Tensor]], "list[Tensor] | None"]

@@ -1,8 +1,8 @@
 """Whole pictures and their stages: e2e/<lens | turbo>/<side | mixed>/b<batch | queue>/<dtype>/<stage>.
 
 `LensPipeline` as a user calls it, on random weights: prompt to pixels as an array, tokenising and image files left out.
-Stages: total; denoise, text, decode by themselves; host and host_total, the CPU's share (suites/host.py); first and
-first_latents, right after loading; stream, many pictures (suites/throughput.py). The reference is the loop of comparator
+Stages: total; denoise, text, decode by themselves; host and host_total, the CPU's share (work/host.py); first and
+first_latents, right after loading; stream, many pictures (work/throughput.py). The reference is the loop of comparator
 (a) around the same encoder and decoder, the exact one of comparator (c). e2e/mini/64/b8 draws with the weights that ship.
 """
 

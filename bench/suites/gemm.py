@@ -2,7 +2,7 @@
 
 Rows are image rows of one sample or of a guided pair, "+text": with the text stream's own weights on its rows, which is
 what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows. The GEMMs with
-the row op behind them are in suites/linear.py and come first.
+the row op behind them are in work/linear.py and come first.
 """
 
 from __future__ import annotations

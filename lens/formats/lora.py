@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lens.interrupts import held_back
+from lens.formats.interrupts import held_back
 
 from . import contents
 from .files import CheckpointError, is_there, parse_json, read_json

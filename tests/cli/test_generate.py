@@ -453,7 +453,7 @@ def test_like_says_where_another_machine_may_give_other_bits(apple, tmp_path):
 
 def test_like_draws_on_as_many_threads_as_the_picture_was(apple, tmp_path, monkeypatch):
     """Of a model that is not small: the number decides bits, and one machine's cores are not another's."""
-    monkeypatch.setattr("lens.threads.SMALL_WIDTH", 16)
+    monkeypatch.setattr("lens.engine.threads.SMALL_WIDTH", 16)
     before, drawn_with = torch.get_num_threads(), []
     draw = LensPipeline.draw
     monkeypatch.setattr(LensPipeline, "draw", lambda *a: drawn_with.append(torch.get_num_threads()) or draw(*a))

@@ -93,8 +93,8 @@ ON_TORCH = {"joint_attention"}
 # the fused form of an op shares the op's files
 FUSED = {"gated_residual_norm_modulate": "gated_residual"}
 # for sm_90a alone, hence without CPU kernels: stem -> its kernels, and where tests run them
-PRODUCTS = [f"gemm/linear{row_op}" for row_op in ("", "_qkv_norm_rope", "_swiglu", "_gated_residual")]
-HOPPER = {"linear_fused": PRODUCTS, "denoise_step": ["denoise_step"]}
+GEMMS = [f"gemm/linear{row_op}" for row_op in ("", "_qkv_norm_rope", "_swiglu", "_gated_residual")]
+HOPPER = {"linear_fused": GEMMS, "denoise_step": ["denoise_step"]}
 STEMS = sorted({p.stem for p in (ROOT / "lens" / "ops").glob("*.py")} - SHARED | set(HOPPER))
 
 
@@ -125,6 +125,20 @@ def test_every_file_that_contributors_are_sent_to_exists():
     named = [word for word in re.findall(r"`([\w./-]+)`", text) if re.search(r"/|\.(py|md|cuh?|h|cpp)$", word)]
     assert len(named) > 15
     assert [word for word in named if not (ROOT / word).exists() and not list(ROOT.rglob(word))] == []
+
+
+def test_files_named_in_prose_and_comments_exist():
+    """By their name, or by the end of their path."""
+    known = [f"/{name(path)}" for path in files(*FOLDERS, suffixes={*TEXT, ".sh"})] + [f"/{top}" for top in TOP]
+    pages = [*ROOT.glob("*.md"), *files("docs", "bench", "tests", suffixes={".md"})]
+    regex = re.compile(r"(?<![\w/.*<-])(?:\.\./)*((?:[\w-]+/)*[\w-]+\.(?:py|cpp|cuh?|md|sh))\b")
+    gone = [
+        f"{name(path)}: {word}"
+        for path in [*pages, *files("lens", "train", "bench", "csrc", suffixes={".py", ".sh", *CPP})]
+        for word in regex.findall(path.read_text())
+        if not any(file.endswith(f"/{word}") for file in known)
+    ]
+    assert gone == []
 
 
 def test_links_in_the_documentation_lead_somewhere():

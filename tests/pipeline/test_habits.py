@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from lens import LensPipeline, progress
+from lens import LensPipeline
+from lens.engine import progress
 from tests.small_pipeline import FOLDER, fresh, same_bits, shared
 
 CALL = dict(prompt="a red apple", height=32, width=48, num_inference_steps=2, seed=1)

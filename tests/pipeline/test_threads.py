@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from lens import threads
+from lens.engine import threads
 from tests.small_pipeline import fresh, same_bits
 
 CALL = dict(sizes=[(64, 64), (96, 64)], seed=1, num_inference_steps=2, guidance_scale=3.0, output_type="np")
@@ -75,7 +75,8 @@ def test_a_process_forked_from_one_that_drew_draws(small):
     program = f"""
 import os, sys, warnings
 import torch
-from lens import LensPipeline, threads
+from lens import LensPipeline
+from lens.engine import threads
 threads.SMALL_WIDTH = {256 if small else 16}
 torch.set_num_threads(2)
 pipe = LensPipeline.from_pretrained("mini")
