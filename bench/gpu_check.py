@@ -82,7 +82,7 @@ def pytest_command(*more: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Part:
+class SuiteShare:
     """What of a suite the first command measures. most, leaves: as of its Stage; seconds: for each subject of a case."""
 
     suite: str
@@ -94,7 +94,7 @@ class Part:
 
 
 PARTS = (  # in order of value
-    Part(
+    SuiteShare(
         "e2e",
         130,
         110,
@@ -106,15 +106,17 @@ PARTS = (  # in order of value
         ),
         200,
     ),
-    Part("step", 85, 70, 0.4, ("step/1024/cfg/text415/*", "step/1024/single/text200/*", "step/1024/b[48]/*"), 150),
-    Part("attention", 50, 40, 0.15, ("*",), 60),
-    Part("gemm", 45, 0, 0.15, ("gemm/*_*/*", "gemm/*/8192+text415/*", "gemm/table/table20/*"), 60),
-    Part("ops", 50, 0, 0.1, ("ops/*/bf16/*",), 60),
-    Part("train", 60, 0, 0.2, ("train/512/*",), 120),
+    SuiteShare(
+        "step", 85, 70, 0.4, ("step/1024/cfg/text415/*", "step/1024/single/text200/*", "step/1024/b[48]/*"), 150
+    ),
+    SuiteShare("attention", 50, 40, 0.15, ("*",), 60),
+    SuiteShare("gemm", 45, 0, 0.15, ("gemm/*_*/*", "gemm/*/8192+text415/*", "gemm/table/table20/*"), 60),
+    SuiteShare("ops", 50, 0, 0.1, ("ops/*/bf16/*",), 60),
+    SuiteShare("train", 60, 0, 0.2, ("train/512/*",), 120),
 )
 
 
-def suite(out: Path, part: Part, cases: list[str], most: float, leaves: float, number: str = "") -> Stage:
+def suite(out: Path, part: SuiteShare, cases: list[str], most: float, leaves: float, number: str = "") -> Stage:
     """One `bench run` into DIR/<suite><number>.json, which measures no new case in the last of its time."""
     chosen = [word for case in cases for word in ("--case", case)]
     file = str(out / f"{part.suite}{number}.json")
@@ -143,7 +145,7 @@ def sanitizer_stages(sanitizer: str | None, leaves: float) -> list[Stage]:
 
 
 def first_stages(architecture: str) -> list[Stage]:
-    """The build, without which nothing can run, and the first tests: rounding or a broken kernel is told and goes on."""
+    """The build, without which nothing can run, and the first tests: rounding or a broken kernel is reported and the check goes on."""
     archs = {"LENS_CUDA": "ON", "LENS_CUDA_ARCHS": architecture}
     build = [PYTHON, "setup.py", "--quiet", "build_ext", "--inplace"]
     return [
@@ -158,7 +160,7 @@ def plan(out: Path, sanitizer: str | None, tests: list[str], architecture: str) 
     hard = [test for test in tests if test.startswith(KERNELS) and test != ROWS]
     return [
         *first_stages(architecture),
-        pytest_stage("tiles of products and attention", hard, SMALL, 10, 60, SUITES),
+        pytest_stage("tiles of GEMMs and attention", hard, SMALL, 10, 60, SUITES),
         pytest_stage("gpu tests", tests, "", 20, 120, SUITES),
         *sanitizer_stages(sanitizer, SUITES),
         *(suite(out, part, list(part.cases), part.most, part.leaves) for part in PARTS),
@@ -234,15 +236,15 @@ def run_stage(stage: Stage, left: float, log: Any) -> dict[str, Any]:
             again.truncate()
             again.write(b"(its end)\n" + output[-LOG:])
     text = output.decode(errors="replace")
-    told = list(dict.fromkeys(REASONS.findall(text)))
-    known = " ".join(told)
-    told += [f"LOST {name}: {why}" for name, why in lost.items() if f"LOST {name}:" not in known]
+    reasons = list(dict.fromkeys(REASONS.findall(text)))
+    known = " ".join(reasons)
+    reasons += [f"LOST {name}: {why}" for name, why in lost.items() if f"LOST {name}:" not in known]
     return {
         "stage": stage.name,
         "outcome": outcome,
         "code": code,
         "seconds": round(time.monotonic() - start, 1),
-        "reasons": told[:MOST_REASONS],
+        "reasons": reasons[:MOST_REASONS],
         "tail": text[-TAIL:],
     }
 

@@ -82,12 +82,12 @@ class Bench:
         if journal.journal is None or not journal.journal.lost or self.out is None or not self.out.exists():
             return
         before = json.loads(self.out.read_text(encoding="utf-8"))
-        told = {outcome: before["bench"][outcome] for outcome in ("left_out", "failed")}
+        excused = {outcome: before["bench"][outcome] for outcome in ("left_out", "failed")}
         found = {(b["extra_info"]["case"], b["extra_info"]["subject"]) for b in before["benchmarks"]}
-        found |= {(case, name) for of in told.values() for case, names in of.items() for name in names}
+        found |= {(case, name) for of in excused.values() for case, names in of.items() for name in names}
         whole = {id for id, case in self.cases.items() if all((id, name) in found for name in self._asked(case))}
         self._earlier = [b for b in before["benchmarks"] if b["extra_info"]["case"] in whole]
-        for outcome, of in told.items():
+        for outcome, of in excused.items():
             self.report[outcome] |= {case: names for case, names in of.items() if case in whole}
         self.cases = {id: case for id, case in self.cases.items() if id not in whole}
 

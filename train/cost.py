@@ -33,12 +33,12 @@ def vae_flops(pixels: int) -> float:
 
 VAE_BYTES = 0.17e9  # the encoder's half is less
 # What a block keeps for its backward pass without recomputation, per row of width D: numbers of the compute dtype, in units of D.
-# Counted on a block by tests/train/test_denoiser.py. Of a LoRA, without the rows of its adapters' inside: a frozen product
+# Counted on a block by tests/train/test_denoiser.py. Of a LoRA, without the rows of its adapters' inside: a frozen GEMM
 # keeps nothing.
 SAVED_ACTIVATIONS = 22.1
 SAVED_WITH_LORA = {"attention": 18.5, "all": 22.1}
 BLOCK_BOUNDARY = 2.0  # between two blocks: the residual stream and what is still to be added to it
-PRODUCTS = 6.0  # what "selective" keeps besides: attention, qkv, out, w2
+SMALL_GEMMS = 6.0  # what "selective" keeps besides: attention, qkv, out, w2
 
 
 def forward_flops(config: LensConfig, image: int, texts: Sequence[int]) -> float:
@@ -116,7 +116,7 @@ def memory(recipe: ModuleType, config: LensConfig, shard: int, world: int, rows:
     kept = {
         "none": layers * inside,
         "block": layers * BLOCK_BOUNDARY + inside,
-        "selective": layers * (BLOCK_BOUNDARY + PRODUCTS) + inside,
+        "selective": layers * (BLOCK_BOUNDARY + SMALL_GEMMS) + inside,
     }
     found = {"frozen weights": item * total / shard} if lora else {}
     found |= {

@@ -28,7 +28,7 @@ from lens.formats.released import load_transformer, read_index, released_index, 
 from lens.model import LensTransformer2DModel
 
 from . import configs
-from .data.pool import Encoded, Part, Pool, Size, grid_of
+from .data.pool import Encoded, Pool, PoolPart, Size, grid_of
 from .data.small_world.world import World
 from .loop.checkpoints import StateFile, load_state, write_text
 from .loop.clock import Clock
@@ -75,7 +75,7 @@ def _config_of(config: ModuleType, transformer: LensTransformer2DModel) -> LensC
 
 
 @torch.no_grad()
-def validate(config: ModuleType, padded: Padded, held: Sequence[tuple[Size, Part]]) -> dict[str, float]:
+def validate(config: ModuleType, padded: Padded, held: Sequence[tuple[Size, PoolPart]]) -> dict[str, float]:
     """Loss at each of TIMES on fixed scenes and noise, `loss_at/T`, and their mean `validation`, by size where there are more."""
     out: dict[str, float] = {}
     sizes = list(dict.fromkeys(size for size, _ in held))
@@ -96,7 +96,7 @@ def validate(config: ModuleType, padded: Padded, held: Sequence[tuple[Size, Part
     return out
 
 
-def held_out(config: ModuleType, made: Encoded) -> list[tuple[Size, Part]]:
+def held_out(config: ModuleType, made: Encoded) -> list[tuple[Size, PoolPart]]:
     """Batches of validation scenes, what fills no batch included."""
     parts = made.parts(range(VALIDATION_SEED, VALIDATION_SEED + config.VALIDATION * len(config.SIZES)))
     return [(key[0], part.take(rows)) for key, part in parts.items() for rows in torch.arange(len(part)).split(32)]
@@ -119,7 +119,7 @@ class OnPool(Method):
         model: LensTransformer2DModel,
         folder: Path,
         pool: Pool,
-        held: Sequence[tuple[Size, Part]],
+        held: Sequence[tuple[Size, PoolPart]],
         lr: float,
         gemm: torch.dtype,
     ):
@@ -129,7 +129,7 @@ class OnPool(Method):
         self.networks = {"model": Network(model, optimizer, Ema(model, config.EMA))}
         self.place = {"turn": 0, "position": 0}
 
-    def batches(self) -> Iterator[tuple[Size, Part]]:
+    def batches(self) -> Iterator[tuple[Size, PoolPart]]:
         """From the place on, without end unless the pool was stopped; where it stands is told before each."""
         turn, position = self.place["turn"], self.place["position"]
         while self.pool.turn_to(turn):
@@ -139,12 +139,12 @@ class OnPool(Method):
                     yield batch
             turn, position = turn + 1, 0
 
-    def about(self, batch: tuple[Size, Part]) -> About:
+    def about(self, batch: tuple[Size, PoolPart]) -> About:
         _, part = batch
         count, tokens = part.latents.shape[:2]
         return About(count, image_tokens=count * tokens, text_tokens=int(part.lengths.sum()), seen=self.place)
 
-    def losses(self, batch: tuple[Size, Part], step: int) -> dict[str, Losses]:
+    def losses(self, batch: tuple[Size, PoolPart], step: int) -> dict[str, Losses]:
         """Times, noise and caption dropout are keyed by (seed, step)."""
         (size, part), config = batch, self.config
         generator, count = keyed(config.SEED, "step", step), len(part)

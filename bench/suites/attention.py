@@ -115,10 +115,10 @@ def prepare(scale: Scale, lengths: Sequence[tuple[int, int]], way: str, device: 
 
     def in_mode(fixed: bool, polynomial: int) -> Attend:
         bound = score_bound([norms.image_q], [norms.image_k]) if fixed else float("inf")
-        places = image_offsets, text_offsets, sum(images)
+        layout = image_offsets, text_offsets, sum(images)
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            made = hopper.forward(q, k, v, *places, True, heads[1] ** -0.5, bound, polynomial, False)
+            made = hopper.forward(q, k, v, *layout, True, heads[1] ** -0.5, bound, polynomial, False)
             return joined(*made[:2])
 
         return call

@@ -23,7 +23,7 @@ from lens.vae import PixelCodec
 from ..case import OURS, Case, LeftOut, Subject, Work
 from ..work import host, throughput
 from ..work.comparators import compiled
-from ..work.drawing import BOUND, Drawing, NoEncoder, way
+from ..work.drawing import BOUND, DrawingSetup, NoEncoder, way
 from ..work.scale import Grid, Scale
 
 SUBJECTS = {
@@ -42,7 +42,7 @@ SUBJECTS = {
 MINI_SUBJECTS = (OURS, "spec_eager")
 
 
-def _denoise(d: Drawing) -> Work:
+def _denoise(d: DrawingSetup) -> Work:
     pipe: Any = d.pipeline(NoEncoder(), None)
     left_out: dict[str, str] = {}
     subjects = {}
@@ -66,7 +66,7 @@ def _denoise(d: Drawing) -> Work:
     )  # fmt: skip
 
 
-def _text(d: Drawing) -> Work:
+def _text(d: DrawingSetup) -> Work:
     """Compared with the encoder's own hidden states; the last layer's only after its final norm, which is all it tells."""
     model = d.encoder.model
 
@@ -89,7 +89,7 @@ def _text(d: Drawing) -> Work:
     return Work(inputs, {OURS: Subject(ours, mode="stream")}, oracle, 2e-2, flops, moves, select=select)
 
 
-def _decode(d: Drawing) -> Work:
+def _decode(d: DrawingSetup) -> Work:
     import copy
 
     from ..case import wider
@@ -121,7 +121,7 @@ class _Compiled:
         self.decode = compiled(vae.decode)
 
 
-def _total(d: Drawing) -> Work:
+def _total(d: DrawingSetup) -> Work:
     """Prompt to pixels. Left out where diffusers is missing; the stages before it have cases of their own."""
     codec = d.codec  # first: where diffusers is missing, no encoder is made for nothing
     pipe: Any = d.pipeline(d.encoder, codec)
@@ -145,7 +145,7 @@ def _total(d: Drawing) -> Work:
     )  # fmt: skip
 
 
-STAGE: dict[str, Callable[[Drawing], Work]] = {
+STAGE: dict[str, Callable[[DrawingSetup], Work]] = {
     "total": _total,
     "denoise": _denoise,
     "text": _text,
@@ -204,14 +204,14 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
         for stage in stages:
 
             def make(device: torch.device, stage: str = stage) -> Work:
-                return STAGE[stage](Drawing(scale, device, variant, grids, text))
+                return STAGE[stage](DrawingSetup(scale, device, variant, grids, text))
 
             long = variant == "lens" or stage.startswith("first")
             add(variant, label, stage, make, rounds=5 if "host" in stage else 1 if long else 2)
 
     def stream(label: str, queue: list[Grid], batch: int, by: int) -> None:
         def make(device: torch.device) -> Work:
-            return throughput.prepare(Drawing(scale, device, "turbo", queue, text), batch, by)
+            return throughput.prepare(DrawingSetup(scale, device, "turbo", queue, text), batch, by)
 
         add("turbo", label, "stream", make, rounds=1)
 

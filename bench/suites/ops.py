@@ -28,7 +28,7 @@ GOAL = 1.3  # a CPU kernel in float32 needs at most so many times Inductor's tim
 
 
 @dataclass(frozen=True)
-class Shape:
+class OpSizes:
     images: tuple[int, ...]  # image tokens of each sample
     texts: tuple[int, ...]
     heads: int = 24
@@ -42,10 +42,10 @@ class Shape:
 
 
 SHAPES = {
-    "1024cfg": Shape((4096, 4096), (415, 0)),
-    "pair": Shape((2048, 2048), (415, 100)),
-    "mini": Shape((16,) * 8, (12,) * 8, heads=2, channels=32, encoder=128),
-    "small": Shape((9, 4), (5, 2), heads=2, channels=8, encoder=16),
+    "1024cfg": OpSizes((4096, 4096), (415, 0)),
+    "pair": OpSizes((2048, 2048), (415, 100)),
+    "mini": OpSizes((16,) * 8, (12,) * 8, heads=2, channels=32, encoder=128),
+    "small": OpSizes((9, 4), (5, 2), heads=2, channels=8, encoder=16),
 }
 STEMS = (
     "rms_norm_modulate",
@@ -77,7 +77,7 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
 
 
-def arguments(stem: str, s: Shape, dtype: torch.dtype, device: torch.device, turn: int = 0) -> dict[str, Any]:
+def arguments(stem: str, s: OpSizes, dtype: torch.dtype, device: torch.device, turn: int = 0) -> dict[str, Any]:
     """Arguments of one call by the names of reference.py, drawn on the device from a fixed key."""
     g = generator(device, "ops", stem, turn)
 
@@ -147,7 +147,7 @@ def widened(named: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return wide
 
 
-def work_of(stem: str, s: Shape, named: dict[str, Any], outputs: Any, backward: bool) -> tuple[float, float]:
+def work_of(stem: str, s: OpSizes, named: dict[str, Any], outputs: Any, backward: bool) -> tuple[float, float]:
     """(FLOPs, bytes) of one call; row ops count no FLOPs, for no row op is bound by them."""
     out = moved(outputs)
     flops = 0

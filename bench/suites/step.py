@@ -14,7 +14,7 @@ import torch
 from lens.cost import step_flops, step_traffic_bytes
 
 from ..case import OURS, Case, Subject, Work
-from ..work.denoiser import STEP_BOUND, Denoiser, checked
+from ..work.denoiser import STEP_BOUND, DenoiserSetup, checked
 from ..work.scale import Scale
 
 INVARIANT = "ours_batch_invariant"
@@ -26,7 +26,7 @@ INDEX = 1  # which step of the schedule; they all cost the same
 
 def prepare(scale: Scale, size: int, guided: bool, text: int, device: torch.device, batch: int = 1) -> Work:
     """The subjects of one size and text length on one model."""
-    d = Denoiser(scale, device, scale.sizes[size], text, guided, batch=batch)
+    d = DenoiserSetup(scale, device, scale.sizes[size], text, guided, batch=batch)
     index = min(INDEX, d.steps - 1)
     inputs = d.inputs(SETS)
     flops = step_flops(scale.config, d.images, d.texts)

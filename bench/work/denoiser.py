@@ -43,7 +43,7 @@ def features_of(scale: Scale, tokens: int, device: torch.device, *key: object) -
 
 
 @dataclass
-class Denoiser:
+class DenoiserSetup:
     """One model, its text, and every way of taking a step; made once per case."""
 
     scale: Scale

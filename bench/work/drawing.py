@@ -60,7 +60,7 @@ def way(draw: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
 
 
 @dataclass
-class Drawing:
+class DrawingSetup:
     """One call of the pipeline: `grids` pictures with a text of `text` tokens each."""
 
     scale: Scale

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .drawing import Drawing, way
+from .drawing import DrawingSetup, way
 from .host import HostClock
 from .scale import RELEASED, TINY
 
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     scale = TINY if options.tiny else RELEASED
-    d = Drawing(scale, torch.device(options.device), options.variant, [scale.sizes[scale.main]], scale.texts[-2])
+    d = DrawingSetup(scale, torch.device(options.device), options.variant, [scale.sizes[scale.main]], scale.texts[-2])
     pipe: Any = d.pipeline(d.encoder, d.codec) if options.pixels else d.pipeline(d.prepared(1), None)
     prompts = d.prompts(0) if options.pixels else ["0 0"]
 

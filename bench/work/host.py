@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..case import OURS, Subject, Work
 from ..machine import ROOT
-from .drawing import BOUND, Drawing, way
+from .drawing import BOUND, DrawingSetup, way
 
 GIVEN = "ours_given_noise"
 SUBJECTS = (OURS, GIVEN)
@@ -86,12 +86,12 @@ class Watched:
         return Subject(self.call, mode="stream", timed=self.timed, extra_fields=lambda: self.fields)
 
 
-def goal(d: Drawing, seconds: float) -> dict[str, float]:
+def goal(d: DrawingSetup, seconds: float) -> dict[str, float]:
     """What a row is held to: the released model on a GPU alone, for on a CPU the launches are the work itself."""
     return {"goal": seconds} if d.device.type == "cuda" and not d.scale.tiny else {}
 
 
-def denoise(d: Drawing) -> Work:
+def denoise(d: DrawingSetup) -> Work:
     """The denoiser's share; compared as `e2e/.../denoise` is."""
     pipe: Any = d.pipeline(d.prepared(2), None)
     clock = HostClock(pipe)
@@ -118,7 +118,7 @@ def denoise(d: Drawing) -> Work:
     )
 
 
-def total(d: Drawing) -> Work:
+def total(d: DrawingSetup) -> Work:
     """Prompt to pixels."""
     codec = d.codec  # first: where diffusers is missing, no encoder is made for nothing
     pipe: Any = d.pipeline(d.encoder, codec)
@@ -142,7 +142,7 @@ def total(d: Drawing) -> Work:
 class FirstImage:
     """A call in a process that has just loaded the model. The one made to be compared is the first one timed."""
 
-    def __init__(self, d: Drawing, pixels: bool):
+    def __init__(self, d: DrawingSetup, pixels: bool):
         self.d, self.pixels = d, pixels
         self.made: list[float] = []
         self.stages: dict[str, float] = {}
@@ -174,7 +174,7 @@ class FirstImage:
         return Subject(self.call, mode="stream", timed=self.timed, extra_fields=lambda: {"stages": self.stages})
 
 
-def _first(d: Drawing, pixels: bool) -> Work:
+def _first(d: DrawingSetup, pixels: bool) -> Work:
     def oracle(noise: list[Tensor]) -> Tensor:
         """By the reference's loop here; this process then gives its weights back, for the other needs their room."""
         result = d.pixels(d.reference())(noise, d.prompts(0)) if pixels else way(d.reference())(noise, d.features(0))
@@ -198,11 +198,11 @@ def _first(d: Drawing, pixels: bool) -> Work:
     )
 
 
-def first(d: Drawing) -> Work:
+def first(d: DrawingSetup) -> Work:
     """Prompt to pixels."""
     return _first(d, True)
 
 
-def first_latents(d: Drawing) -> Work:
+def first_latents(d: DrawingSetup) -> Work:
     """Features to latents; its figure is the way from the noise."""
     return _first(d, False)

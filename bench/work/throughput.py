@@ -16,13 +16,13 @@ from torch import Tensor
 from lens.request import Request
 
 from ..case import OURS, Subject, Work
-from .drawing import BOUND, Drawing
+from .drawing import BOUND, DrawingSetup
 
 CALLS = "calls"
 SUBJECTS = (OURS, CALLS)
 
 
-def prepare(d: Drawing, batch: int, by: int) -> Work:
+def prepare(d: DrawingSetup, batch: int, by: int) -> Work:
     """The requests of `d` in batches of at most `batch`, against calls of `by` pictures each. The oracle draws the last
     picture by the reference's loop."""
     codec = d.codec  # first: where diffusers is missing, no encoder is made for nothing

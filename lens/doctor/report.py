@@ -264,7 +264,7 @@ def packed_text_encoder() -> list[Finding]:
     """Whether transformers keeps the released text encoder's experts in 4 bits on the GPU: its own answer."""
     try:
         why, wanted = mxfp4.why_expanded(), mxfp4.wanted()
-    except ImportError:  # transformers is missing, which is told above
+    except ImportError:  # transformers is missing, which is reported above
         return []
     if not why:
         return [Finding("Packages", "MXFP4 experts", OK, "stay packed on the GPU, by transformers")]

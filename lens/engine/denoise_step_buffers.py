@@ -59,10 +59,10 @@ class DenoiseStep:
     def run(self, text_rows: Tensor, velocity: Tensor) -> None:
         """velocity [RI, C] of what was taken and text_rows [RT, D]."""
         p = self.packing
-        places = p.cos, p.sin, p.image_offsets, p.text_offsets
+        layout = p.cos, p.sin, p.image_offsets, p.text_offsets
         taken = self.image_rows, text_rows, self.modulation, self.final_modulation
         denoise_step(
-            self.weights, self.score_bounds, self.ends, *taken, *places, self.workspace, velocity, self.hidden, self.eps
+            self.weights, self.score_bounds, self.ends, *taken, *layout, self.workspace, velocity, self.hidden, self.eps
         )
 
 

@@ -26,9 +26,9 @@ def why_expanded() -> str:
         from transformers.quantizers import quantizer_mxfp4
     except ImportError as error:
         return f"this transformers has no MXFP4: {error}"
-    logger, told = quantizer_mxfp4.logger, _Told()
+    logger, said = quantizer_mxfp4.logger, _Messages()
     quantizer = quantizer_mxfp4.Mxfp4HfQuantizer(Mxfp4Config(), pre_quantized=True)
-    quantizer_mxfp4.logger = told
+    quantizer_mxfp4.logger = said
     try:
         quantizer.validate_environment(device_map={"": "cuda"})
     except (ImportError, RuntimeError, ValueError) as error:
@@ -37,10 +37,10 @@ def why_expanded() -> str:
         quantizer_mxfp4.logger = logger
     if not quantizer.quantization_config.dequantize:
         return ""
-    return " ".join(" ".join(told.lines).split()) or "transformers does not say why"
+    return " ".join(" ".join(said.lines).split()) or "transformers does not say why"
 
 
-class _Told:
+class _Messages:
     """Stands in for a logger whose warning_once is silent the second time."""
 
     def __init__(self) -> None:

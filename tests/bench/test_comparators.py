@@ -10,8 +10,8 @@ from bench.measure import measure
 from bench.suites import SUITES, attention, cases
 from bench.suites.e2e import _denoise
 from bench.work import comparators
-from bench.work.denoiser import STEP_BOUND, Denoiser
-from bench.work.drawing import BOUND, Drawing
+from bench.work.denoiser import STEP_BOUND, DenoiserSetup
+from bench.work.drawing import BOUND, DrawingSetup
 from bench.work.scale import TINY
 from lens import ops
 from lens.ops.attention import choice as attention_choice
@@ -32,7 +32,7 @@ def traced_not_compiled(monkeypatch):
 
 @pytest.mark.parametrize(("guided", "batch"), [(True, 1), (False, 1), (True, 2), (False, 3)])
 def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided, batch):
-    d = Denoiser(TINY, CPU, (4, 5), 7, guided, batch=batch)
+    d = DenoiserSetup(TINY, CPU, (4, 5), 7, guided, batch=batch)
     (inputs,) = d.inputs(1)
     with torch.no_grad():
         oracle = d.reference(1, wide=True)(*inputs)
@@ -46,7 +46,7 @@ def test_every_subject_of_a_step_agrees_with_the_wide_reference(guided, batch):
 
 def test_a_step_is_by_measured_orders_where_every_gemm_has_one(monkeypatch):
     """One GEMM's on this device, or all of another's, leave the rest to the library."""
-    d, both = Denoiser(TINY, CPU, (4, 5), 7, True), ("library", "fused")
+    d, both = DenoiserSetup(TINY, CPU, (4, 5), 7, True), ("library", "fused")
     for orders, rows, by in (
         ({("0.0", gemm): both for gemm in linear_choice.GEMMS}, 47, True),
         ({("0.0", gemm): both for gemm in linear_choice.GEMMS}, 48, False),
@@ -72,7 +72,7 @@ def test_an_engine_that_cannot_start_is_the_failure_of_ours_alone(monkeypatch):
 
 
 def test_the_text_of_the_prompt_matters_to_every_subject():
-    d = Denoiser(TINY, CPU, (4, 4), 7, True)
+    d = DenoiserSetup(TINY, CPU, (4, 4), 7, True)
     (x, features, _), (_, others, projected) = d.inputs(2)
     with torch.no_grad():
         for step in (d.engine(1), d.ours(1), d.exact(1, compile=False), d.reference(1)):
@@ -82,7 +82,7 @@ def test_the_text_of_the_prompt_matters_to_every_subject():
 
 
 def test_the_compiled_ones_are_one_graph_per_block():
-    d = Denoiser(TINY, CPU, (4, 4), 5, True)
+    d = DenoiserSetup(TINY, CPU, (4, 4), 5, True)
     (inputs,) = d.inputs(1)
     with torch.no_grad():
         oracle = d.reference(1)(*inputs)
@@ -92,7 +92,7 @@ def test_the_compiled_ones_are_one_graph_per_block():
 
 def test_the_reference_masks_its_padding():
     """Padding of any content changes nothing: the additive mask is at work."""
-    d = Denoiser(TINY, CPU, (4, 4), 5, False)
+    d = DenoiserSetup(TINY, CPU, (4, 4), 5, False)
     reference = comparators.Reference(d.model)
     (x, features, _), mask = d.inputs(1)[0], torch.arange(9)[None] < 5
     with torch.no_grad():
@@ -103,7 +103,7 @@ def test_the_reference_masks_its_padding():
 
 def test_a_whole_schedule_agrees_in_one_batch_and_in_mixed_sizes():
     for variant, grids in (("lens", [(4, 4)] * 2), ("turbo", [(4, 4), (3, 5)])):
-        work = _denoise(Drawing(TINY, CPU, variant, grids, 5))
+        work = _denoise(DrawingSetup(TINY, CPU, variant, grids, 5))
         oracle = work.oracle(*work.inputs[0])
         with torch.no_grad():
             for name, subject in work.subjects.items():

@@ -22,7 +22,7 @@ def python(code):
 def test_the_plan_builds_first_checks_tiles_then_tests_then_measures(tmp_path):
     stages = plan(tmp_path, "compute-sanitizer", gpu_tests(), "90a")
     names = [s.name for s in stages]
-    assert names[:4] == ["build", "tiles", "tiles of products and attention", "gpu tests"]
+    assert names[:4] == ["build", "tiles", "tiles of GEMMs and attention", "gpu tests"]
     assert names[4:6] == ["compute-sanitizer memcheck", "compute-sanitizer racecheck"]
     assert [n.removeprefix("bench ") for n in names[6:]] == ["e2e", "step", "attention", "gemm", "ops", "train"]
     assert [s.name for s in stages if s.needed] == ["build"], "rounding ends nothing"

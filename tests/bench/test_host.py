@@ -12,7 +12,7 @@ import torch
 from bench.result import table
 from bench.suites import cases
 from bench.work import first_image
-from bench.work.drawing import Drawing
+from bench.work.drawing import DrawingSetup
 from bench.work.host import FirstImage, HostClock, Watched, goal
 from bench.work.scale import RELEASED, TINY
 from lens import sampler
@@ -102,7 +102,7 @@ def test_a_first_image_comes_from_a_process_of_its_own_and_is_timed_once_for_eac
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", started)
-    first = FirstImage(Drawing(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False)
+    first = FirstImage(DrawingSetup(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False)
     (way,) = first.call()
     assert way.shape == (16, TINY.config.in_channels)
     assert first.timed() > 0
@@ -117,12 +117,12 @@ def test_a_first_image_that_fails_says_why(monkeypatch):
     failed = subprocess.CompletedProcess([], 1, "", "CUDA out of memory")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        FirstImage(Drawing(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False).call()
+        FirstImage(DrawingSetup(TINY, CPU, "turbo", [(4, 4)], 5), pixels=False).call()
 
 
 def test_a_goal_is_met_or_missed_where_there_is_one():
-    assert goal(Drawing(RELEASED, torch.device("cuda"), "turbo", [(64, 64)], 200), 2e-3) == {"goal": 2e-3}
-    assert goal(Drawing(RELEASED, CPU, "turbo", [(64, 64)], 200), 2e-3) == {}
+    assert goal(DrawingSetup(RELEASED, torch.device("cuda"), "turbo", [(64, 64)], 200), 2e-3) == {"goal": 2e-3}
+    assert goal(DrawingSetup(RELEASED, CPU, "turbo", [(64, 64)], 200), 2e-3) == {}
     made = result(row("a", 1.9e-3), row("b", 2.1e-3), row("c", 2.1e-3))
     for r in list(made.rows.values())[:2]:
         r.more["goal"] = 2e-3

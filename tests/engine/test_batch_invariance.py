@@ -1,4 +1,4 @@
-"""When a sample's bits do not depend on its batch where nobody asked, who multiplies then, and what the doctor says."""
+"""When a sample's bits do not depend on its batch where nobody asked, which GEMM serves then, and what the doctor says."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def arguments() -> tuple:
 
 
 @pytest.mark.parametrize("candidate", GIVING, ids=lambda c: c.name)
-def test_logarithms_are_natural_of_scaled_scores_without_padding(candidate):
+def test_lse_is_natural_of_scaled_scores_without_padding(candidate):
     call = attention_choice.released_call()
     if why := candidate.why_unsupported(call):
         pytest.skip(why)

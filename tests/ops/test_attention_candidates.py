@@ -178,7 +178,7 @@ def test_what_stands_in_for_torchs_flash_splits_no_keys_under_batch_invariance(m
 
 
 @pytest.mark.parametrize("gives", [True, False])
-def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
+def test_releases_of_flash_attn_3_without_an_argument_for_the_lse(gives):
     def flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, num_splits,
         deterministic,
@@ -203,7 +203,7 @@ def test_releases_of_flash_attn_3_that_know_no_argument_for_logarithms(gives):
 
 @pytest.mark.parametrize("grad", [True, False])
 def test_one_call_per_sample_records_no_gradient_of_cudnn(monkeypatch, grad):
-    """Which torch prefers on Hopper and Blackwell, and whose gradients are other bits every time."""
+    """Which torch prefers on Hopper and Blackwell, and whose backward pass is nondeterministic."""
     seen, real = [], torch.nn.functional.scaled_dot_product_attention
 
     def attend(*given, **more):
@@ -335,7 +335,7 @@ def test_contracts_of_our_op(monkeypatch, text_queries):
         hopper.forward(q, k, v, *places, sum(IMAGES), text_queries, -0.1, float("inf"), 0, True)
 
 
-def test_torch_kernels_are_told_to_be_repeatable():
+def test_torch_kernels_are_asked_to_be_deterministic():
     """Their backward passes add with atomics unless the global switch is on, for more than a warning: it is on there, and
     nowhere else."""
     seen = []

@@ -16,7 +16,20 @@ from train.__main__ import main
 from train.data.small_world.world import World
 from train.evaluate import gallery, gallery_page, mini_bench, ocr
 from train.evaluate.detector import SIGN
-from train.evaluate.gallery_page import Card, Class, Page, Share, Stage, Task, curve, facts, lines, render, tally, tick
+from train.evaluate.gallery_page import (
+    Card,
+    Class,
+    Page,
+    Share,
+    StageLog,
+    Task,
+    curve,
+    facts,
+    lines,
+    render,
+    tally,
+    tick,
+)
 from train.evaluate.geneval import Detection
 from train.evaluate.scores import read_scores
 from train.evaluate.sources import Source
@@ -84,7 +97,7 @@ def page(**changes):
         "dense": [card("long " * 60)],
         "signs": [card('a sign that says "TEA"', right=None, reason="no reader")],
         "stages": [
-            Stage("pretrain", [("steps", "3")], {"loss": [(1, 2.0), (2, 0.5), (3, 0.25)]}, ("mini/x.py", NASTY))
+            StageLog("pretrain", [("steps", "3")], {"loss": [(1, 2.0), (2, 0.5), (3, 0.25)]}, ("mini/x.py", NASTY))
         ],
         "notes": ["by a judge"],
         "commands": ["make gallery"],

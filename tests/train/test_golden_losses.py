@@ -1,4 +1,4 @@
-"""The same seeds give the same losses as ever, stage by stage; tests/train/golden_losses.py says of what and records them."""
+"""The same seeds give the recorded losses, stage by stage; tests/train/golden_losses.py says of what and records them."""
 
 import json
 

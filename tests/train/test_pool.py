@@ -11,7 +11,7 @@ from lens.config import LensConfig
 from lens.model import LensTransformer2DModel
 from train import configs
 from train import pretrain_on_pool as pooled
-from train.data.pool import Part, Pool
+from train.data.pool import Pool, PoolPart
 from train.loop.checkpoints import load_state
 from train.loop.log import read_log
 from train.networks.padded import Padded
@@ -125,7 +125,7 @@ def chunk(seeds):
     out = {}
     for bin_, own in ((8, [s for s in seeds if s % 2 == 0]), (16, [s for s in seeds if s % 2])):
         latents = torch.tensor(own, dtype=torch.float16)[:, None, None].expand(-1, 4, 1)
-        out[(32, 32), bin_] = Part(latents, torch.zeros(len(own), bin_, 1), torch.full((len(own),), bin_))
+        out[(32, 32), bin_] = PoolPart(latents, torch.zeros(len(own), bin_, 1), torch.full((len(own),), bin_))
     return out
 
 

@@ -27,7 +27,7 @@ Key = tuple[Size, int]  # the size, and the text length that features are padded
 
 
 @dataclass
-class Part:
+class PoolPart:
     """Samples of one key: latents float16 [n, I, C], features bfloat16 [n, T, F E] (zeros after the text), lengths [n]."""
 
     latents: Tensor
@@ -37,12 +37,12 @@ class Part:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def take(self, rows: Tensor) -> Part:
-        return Part(self.latents[rows].float(), self.features[rows].float(), self.lengths[rows])
+    def take(self, rows: Tensor) -> PoolPart:
+        return PoolPart(self.latents[rows].float(), self.features[rows].float(), self.lengths[rows])
 
 
-def joined(parts: Sequence[Part]) -> Part:
-    return Part(*(torch.cat([getattr(p, name) for p in parts]) for name in ("latents", "features", "lengths")))
+def joined(parts: Sequence[PoolPart]) -> PoolPart:
+    return PoolPart(*(torch.cat([getattr(p, name) for p in parts]) for name in ("latents", "features", "lengths")))
 
 
 class Encoded:
@@ -63,11 +63,11 @@ class Encoded:
         if abs(sum(self.shares) - 1) > 1e-6:
             raise ValueError(f"SIZES: the shares sum to {sum(self.shares):g}, expected 1")
 
-    def parts(self, seeds: range, stop: Callable[[], bool] = lambda: False) -> dict[Key, Part]:
+    def parts(self, seeds: range, stop: Callable[[], bool] = lambda: False) -> dict[Key, PoolPart]:
         """Scenes of consecutive seeds, by key; each seed's size is drawn from SIZES. Empty where `stop` ended it."""
         generator = keyed(self.config.SEED, "pool sizes", seeds.start)
         drawn = torch.multinomial(torch.tensor(self.shares), len(seeds), True, generator=generator).tolist()
-        found: dict[Key, list[Part]] = defaultdict(list)
+        found: dict[Key, list[PoolPart]] = defaultdict(list)
         for size in self.sizes:
             own = [seed for seed, which in zip(seeds, drawn) if self.sizes[which] == size]
             for start in range(0, len(own), 128):
@@ -76,7 +76,7 @@ class Encoded:
                 self._add(own[start : start + 128], size, found)
         return {key: joined(parts) for key, parts in found.items()}
 
-    def _add(self, seeds: Sequence[int], size: Size, found: dict[Key, list[Part]]) -> None:
+    def _add(self, seeds: Sequence[int], size: Size, found: dict[Key, list[PoolPart]]) -> None:
         scenes, pixels = self.world.batch(seeds, *size)
         latents = self.encode(torch.from_numpy(pixels)).half()
         texts = self.read([scene.caption for scene in scenes])
@@ -90,15 +90,15 @@ class Encoded:
                 features = torch.zeros(len(rows), bin_, texts[0].shape[1], dtype=torch.bfloat16)
                 for row, i in zip(features, rows):
                     row[: len(texts[i])] = texts[i]
-                found[size, bin_].append(Part(latents[rows], features, torch.tensor([len(texts[i]) for i in rows])))
+                found[size, bin_].append(PoolPart(latents[rows], features, torch.tensor([len(texts[i]) for i in rows])))
 
 
 class Pool:
     """The chunks in use. `made(seeds)` gives a chunk's parts; FIRST_SEED and POOL of the recipe say which and how many."""
 
-    def __init__(self, config: ModuleType, made: Callable[[range], dict[Key, Part]]):
+    def __init__(self, config: ModuleType, made: Callable[[range], dict[Key, PoolPart]]):
         self.config, self.made = config, made
-        self.chunks: dict[int, dict[Key, Part]] = {}
+        self.chunks: dict[int, dict[Key, PoolPart]] = {}
 
     def turn_to(self, turn: int) -> bool:
         """Make the chunks of a turn that are missing, forget those before it; False where `made` was stopped."""
@@ -114,7 +114,7 @@ class Pool:
                 self.chunks[index] = parts
         return True
 
-    def batches(self, turn: int) -> Iterator[tuple[Size, Part]]:
+    def batches(self, turn: int) -> Iterator[tuple[Size, PoolPart]]:
         """The batches of a turn, in its order: a random `reuse` of `kept` of all scenes, cut by key; what fills no batch
         is left to another turn."""
         generator = keyed(self.config.SEED, "pool turn", turn)
@@ -129,7 +129,7 @@ class Pool:
             key, rows = cuts[index]
             yield key[0], self._rows(key, rows)
 
-    def _rows(self, key: Key, rows: Tensor) -> Part:
+    def _rows(self, key: Key, rows: Tensor) -> PoolPart:
         """Rows of the chunks' parts one after another."""
         found, start = [], 0
         for index in sorted(self.chunks):

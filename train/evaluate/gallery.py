@@ -40,7 +40,7 @@ from ..loop.log import read_log
 from . import geneval, ocr
 from .class_sheet import cells, first_scene, labels, sheet
 from .detector import Detector
-from .gallery_page import Card, Class, Page, Stage, Task, facts, lines, render
+from .gallery_page import Card, Class, Page, StageLog, Task, facts, lines, render
 from .judges import Judges
 from .mini_bench import JUDGED, scenes_of
 from .scores import Scores, read_scores
@@ -202,7 +202,7 @@ def png(image: Any, recipe: image_file.Recipe) -> bytes:
 # ------------------------------------------------------------------------------------------------ how it was made
 
 
-def stages(root: Path, config: str) -> list[Stage]:
+def stages(root: Path, config: str) -> list[StageLog]:
     """Of every training stage its recipe and, where a log lies beside the weights, steps, samples, time and losses."""
     out = []
     for name in STAGES:
@@ -213,7 +213,7 @@ def stages(root: Path, config: str) -> list[Stage]:
         for number, part in enumerate(parts or [""]):
             own = [row for row in rows if row.get("part", "") == part and "step" in row]
             title = f"{name}, {part}" if part else name
-            out.append(Stage(title, facts(own), lines(own), text if number == 0 else None))
+            out.append(StageLog(title, facts(own), lines(own), text if number == 0 else None))
     return out
 
 

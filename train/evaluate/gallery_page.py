@@ -85,7 +85,7 @@ class Class:
 
 
 @dataclass(frozen=True)
-class Stage:
+class StageLog:
     """A training stage as its log tells it; `facts` are (what, number) pairs and `recipe` is its file and text."""
 
     name: str
@@ -108,7 +108,7 @@ class Page:
     languages: Sequence[Card]
     dense: Sequence[Card]
     signs: Sequence[Card]
-    stages: Sequence[Stage]
+    stages: Sequence[StageLog]
     notes: Sequence[str]  # how the judges judged
     commands: Sequence[str]
 

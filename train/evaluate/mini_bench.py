@@ -21,7 +21,7 @@ with seed i: first seeds, no choice. GenEval's seven task names, and "row", thre
     vote       of coloured objects that were found, how many are of that colour by arithmetic on their pixels
 
 color_attr has at least BINDING prompts, whatever --per-task; its ceilings are those of the first --per-task. Counting is
-also told apart by the number asked for. Intervals are Wilson's, 95 %.
+also listed apart by the number asked for. Intervals are Wilson's, 95 %.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = ["FIRST_SEED", "Judges", "scenes_of", "wilson"]
 FIRST_SEED = 2_000_000_000
 GENEVAL = ("single_object", "two_object", "counting", "colors", "position", "color_attr")  # its overall is their mean
 BINDING = 80  # prompts of color_attr at least: at 40 the interval is wider than what is asked of it
-JUDGED = ("score", "shape", "soft", "distance")  # of which the mean of GenEval's six is told
+JUDGED = ("score", "shape", "soft", "distance")  # of which the mean of GenEval's six is listed
 STYLES = ("geneval", "brief", "dense", "translated")
 
 
@@ -109,7 +109,7 @@ def _number(value: float | None) -> str:
     return "    -" if value is None else f"{value:5.3f}"
 
 
-def told(mean: dict[str, float]) -> str:
+def listed(mean: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.3f}" for name, value in mean.items())
 
 
@@ -141,7 +141,7 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
             for task, row in above[name].items():
                 print(f"{name:7s}" + line(task, row, {}), flush=True)
             if mean := means(above[name]):
-                print(f"{name:7s}mean of GenEval's six: {told(mean)}", flush=True)
+                print(f"{name:7s}mean of GenEval's six: {listed(mean)}", flush=True)
     results = {}
     for guidance in options.guidance if options.ceilings != "only" else ():
         start, rows = time.perf_counter(), {}
@@ -162,7 +162,7 @@ def benchmark(source: Source, judges: Judges, scenes: dict[str, list[Scene]], op
             print(by_number(rows["counting"]))
         words = f"mean of {len(measured)} tasks {np.mean(list(measured.values())):.3f}"
         if mean := means(rows):
-            words += f", of GenEval's six: {told(mean)}"
+            words += f", of GenEval's six: {listed(mean)}"
         print(f"{words}, {time.perf_counter() - start:.0f} s", flush=True)
     six = {**above, **results}
     return {"ceilings": above, "guidance": results, "means": {name: means(rows) for name, rows in six.items()}}

@@ -90,14 +90,14 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ShapesSeen:
     """A picture as the judge sees it: `backdrop` None where it is not one of the world's; `redrawn` float32 [H, W, 3]."""
 
     backdrop: str | None
     objects: tuple[Found, ...]
     redrawn: np.ndarray
 
-    def judged_by(self, calibration: Calibration) -> Seen:
+    def judged_by(self, calibration: Calibration) -> ShapesSeen:
         objects = [replace(o, soft=calibration.soft(o.distance, o.outline)) for o in self.objects]
         return replace(self, objects=tuple(objects))
 
@@ -140,7 +140,7 @@ class ShapeJudge:
         self.classes = tuple(classes)
         self.calibration = calibration or Calibration.load()
 
-    def look(self, picture: np.ndarray, detections: Sequence[Detection], sign: bool = False) -> Seen:
+    def look(self, picture: np.ndarray, detections: Sequence[Detection], sign: bool = False) -> ShapesSeen:
         """Picture uint8 [H, W, 3] and a detector's boxes -> what stands in it. sign: a sign is asked for and is no stray.
 
         Errors: ValueError for another dtype or shape.
@@ -172,10 +172,10 @@ class ShapeJudge:
             outline = float(torn[own].sum() / max(float(edges[own].sum()), 3 * flat**2 * float(own.sum())))
             soft = self.calibration.soft(distance, outline)
             objects.append(Found(one.kind, one.colour, one.box, distance, outline, margin, soft))
-        return Seen(backdrop, tuple(objects), redrawn)
+        return ShapesSeen(backdrop, tuple(objects), redrawn)
 
 
-def judge(asked: Asked, seen: Seen) -> ShapeVerdict:
+def judge(asked: Asked, seen: ShapesSeen) -> ShapeVerdict:
     """GenEval's rule on what stands in the picture, the shape of each, and nothing else there."""
     boxes = [Detection(o.kind, 1 - min(o.distance, 1.0), o.box, o.colour) for o in seen.objects]
     ruled = geneval.judge(asked, boxes, found_above=-1.0)

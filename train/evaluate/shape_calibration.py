@@ -69,15 +69,15 @@ def logistic(features: np.ndarray, right: np.ndarray, group: np.ndarray | None =
 
 def judged_by_eye(detector: Detector) -> tuple[np.ndarray, np.ndarray]:
     """(distance, outline) of the objects in judged_by_eye.webp [n, 2], and whether a person found each a true shape [n]."""
-    told = json.loads(EYE.with_suffix(".json").read_text(encoding="utf-8"))
-    page, side, across = np.asarray(Image.open(EYE).convert("RGB")), told["side"], told["across"]
-    places = [(i // across * side, i % across * side) for i in range(len(told["classes"]))]
-    pictures = [np.ascontiguousarray(page[y : y + side, x : x + side]) for y, x in places]
+    recorded = json.loads(EYE.with_suffix(".json").read_text(encoding="utf-8"))
+    page, side, across = np.asarray(Image.open(EYE).convert("RGB")), recorded["side"], recorded["across"]
+    corners = [(i // across * side, i % across * side) for i in range(len(recorded["classes"]))]
+    pictures = [np.ascontiguousarray(page[y : y + side, x : x + side]) for y, x in corners]
     shapes, features = ShapeJudge(CORE, calibration=UNFITTED), []
-    for kind, picture, seen in zip(told["classes"], pictures, detector.look(pictures)):
+    for kind, picture, seen in zip(recorded["classes"], pictures, detector.look(pictures)):
         named = [o for o in shapes.look(picture, seen).objects if o.kind == kind]
         features.append(min(((o.distance, o.outline) for o in named), default=(CLIPPED, CLIPPED)))
-    return np.array(features), np.isin(np.arange(len(pictures)), told["true"])
+    return np.array(features), np.isin(np.arange(len(pictures)), recorded["true"])
 
 
 class Examined:

@@ -42,7 +42,7 @@ STRAY_LEVEL = 60.0  # of 255, root mean square over channels
 
 
 @dataclass(frozen=True)
-class Seen:
+class ThingSeen:
     kind: str | None  # None: nothing there
     colour: str | None
     box: tuple[int, int, int, int] | None
@@ -51,7 +51,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class TemplateVerdict:
-    things: tuple[Seen, ...]  # one per place of the layout
+    things: tuple[ThingSeen, ...]  # one per place of the layout
     background: str
     classes: tuple[bool, ...]
     colours: tuple[bool, ...]
@@ -104,7 +104,7 @@ def look(
     reach: int,
     step: int,
     classes: Sequence[str],
-) -> Seen:
+) -> ThingSeen:
     """The best fit around a centre (x, y in pixels): rooms are the sizes (w, h) tried, reach and step the shifts."""
     height, width = picture.shape[:2]
     # the squared error of a sprite on the backdrop is linear in these planes
@@ -146,7 +146,7 @@ def look(
                 y, x = ys[place // len(xs)], xs[place % len(xs)]
                 found = (kind, colours_of(kind)[colour], (x, y, x + w, y + h))
     explained = -best / max(whole, 1e-6)
-    return Seen(*found, explained) if found and explained >= EXPLAINED else Seen(None, None, None, explained)
+    return ThingSeen(*found, explained) if found and explained >= EXPLAINED else ThingSeen(None, None, None, explained)
 
 
 Layout = tuple[list[tuple[float, float]], tuple[float, float], tuple[float, float], float]
@@ -197,7 +197,7 @@ def judge(pixels: np.ndarray, scene: Scene, classes: Sequence[str] | None = None
     return max(verdicts, key=lambda v: (v.whole, sum(v.classes), sum(v.colours), v.clean))
 
 
-def _places(picture: np.ndarray, canvas: np.ndarray, layout: Layout, classes: Sequence[str]) -> list[Seen]:
+def _places(picture: np.ndarray, canvas: np.ndarray, layout: Layout, classes: Sequence[str]) -> list[ThingSeen]:
     height, width = picture.shape[:2]
     cells, small, large, jitter = layout
     shares = (0, 0.33, 0.67, 1) if small != large and len(cells) == 1 else (0.5,)
@@ -207,7 +207,7 @@ def _places(picture: np.ndarray, canvas: np.ndarray, layout: Layout, classes: Se
     return [look(picture, canvas, (cx * width, cy * height), rooms, reach, step, classes) for cx, cy in cells]
 
 
-def _clean(picture: np.ndarray, canvas: np.ndarray, scene: Scene, seen: Sequence[Seen]) -> bool:
+def _clean(picture: np.ndarray, canvas: np.ndarray, scene: Scene, seen: Sequence[ThingSeen]) -> bool:
     """Little differs from the backdrop outside the boxes; where a sign is asked for, its room is not empty."""
     differs = np.sqrt(((picture - canvas) ** 2).mean(-1)) > STRAY_LEVEL
     outside, filled = np.ones(picture.shape[:2], bool), True

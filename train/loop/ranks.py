@@ -36,7 +36,7 @@ from .keys import keyed
 
 
 def device_of(name: str) -> torch.device:
-    """ "cpu" or "cuda" -> the device; float32 products there are float32 ones (TF32 off). Errors: ValueError."""
+    """ "cpu" or "cuda" -> the device; float32 GEMMs there are float32 ones (TF32 off). Errors: ValueError."""
     if name not in ("cpu", "cuda"):
         raise ValueError(f"--device: {name!r}, expected 'cpu' or 'cuda'")
     if name == "cuda" and not torch.cuda.is_available():

@@ -99,7 +99,7 @@ class Trainer:
     def train_step(self, batches: Iterator[Any], stop: bool = False) -> dict[str, Any]:
         """One optimiser step from this rank's next slots / W batches; returns what happened on all ranks.
 
-        A rank whose data ends inside it repeats its last batch so that collectives still match; "lost" then tells all, and
+        A rank whose data ends inside it repeats its last batch so that collectives still match; "lost" then reports it to all, and
         nothing is changed. Errors: Interrupted where there is no last one.
         """
         plan, group, method = self.plan, self.group, self.method
@@ -241,9 +241,9 @@ class Trainer:
             with (self.out / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.plan.stage, "step": self.step, **values, "slots": slots}) + "\n")
         if self.skipped_in_a_row >= self.plan.skip_limit:
-            told = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {value}" for name, value in values.items())
+            words = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {value}" for name, value in values.items())
             raise FloatingPointError(
-                f"{self.plan.stage}: {told} at step {self.step}, not finite for {self.skipped_in_a_row} steps in a row; "
+                f"{self.plan.stage}: {words} at step {self.step}, not finite for {self.skipped_in_a_row} steps in a row; "
                 f"see {self.out / 'skipped.jsonl'}"
             )
 

@@ -27,12 +27,12 @@ RECOMPUTE = ("none", "block", "selective")
 
 
 def _keep(width: int) -> Any:
-    """What "selective" keeps: attention, and the products of at most 3 D columns (qkv, out, w2; not w13, half of all rows)."""
+    """What "selective" keeps: attention, and the GEMMs of at most 3 D columns (qkv, out, w2; not w13, half of all rows)."""
 
     def policy(context: Any, op: Any, *arguments: Any, **_: Any) -> CheckpointPolicy:
         name = str(op)
-        product = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-        small = product and arguments[-1].shape[-1] <= 3 * width
+        gemm = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        small = gemm and arguments[-1].shape[-1] <= 3 * width
         return (
             CheckpointPolicy.MUST_SAVE
             if small or "attention" in name or "attn" in name
@@ -52,7 +52,7 @@ class Denoiser(LensTransformer2DModel):
     """`LensTransformer2DModel` for training. compute: dtype of activations and of the weights as they are used.
 
     recompute: what the backward pass computes again instead of keeping it. "none"; "block", everything but what passes
-    between blocks; "selective", everything but attention and the smaller products. What nothing reads, the end of the last
+    between blocks; "selective", everything but attention and the smaller GEMMs. What nothing reads, the end of the last
     block's text stream, is not trained.
     Errors: ValueError for another `recompute`.
     """

@@ -62,7 +62,7 @@ def _mlp(stream: StreamWeights, x: Tensor) -> Tensor:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """q [B, Q, N, H], k and v [B, R, N, H], bias [B, R] added to the scores -> [B, Q, N H]: two batched products."""
+    """q [B, Q, N, H], k and v [B, R, N, H], bias [B, R] added to the scores -> [B, Q, N H]: two batched GEMMs."""
     batch, rows, heads, width = q.shape
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q * width**-0.5, k, v))
     scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, rows, -1) + bias[:, None, None]

@@ -54,7 +54,7 @@ class CaptionTokenizer:
 
 
 def _experts(mlp: Any, x: Tensor) -> Tensor:
-    """[R, E] -> [R, E]: every expert on every row, weighted by the router (zero where not chosen): few large products."""
+    """[R, E] -> [R, E]: every expert on every row, weighted by the router (zero where not chosen): few large GEMMs."""
     experts, router = mlp.experts, mlp.router
     logits = F.linear(x, router.weight, router.bias)
     top, index = logits.topk(router.top_k, -1)

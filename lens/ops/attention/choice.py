@@ -368,7 +368,7 @@ def report(call: AttentionCall, backward: bool = False) -> list[tuple[str, bool,
         return choice.gradients if backward else choice.name
 
     arch, ordered = order(call)[0], _in_order(call)
-    where, places = f"the order for {call.use} calls on {arch}", [part(choice) for choice in ordered]
+    where, names = f"the order for {call.use} calls on {arch}", [part(choice) for choice in ordered]
     rows = []
     for c in known:
         chosen, force = best is not None and part(best) == c.name, f"{forced.variable}={c.name} forces it"
@@ -386,7 +386,7 @@ def report(call: AttentionCall, backward: bool = False) -> list[tuple[str, bool,
             why = f"not in {where} without a committed result; {force}"
         else:
             why = reasons[0] if all(reasons) else f"after {part(best)} in {where}" if best else none
-        place = places.index(c.name) if c.name in places else len(places)
+        place = names.index(c.name) if c.name in names else len(names)
         rows.append(((not chosen, bool(unsupported), place), (c.name, chosen, why)))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 

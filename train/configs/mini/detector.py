@@ -13,7 +13,7 @@ BATCHES: tuple[tuple[int, tuple[tuple[int, int, int, float], ...]], ...] = (
 STEPS, WARMUP, DECAY = 7_000, 200, 2_000
 LR, BETAS, WEIGHT_DECAY, CLIP = 2e-3, (0.9, 0.98), 0.02, 5.0
 EMA = 0.998
-AUTOCAST = True  # bfloat16 products; twice as fast where the processor has them
+AUTOCAST = True  # bfloat16 GEMMs; twice as fast where the processor has them
 # Shares of a batch's pictures: how copies differ from clean renders.
 COPIES = {"warp": 0.4, "blur": 0.15, "shrink": 0.15, "reconstruct": 0.2, "noise": 0.3, "tone": 0.3}
 VALIDATION = 256  # unseen scenes
