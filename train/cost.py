@@ -166,7 +166,7 @@ def distillation_memory(recipe: ModuleType, config: LensConfig, shard: int, rows
     elif item == 2 and not lora:
         found["rounded weights"] = item * (total if recipe.RECOMPUTE == "none" else total - layers * block + block)
     own = saved_activations(lora, width)
-    kept = {"none": own, "block": BLOCK_BOUNDARY, "selective": BLOCK_BOUNDARY + PRODUCTS}[recipe.RECOMPUTE]
+    kept = {"none": own, "block": BLOCK_BOUNDARY, "selective": BLOCK_BOUNDARY + SMALL_GEMMS}[recipe.RECOMPUTE]
     found["activations of student and tapped teacher"] = ((layers + deepest) * kept + own) * rows * width * item
     return found
 

@@ -16,7 +16,7 @@ from ..data.small_world.sprites import lab
 from ..evaluate import geneval, ocr
 from ..evaluate.detector import SIGN, Detector, overlap
 from ..evaluate.geneval import Detection
-from ..evaluate.shape import Seen, ShapeJudge
+from ..evaluate.shape import ShapeJudge, ShapesSeen
 from .judge import Scores
 from .small_world_rubrics import Rubric, parse
 
@@ -33,7 +33,7 @@ class Evidence:
 
     picture: np.ndarray
     detections: Sequence[Detection]
-    seen: Seen
+    seen: ShapesSeen
     read: Callable[[Sequence[Detection]], str] | None
 
     def best(self, kind: str, count: int = 1) -> list[Detection | None]:
