@@ -94,6 +94,7 @@ class LensConfig:
 
 
 _LARGEST_SIDE = 1 << 16  # pixels
+MAX_STEPS = 1000  # of a schedule: its modulation table has a row per step, 1.8 MB each of the released model
 VARIANTS = {"lens": (20, 5.0), "turbo": (4, 1.0), "base": (50, 5.0)}  # default steps and guidance
 
 
@@ -141,8 +142,7 @@ class Defaults:
         metadata: the "lens" entry of ``source``, or None; its other values hold for its own variant. name: hub id or
         folder name, read as words: "Lens-Turbo", "lens_base_bf16", "LensTurbo", but not "database".
         """
-        if variant is not None and variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
+        expect_variant(variant)
         own = cls._read(metadata, source)
         said = own.pop("variant", None)
         chosen = variant or said or variant_of_name(name)
@@ -170,9 +170,9 @@ class Defaults:
             if key == "distilled":
                 continue
             whole = isinstance(value, int) and not isinstance(value, bool)
-            expected: Any = "a positive integer"
+            expected: Any
             if key == "num_inference_steps":
-                good = whole and value > 0
+                good, expected = whole and 0 < value <= MAX_STEPS, f"an integer from 1 to {MAX_STEPS}"
             elif key in ("base_resolution", "max_resolution"):
                 good = whole and value % 16 == 0 and 16 <= value <= _LARGEST_SIDE
                 expected = f"a multiple of 16, from 16 to {_LARGEST_SIDE}"
@@ -185,6 +185,15 @@ class Defaults:
             if not good:
                 raise ValueError(f"{source}: lens.{key} must be {expected}, got {value!r}")
         return values
+
+
+def expect_variant(variant: str | None) -> None:
+    """ValueError for what is no variant, such as diffusers' of the weights."""
+    if variant is not None and variant not in VARIANTS:
+        raise ValueError(
+            f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}; which of several weights are read is "
+            "weights_variant"
+        )
 
 
 def variant_of_name(name: str) -> str | None:

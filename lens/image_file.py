@@ -22,10 +22,13 @@ from .sampler import MAX_SEED, MIN_SEED
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.PngImagePlugin import PngInfo
 
 _UNWRITTEN = {"loras", "wish", "reasoner", "threads", "hardware", "torch_version"}  # where there is nothing to say
 _SINCE = {"solver", *_UNWRITTEN}  # fields that not every recipe has
 RECIPE_KEY = "lens"  # the PNG text chunk (iTXt, UTF-8) that holds the recipe as one JSON object
+PARAMETERS_KEY = "parameters"  # where other programs and sharing sites look for a prompt and its settings
+_SAMPLERS = {"euler": "Euler", "dpm2m": "DPM++ 2M"}  # our solvers by the names those know
 MAX_THREADS = 1024  # that a recipe may ask for
 NAME_MAX = 255  # bytes of a file name, of every file system in use
 DEFAULT_NAME = "{index:03d}-{prompt}-{seed}"
@@ -110,6 +113,22 @@ class Recipe:
         values = {name: value for name, value in asdict(self).items() if value or name not in _UNWRITTEN}
         return json.dumps(values, ensure_ascii=False)
 
+    def parameters(self) -> str:
+        """The recipe as A1111 writes it and many programs read it: prompt, negative prompt, a line of settings. What has
+        no name there (chat date, fingerprint, LoRAs) stands in ``to_json`` alone, which is what ``--like`` reads."""
+        height, width = self.size
+        settings = {
+            "Steps": self.steps,
+            "Sampler": _SAMPLERS.get(self.solver, self.solver),
+            "CFG scale": f"{self.guidance:g}",
+            "Seed": self.seed,
+            "Size": f"{width}x{height}",
+            "Model": _quoted(self.model),
+            "Version": f"Lens {self.version}",
+        }
+        negative = [f"Negative prompt: {self.negative}"] if self.negative else []
+        return "\n".join([self.prompt, *negative, ", ".join(f"{key}: {value}" for key, value in settings.items())])
+
     @classmethod
     def from_json(cls, text: str, source: str) -> Recipe:
         """Strict: every field present (``loras`` where there were any, others since there was something to say) and of
@@ -133,6 +152,11 @@ class Recipe:
                 raise RecipeError(f"{source}: {name} of its recipe must be {expected}, got {shortened(value)}")
         loras = tuple((name, digest, float(scale)) for name, digest, scale in values.get("loras", ()))
         return cls(**{**values, "size": tuple(values["size"]), "guidance": float(values["guidance"]), "loras": loras})
+
+
+def _quoted(value: str) -> str:
+    """A value as a line of settings has it, whose parts are split at commas and colons."""
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
 def _keys(names: set[str]) -> str:
@@ -181,13 +205,20 @@ def _why_invalid(name: str, value: Any) -> str:
 # ------------------------------------------------------------------------------------------------ files
 
 
-def save_png(image: Image, path: Path, recipe: Recipe | None = None) -> None:
-    """Write a PNG, whole or not at all; missing folders are made. The recipe travels inside."""
+def text_chunks(recipe: Recipe | None) -> PngInfo:
+    """What a PNG says about itself: the recipe, and the same for the readers of other programs."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     if recipe is not None:
         info.add_itxt(RECIPE_KEY, recipe.to_json())
+        info.add_text(PARAMETERS_KEY, recipe.parameters())  # iTXt where it is not Latin-1
+    return info
+
+
+def save_png(image: Image, path: Path, recipe: Recipe | None = None) -> None:
+    """Write a PNG, whole or not at all; missing folders are made. The recipe travels inside."""
+    info = text_chunks(recipe)
     write_atomic(path, lambda temporary: image.save(temporary, format="PNG", pnginfo=info))
 
 

@@ -138,6 +138,7 @@ class LensPipeline:
         vae: str | os.PathLike[str] | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
         weights_variant: str | None = None,
+        revision: str | None = None,
     ) -> LensPipeline:
         """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id, a
         transformer's .safetensors file.
@@ -150,14 +151,14 @@ class LensPipeline:
         transformer, text_encoder, vae: a .safetensors file or a folder in place of the source's part; with all three the
         default source is not read. tokenizer: a folder or a tokenizer.json; None: beside or inside the text encoder that was
         named, else the source's. weights_variant: which of several weights, as diffusers names files ("fp16"); where a
-        part has none of it, its default.
+        part has none of it, its default. revision: a branch, tag or commit of a hub id; None: its main branch.
 
         A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
         if torch_dtype is not None and dtype not in (None, torch_dtype):
             raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
         device, dtype = usable_placement(device, dtype or torch_dtype)
-        files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant)
+        files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant, revision)
         defaults = read_defaults(files.root, variant, files.name)
         scheduler = load_scheduler(files.scheduler)
         check_sampler(files.scheduler, defaults, scheduler)

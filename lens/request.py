@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from . import resolution, sampler
-from .config import Defaults, Distilled
+from .config import MAX_STEPS, Defaults, Distilled
 from .packing import Grid, expect_tensors
 from .resolution import TOKEN_PIXELS
 from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, negative_list, prompt_list
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MAX_STEPS = 1000  # of a schedule: its modulation table has a row per step, 1.8 MB each of the released model
 MAX_IMAGES = 100_000  # of a call or a command
 
 

@@ -1,4 +1,6 @@
-"""The command line, `lens`."""
+"""The command line, `lens`; `lens.cli.app` is the Typer application, for other tools and tests."""
+
+from typing import Any
 
 
 def main() -> None:
@@ -6,3 +8,12 @@ def main() -> None:
     from .__main__ import app
 
     app(prog_name="lens")
+
+
+def __getattr__(name: str) -> Any:
+    """`app` when it is asked for: it brings torch's import with it."""
+    if name != "app":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .__main__ import app
+
+    return app

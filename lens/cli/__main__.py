@@ -121,6 +121,7 @@ TEXT_ENCODER = "The text encoder from another place, with the tokenizer beside i
 VAE = "The VAE from another place."
 TOKENIZER = "The tokenizer from another place: a folder or a tokenizer.json."
 WEIGHTS_VARIANT = "Which weights, where a folder has several, as diffusers names files, fp16 (default: those without)."
+REVISION = "Branch, tag or commit of a hub id (default: its main branch)."
 LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; repeatable."
 LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
 VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
@@ -167,6 +168,7 @@ def generate(
     vae: Annotated[Path | None, _where("--vae", metavar="FILE|FOLDER", help=VAE)] = None,
     tokenizer: Annotated[Path | None, _where("--tokenizer", metavar="FILE|FOLDER", help=TOKENIZER)] = None,
     weights_variant: Annotated[str | None, _where("--weights-variant", metavar="NAME", help=WEIGHTS_VARIANT)] = None,
+    revision: Annotated[str | None, _where("--revision", metavar="NAME", help=REVISION)] = None,
     lora: Annotated[list[Path] | None, _where("--lora", metavar="FILE|FOLDER", help=LORA)] = None,
     lora_scale: Annotated[list[float] | None, _where("--lora-scale", help=LORA_SCALE)] = None,
     device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
@@ -208,7 +210,7 @@ def generate(
 
         began = time.perf_counter()
         elsewhere = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-        pipe = _load(model, variant, device, dtype, recipe, quiet, residency, elsewhere, weights_variant)
+        pipe = _load(model, variant, device, dtype, recipe, quiet, residency, elsewhere, weights_variant, revision)
         for adapter, factor in adapters:
             pipe.load_lora(adapter, factor)
         pipe.set_progress_bar_config(disable=True)  # the command has its own, for all batches
@@ -301,6 +303,7 @@ def _load(
     residency: Residence | None = None,
     elsewhere: Mapping[str, Any] | None = None,  # part -> its path
     weights_variant: str | None = None,
+    revision: str | None = None,
 ) -> LensPipeline:
     import torch
 
@@ -327,6 +330,7 @@ def _load(
             dtype=getattr(torch, number_type) if number_type else None,
             residency=residency.value if residency else None,
             weights_variant=weights_variant,
+            revision=revision,
             **(elsewhere or {}),
         )
 

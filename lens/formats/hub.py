@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ WEIGHTS = ("transformer", "text_encoder", "vae")  # the parts that have weights
 _FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".sft")  # endings that no hub id has
 
 
-def resolve(source: str | os.PathLike[str], weights_variant: str | None = None) -> Path:
-    """ "mini..." -> the embedded weights; an existing folder or file -> itself; else a hub id, fetched by huggingface_hub."""
+def resolve(source: str | os.PathLike[str], weights_variant: str | None = None, revision: str | None = None) -> Path:
+    """ "mini..." -> the embedded weights; an existing folder or file -> itself; else a hub id, fetched by huggingface_hub.
+
+    revision: a branch, tag or commit of the hub's; a warning where the source is here, which has none."""
     name = os.fspath(source)
+    if revision is not None and (name in EMBEDDED or is_there(Path(name))):
+        warnings.warn(f"revision {revision!r} is not read: {name!r} is no hub id, but lies here", stacklevel=4)
     if name in EMBEDDED:
         folder = Path(__file__).parents[1] / "mini" / EMBEDDED[name]
         if not (folder / "model_index.json").is_file():
@@ -30,7 +35,7 @@ def resolve(source: str | os.PathLike[str], weights_variant: str | None = None) 
     if name.lower().endswith(_FILES):
         raise CheckpointError(f"{name!r}: file not found")
     if is_hub_id(name):
-        return _fetch(name, weights_variant)
+        return _fetch(name, weights_variant, revision)
     known = f"one of {sorted(EMBEDDED)}, a folder in the released layout, a .safetensors file or a hub id"
     raise CheckpointError(f"{name if len(name) < 300 else name[:300] + '...'!r}: expected {known}")
 
@@ -39,17 +44,26 @@ def is_hub_id(name: str) -> bool:
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and len(name) <= 96
 
 
-def _fetch(name: str, weights_variant: str | None) -> Path:
+def _fetch(name: str, weights_variant: str | None, revision: str | None) -> Path:
     """The snapshot of a Lens repository: model_index.json first, so that another model costs nothing, then the files of
     the parts and no others. Without a connection: what was fetched before."""
     import huggingface_hub
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def fetched_before() -> Path:
+        try:
+            return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+        except LocalEntryNotFoundError:
+            raise CheckpointError(
+                f"{name!r}: no folder here, not fetched before, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+            ) from None
 
     try:
-        revision = None
         try:
-            index = Path(huggingface_hub.hf_hub_download(name, "model_index.json"))
-            revision = index.parent.name
+            index = Path(huggingface_hub.hf_hub_download(name, "model_index.json", revision=revision))
+            revision = index.parent.name  # one commit for all files
+        except LocalEntryNotFoundError:
+            return fetched_before()
         except EntryNotFoundError:
             index = None
         if index is not None and (kind := read_json(index).get("_class_name")) != "LensPipeline":
@@ -57,7 +71,7 @@ def _fetch(name: str, weights_variant: str | None) -> Path:
         try:
             names = huggingface_hub.list_repo_files(name, revision=revision)
         except Exception:  # no connection, in one of the ways that the library's HTTP client has for it
-            return Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+            return fetched_before()
         if index is None and not all(f"{part}/config.json" in names for part in WEIGHTS):
             files = [file for file in names if file.lower().endswith(_FILES)]
             held = f"it has {', '.join(files[:6])}{', ...' if len(files) > 6 else ''}" if files else "it has no weights"

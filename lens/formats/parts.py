@@ -67,6 +67,7 @@ def find(
     vae: Source | None = None,
     tokenizer: Source | None = None,
     weights_variant: str | None = None,
+    revision: str | None = None,
 ) -> Parts:
     """Where the parts are that ``from_pretrained`` names. With all three given, a source that is the default, "mini",
     is not read: they are a model of their own. A source that is a file is the transformer.
@@ -76,7 +77,7 @@ def find(
     given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     root: Path | None = None
     if any(value is None for value in given.values()) or os.fspath(source) != "mini":
-        root = resolve(source, weights_variant)
+        root = resolve(source, weights_variant, revision)
         if not root.is_dir():
             if given["transformer"] is not None:
                 raise CheckpointError(f"{root}: a file is the transformer, and {transformer} was given as one, too")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lens.config import VARIANTS, Defaults, LensConfig
+from lens.config import Defaults, LensConfig, expect_variant
 from lens.formats.contents import of_names
 from lens.formats.files import CheckpointError, is_there, read_json, write_json
 from lens.formats.names import released_names, without_prefix
@@ -251,8 +251,7 @@ def read_index(root: Path) -> dict[str, Any]:
 def read_defaults(root: Path | None, variant: str | None, name: str) -> Defaults:
     """What a call uses where the caller says nothing, from ``model_index.json``, the caller's variant or the name."""
     index = read_index(root) if root else {}
-    if variant is not None and variant not in VARIANTS:
-        raise ValueError(f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}")
+    expect_variant(variant)
     try:
         return Defaults.choose(variant, index.get("lens"), name, str(root / "model_index.json") if root else name)
     except ValueError as error:  # names the file

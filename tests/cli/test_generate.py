@@ -89,7 +89,32 @@ def apple(tmp_path_factory):
     return path
 
 
+def test_the_application_is_found_where_the_command_is():
+    import lens.cli
+
+    assert lens.cli.app is cli.app
+    with pytest.raises(AttributeError, match="no attribute 'appp'"):
+        getattr(lens.cli, "appp")  # noqa: B009
+
+
 # ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_other_programs_read_prompt_and_settings(apple, tmp_path):
+    """The chunk and the form of A1111; what is no Latin-1 and what holds a comma comes through, too."""
+    with Image.open(apple) as image:
+        assert image.text["parameters"] == (
+            "a red apple\nNegative prompt: blurry\n"
+            f"Steps: 3, Sampler: Euler, CFG scale: 2.5, Seed: 7, Size: 32x48, Model: dev, Version: Lens {__version__}"
+        )
+        other = replace(image_file.read_recipe(apple), prompt="日本, été", negative="", solver="dpm2m", model="a, b: c")
+        image_file.save_png(image, tmp_path / "x.png", other)
+    with Image.open(tmp_path / "x.png") as image:
+        first, settings = image.text["parameters"].split("\n")
+    assert first == "日本, été"
+    assert "Sampler: DPM++ 2M, " in settings
+    assert 'Model: "a, b: c", ' in settings
+    assert image_file.read_recipe(tmp_path / "x.png") == other
 
 
 @pytest.fixture(scope="module")
@@ -682,7 +707,7 @@ def test_files_of_prompts_that_hold_none_or_no_text(tmp_path):
     ("args", "message"),
     [
         (["a", "--model", "no-such-model"], "no-such-model"),
-        (["a", "--model", "."], "transformer: folder not found"),
+        (["a", "--model", "."], "transformer: folder not found, expected the released layout"),
         (["--like", "missing.png"], "missing.png: file not found"),
         (["--like", "text.png"], "not a readable PNG"),
         (["--like", "plain.png"], "carries no recipe"),

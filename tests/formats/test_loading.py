@@ -512,6 +512,7 @@ SETTINGS = [
     ("transformer/config.json", {"_class_name": "FluxTransformer2DModel"}, "_class_name must be LensTransformer2DModel"),
     ("transformer/config.json", {"gate_mlp": False}, "gate_mlp must be True, got False"),
     ("transformer/config.json", {"guidance_embeds": True}, "unknown key 'guidance_embeds'"),
+    ("model_index.json", {"lens": {"num_inference_steps": 1001}}, "lens.num_inference_steps must be an integer from 1 to 1000"),
     ("transformer/config.json", {"num_layers": "3"}, "num_layers must be a positive integer, got '3'"),
     ("transformer/config.json", {"num_layers": 0}, "num_layers must be a positive integer, got 0"),
     ("transformer/config.json", {"num_layers": 2**40}, "num_layers must be at most 1048576, got 1099511627776"),
@@ -633,14 +634,16 @@ class Hub(types.ModuleType):
 
     def __init__(self, repositories: dict[str, Path]):
         super().__init__("huggingface_hub")
-        self.repositories, self.fetched = repositories, []
+        self.repositories, self.fetched, self.revisions = repositories, [], set()
 
     def list_repo_files(self, name, revision=None):
         root = self.repositories[name]
+        self.revisions.add(revision)
         return [p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file()]
 
     def hf_hub_download(self, name, file, revision=None):
         path = self.repositories[name] / file
+        self.revisions.add(revision)
         if not path.is_file():
             from huggingface_hub.errors import EntryNotFoundError
 
@@ -650,6 +653,7 @@ class Hub(types.ModuleType):
 
     def snapshot_download(self, name, revision=None, allow_patterns=None, local_files_only=False):
         self.fetched += allow_patterns or ["everything fetched before"]
+        self.revisions.add(revision)
         return str(self.repositories[name])
 
 
@@ -719,3 +723,27 @@ def test_without_a_connection_what_was_fetched_before_is_loaded(hub, monkeypatch
     monkeypatch.setattr(hub, "list_repo_files", fail)
     assert resolve("someone/lens") == FOLDER
     assert hub.fetched == ["model_index.json", "everything fetched before"]
+
+
+def test_without_a_connection_what_was_never_fetched_is_said_so(hub, monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*_, **__):
+        raise LocalEntryNotFoundError("a paragraph about outgoing traffic and local_files_only")
+
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(hub, name, fail)
+    refuse("someone/lens", "'someone/lens': no folder here, not fetched before, and the hub cannot be reached")
+
+
+def test_a_revision_is_asked_for_once_and_its_commit_from_then_on(hub, tmp_path):
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    shutil.copytree(FOLDER, snapshot)
+    hub.repositories["someone/lens"] = snapshot
+    assert resolve("someone/lens", revision="v1.0") == snapshot
+    assert hub.revisions == {"v1.0", "0123abcd"}
+
+
+def test_a_revision_of_a_folder_is_not_read_and_said_so():
+    with pytest.warns(UserWarning, match="revision 'main' is not read"):
+        assert resolve(FOLDER, revision="main") == FOLDER

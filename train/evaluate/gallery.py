@@ -191,11 +191,8 @@ def picture_file(image: Any) -> Card:
 
 def png(image: Any, recipe: image_file.Recipe) -> bytes:
     """A PNG file that carries its recipe, as `lens generate` writes them."""
-    from PIL.PngImagePlugin import PngInfo
-
-    info, out = PngInfo(), io.BytesIO()
-    info.add_itxt(image_file.RECIPE_KEY, recipe.to_json())
-    image.save(out, format="PNG", pnginfo=info, optimize=True)
+    out = io.BytesIO()
+    image.save(out, format="PNG", pnginfo=image_file.text_chunks(recipe), optimize=True)
     return out.getvalue()
 
 
