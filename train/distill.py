@@ -17,6 +17,7 @@ student of the highest held-out score), log.jsonl and sheets. Numbers that leave
 from __future__ import annotations
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -340,14 +341,24 @@ class Distil(Method):
     # -------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        kept = {"sums": self.sums, "broken": self.rules.broken, "best": self.best}
-        return {"watch": {**kept, "lowest_fake": self.lowest_fake}}
+        kept = {"sums": self.sums, "broken": self.rules.broken}
+        best = self.best if math.isfinite(self.best["score"]) else None  # nothing was scored: no number of JSON's
+        return {
+            "watch": {
+                **kept,
+                "best": best,
+                "lowest_fake": self.lowest_fake if math.isfinite(self.lowest_fake) else None,
+            }
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         held = state["watch"]
         self.sums = {name: list(pair) for name, pair in held["sums"].items()}
         self.rules.broken = dict(held["broken"])
-        self.lowest_fake, self.best = held["lowest_fake"], dict(held["best"])
+        if held["lowest_fake"] is not None:
+            self.lowest_fake = held["lowest_fake"]
+        if held["best"] is not None:
+            self.best = dict(held["best"])
 
     # -------------------------------------------------------------------------------------------- the watch
 

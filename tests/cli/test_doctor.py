@@ -176,9 +176,11 @@ def test_a_picture_that_changes_is_found(monkeypatch, wrong_call, name):
 def test_a_neighbour_that_changes_bits_is_a_fault_where_none_may(monkeypatch, promised, status):
     denoise = LensTransformer2DModel.denoise
 
-    def drifting(self, image_rows, text_rows, modulation, packing, *rest):
+    def drifting(self, image_rows, text_rows, modulation, packing, *rest, **options):
         self.batch_invariant = promised
-        return denoise(self, image_rows, text_rows, modulation, packing, *rest) + 1e-4 * (packing.batch_size > 2)
+        return denoise(self, image_rows, text_rows, modulation, packing, *rest, **options) + 1e-4 * (
+            packing.batch_size > 2
+        )
 
     monkeypatch.setattr(LensTransformer2DModel, "denoise", drifting)
     assert by_name(selftest.draw_image(str(DEV), CPU))[("Self-test on cpu", "same bits in a batch")].status == status

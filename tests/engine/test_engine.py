@@ -328,11 +328,11 @@ def test_the_oldest_go_beyond_the_budget(pipe):
     cache.budget = int(size * 2.5)
     for guidance in (3.0, 2.0, 3.0, 6.0):  # 4 is the oldest, then 2, because 3 was used again
         pipe("a", seed=1, **{**SMALL, "guidance_scale": guidance})
-    assert [key[-3] for key in cache._entries] == [3.0, 6.0]
+    assert [key[-4] for key in cache._entries] == [3.0, 6.0]
     assert cache.bytes <= cache.budget
     cache.budget = 1
     pipe("a", seed=1, **{**SMALL, "guidance_scale": 7.0})
-    assert [key[-3] for key in cache._entries] == [7.0]
+    assert [key[-4] for key in cache._entries] == [7.0]
 
 
 def test_moved_weights_are_captured_anew_and_changed_ones_are_read(pipe):

@@ -99,7 +99,7 @@ def test_dead_text_branch_is_skipped(monkeypatch):
     assert queries == [True, True, False]
     assert gates == [12]  # one gated residual without a following norm: the last block's, of the image rows alone
     denoise = pipe.transformer.denoise
-    pipe.transformer.denoise = lambda *args: denoise(*args, blocks_out=[])
+    pipe.transformer.denoise = lambda *args, **options: denoise(*args, **options, blocks_out=[])
     try:
         full = pipe(PROMPTS, seed=1, guidance_scale=1.0, **SMALL | {"num_inference_steps": 1}).images
     finally:

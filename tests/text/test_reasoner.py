@@ -220,7 +220,7 @@ def test_the_embedded_reasoner_writes_the_most_probable_tokens():
 
 def test_an_encoder_without_a_head_or_with_layers_left_out_cannot_write(monkeypatch):
     pipe = LensPipeline.from_pretrained("mini", device="cpu")
-    monkeypatch.setattr(pipe, "folder", None)
+    monkeypatch.setattr(pipe, "text_encoder_files", None)
     with pytest.raises(CheckpointError, match=r"lm_head.weight is missing"):
         EmbeddedReasoner(pipe)
     del pipe.text_encoder.model.layers[3:]

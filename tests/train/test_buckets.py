@@ -351,8 +351,6 @@ def test_what_cannot_be_sampled_says_so():
         sampler(aspect="often")
     with pytest.raises(ValueError, match="no bucket"):
         sampler({ALL[0]: 0})
-    with pytest.raises(ValueError, match="8 slots on rank 0 of 3"):
-        next(sampler().stream(0, 0, 3))
     state = sampler().state(3)
     state["counts"][state["counts"].index(max(state["counts"]))] -= 1
     with pytest.raises(ValueError, match="23 micro-batches counted at step 3"):
