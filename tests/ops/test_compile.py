@@ -52,6 +52,7 @@ def test_fullgraph_forward_and_backward(choice):
         torch.testing.assert_close(whole, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
 
 
+@pytest.mark.nightly  # compilation takes most of two minutes; test_device.py trains through Inductor in every run
 def test_inductor_forward_and_backward():
     make = Maker()
     x, weight = make(17, 24).float().detach().requires_grad_(), make(24).float().detach().requires_grad_()

@@ -136,11 +136,9 @@ def test_a_batch_is_what_the_stream_says(folder):
         assert batch.skipped == ()
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 4 worker processes")
-@pytest.mark.parametrize("workers", [1, 4])
-def test_the_number_of_workers_changes_no_byte(damaged, workers):
+def test_workers_change_no_byte(damaged):
     alone = take(loader(damaged, text_dropout=0.3).batches(3), 24)
-    many = take(loader(damaged, text_dropout=0.3, workers=workers).batches(3), 24)
+    many = take(loader(damaged, text_dropout=0.3, workers=2).batches(3), 24)
     assert len(alone) == len(many) == 24
     assert all(same(a, b) for a, b in zip(alone, many))
     assert {skip.key for batch in alone for skip in batch.skipped} & BROKEN  # damage was among them
