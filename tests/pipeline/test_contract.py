@@ -302,7 +302,9 @@ def test_warnings_above_the_trained_size_and_ratio():
         UserWarning, match="height 64, width 48 is larger than the largest size this model is shown to work at"
     ):
         pipe([A, B], height=64, width=48, output_type="latent")
-    with pytest.warns(UserWarning, match="height 16, width 48 lies outside the trained aspect ratios 1:2 to 2:1") as caught:
+    with pytest.warns(
+        UserWarning, match="height 16, width 48 lies outside the trained aspect ratios 1:2 to 2:1"
+    ) as caught:
         pipe(A, height=16, width=48, output_type="latent")
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
