@@ -18,6 +18,7 @@ STAGES = {  # module, what it does
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
     "rl_prompts": ("train.rl_prompts", "prompts with rubrics for the rl stage, as JSON lines"),
     "rl": ("train.rl", "post-training on rewards: DiffusionNFT with rubric judges"),
+    "rl_frontier": ("train.report", "reward against diversity over several rl runs, as a page"),
     "distill": ("train.distill", "a student of four steps without guidance"),
     "detector": ("train.detector", "the judge of classes, boxes and colours"),
     "prompt_search": (

@@ -1,10 +1,18 @@
-"""The page of a training run: settings, curves out of its log, sheets before and after. One HTML file beside what it shows."""
+"""The page of a training run: settings, curves out of its log, sheets before and after. One HTML file beside what it shows.
+
+And the frontier of several runs, one arm each: reward against diversity at every validation, on prompts held out.
+
+    python -m train rl_frontier runs/rl runs/rl_kl1 runs/rl_nodiversity --out runs/frontier.html
+    python -m train rl_frontier runs/rl* --reward held_template --diversity held_sharpness
+"""
 
 from __future__ import annotations
 
+import argparse
 import html
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -91,3 +99,120 @@ def run_page(folder: Path, title: str, settings: Mapping[str, Any]) -> Path:
     path = folder / "index.html"
     write_text(path, page(title, [(heading, content) for heading, content in sections if content]))
     return path
+
+
+# ------------------------------------------------------------------------------------------------ the frontier of several runs
+
+SIDE, MARGIN = 520, 48  # of the plot in pixels
+COLOURS = ("#1f5fa8", "#b3412e", "#2e7d4f", "#8a5ea8", "#b07d1a", "#3a8f9e", "#7a4a2b", "#5b6470")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One validation of an arm. best: no other point has at least as much of both and more of one."""
+
+    arm: str
+    step: int
+    diversity: float
+    reward: float
+    best: bool = False
+
+
+def points_of(folder: Path, reward: str, diversity: str) -> list[Point]:
+    """The validations of a run that have both numbers. Errors: FileNotFoundError, ValueError naming the numbers there are."""
+    path = folder / "log.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no log of a training here")
+    rows = read_log(path)
+    found = {
+        row["step"]: Point(folder.name, row["step"], row[diversity], row[reward])
+        for row in rows
+        if all(isinstance(row.get(name), int | float) and row[name] == row[name] for name in (reward, diversity))
+    }
+    if not found:
+        known = sorted({name for row in rows for name in row if name.startswith("held_")})
+        raise ValueError(
+            f"{path}: no row with {reward} and {diversity}; held-out numbers there: {', '.join(known) or 'none'}"
+        )
+    return [found[step] for step in sorted(found)]
+
+
+def frontier(arms: Sequence[Sequence[Point]]) -> list[list[Point]]:
+    """The same points, those that none dominates marked as best."""
+    every = [point for arm in arms for point in arm]
+
+    def best(one: Point) -> bool:
+        return not any(
+            other.diversity >= one.diversity
+            and other.reward >= one.reward
+            and (other.diversity, other.reward) != (one.diversity, one.reward)
+            for other in every
+        )
+
+    return [[Point(p.arm, p.step, p.diversity, p.reward, best(p)) for p in arm] for arm in arms]
+
+
+def plot(arms: Sequence[Sequence[Point]], reward: str, diversity: str) -> str:
+    """Reward (up) against diversity (right): a line an arm through its validations, filled dots on the frontier."""
+    every = [point for arm in arms for point in arm]
+    low = min(p.diversity for p in every), min(p.reward for p in every)
+    high = max(p.diversity for p in every), max(p.reward for p in every)
+
+    def place(value: float, axis: int) -> float:
+        share = (value - low[axis]) / (high[axis] - low[axis] or 1)
+        return MARGIN + (share if axis == 0 else 1 - share) * (SIDE - 2 * MARGIN)
+
+    drawn = []
+    for number, arm in enumerate(arms):
+        colour = COLOURS[number % len(COLOURS)]
+        at = [(place(p.diversity, 0), place(p.reward, 1)) for p in arm]
+        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
+        drawn.append(f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.2"/>')
+        for p, (x, y) in zip(arm, at):
+            fill, label = colour if p.best else "#f6f6f4", f"{p.arm}, step {p.step}: {p.diversity:.4g}, {p.reward:.4g}"
+            drawn.append(
+                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{fill}" stroke="{colour}"><title>{html.escape(label)}</title></circle>'
+            )
+        drawn.append(f'<text x="{SIDE}" y="{MARGIN + 18 * number}" fill="{colour}">{html.escape(arm[0].arm)}</text>')
+    bottom = SIDE - MARGIN / 3
+    for text, x, y, anchor in (
+        (f"{low[0]:.4g}", MARGIN, bottom, "middle"),
+        (f"{high[0]:.4g}", SIDE - MARGIN, bottom, "middle"),
+        (diversity, SIDE / 2, bottom, "middle"),
+        (f"{low[1]:.4g}", MARGIN - 8, SIDE - MARGIN, "end"),
+        (f"{high[1]:.4g}", MARGIN - 8, MARGIN, "end"),
+        (reward, MARGIN, MARGIN / 2, "start"),
+    ):
+        drawn.append(f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{html.escape(text)}</text>')
+    size = f'width="{SIDE + 220}" height="{max(SIDE, MARGIN + 18 * len(arms))}" font-size="12"'
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif">{"".join(drawn)}</svg>'
+
+
+def frontier_page(folders: Sequence[Path], reward: str, diversity: str, path: Path) -> list[Point]:
+    """Write the plot and its numbers; returns the frontier, least diverse first. Errors: see `points_of`."""
+    arms = frontier([points_of(folder, reward, diversity) for folder in folders])
+    best = sorted((p for arm in arms for p in arm if p.best), key=lambda p: (p.diversity, p.arm, p.step))
+    numbers = {f"{p.arm}, step {p.step}": {diversity: p.diversity, reward: p.reward} for p in best}
+    sections = [("All arms, frontier filled", plot(arms, reward, diversity)), ("On the frontier", table(numbers))]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page("Reward against diversity", sections))
+    return best
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="OUT", help="folders of rl runs, one an arm")
+    parser.add_argument("--reward", default="held_score", help="number of the log, upwards (default: held_score)")
+    parser.add_argument(
+        "--diversity", default="held_effective_backdrops", help="to the right (default: held_effective_backdrops)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/frontier.html"), help="the page (default: runs/frontier.html)"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    best = frontier_page(options.folders, options.reward, options.diversity, options.out)
+    for p in best:
+        print(f"{p.arm}, step {p.step}: {options.diversity} {p.diversity:.4g}, {options.reward} {p.reward:.4g}")
+    print(options.out)
+    return 0

@@ -3,6 +3,7 @@
     python -m train rl --config mini --out runs/rl --stop-after 5m          # no GPU, no server
     python -m train rl --config mini --out runs/rl --stop-after 5m          # again to resume, bit-equal on a CPU
     python -m train rl --config mini --out runs/rl --export runs/rl/export  # the averages: adapters alone, and merged
+    python -m train rl --config mini --judge http://127.0.0.1:8000/v1 --out runs/rl_judge   # rubrics by a server
     python -m train rl --config mini --set KL_WEIGHT=1.0 --subset half --out runs/rl_kl1
     python -m train rl --config released --dry-run                          # rollouts, judge calls, memory
     torchrun --nproc-per-node 8 -m train rl --config released --init CHECKPOINT --prompts PROMPTS.jsonl ...
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lens.chat_client import ChatError
 from lens.config import LensConfig
 from lens.formats.files import read_json, write_json
 from lens.formats.hub import resolve
@@ -40,30 +42,20 @@ from lens.formats.released import (
 
 from . import configs, cost
 from .data import encoders
-from .data.prompts import Prompt, read_prompts, write_prompts
-from .data.small_world.kinds import CORE
-from .evaluate import ocr
-from .evaluate.detector import Detector
 from .loop import ranks
 from .loop.checkpoints import Checkpoints
-from .loop.clock import Clock, duration, positive
+from .loop.clock import Clock, Interrupted, duration, positive
 from .loop.lora import attach_lora, init_lora, keep_lora, lora_of, merge_lora, save_lora
 from .loop.ranks import Ranks
 from .loop.sheets import released_decoder
 from .loop.trainer import ALONE, Trainer
 from .networks.denoiser import Denoiser
 from .report import run_page
-from .rewards.judge import Judge
-from .rewards.small_world import SmallWorldJudge
-from .rewards.small_world_rubrics import GLOBAL, rubrics_of, sentence
-from .rewards.small_world_watch import SmallWorldWatch
-from .rl_method import OLD, Held, Nft, grids_of
-from .rl_prompts import FIRST_SEED, TASKS, VALIDATION_SEED, prompt_of, scenes
+from .rl_judging import LOCAL, judging, spent
+from .rl_method import OLD, Nft, grids_of
 from .rollout import Rollouts, Texts
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-JUDGES = ("small-world",)  # local ones
-OWN_PROMPTS = 600  # of a run that is given none
 
 
 def check(recipe: ModuleType) -> None:
@@ -136,45 +128,24 @@ def frozen_networks(
     return Texts(lambda prompt: text.encode([tokenizer(prompt)])), lambda x, grid: decode(x[None], grid)[0]
 
 
-def local_judge(recipe: ModuleType) -> tuple[Judge, SmallWorldWatch, Held]:
-    """The small world's judge, its watch, and the held-out prompts with their rubrics."""
-    detector = Detector.load()
-    own = scenes(recipe.VALIDATION, CORE, TASKS, VALIDATION_SEED, (recipe.BASE, recipe.BASE))
-    rubrics = [[*map(sentence, rubrics_of(scene)), GLOBAL] for scene in own]
-    judge = SmallWorldJudge(detector, CORE, ocr.Reader() if ocr.available() else None)
-    return judge, SmallWorldWatch(detector, CORE, own), Held([scene.caption for scene in own], rubrics)
-
-
-def prompts_of_run(options: argparse.Namespace, group: Ranks) -> list[Prompt]:
-    """Those of `--prompts`, or the small world's, written to OUT once."""
-    path = options.prompts
-    if path is None:
-        path = options.out / "prompts.jsonl"
-        if group.main and not path.is_file():
-            write_prompts(path, [prompt_of(scene) for scene in scenes(OWN_PROMPTS, CORE, TASKS, FIRST_SEED)])
-        group.barrier()
-    return read_prompts(path, options.subset, options.without)
-
-
 # ------------------------------------------------------------------------------------------------ the stage
 
 
 def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
     clock, out, folder = Clock(options.stop_after), options.out, resolve(options.init)
     refuse_distilled(folder, recipe, options.allow_distilled)
-    if options.judge not in JUDGES:
-        raise ValueError(f"--judge {options.judge}: expected one of {', '.join(JUDGES)}")
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
     group.barrier()
-    prompts = prompts_of_run(options, group)
-    judge, watch, held = local_judge(recipe)
+    seen = judging(recipe, options.judge, out, group, options.prompts, options.subset, options.without)
     model, wrapped = build(recipe, folder, group)
     texts, decode = frozen_networks(recipe, folder, group.device)
     rollouts = rollouts_of(recipe, folder, model)
-    method = Nft(recipe, wrapped, group, rollouts, texts, decode, judge, prompts, GLOBAL, held, watch)
+    rest = seen.judge, seen.prompts, seen.global_rubric, seen.held, seen.watch
+    method = Nft(recipe, wrapped, group, rollouts, texts, decode, *rest)
     states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
-    settings = configs.fields(recipe) | {"INIT": str(folder), "SUBSET": options.subset, "PROMPTS_USED": len(prompts)}
+    settings = configs.fields(recipe) | {"INIT": str(folder), "SUBSET": options.subset, "JUDGE": options.judge}
+    settings["PROMPTS_USED"] = len(seen.prompts)
     trainer = Trainer(method.plan(), method, states, out, group, settings, cost.peak_of(group.device))
     if (before := states.latest()) is not None:
         trainer.resume(before)
@@ -182,7 +153,12 @@ def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
         method.draw(out, 0)
     try:
         trainer.run(method.batches(), clock, steps=options.steps)
+    except ChatError as error:  # a transcript that lacks a call; what else fails is masked
+        raise Interrupted(f"--judge: {error}") from error
     finally:
+        if seen.client is not None:
+            seen.client.close()
+            print(spent(seen.client))
         if group.main:
             run_page(out, "Reinforcement learning", settings)
     return 0
@@ -263,7 +239,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="leave out a category or sub-category; repeatable",
     )
-    parser.add_argument("--judge", default="small-world", help=f"{', '.join(JUDGES)} (default: small-world)")
+    parser.add_argument(
+        "--judge",
+        default=LOCAL,
+        metavar="WHO",
+        help=f"{LOCAL}, the address of an OpenAI-compatible server (http://HOST:PORT/v1; its key in LENS_CHAT_KEY, or "
+        f"OPENAI_API_KEY for OpenAI's own), or a transcript to replay (default: {LOCAL})",
+    )
     parser.add_argument("--stop-after", type=duration, metavar="TIME", help="save and exit 0 after this long, e.g. 5m")
     parser.add_argument(
         "--steps", type=positive, help="end after this optimiser step, the schedule staying the recipe's"

@@ -12,7 +12,7 @@ iteration is a function of the old adapters and its number: a resume inside one 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -46,6 +46,9 @@ Decode = Callable[[Tensor, Grid], np.ndarray]  # latents [I, C] of one picture -
 
 class Watch(Protocol):
     """What the small world knows of pictures beside their score. None of it but `look` is ever in the reward."""
+
+    def kind(self, rubric: str) -> str:
+        """What a rubric asks about, for pass rates."""
 
     def look(self, picture: np.ndarray) -> diversity.Look:
         """What tells a picture apart from the others of its group."""
@@ -87,12 +90,13 @@ class Micro:
 
 @dataclass
 class Judged:
-    """A slot's judgement, without its pictures: small enough to be sent to every rank."""
+    """A slot's judgement, without its pictures: small enough to be sent to every rank. kinds: of each picture's specific rubrics."""
 
     indices: list[int]
     scores: Scores
     looks: list[diversity.Look]
     sharpness: list[float]
+    kinds: list[list[str]]
 
 
 def indices_of(recipe: ModuleType, slot: int) -> list[int]:
@@ -238,7 +242,14 @@ class Nft(Method):
         )
         look = self.watch.look if self.watch is not None else bare_look
         sharpness = [diversity.sharpness(picture) for picture in pictures]
-        return Judged([sample.index for sample in samples], scores, [look(p) for p in pictures], sharpness)
+        looks, kinds = [look(p) for p in pictures], [self.rubric_kinds(p) for p in prompts]
+        return Judged([sample.index for sample in samples], scores, looks, sharpness, kinds)
+
+    def rubric_kinds(self, prompt: Prompt) -> list[str]:
+        """Of its specific rubrics: what the watch calls them, or else the prompt's category."""
+        if self.watch is None:
+            return [prompt.category] * len(prompt.rubrics)
+        return [self.watch.kind(rubric) for rubric in prompt.rubrics]
 
     def rewards(self, judged: Sequence[Judged]) -> tuple[nft.Optimality, dict[str, float]]:
         """r of every picture of an iteration, and its numbers, from the judgements of all slots."""
@@ -255,7 +266,7 @@ class Nft(Method):
         if (failed := float(1 - valid.mean())) > recipe.MOST_FAILURES:
             raise Interrupted(
                 f"rl: {failed:.0%} of {count} judgements failed, more than MOST_FAILURES = {recipe.MOST_FAILURES:.0%}: "
-                f"{reasons[0] if reasons else 'no reason given'}"
+                f"{common(reasons)}"
             )
         different = diversity.rewards(looks, groups) if self.watch is not None else np.zeros(count)
         total = torch.from_numpy(score + recipe.DIVERSITY_WEIGHT * different)
@@ -276,11 +287,7 @@ class Nft(Method):
         if self.watch is not None:
             numbers["diversity_reward"] = float(different.mean())
             numbers["effective_backdrops"] = diversity.effective_number([look.backdrop for look in looks])
-        table = np.concatenate([one.scores.per_rubric for one in judged])
-        with np.errstate(invalid="ignore"):
-            numbers["passed_specific"] = float(np.nanmean(np.where(np.isnan(table), np.nan, table > 0.5)[:, :-1]))
-            numbers["passed_global"] = float(np.nanmean(np.where(np.isnan(table), np.nan, table > 0.5)[:, -1]))
-        return found, numbers
+        return found, numbers | passed(judged)
 
     def stop_rules(self) -> None:
         """Errors: Interrupted where the mean of the last WINDOW iterations is below its share of the first ones'."""
@@ -397,6 +404,12 @@ class Nft(Method):
         places = list(range(group.rank, len(held.prompts), group.world))
         pictures = self.pictures(held.prompts, places, (side, side), self.recipe.SAMPLING_STEPS, 1.0)
         scores = self.judge.score([held.prompts[i] for i in places], [held.rubrics[i] for i in places], pictures)
+        failures = [own[0] if own else "" for own, good in zip(scores.reasons, scores.valid) if not good]
+        failures = [reason for own in group.gather(failures) for reason in own]
+        if step == 0 and len(failures) > self.recipe.MOST_FAILURES * len(held.prompts):
+            raise Interrupted(
+                f"rl: {len(failures)} of the first {len(held.prompts)} judgements, of held-out prompts, failed: {common(failures)}"
+            )
         look = self.watch.look if self.watch is not None else bare_look
         rows: list[dict[str, Any]] = [
             {"score": float(score), "sharpness": diversity.sharpness(p), "look": look(p)}
@@ -406,7 +419,8 @@ class Nft(Method):
             for row, more in zip(rows, self.watch.independent(pictures, places)):
                 row |= more
         every = [row for own in group.gather(rows) for row in own]
-        found = {f"held_{name}": float(np.nanmean([row[name] for row in every])) for name in every[0] if name != "look"}
+        found = {f"held_{name}": known_mean([row[name] for row in every]) for name in every[0] if name != "look"}
+        found["held_invalid_share"] = len(failures) / len(held.prompts)
         if self.watch is not None:
             found["held_effective_backdrops"] = diversity.effective_number([row["look"].backdrop for row in every])
         return found
@@ -423,6 +437,31 @@ class Nft(Method):
         if group.main:
             contact_sheet([pictures[i] for i in sorted(pictures)], list(recipe.PROMPTS), path, columns=8)
         return {"sheet": path}
+
+
+def known_mean(values: Sequence[float]) -> float:
+    """Mean of those that are no NaN; NaN where none is."""
+    known = [value for value in values if value == value]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def passed(judged: Sequence[Judged]) -> dict[str, float]:
+    """Pass rates, a rubric above 1/2 counting as passed: of all specific ones, of the global one, and of each kind there is."""
+    by_kind: dict[str, list[bool]] = {}
+    for one in judged:
+        for kinds, values in zip(one.kinds, one.scores.per_rubric):
+            for names, value in zip([*[("specific", f"of_{kind}") for kind in kinds], ("global",)], values):
+                for name in names if np.isfinite(value) else ():
+                    by_kind.setdefault(name, []).append(value > 0.5)
+    return {f"passed_{name}": float(np.mean(own)) for name, own in by_kind.items()}
+
+
+def common(reasons: Sequence[str]) -> str:
+    """The commonest, with how often it came."""
+    if not any(reasons):
+        return "no reason given"
+    ((reason, count),) = Counter(filter(None, reasons)).most_common(1)
+    return reason if count == 1 else f"{count} x {reason}"
 
 
 def bare_look(picture: np.ndarray) -> diversity.Look:

@@ -181,7 +181,7 @@ def test_failed_judgements_teach_nothing_and_too_many_stop():
     micro = next(Micro(0, slot, samples, {}) for slot, samples in slots.items() if any(not s.valid for s in samples))
     assert method.about(micro).weight == 3
     assert len(method.losses(micro, 0)["model"].values) == 3 * 2
-    with pytest.raises(Interrupted, match=r"12% of 16 judgements failed, more than MOST_FAILURES = 5%: no answer"):
+    with pytest.raises(Interrupted, match=r"12% of 16 judgements failed, more than MOST_FAILURES = 5%: 2 x no answer"):
         method_of(recipe(GROUPS=4), judge=Bright(failing=7)).iteration(0)
 
 

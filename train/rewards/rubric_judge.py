@@ -56,9 +56,9 @@ class RubricJudge:
     """A `Judge` over HTTP. The client has the model (`MODEL` by default), the cache, the transcript and the counters."""
 
     def __init__(self, client: ChatClient, kind: str = "binary", max_failed: float = 0.05):
-        """max_failed: share of a batch's judgements that may fail."""
-        if not 0 <= max_failed < 1:
-            raise ValueError(f"RubricJudge: max_failed must be in [0, 1), got {max_failed}")
+        """max_failed: share of a batch's judgements that may fail; 1 leaves the rule to who asks."""
+        if not 0 <= max_failed <= 1:
+            raise ValueError(f"RubricJudge: max_failed must be in [0, 1], got {max_failed}")
         self.client, self.kind, self.max_failed, self.system = client, kind, max_failed, instructions(kind)
 
     @classmethod

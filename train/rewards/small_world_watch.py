@@ -10,6 +10,7 @@ from ..data.small_world.scene import Scene
 from ..evaluate import geneval, shape, template
 from ..evaluate.detector import Detector
 from . import diversity
+from .small_world_rubrics import parse
 
 
 class SmallWorldWatch:
@@ -18,6 +19,13 @@ class SmallWorldWatch:
     def __init__(self, detector: Detector, classes: Sequence[str], scenes: Sequence[Scene]):
         self.detector, self.classes, self.scenes = detector, tuple(classes), scenes
         self.shapes = shape.ShapeJudge(classes)
+
+    def kind(self, rubric: str) -> str:
+        """The check of a sentence of this world, "other" for any other sentence."""
+        try:
+            return parse(rubric).check
+        except ValueError:
+            return "other"
 
     def look(self, picture: np.ndarray) -> diversity.Look:
         return diversity.look_at(self.detector, picture)

@@ -31,6 +31,11 @@ ETA: float | Literal["nft"] = 0.0  # old <- eta old + (1 - eta) theta; "nft": mi
 DIVERSITY_WEIGHT = 0.25  # of the groupwise reward: backdrops and places that differ within a group
 MOST_FAILURES = 0.05  # share of judgements that may fail in a step
 
+# ---- judge over HTTP, where --judge names one
+JUDGE_MODEL = "gpt-4.1-mini"
+JUDGE_SCORE: Literal["binary", "graded", "probability"] = "binary"  # of a rubric; their mean is the reward
+JUDGE_CONCURRENCY, JUDGE_TIMEOUT = 8, 120.0  # calls at once of a process; seconds of an attempt
+
 # ---- optimiser
 LORA = "r=32,alpha=64,targets=all"
 STEPS, WARMUP, DECAY, COSINE = 40, 1, 40, True
@@ -45,6 +50,7 @@ COMPUTE: Literal["bfloat16", "float32"] = "float32"
 RECOMPUTE: Literal["none", "block", "selective"] = "none"
 
 # ---- what a person watches; a rule stops the run where the mean of the last WINDOW steps falls below this share of the first ones'
+WATCH: Literal["small-world", "none"] = "small-world"  # whose held-out prompts and independent judges watch
 WINDOW = 3
 STOP: dict[str, float] = {"effective_backdrops": 0.5, "group_diversity": 0.6, "sharpness": 0.7}
 LOG_EVERY, SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 1, 5, 2, 5

@@ -36,6 +36,11 @@ ETA: float | Literal["nft"] = "nft"
 DIVERSITY_WEIGHT = 0.0
 MOST_FAILURES = 0.05
 
+# ---- judge over HTTP, where --judge names one
+JUDGE_MODEL = "gpt-4.1-mini"
+JUDGE_SCORE: Literal["binary", "graded", "probability"] = "binary"  # of a rubric; their mean is the reward
+JUDGE_CONCURRENCY, JUDGE_TIMEOUT = 8, 120.0  # calls at once of a process; seconds of an attempt
+
 # ---- optimiser
 LORA = "r=64,alpha=128,targets=attention"
 STEPS, WARMUP, DECAY, COSINE = 180, 1, 0, False
@@ -50,6 +55,7 @@ COMPUTE: Literal["bfloat16", "float32"] = "bfloat16"
 RECOMPUTE: Literal["none", "block", "selective"] = "block"
 
 # ---- what a person watches
+WATCH: Literal["small-world", "none"] = "none"
 WINDOW = 5
 STOP: dict[str, float] = {"group_diversity": 0.5, "sharpness": 0.6}
 LOG_EVERY, SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 1, 5, 2, 20
@@ -72,11 +78,16 @@ OPEN = {
     "ETA": "min(.001, .5) is printed, which is constant: read as min(.001 i, .5), i the optimiser step, as in the official code",
     "DIVERSITY_WEIGHT": "ours; the groupwise reward reads the small world's backdrops, so 0 here",
     "MOST_FAILURES": "ours; a failed judgement is masked, and more than these stop the step",
+    "JUDGE_MODEL": "a small vision-language model that many can reach; any server's model will do",
+    "JUDGE_SCORE": "binary is stated; graded and probability are smoother",
+    "JUDGE_CONCURRENCY": "ours; what a server takes from each process at once",
+    "JUDGE_TIMEOUT": "ours",
     "LORA": "r and alpha are stated, the layers are not: qkv and output of both streams",
     "WARMUP": "not mentioned: none",
     "CLIP": "not mentioned; the official code's",
     "EMA": "not mentioned; the official code's average, min((1 + k) / (10 + k), .9)",
     "RECOMPUTE": "not mentioned; the rollout shares the memory",
+    "WATCH": "ours; the small world's judges cannot see such pictures, so VALIDATION prompts of the file, by hash, are held out",
     "WINDOW": "ours",
     "STOP": "ours; a run that collapses or blurs ends and says which number fell",
     "SHEET": "ours",
