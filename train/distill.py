@@ -17,7 +17,6 @@ student of the highest held-out score), log.jsonl and sheets. Numbers that leave
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -177,7 +176,7 @@ class HeldOut:
         )
         self.captions = [caption for batch in batches for caption in batch.captions]
         self.score = watch.score_of(objective.recipe.SCORE)
-        self._reference: tuple[watch.Drawn, watch.Drawn] | None = None
+        self._references: dict[str, watch.Drawn] = {}
 
     def draw(self, network: nn.Module, steps: int, guidance: float) -> watch.Drawn:
         """By the sampler's steps, of fixed noise; every caption once, and the first GROUPS of them GROUP times."""
@@ -233,22 +232,45 @@ class HeldOut:
             apart, whole = apart + float((c - u).square().sum()), whole + float(c.square().sum())
         return (apart / whole) ** 0.5
 
+    def references(self) -> dict[str, watch.Drawn]:
+        """What the student is held against, drawn once: `truth`, through the decoder and without groups; `teacher`, guided and in
+        its many steps; `teacher_few`, guided and in the student's; `start`, the student before it has learned."""
+        if not self._references:
+            recipe = self.objective.recipe
+            latents = [self.objective.given(batch)[0] for batch in self.batches]
+            pictures = [p for x, b in zip(latents, self.batches) for p in self._decoded(x, b.bucket.grid)]
+            few, guidance = recipe.STUDENT_STEPS, recipe.TEACHER_GUIDANCE
+            self._references = {
+                "truth": watch.Drawn(latents, pictures, [], []),
+                "teacher": self.draw(self.teacher, recipe.TEACHER_STEPS, guidance),
+                "teacher_few": self.draw(self.teacher, few, guidance),
+                "start": self.draw(self.teacher, few, 1.0),
+            }
+        return self._references
+
+    def _figures(self, drawn: watch.Drawn) -> dict[str, float]:
+        held = self.references()
+        found = watch.figures(drawn, held["truth"], held["teacher"])
+        return found | self._scored(drawn)
+
+    def _scored(self, drawn: watch.Drawn) -> dict[str, float]:
+        if self.score is None or not drawn.pictures:
+            return {}
+        own = (drawn.pictures, self.captions, self.scenes) if self.scenes else (drawn.pictures, self.captions)
+        return {"score": float(self.score(*own))}
+
+    @torch.no_grad()
+    def reference_figures(self) -> dict[str, dict[str, float]]:
+        """The numbers of the references; of the truth the score alone."""
+        held = self.references()
+        found = {name: self._figures(drawn) for name, drawn in held.items() if name != "truth"}
+        return {"truth": self._scored(held["truth"]), **found}
+
     @torch.no_grad()
     def figures(self, student: nn.Module) -> tuple[dict[str, float], watch.Drawn]:
         """The numbers of train/evaluate/distillation.py and `score`, and what they are of."""
-        recipe = self.objective.recipe
-        if self._reference is None:
-            latents = [self.objective.given(batch)[0] for batch in self.batches]
-            pictures = [p for x, b in zip(latents, self.batches) for p in self._decoded(x, b.bucket.grid)]
-            true = watch.Drawn(latents, pictures, [], [])
-            self._reference = true, self.draw(self.teacher, recipe.TEACHER_STEPS, recipe.TEACHER_GUIDANCE)
-        true, teacher = self._reference
-        drawn = self.draw(student, recipe.STUDENT_STEPS, 1.0)
-        found = watch.figures(drawn, true, teacher)
-        if self.score is not None and drawn.pictures:
-            own = (drawn.pictures, self.captions, self.scenes) if self.scenes else (drawn.pictures, self.captions)
-            found["score"] = float(self.score(*own))
-        return found, drawn
+        drawn = self.draw(student, self.objective.recipe.STUDENT_STEPS, 1.0)
+        return self._figures(drawn), drawn
 
 
 # ------------------------------------------------------------------------------------------------ method
@@ -271,11 +293,12 @@ class Distil(Method):
         self.recipe, self.group, self.networks, self.teacher = recipe, group, networks, teacher
         self.objective, self.held_out, self.states, self.kinds = objective, held_out, best, tuple(kinds)
         self.modules = {name: network.module for name, network in networks.items()}
-        self.rules = watch.Rules(recipe.RULES, recipe.PATIENCE)
+        self.rules = watch.Rules(recipe.RULES, recipe.PATIENCE)  # widened when the references are drawn
         self.ended: list[str] = []  # the rules that say stop
         self.sums: dict[str, list[float]] = {}  # of terms since the last check: sum, count
         self.lowest_fake, self.best = float("inf"), {"score": float("-inf"), "step": -1.0}
         self.drawn: watch.Drawn | None = None
+        self.references: dict[str, dict[str, float]] = {}  # the numbers of what the student is held against
 
     # -------------------------------------------------------------------------------------------- the turns
 
@@ -342,14 +365,10 @@ class Distil(Method):
 
     def state(self) -> dict[str, Any]:
         kept = {"sums": self.sums, "broken": self.rules.broken}
-        best = self.best if math.isfinite(self.best["score"]) else None  # nothing was scored: no number of JSON's
-        return {
-            "watch": {
-                **kept,
-                "best": best,
-                "lowest_fake": self.lowest_fake if math.isfinite(self.lowest_fake) else None,
-            }
-        }
+        # JSON has no infinity: None where there is none yet
+        best = self.best if self.best["step"] >= 0 else None
+        lowest = self.lowest_fake if self.lowest_fake < float("inf") else None
+        return {"watch": {**kept, "best": best, "lowest_fake": lowest}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         held = state["watch"]
@@ -385,13 +404,20 @@ class Distil(Method):
         """The check: numbers, rules, and the best student so far. The student has its averaged weights."""
         if self.held_out is None:
             return {}
+        if not self.references:
+            self.references = self.group.gather(self.held_out.reference_figures())[0]
+            self.rules.ranges = watch.widened(
+                self.recipe.RULES, [v for n, v in self.references.items() if n != "truth"]
+            )
+            if self.states is not None and self.group.main:
+                write_json(self.states.folder.parent / "references.json", self.references)
         values, self.drawn = self.held_out.figures(self.modules["student"])
         optimizer = self.networks["student"].optimizer
         assert isinstance(optimizer, LeanAdamW), "networks_of gave it"
         values |= {**self._since(), "near_eps": optimizer.near_eps(), "student_step": float(self.student_step(step))}
         values["drift"] = self.drift()
         values = self.group.gather(values)[0]  # all decide by what the main rank saw
-        if self.student_step(step):  # before, it is the teacher in four steps, which need not be in any range
+        if self.student_step(step):  # before, nothing of it is the training's
             self.ended = self.rules.check(values)
         if values.get("score", float("-inf")) > self.best["score"]:
             self.best = {"score": values["score"], "step": float(step)}
@@ -403,13 +429,22 @@ class Distil(Method):
         return values
 
     def draw(self, folder: Path, step: int) -> dict[str, Path]:
-        """The held-out captions as the last check drew them."""
+        """Held-out captions as the last check drew them: guided teacher, it in as few steps, student, truth, side by side."""
         if self.drawn is None or not self.drawn.pictures or self.held_out is None or not self.group.main:
             return {}
-        path = folder / f"sheet_{step:06d}.png"
+        path, recipe, held = folder / f"sheet_{step:06d}.png", self.recipe, self.held_out.references()
+        columns = {
+            f"teacher {recipe.TEACHER_STEPS}": held["teacher"],
+            f"teacher {recipe.STUDENT_STEPS}": held["teacher_few"],
+            f"student {recipe.STUDENT_STEPS}": self.drawn,
+            "truth": held["truth"],
+        }
         shapes = [p.shape for p in self.drawn.pictures]
-        own = [i for i, shape in enumerate(shapes) if shape == shapes[0]]
-        contact_sheet([self.drawn.pictures[i] for i in own], [self.held_out.captions[i] for i in own], path, columns=8)
+        pictures, captions = [], []
+        for i in [i for i, shape in enumerate(shapes) if shape == shapes[0]]:
+            pictures += [drawn.pictures[i] for drawn in columns.values()]
+            captions += [*list(columns)[:-1], f"truth: {self.held_out.captions[i]}"]
+        contact_sheet(pictures, captions, path, columns=8)
         return {"sheet": path}
 
 

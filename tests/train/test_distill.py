@@ -294,6 +294,50 @@ def test_a_rule_ends_the_training_when_its_number_stays_outside(tmp_path, folder
     assert trainer.states.latest().name == "step_0000011"
 
 
+def test_a_rule_leaves_room_for_what_teacher_and_untrained_student_show():
+    """Where the range of the recipe excludes them, being there ends no training; being beyond them does."""
+    ranges = {"cast": (0.0, 4.0), "high_frequency": (0.6, 1.3), "drift": (0.0, 0.5)}
+    shown = [{"cast": 1.0, "high_frequency": 1.0}, {"cast": 10.0, "high_frequency": 0.4}]
+    wide = watch.widened(ranges, shown)
+    assert wide == {"cast": (0.0, 11.0), "high_frequency": (pytest.approx(0.36), 1.3), "drift": (0.0, 0.5)}
+    assert watch.Rules(wide, 1).check({"cast": 10.5, "high_frequency": 0.37, "drift": 0.1}) == []
+    assert len(watch.Rules(wide, 1).check({"cast": 11.5, "high_frequency": 0.35, "drift": 0.6})) == 3
+
+
+def test_the_student_is_held_against_teacher_and_truth(tmp_path, folder, monkeypatch):
+    """The untrained student is the teacher in its steps; the sheet shows teacher, teacher in few steps, student and truth."""
+    sheets = []
+    monkeypatch.setattr(distill, "contact_sheet", lambda *given, **options: sheets.append(given))
+    trainer = trainer_in(tmp_path, folder, watched=True, RULES={"cast": (0.0, 1e-3), "drift": (0.0, 1.0)})
+    method = trainer.method
+    found = method.validate(0)
+    own = json.loads((tmp_path / "references.json").read_text())
+    assert list(own) == ["truth", "teacher", "teacher_few", "start"]
+    assert found["cast"] == pytest.approx(own["start"]["cast"])
+    assert own["teacher"]["diversity"] == own["teacher"]["backdrops"] == 1
+    casts = [own[name]["cast"] for name in ("teacher", "teacher_few", "start")]
+    assert method.rules.ranges == {"cast": (0.0, pytest.approx(1.1 * max(casts))), "drift": (0.0, 1.0)}
+    assert max(casts) > 1e-3
+    method.draw(tmp_path, 0)
+    ((pictures, captions, path),) = sheets
+    assert path == tmp_path / "sheet_000000.png"
+    assert [caption.split(":")[0] for caption in captions[:4]] == ["teacher 2", "teacher 4", "student 4", "truth"]
+    held = method.held_out.references()
+    assert all(
+        map(
+            np.array_equal,
+            pictures[:4],
+            [
+                held["teacher"].pictures[0],
+                held["teacher_few"].pictures[0],
+                method.drawn.pictures[0],
+                held["truth"].pictures[0],
+            ],
+        )
+    )
+    assert not np.array_equal(pictures[0], pictures[1])
+
+
 def test_a_score_is_named_by_module_and_function():
     assert watch.score_of("train.evaluate.distillation:cast") is watch.cast
     assert watch.score_of("") is None

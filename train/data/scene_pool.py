@@ -19,7 +19,7 @@ from .loader import ShardBatch
 from .small_world.scene import Scene
 from .small_world.world import World
 
-CHUNK = 64  # scenes that are rendered and encoded together
+CHUNK = 4  # scenes that are rendered and encoded together: 64 made the first micro-batch wait for half the pool
 HELD_OUT = 1_000_000_000  # scenes from this seed on are never trained on
 
 

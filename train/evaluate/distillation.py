@@ -115,6 +115,24 @@ def figures(drawn: Drawn, true: Drawn, teacher: Drawn) -> dict[str, float]:
     return found
 
 
+MARGIN = 0.1  # by which a number may pass what the teacher or the untrained student shows
+
+
+def widened(
+    ranges: Mapping[str, tuple[float, float]], references: Sequence[Mapping[str, float]]
+) -> dict[str, tuple[float, float]]:
+    """The ranges, each wide enough for what the references show, and MARGIN beyond it.
+
+    A student starts as the teacher in few steps and is drawn to the guided teacher: where these two are outside of a range, being
+    there is no sign of decay.
+    """
+    found = {}
+    for name, (low, high) in ranges.items():
+        shown = [own[name] for own in references if name in own]
+        found[name] = (min([low, *(v * (1 - MARGIN) for v in shown)]), max([high, *(v * (1 + MARGIN) for v in shown)]))
+    return found
+
+
 @dataclass
 class Rules:
     """name -> (low, high): a number outside of its range at `patience` checks in a row ends the training."""
