@@ -69,7 +69,7 @@ def test_a_large_model_keeps_torchs_threads(number, monkeypatch):
     assert (seen, pipe.threads) == ([2], 2)
 
 
-@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.nightly)])
 def test_a_process_forked_from_one_that_drew_draws(small):
     """Where the parent had threads, the child has one and says so."""
     program = f"""

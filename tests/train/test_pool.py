@@ -176,6 +176,7 @@ def train(out, steps, **changes):
         ],
     )
     recipe.POOL, recipe.SIZES = {"chunk": 16, "kept": 2, "reuse": 1}, {(64, 64): 0.5, (48, 96): 0.5}
+    recipe.TIMES = (0.1, 0.9)
     vars(recipe).update(changes)
     options = argparse.Namespace(
         out=out, stop_after=None, init=configs_root() / "lens/mini/base", steps=steps, decay=0, lr_scale=1.0

@@ -136,7 +136,7 @@ def test_a_recipe_is_a_file_anywhere(tmp_path, capsys):
 
 
 def test_a_recipe_there_is_not():
-    here = "there are released/mixed_resolution, released/pretrain_512, released/rl$"
+    here = "there are released/distill, released/mixed_resolution, released/pretrain_512, released/rl$"
     for name in ("released", "released/other"):
         with pytest.raises(ValueError, match=f"no recipe '{name}' for stage 'pretrain' in train/configs; {here}"):
             configs.load(name, "pretrain")
