@@ -138,6 +138,7 @@ def test_what_is_done_is_skipped(recorder, tmp_path):
     assert [call[:3] for call in calls()] == [["-m", "train", "vae"]]
 
 
+@pytest.mark.nightly
 def test_what_travels_comes_back_whole(tmp_path):
     out, back = tmp_path / "run", tmp_path / "back"
     for name, text in {"transformer/a.safetensors": "aa", "vae/b.safetensors": "b", "model_index.json": "{}"}.items():

@@ -32,7 +32,7 @@ def means(pixels):
     return pixels.reshape(n, h // 16, 16, w // 16, 16, 3).double().mean((2, 4)).reshape(n, -1, 3).float()
 
 
-@pytest.mark.parametrize("config", [Small, Mixed], ids=["one size", "buckets"])
+@pytest.mark.parametrize("config", [pytest.param(Small, marks=pytest.mark.nightly), Mixed], ids=["one size", "buckets"])
 def test_workers_change_no_byte_of_the_stream(config):
     streams = [WorldBatches(config, WorldSource("mini"), means, workers) for workers in (0, 2)]
     try:
