@@ -207,7 +207,7 @@ def test_calibration_parts_what_can_be_parted():
     stored = json.loads(CALIBRATION.read_text())
     measured, eye = stored["measured"], stored["judged_by_eye"]
     assert eye["alike"] > 0.7
-    assert eye["accepted"] <= eye["true"]  # where it errs, it is stricter than a person
+    assert eye["accepted"] <= eye["true"]  # on balance it is stricter than the viewer
     assert min(row["six"] for name, row in measured.items() if name.startswith("render")) >= 0.97
 
 

@@ -7,8 +7,9 @@
 The threshold is a logistic regression of (distance, outline) on objects that were made and on objects that were drawn. Made, at
 64, 96 and 128 pixels: true renders, their reconstructions through the model's VAE, and reconstructions slightly moved, against
 renders that were damaged so that a person sees it at a glance (`damage.py`). Drawn: 108 single objects of two Lens-Mini at 128
-pixels (assets/judged_by_eye.webp), of each of which a person said whether it is known at a glance and whole. The four sides
-weigh the same. What the model at hand draws takes no part: it is only counted, beside the rest.
+pixels (assets/judged_by_eye.webp), of each of which one viewer of the project said, in one pass, whether it is known at a
+glance and whole: no panel, and no second opinion. The four sides weigh the same. What the model at hand draws takes no part: it
+is only counted, beside the rest.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def logistic(features: np.ndarray, right: np.ndarray, group: np.ndarray | None =
 
 
 def judged_by_eye(detector: Detector) -> tuple[np.ndarray, np.ndarray]:
-    """(distance, outline) of the objects in judged_by_eye.webp [n, 2], and whether a person found each a true shape [n]."""
+    """(distance, outline) of the objects in judged_by_eye.webp [n, 2], and whether the viewer found each a true shape [n]."""
     recorded = json.loads(EYE.with_suffix(".json").read_text(encoding="utf-8"))
     page, side, across = np.asarray(Image.open(EYE).convert("RGB")), recorded["side"], recorded["across"]
     corners = [(i // across * side, i % across * side) for i in range(len(recorded["classes"]))]
