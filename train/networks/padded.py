@@ -12,9 +12,12 @@ two halves instead of side by side, and the MLP's hidden width is padded with ze
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
+import torch._dynamo
+import torch.fx.experimental._config
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -127,6 +130,7 @@ class Padded:
 
     def __init__(self, model: LensTransformer2DModel, compiled: bool, gemm: torch.dtype = torch.float32):
         self.model, self.gemm = model, gemm
+        self.compiled = compiled
         self.block: Callable[..., tuple[Tensor, Tensor]] = torch.compile(_block, dynamic=True) if compiled else _block
 
     def __call__(self, x: Tensor, t: Tensor, features: Tensor, lengths: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -134,5 +138,11 @@ class Padded:
         image, text = x.shape[1], features.shape[1]
         cos, sin = grid_table(grid, text, self.model.config.axes_dims_rope, x.device)
         table = cos, sin, key_bias(lengths, image, text)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.gemm == torch.bfloat16):
+        with ExitStack() as stack:
+            stack.enter_context(torch.autocast(x.device.type, torch.bfloat16, enabled=self.gemm == torch.bfloat16))
+            if self.compiled:
+                # Equal numbers at the first call (32 samples, 32 tokens) shall not become one symbol, or each coincidence is
+                # compiled; code generation parts lengths into a few ranges, each with a first, an inner and a last block.
+                stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))
+                stack.enter_context(torch._dynamo.config.patch(recompile_limit=32))
             return velocity(self.model, x, features.to(x.dtype), t, table, self.block).to(x.dtype)

@@ -35,8 +35,8 @@ fi
 
 # nine aspect ratios at bases 64, 96 and 128
 if [ ! -e "$RUN/mini/model_index.json" ]; then
-  "$PY" -m train mixed_resolution --config mini --init "$RUN/128" --vae "$RUN/128/vae" --out "$RUN/mixed"
-  "$PY" -m train mixed_resolution --config mini --vae "$RUN/128/vae" --out "$RUN/mixed" --export "$RUN/mini"
+  "$PY" -m train pretrain --config mini/pretrain_sizes --init "$RUN/128" --out "$RUN/sizes"
+  "$PY" -m train pretrain --config mini/pretrain_sizes --out "$RUN/sizes" --export "$RUN/mini"
 fi
 
 # the eight tasks by every judge, then further sizes

@@ -1,0 +1,91 @@
+"""Mini at nine aspect ratios of three bases, on a pool of encoded scenes: what goes on from pretrain_128, whose square keeps the
+largest share.
+
+python -m train pretrain --config mini/pretrain_sizes --init runs/base_128/export --out runs/base_sizes --stop-after 2h
+"""
+
+from lens.resolution import bucket_size
+
+from . import pretrain_128
+from .mixed_resolution import RATIOS
+from .pretrain_128 import (
+    BETAS,
+    CAPTIONS,
+    CLASSES,
+    CLIP,
+    COMPILED,
+    EMA,
+    GEMM,
+    LOG_EVERY,
+    LR,
+    MODEL,
+    MU,
+    PHOTOGRAPHS,
+    PROMPTS,
+    SAVE_EVERY,
+    SHEET,
+    SIDE,
+    STRAIGHTEN,
+    TASKS,
+    TEXT_DROPOUT,
+    TIMES,
+    WARMUP,
+    WEIGHT_DECAY,
+)
+
+__all__ = [
+    "BETAS",
+    "CAPTIONS",
+    "CLASSES",
+    "CLIP",
+    "COMPILED",
+    "EMA",
+    "GEMM",
+    "LOG_EVERY",
+    "LR",
+    "MODEL",
+    "MU",
+    "PHOTOGRAPHS",
+    "POOL",
+    "PROMPTS",
+    "SAVE_EVERY",
+    "SHEET",
+    "SIDE",
+    "STRAIGHTEN",
+    "TASKS",
+    "TEXT_DROPOUT",
+    "TIMES",
+    "WARMUP",
+    "WEIGHT_DECAY",
+]
+
+SEED = 7
+FIRST_SEED = pretrain_128.FIRST_SEED + 50_000_000  # scenes that no stage before has seen
+# shares of the scenes: a base's square, and what its other sizes have together (several ratios share a size)
+SQUARES = {64: 0.11, 96: 0.07, 128: 0.40}
+OTHERS = {64: 0.108, 96: 0.072, 128: 0.24}
+
+
+def _sizes() -> dict[tuple[int, int], float]:
+    """(height, width): share."""
+    sizes = {(side, side): share for side, share in SQUARES.items()}
+    for base, share in OTHERS.items():
+        found = sorted({bucket_size(base, ratio) for ratio in RATIOS} - {(base, base)})
+        sizes |= {size: share / len(found) for size in found}
+    return sizes
+
+
+SIZES = _sizes()
+BATCH = {
+    48: 32,
+    64: 24,
+    80: 16,
+    96: 32,
+    112: 32,
+    128: 32,
+}  # by the shorter side: sizes that are rare fill small ones alone
+TEXT_BINS = (16, 34, 96, 160)  # fewer than at one size, so that every size fills batches of each
+STEPS, DECAY = 60_000, 20_000
+POOL = {**pretrain_128.POOL, "kept": 5}  # a start takes minutes less; a turn still uses each scene four times
+VALIDATION = 48  # a size on average, by the shares
+VALIDATE_EVERY = 3_000
