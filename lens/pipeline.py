@@ -29,6 +29,7 @@ from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choo
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
 from .engine.threads import number_for, threads_for
+from .formats import diffusers_calls
 from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.lora import Adapters
@@ -58,21 +59,6 @@ from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
 _Features = tuple[list[list[Tensor]], "list[Tensor] | None"]
-# what there is under another name
-_INSTEAD = {
-    **dict.fromkeys(
-        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
-        "set_residency('auto'), 'balanced' or 'lean' keeps parts on the host",
-    ),
-    **dict.fromkeys(
-        ("enable_vae_tiling", "enable_vae_slicing", "enable_attention_slicing"), "images are decoded one by one"
-    ),
-    "encode_prompt": "encode_text(prompts) gives (features, mask) for prompt_embeds and prompt_mask",
-    "set_adapters": "load_lora(path, scale) merges one, unload_lora() takes all out",
-    "fuse_lora": "load_lora merges into the weights at once",
-    "save_pretrained": "lens.formats.released.save_transformer writes the transformer",
-    "image_processor": "output_type gives 'pil', 'np', 'pt' or 'latent'",
-}
 Callback = Callable[["LensPipeline", int, Tensor, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -124,6 +110,7 @@ class LensPipeline:
         return self.transformer.dtype
 
     @classmethod
+    @diffusers_calls.known_arguments("LensPipeline.from_pretrained")
     def from_pretrained(
         cls,
         source: str | os.PathLike[str] = "mini",
@@ -221,6 +208,7 @@ class LensPipeline:
             self.set_residency("resident", self.device if device is None else device)
         return self
 
+    @diffusers_calls.known_arguments("LensPipeline.load_lora_weights")
     def load_lora_weights(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
         """``load_lora`` by diffusers' name."""
         self.load_lora(path, scale)
@@ -248,7 +236,7 @@ class LensPipeline:
 
     def __getattr__(self, name: str) -> Any:
         """Only asked for what there is not: names of diffusers say what to call instead."""
-        hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+        hint = f"; {diffusers_calls.METHODS[name]}" if name in diffusers_calls.METHODS else ""
         raise AttributeError(f"LensPipeline has no {name!r}{hint}")
 
     def __repr__(self) -> str:
@@ -409,6 +397,7 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ call
 
+    @diffusers_calls.known_arguments("LensPipeline()")
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
