@@ -56,7 +56,7 @@ class Shard:
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
-        if not text.startswith(b"{"):  # a byte order mark, say, or a space: no other reader of the format takes it
+        if not text.startswith(b"{"):  # as the format asks: no byte order mark, no space
             raise CheckpointError(
                 f"{path}: broken safetensors header: expected '{{' as its first byte, got {text[:8]!r}"
             )

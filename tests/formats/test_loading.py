@@ -483,6 +483,14 @@ def test_no_weights_at_all(copy):
 
 # ---------------------------------------------------------------------------------------------- broken settings
 
+
+def test_what_came_may_be_long_and_the_message_is_not(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_shift_type": "a" * 100_000 + "z"}))
+    message = refuse(copy, str(path), "time_shift_type must be 'exponential', got 'aaaa", "aaaz'")
+    assert len(message) < 2000
+
+
 JSON_FILES = [
     "model_index.json", "transformer/config.json", "text_encoder/config.json", "vae/config.json",
     "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json",
