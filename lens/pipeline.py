@@ -187,25 +187,29 @@ class LensPipeline:
     def to(self, *where: Any, device: Any = None, dtype: torch.dtype | None = None) -> LensPipeline:
         """The parts on a device and in a floating-point type, as ``torch.nn.Module.to``; returns the pipeline.
 
-        A residency that was set ends: all parts live on the device from then on. ValueError where adapters are loaded
-        and the type changes: what they were merged from is in the old one.
+        A residency that was set ends: all parts live on the device from then on. ValueError for a device that is not there
+        or a type that nothing draws in, with nothing changed, and where adapters are loaded and the type changes: what they
+        were merged from is in the old one.
         """
         for argument in where:
             if isinstance(argument, torch.dtype):
                 dtype = argument
             else:
                 device = argument
+        place = None if device is None else _usable(device)
         if dtype is not None and dtype != self.dtype:
             if self.loras:
                 raise ValueError(f"LensPipeline.to: unload_lora() before the dtype changes to {dtype}")
-            if not dtype.is_floating_point:
-                raise ValueError(f"LensPipeline.to: dtype must be a floating-point type, got {dtype}")
+            if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise ValueError(
+                    f"LensPipeline.to: dtype must be torch.float32, torch.bfloat16 or torch.float64, got {dtype}"
+                )
             for part in self.parts().values():
                 _cast(part, dtype)
             self.codec = pixels.PixelCodec(self.codec.vae)
             self._tables.forget()
-        if device is not None or dtype is not None:
-            self.set_residency("resident", self.device if device is None else device)
+        if place is not None or dtype is not None:
+            self.set_residency("resident", place or self.device)
         return self
 
     @diffusers_calls.known_arguments("LensPipeline.load_lora_weights")
@@ -655,6 +659,18 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
             if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
                 own = released_names(name) if part == "transformer" else [name]
                 yield from (f"{part}/{key}" for key in own)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """A device that parts can live on. Errors: ValueError naming it."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"LensPipeline.to: device {str(device)[:80]!r}: {error}") from None
+    if found.type == "meta" or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        seen = "holds no data" if found.type == "meta" else f"torch sees {torch.cuda.device_count()} usable GPUs"
+        raise ValueError(f"LensPipeline.to: device {str(found)!r}: {seen}")
+    return found
 
 
 def _cast(part: torch.nn.Module, dtype: torch.dtype) -> None:

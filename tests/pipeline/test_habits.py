@@ -34,8 +34,17 @@ def test_to_moves_and_casts_and_returns_the_pipeline():
     expected = fresh(dtype=torch.bfloat16)(**CALL, output_type="np").images
     assert np.array_equal(pipe(**CALL, output_type="np").images, expected)
     assert pipe.to("cpu", torch.float32)(**CALL, output_type="latent").images.shape == before.shape
-    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
-        pipe.to(torch.int8)
+    expected = pipe(**CALL, output_type="np").images
+    for asked, message in (
+        (torch.int8, r"dtype must be torch\.float32, torch\.bfloat16 or torch\.float64, got torch\.int8"),
+        (torch.float16, "got torch.float16"),
+        ("cuda:99", "device 'cuda:99': torch sees . usable GPUs"),
+        ("meta", "device 'meta': holds no data"),
+        ("x", "device 'x': Expected one of cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"LensPipeline.to: {message}" if asked != torch.float16 else message):
+            pipe.to(asked)
+    assert np.array_equal(pipe(**CALL, output_type="np").images, expected)
 
 
 def test_images_as_tensors():
