@@ -29,6 +29,7 @@ from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choo
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
 from .engine.threads import number_for, threads_for
+from .formats import diffusers_calls
 from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.lora import Adapters
@@ -58,21 +59,6 @@ from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
 _Features = tuple[list[list[Tensor]], "list[Tensor] | None"]
-# what there is under another name
-_INSTEAD = {
-    **dict.fromkeys(
-        ("enable_model_cpu_offload", "enable_sequential_cpu_offload", "enable_group_offload"),
-        "set_residency('auto'), 'balanced' or 'lean' keeps parts on the host",
-    ),
-    **dict.fromkeys(
-        ("enable_vae_tiling", "enable_vae_slicing", "enable_attention_slicing"), "images are decoded one by one"
-    ),
-    "encode_prompt": "encode_text(prompts) gives (features, mask) for prompt_embeds and prompt_mask",
-    "set_adapters": "load_lora(path, scale) merges one, unload_lora() takes all out",
-    "fuse_lora": "load_lora merges into the weights at once",
-    "save_pretrained": "lens.formats.released.save_transformer writes the transformer",
-    "image_processor": "output_type gives 'pil', 'np', 'pt' or 'latent'",
-}
 Callback = Callable[["LensPipeline", int, Tensor, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -124,6 +110,7 @@ class LensPipeline:
         return self.transformer.dtype
 
     @classmethod
+    @diffusers_calls.known_arguments("LensPipeline.from_pretrained")
     def from_pretrained(
         cls,
         source: str | os.PathLike[str] = "mini",
@@ -200,27 +187,32 @@ class LensPipeline:
     def to(self, *where: Any, device: Any = None, dtype: torch.dtype | None = None) -> LensPipeline:
         """The parts on a device and in a floating-point type, as ``torch.nn.Module.to``; returns the pipeline.
 
-        A residency that was set ends: all parts live on the device from then on. ValueError where adapters are loaded
-        and the type changes: what they were merged from is in the old one.
+        A residency that was set ends: all parts live on the device from then on. ValueError for a device that is not there
+        or a type that nothing draws in, with nothing changed, and where adapters are loaded and the type changes: what they
+        were merged from is in the old one.
         """
         for argument in where:
             if isinstance(argument, torch.dtype):
                 dtype = argument
             else:
                 device = argument
+        place = None if device is None else _usable(device)
         if dtype is not None and dtype != self.dtype:
             if self.loras:
                 raise ValueError(f"LensPipeline.to: unload_lora() before the dtype changes to {dtype}")
-            if not dtype.is_floating_point:
-                raise ValueError(f"LensPipeline.to: dtype must be a floating-point type, got {dtype}")
+            if dtype not in (torch.float32, torch.bfloat16, torch.float64):
+                raise ValueError(
+                    f"LensPipeline.to: dtype must be torch.float32, torch.bfloat16 or torch.float64, got {dtype}"
+                )
             for part in self.parts().values():
                 _cast(part, dtype)
             self.codec = pixels.PixelCodec(self.codec.vae)
             self._tables.forget()
-        if device is not None or dtype is not None:
-            self.set_residency("resident", self.device if device is None else device)
+        if place is not None or dtype is not None:
+            self.set_residency("resident", place or self.device)
         return self
 
+    @diffusers_calls.known_arguments("LensPipeline.load_lora_weights")
     def load_lora_weights(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
         """``load_lora`` by diffusers' name."""
         self.load_lora(path, scale)
@@ -248,7 +240,7 @@ class LensPipeline:
 
     def __getattr__(self, name: str) -> Any:
         """Only asked for what there is not: names of diffusers say what to call instead."""
-        hint = f"; {_INSTEAD[name]}" if name in _INSTEAD else ""
+        hint = f"; {diffusers_calls.METHODS[name]}" if name in diffusers_calls.METHODS else ""
         raise AttributeError(f"LensPipeline has no {name!r}{hint}")
 
     def __repr__(self) -> str:
@@ -409,6 +401,7 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ call
 
+    @diffusers_calls.known_arguments("LensPipeline()")
     def __call__(
         self,
         prompt: str | Sequence[str] | None = None,
@@ -666,6 +659,18 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
             if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
                 own = released_names(name) if part == "transformer" else [name]
                 yield from (f"{part}/{key}" for key in own)
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """A device that parts can live on. Errors: ValueError naming it."""
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"LensPipeline.to: device {str(device)[:80]!r}: {error}") from None
+    if found.type == "meta" or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
+        seen = "holds no data" if found.type == "meta" else f"torch sees {torch.cuda.device_count()} usable GPUs"
+        raise ValueError(f"LensPipeline.to: device {str(found)!r}: {seen}")
+    return found
 
 
 def _cast(part: torch.nn.Module, dtype: torch.dtype) -> None:

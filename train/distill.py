@@ -48,7 +48,7 @@ from .data.buckets import BucketSampler
 from .data.contact_sheet import contact_sheet
 from .data.loader import Encode, Loader, ShardBatch
 from .data.scene_pool import HELD_OUT, ScenePool
-from .data.shards import ShardSet
+from .data.shards import ShardSet, check_once_per_node
 from .data.small_world.scene import Scene
 from .data.small_world.world import World
 from .evaluate import distillation as watch
@@ -464,7 +464,9 @@ class RuledClock(Clock):
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", help="recipe in train/configs: mini or released (default: mini)")
+    parser.add_argument(
+        "--config", default="mini", help="recipe in train/configs, mini or released, or a file .py (default: mini)"
+    )
     parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="the teacher: a folder in the released layout")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/turbo"), help="states, log, sheets (default: runs/turbo)"
@@ -558,6 +560,7 @@ def stream_of(
         )
     if options.data is None:
         raise ValueError(f"distill: expected --data SHARDS for {recipe.__name__.removeprefix('train.configs.')}")
+    check_once_per_node([options.data, *([options.validate] if options.validate else [])], group)
     shards = ShardSet(options.data)
     members = BucketSampler(flow.bucket_sizes(recipe, shards), flow.law_of(recipe), recipe.SEED, recipe.SLOTS)
     loader = Loader(shards, members, tokenizer, 0.0, options.workers, pin=group.device.type == "cuda")

@@ -28,10 +28,13 @@ STAGES = ("world", "vae", "encoder", "pretrain")
 
 def recipe(name: str, last: str = "pretrain") -> dict[str, dict[str, Any]]:
     """Every number of a recipe up to its `last` stage: stage -> field -> value, tuples as lists."""
-    return {
-        stage: {field: value for field, value in vars(configs.load(name, stage)).items() if field.isupper()}
-        for stage in dict.fromkeys((*STAGES, last))
-    }
+
+    def found(stage: str) -> ModuleType:
+        if stage == "world":
+            return configs.world_recipe(name)
+        return configs.load(name, stage) if stage == last else configs.beside(name, stage)
+
+    return {stage: configs.fields(found(stage)) for stage in dict.fromkeys((*STAGES, last))}
 
 
 def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretrain") -> None:
@@ -49,14 +52,14 @@ def export(config: ModuleType, options: argparse.Namespace, stage: str = "pretra
     logs = {path.name: path.read_text(encoding="utf-8") for path in before.glob("*.jsonl")} if before else {}
     done = read_index(before)["lens"]["trained_steps"] if before else 0
     # the networks
-    tokenizer = ROOT / configs.load(options.config, "encoder").TOKENIZER
+    tokenizer = ROOT / configs.beside(options.config, "encoder").TOKENIZER
     for file in sorted(tokenizer.iterdir()):
         write_text(folder / "tokenizer" / file.name, file.read_text(encoding="utf-8"))
     model = load_trained(config, options.config, options.out / f"{stage}.pt", stage, folder / "lora")
     save_transformer(model.transformer, folder / "transformer", torch.bfloat16)
     save_text_encoder(model.encoder, folder / "text_encoder")
     if not before:
-        vae_stage.export(configs.load(options.config, "vae"), options.vae, folder / "vae")
+        vae_stage.export(configs.beside(options.config, "vae"), options.vae, folder / "vae")
     elif (folder / "vae").resolve() != options.vae.resolve():
         shutil.copytree(options.vae, folder / "vae", dirs_exist_ok=True)
     scheduler = Scheduler(use_dynamic_shifting=False, shift=round(math.exp(config.SHEET["mu"]), 6))

@@ -186,7 +186,7 @@ def train(config: ModuleType, options: argparse.Namespace, stage: str = "pretrai
     )
     # the networks' shapes, of the recipe, a state or a folder
     device, before = device_of(options.device), states.latest()
-    encoder_config = configs.load(options.config, "encoder")
+    encoder_config = configs.beside(options.config, "encoder")
     tokenizer = text_path.tokenizer_of(encoder_config.TOKENIZER)
     state = load_state(before, stage) if before else None
     config, lora = shaped(config, state, options.init), lora_of_training(state, options.lora)

@@ -183,7 +183,7 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     latents = Latents(folder / "vae")
     world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS, config.PHOTOGRAPHS)
     latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
-    made = Encoded(config, world, latents.encode, PoolReader(folder, configs.load("mini", "encoder")))
+    made = Encoded(config, world, latents.encode, PoolReader(folder, configs.beside(options.config, "encoder")))
     pool = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked))
     gemm = getattr(torch, config.GEMM)
     method = OnPool(config, model, folder, pool, held_out(config, made), config.LR * options.lr_scale, gemm)
@@ -209,7 +209,7 @@ def export(config: ModuleType, options: argparse.Namespace) -> None:
     """The averaged transformer, in bfloat16, beside encoder, VAE and tokenizer of the folder that training started from; the
     recipe as run and the log, under the recipe's own name, join those of the stages before."""
     state, folder = load_state(options.out / f"{STAGE}.pt", STAGE), options.export
-    source, name = Path(state["init"]), options.config.rpartition("/")[2]
+    source, name = Path(state["init"]), Path(options.config).stem
     start = load_transformer(source / "transformer", torch.float32, "cpu")
     model = LensTransformer2DModel(_config_of(config, start))
     model.load_state_dict(state["ema"]["average"])

@@ -36,7 +36,7 @@ from . import configs, cost
 from .data import encoders
 from .data.buckets import Bucket, BucketLaw, BucketSampler
 from .data.loader import Encode, Loader, ShardBatch
-from .data.shards import Shards, ShardSet, ShardSets
+from .data.shards import Shards, ShardSet, ShardSets, check_once_per_node
 from .loop import ranks
 from .loop.checkpoints import Checkpoints, read_state
 from .loop.clock import Clock, positive
@@ -464,7 +464,11 @@ def train(options: argparse.Namespace, recipe: ModuleType, stage: str, group: Ra
     clock, out = Clock(options.stop_after), options.out
     # data, and the frozen networks that encode it
     folder = state_of(options)
-    shards, sampler, extended = data_of(options, recipe, read_state(folder) if folder else None)
+    before = read_state(folder) if folder else None
+    added = [Path(entry["folder"]) for entry in before["data"].get("extended", [])] if before else []
+    given = [options.data, *options.extend_data, *([options.validate] if options.validate else [])]
+    check_once_per_node([*given, *added], group)
+    shards, sampler, extended = data_of(options, recipe, before)
     tokenizer, codec, text, decode = networks(recipe, options, shards, group)
     loader = Loader(shards, sampler, tokenizer, recipe.TEXT_DROPOUT, options.workers, pin=group.device.type == "cuda")
     encode = Encode(codec, text, group.device, shards)

@@ -220,7 +220,7 @@ def dry_run(recipe: ModuleType, shape: LensConfig, world: int, gpu: str) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument("--config", default="mini", help="recipe in train/configs, or a file .py (default: mini)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/rl"), help="folder of all that is written (default: runs/rl)"
     )
@@ -272,7 +272,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     check(recipe)
     if options.dry_run:
-        shape = LensConfig() if options.config.startswith("released") else LensConfig.mini()
+        shape = LensConfig() if configs.family(options.config) == "released" else LensConfig.mini()
         print(dry_run(recipe, shape, options.world, options.gpu))
         return 0
     torch.set_num_threads(options.threads)

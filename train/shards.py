@@ -365,7 +365,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--encoder", type=Path, default=Path("runs/encoder/encoder.pt"), metavar="STATE", help="--precompute"
     )
-    parser.add_argument("--config", default="mini", help="--precompute: recipe of --vae and --encoder (default: mini)")
+    parser.add_argument(
+        "--config", default="mini", help="--precompute: recipe of --vae and --encoder, or a file .py (default: mini)"
+    )
     parser.add_argument("--device", default="cpu", help="--precompute: cpu or cuda (default: cpu)")
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="float32", help="of what is stored (default: float32)"

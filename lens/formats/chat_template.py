@@ -41,6 +41,7 @@ def _environment() -> Any:
     from jinja2 import Undefined, nodes
     from jinja2.exceptions import SecurityError, TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import htmlsafe_json_dumps
     from jinja2.visitor import NodeTransformer
 
     def call(function: str, *arguments: nodes.Expr) -> nodes.Call:
@@ -90,9 +91,13 @@ def _environment() -> Any:
             }
             self.globals |= {"lens_rounds": self.rounds, "lens_joined": self.joined, "lens_measured": self.measured}
             self.globals |= functions
-            tojson = self.filters["tojson"]
             self.filters = {name: self.bounded(self.filters[name]) for name in _FILTERS if name in self.filters}
-            self.filters |= {"replace": self.replaced, "join": self.joined_by, "string": self.as_text, "tojson": tojson}
+            self.filters |= {
+                "replace": self.replaced,
+                "join": self.joined_by,
+                "string": self.as_text,
+                "tojson": self.as_json,
+            }
 
         # bounds
 
@@ -160,6 +165,13 @@ def _environment() -> Any:
             if not isinstance(value, str | int | float | list | tuple | dict | Undefined | None):
                 raise SecurityError(f"a {type(value).__name__} as text")
             text = str(self.measured(value))
+            self.fits(len(text))
+            return text
+
+        def as_json(self, value: Any, indent: int | None = None) -> Any:
+            if not (indent is None or (isinstance(indent, int) and 0 <= indent <= 16)):
+                raise SecurityError("tojson with an indent that is none of 0 to 16")
+            text = htmlsafe_json_dumps(self.measured(value), sort_keys=True, indent=indent)
             self.fits(len(text))
             return text
 

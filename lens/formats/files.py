@@ -16,9 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+_LONGEST_MESSAGE = 2000  # characters; paths may have 4,096 bytes, but hardly do
+
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message names the file, the key, what was expected and what came."""
+    """A checkpoint that cannot be used; the message names the file, the key, what was expected and what came. A long one,
+    since what came may be of any length, loses its middle."""
+
+    def __init__(self, message: str):
+        if len(message) > _LONGEST_MESSAGE:
+            message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 4 :]}"
+        super().__init__(message)
 
 
 # ------------------------------------------------------------------------------------------------ reading

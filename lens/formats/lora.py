@@ -26,6 +26,7 @@ from lens.formats.interrupts import held_back
 
 from . import contents
 from .files import CheckpointError, is_there, parse_json, read_json
+from .hub import is_hub_id
 from .lora_names import Names, Target, released_targets, targets_of
 from .names import released_names
 from .patterns import fullmatch
@@ -35,9 +36,12 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"  # where diffusers keeps a configuration inside a file
 HEADER_ALPHA, HEADER_RANK = "ss_network_alpha", "ss_network_dim"  # kohya's, in the header
+# what trainers write of the model that they adapted: in the header; peft in the configuration, where it may be a path
+HEADER_BASES = ("modelspec.architecture", "ss_base_model_version", "base_model", "base_model_name_or_path")
 _REFUSED = ("fan_in_fan_out", "lora_bias", "modules_to_save", "megatron_config", "layer_replication")
 _KINDS = ("LORA", "LOKR", "LOHA")
 _MOST_PATTERNS = 2000
+_LARGEST_NUMBER = 1e30
 
 
 @dataclass(frozen=True)
@@ -167,7 +171,8 @@ def read(path: str | os.PathLike[str], model: nn.Module | None = None) -> Adapte
         )
     if not found:
         raise CheckpointError(f"{file}: holds no LoRA; {contents.of_names(shard.entries)}")
-    header = _header_alpha(shard)
+    _note_base(shard, settings, source)
+    header = _header_alpha(shard) if _asks_the_header(settings, found) else None
     pairs: dict[str, Change] = {}
     for module, leaves in found.items():
         for target, change in _changes(module, leaves, settings, header, file, source):
@@ -359,15 +364,46 @@ def _inside(shard: Shard) -> dict[str, Any]:
     }
 
 
+def _note_base(shard: Shard, settings: Mapping[str, Any], source: Path) -> None:
+    """Warn where a file names another model as the one that it was trained on. Where names and shapes fit it is merged all
+    the same: what a trainer writes there may be a folder of its own."""
+    said = {(shard.path, f"{key} in its header"): shard.metadata.get(key) for key in HEADER_BASES}
+    base = settings.get(HEADER_BASES[-1])
+    if isinstance(base, str) and is_hub_id(base):  # a path says nothing
+        said[source, HEADER_BASES[-1]] = base
+    told = {key: value for key, value in said.items() if value not in (None, "", "None")}
+    if told and not any("lens" in str(value).lower() for value in told.values()):
+        (where, key), value = next(iter(told.items()))
+        warnings.warn(
+            f"{where}: {key} names {str(value)[:80]!r}, another model than this Lens, into which it is merged all the same",
+            stacklevel=4,
+        )
+
+
+def _asks_the_header(settings: Mapping[str, Any], found: Mapping[str, Mapping[str, Tensor]]) -> bool:
+    """Whether a LoRA's alpha stands neither beside its matrices nor in a configuration."""
+    told = "lora_alpha" in settings or bool(settings.get("alpha_pattern"))
+    return not told and any("lora_A" in leaves and "alpha" not in leaves for leaves in found.values())
+
+
 def _header_alpha(shard: Shard) -> tuple[float, int | None] | None:
-    """The alpha, and the rank it is meant for, that kohya's trainers write into the header; None where they did not."""
+    """The alpha, and the rank it is meant for (None: any), that kohya's trainers write into the header; None where they
+    did not. Warns of one that is no number, which then counts as absent."""
     numbers: list[float | None] = []
     for key in (HEADER_ALPHA, HEADER_RANK):
+        text = shard.metadata.get(key, "None")
         try:
-            number = float(shard.metadata.get(key, "None"))
+            number = None if text in ("", "None") else float(text)
         except ValueError:
             number = math.nan
-        numbers.append(number if math.isfinite(number) else None)
+        if number is not None and not abs(number) < _LARGEST_NUMBER:
+            warnings.warn(
+                f"{shard.path}: {key} in its header must be a number, got {text[:40]!r}: not used, "
+                + ("alpha is taken as the rank" if key == HEADER_ALPHA else f"{HEADER_ALPHA} is taken for any rank"),
+                stacklevel=4,
+            )
+            number = None
+        numbers.append(number)
     alpha, rank = numbers
     return None if alpha is None else (alpha, None if rank is None else int(rank))
 
@@ -402,7 +438,7 @@ def _factor(
         said = _pattern(settings, "rank_pattern", module, settings.get("r"), source)
         if said != rank:
             raise CheckpointError(f"{source}: {module} must have rank r = {said}, got {rank}")
-    if alpha is None and "lora_alpha" not in settings and not settings.get("alpha_pattern") and header is not None:
+    if alpha is None and header is not None:
         if header[1] in (None, rank):
             alpha = header[0]
         else:
@@ -432,7 +468,7 @@ def _product_factor(module: str, rank: int, settings: dict[str, Any], alpha: flo
 
 
 def _number(what: str, value: Any, source: Path) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < _LARGEST_NUMBER:
         raise CheckpointError(f"{source}: {what} must be a number, got {str(value)[:40]!r}")
     return float(value)
 

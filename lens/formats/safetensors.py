@@ -56,6 +56,10 @@ class Shard:
                 text = file.read(length)
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+        if not text.startswith(b"{"):  # as the format asks: no byte order mark, no space
+            raise CheckpointError(
+                f"{path}: broken safetensors header: expected '{{' as its first byte, got {text[:8]!r}"
+            )
         header = parse_json(text, f"{path}: broken safetensors header")
         metadata = header.pop("__metadata__", None) or {}
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

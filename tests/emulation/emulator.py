@@ -34,8 +34,9 @@ FLAGS = [
     "-Wno-unknown-pragmas", "-fsanitize=alignment,bounds,signed-integer-overflow,integer-divide-by-zero,shift",
     "-fsanitize-undefined-trap-on-error", "-DLENS_WITH_CUDA=1", "-mfma",
 ]  # fmt: skip
-# As the device's build does (CMakeLists.txt): a * b + c stays two roundings where the source does not say mul_add, but in
-# attention, where the compiler contracts what it likes.
+# As the device's build does (CMakeLists.txt): a * b + c stays two roundings where the source does not say mul_add, since
+# -fmad=false writes mul.rn and add.rn, which the PTX ISA never lets contract; but in attention the compiler contracts what
+# it likes, from nothing to everything: test_documented_errors.py tries both ends.
 CONTRACTED, PLAIN = "-ffp-contract=fast", "-ffp-contract=off"
 CONTRACTED_FOLDERS = ("attention",)
 STREAM = 1  # any but the default one
@@ -48,12 +49,11 @@ class EmulationError(RuntimeError):
 # ---- building
 
 
-def _compile(source: pathlib.Path, include: pathlib.Path, key: str) -> pathlib.Path:
+def _compile(source: pathlib.Path, include: pathlib.Path, key: str, contract: str) -> pathlib.Path:
     """The object of one source, compiled with `include` in place of csrc; `key` names its content."""
     target = BUILD / f"{source.stem}-{key}.o"
     if not target.exists():
         partial = target.with_suffix(f".{os.getpid()}.part")
-        contract = CONTRACTED if source.parent.name in CONTRACTED_FOLDERS else PLAIN
         includes = [f"-I{include}/emulation", f"-I{include}"]
         command = ["g++", *FLAGS, contract, *includes, "-c", str(source), "-o", str(partial)]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -70,9 +70,11 @@ def _digest(paths: list[pathlib.Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(tree: pathlib.Path, only: str = "", probe: pathlib.Path | None = None) -> pathlib.Path:
+def build(
+    tree: pathlib.Path, only: str = "", probe: pathlib.Path | None = None, contract: str | None = None
+) -> pathlib.Path:
     """The library made of tree/cuda and tree/emulation; with `only`, of that launcher and the emulator alone; with
-    `probe`, of that source of a test and the emulator."""
+    `probe`, of that source of a test and the emulator. `contract`: of all kernels, instead of what the device's build has."""
     headers = [*tree.rglob("*.h"), *tree.rglob("*.cuh")]
     kernels = [probe] if probe else [*tree.glob(f"cuda/**/{only or '*'}.cu")]
     sources = [*tree.glob("emulation/*.cpp"), *kernels]
@@ -80,8 +82,13 @@ def build(tree: pathlib.Path, only: str = "", probe: pathlib.Path | None = None)
     own = [path for path in headers if path.relative_to(tree).parts[0] != "cuda"]
     common = {"cuda": _digest(headers), "emulation": _digest(own)}
 
+    def contraction(source: pathlib.Path) -> str:
+        if contract is not None and source.parent != tree / "emulation":
+            return contract
+        return CONTRACTED if source.parent.name in CONTRACTED_FOLDERS else PLAIN
+
     def key(source: pathlib.Path) -> str:
-        seen = common["emulation" if source.parent == tree / "emulation" else "cuda"]
+        seen = common["emulation" if source.parent == tree / "emulation" else "cuda"] + contraction(source)
         return hashlib.sha256(seen.encode() + source.read_bytes()).hexdigest()[:16]
 
     keys = {source: key(source) for source in sources}
@@ -92,7 +99,9 @@ def build(tree: pathlib.Path, only: str = "", probe: pathlib.Path | None = None)
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-                objects = list(pool.map(lambda source: _compile(source, tree, keys[source]), sources))
+                objects = list(
+                    pool.map(lambda source: _compile(source, tree, keys[source], contraction(source)), sources)
+                )
             partial = library.with_suffix(f".{os.getpid()}.part")
             # a launcher that is left out stays undefined: it fails when called, not when loaded
             subprocess.run(["g++", "-shared", "-Wl,-z,lazy", "-o", partial, *objects], check=True)

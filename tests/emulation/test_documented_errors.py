@@ -56,6 +56,27 @@ def test_attention(emulated, mode):
     test_joint_attention_gpu.test_against_float64("narrow 65", True, mode)
 
 
+@pytest.mark.parametrize("op", [pytest.param(op, marks=() if op == "swiglu" else pytest.mark.nightly) for op in ROWS])
+def test_row_ops_would_stand_contraction_too(monkeypatch, op):
+    """No limit rests on -fmad=false: only equal bits wherever a row lies do."""
+    whole = emulator.Emulator(emulator.build(emulator.SOURCE, op, contract=emulator.CONTRACTED))
+    monkeypatch.setattr(backend, "launch", whole.launch)
+    for whole.errors in (0, 1, 2):
+        test_ops_gpu.against_spec(op, ROWS[op], torch.float32)
+    assert whole.calls
+
+
+@pytest.mark.nightly
+def test_attention_without_contraction(monkeypatch):
+    """The other end of what its compiler may do; `test_attention` has all of it contracted."""
+    plain = emulator.Emulator(emulator.build(emulator.SOURCE, contract=emulator.PLAIN))
+    monkeypatch.setattr(backend, "launch", plain.launch)
+    plain.errors = 1
+    for mode in test_joint_attention_gpu.MODES:
+        test_joint_attention_gpu.test_against_float64("narrow 65", True, mode)
+    assert plain.calls
+
+
 def test_errors_are_drawn_by_the_argument_within_the_bound_and_a_limit_of_luck_is_found(tmp_path, monkeypatch):
     """With the approximate root: twice the spec's own error, as drawn on this CPU, fails more often than not."""
     tree = tmp_path / "csrc"

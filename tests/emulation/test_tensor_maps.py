@@ -87,24 +87,44 @@ def rows(depth: int, count: int, box: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "made", "expected"),
+    ("kernel", "made", "cluster", "expected"),
     [
         (
             "linear",
             test_linear_fused_kernels.linear(5, 128, 64),
+            1,
             [rows(128, 5, 128), weight(128, 64, 128)] * 2,
         ),
         (
             "linear_swiglu",
             test_linear_fused_kernels.swiglu(5, 3, 64, 64),
+            1,
             [rows(64, 5, 128), weight(64, 128, 128), rows(64, 3, 128), weight(64, 128, 128)],
         ),
+        (
+            "linear_qkv_norm_rope",
+            test_linear_fused_kernels.qkv([5], [3], 128, 2),
+            1,
+            [rows(128, 5, 128), weight(128, 384, 192), rows(128, 3, 128), weight(128, 384, 192)],
+        ),
+        (
+            "linear_gated_residual",
+            test_linear_fused_kernels.gated([5], [3], 128, 192),
+            1,
+            [rows(128, 5, 128), weight(128, 192, 192), rows(128, 3, 128), weight(128, 192, 192)],
+        ),
+        (  # each block of a cluster copies half of the weight's tile; a stream without rows has the other's maps
+            "linear_gated_residual",
+            test_linear_fused_kernels.gated([5], [0], 64, 192),
+            2,
+            [rows(64, 5, 128), weight(64, 192, 96)] * 2,
+        ),
     ],
-    ids=["one stream", "two parts of two streams"],
+    ids=["one stream", "two parts of two streams", "queries, keys and values", "gated residual", "cluster"],
 )
-def test_arguments_of_products(emulated, kernel, made, expected):
+def test_arguments_of_products(emulated, kernel, made, cluster, expected):
     emulated.library.lens_emulation_maps()
-    test_linear_fused_kernels.run(emulated, kernel, {**made, "cluster": 1})
+    test_linear_fused_kernels.run(emulated, kernel, {**made, "cluster": cluster})
     assert emulated.library.lens_emulation_maps().decode().splitlines() == expected
 
 

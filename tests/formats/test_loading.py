@@ -349,7 +349,10 @@ HEADERS = {
     "huge": ({"a": entry((2**60, 2**60))}, "a has the impossible shape"),
     "negative": ({"a": entry((-2,))}, "a has the impossible shape"),
     "dimensions": ({"a": entry((1,) * 100_000)}, "at most 16 whole dimensions"),
-    "deep": (b"[" * 100_000, "nested too deep"),
+    "deep": (b'{"a": ' * 100_000, "nested too deep"),
+    "mark": (b'\xef\xbb\xbf{"__metadata__": {}}', "expected '{' as its first byte, got b'\\xef\\xbb\\xbf{\"__m'"),
+    "space": (b" {}", "expected '{' as its first byte, got b' {}'"),
+    "list": (b"[]", "expected '{' as its first byte, got b'[]'"),
     "no entry": ({"a": 7}, "a must have dtype, shape and data_offsets, got 7"),
     "metadata": ({"__metadata__": 5}, "__metadata__ must be an object of strings"),
     "numbers": ({"__metadata__": {"format": 1}}, "__metadata__ must be an object of strings"),
@@ -479,6 +482,14 @@ def test_no_weights_at_all(copy):
 
 
 # ---------------------------------------------------------------------------------------------- broken settings
+
+
+def test_what_came_may_be_long_and_the_message_is_not(copy):
+    path = copy / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"time_shift_type": "a" * 100_000 + "z"}))
+    message = refuse(copy, str(path), "time_shift_type must be 'exponential', got 'aaaa", "aaaz'")
+    assert len(message) < 2000
+
 
 JSON_FILES = [
     "model_index.json", "transformer/config.json", "text_encoder/config.json", "vae/config.json",

@@ -361,6 +361,68 @@ def test_alpha_of_the_header_counts_where_nothing_else_tells(factors, tmp_path, 
     assert {pair.factor for pair in lora.read(tmp_path / "a.safetensors").pairs.values()} == {0.25}
 
 
+@pytest.mark.parametrize(
+    ("header", "factor", "message"),
+    [
+        ({"ss_network_alpha": "abc"}, 1.0, "ss_network_alpha in its header must be a number, got 'abc': not used"),
+        ({"ss_network_alpha": "1e999"}, 1.0, "ss_network_alpha in its header must be a number, got '1e999': not used"),
+        (
+            {"ss_network_alpha": "2", "ss_network_dim": "Dynamic"},
+            0.5,
+            "ss_network_dim in its header must be a number, got",
+        ),
+    ],
+    ids=["word", "infinity", "rank"],
+)
+def test_numbers_of_the_header_that_are_none_are_told_where_they_count(factors, tmp_path, header, factor, message):
+    path = tmp_path / "a.safetensors"
+    save_file(keys(factors), path, header)
+    with pytest.warns(UserWarning, match=re.escape(f"{path}: {message}")) as told:
+        found = lora.read(path)
+    assert len(told) == 1
+    assert {pair.factor for pair in found.pairs.values()} == {factor}
+    save_file(keys(factors) | {f"{m}.alpha": torch.tensor(1.0) for m in factors}, path, header)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert {pair.factor for pair in lora.read(path).pairs.values()} == {0.25}
+
+
+@pytest.mark.parametrize(
+    ("header", "config", "key"),
+    [
+        (
+            {"modelspec.architecture": "flux-1-dev/lora"},
+            {},
+            "modelspec.architecture in its header names 'flux-1-dev/lora'",
+        ),
+        (
+            {"ss_base_model_version": "a\x1b[2J" + "b" * 200},
+            {},
+            r"ss_base_model_version in its header names 'a\x1b[2Jb",
+        ),
+        ({}, {"base_model_name_or_path": "owner/Flux"}, "base_model_name_or_path names 'owner/Flux'"),
+        ({"ss_base_model_version": "lens", "modelspec.architecture": "sd/lora"}, {}, None),
+        ({"ss_base_model_version": "None"}, {"base_model_name_or_path": "../of/a/trainer"}, None),
+    ],
+    ids=["architecture", "escapes", "configuration", "lens", "path"],
+)
+def test_a_lora_of_another_model_is_told_with_both_names(factors, tmp_path, header, config, key):
+    file = tmp_path / lora.WEIGHTS
+    save_file(keys(factors), file, header)
+    (tmp_path / lora.CONFIG).write_text(json.dumps({"r": 4, "lora_alpha": 4, **config}))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lora.read(tmp_path)
+    found = [str(w.message) for w in told]
+    if key is None:
+        assert found == []
+    else:
+        assert len(found) == 1
+        assert found[0].startswith(f"{tmp_path / lora.CONFIG if config else file}: {key}")
+        assert "another model than this Lens" in found[0]
+        assert len(found[0]) < 400
+
+
 def test_alpha_of_the_file_stands_before_the_configurations(factors, tmp_path):
     settings = {"r": 4, "lora_alpha": 4, "alpha_pattern": {"img_qkv": 12}}
     header = {lora.METADATA: json.dumps(settings), "ss_network_alpha": "40"}

@@ -103,6 +103,8 @@ BOMBS = {
     "a method's format": "{{ '{:1000000000d}'.format(1) }}",
     "padding": "{{ 'a'.ljust(10**9) }}",
     "indent": "{{ 'a'|indent(10**9) }}",
+    "indent of JSON": "{{ [1]|tojson(indent=10**9) }}",
+    "indent of JSON by a number": "{{ [1]|tojson(indent=1000000000) }}",
     "lipsum": "{{ lipsum(n=10**7) }}",
     "a macro twice": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
     "recursion": "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 import sys
 
 import numpy as np
@@ -33,8 +34,17 @@ def test_to_moves_and_casts_and_returns_the_pipeline():
     expected = fresh(dtype=torch.bfloat16)(**CALL, output_type="np").images
     assert np.array_equal(pipe(**CALL, output_type="np").images, expected)
     assert pipe.to("cpu", torch.float32)(**CALL, output_type="latent").images.shape == before.shape
-    with pytest.raises(ValueError, match="dtype must be a floating-point type"):
-        pipe.to(torch.int8)
+    expected = pipe(**CALL, output_type="np").images
+    for asked, message in (
+        (torch.int8, r"dtype must be torch\.float32, torch\.bfloat16 or torch\.float64, got torch\.int8"),
+        (torch.float16, "got torch.float16"),
+        ("cuda:99", "device 'cuda:99': torch sees . usable GPUs"),
+        ("meta", "device 'meta': holds no data"),
+        ("x", "device 'x': Expected one of cpu"),
+    ):
+        with pytest.raises(ValueError, match=f"LensPipeline.to: {message}" if asked != torch.float16 else message):
+            pipe.to(asked)
+    assert np.array_equal(pipe(**CALL, output_type="np").images, expected)
 
 
 def test_images_as_tensors():
@@ -61,6 +71,28 @@ def test_other_names_say_ours(name, way):
         getattr(shared(), name)
     with pytest.raises(AttributeError, match=r"LensPipeline has no 'nonsense'$"):
         shared().nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("sigmas", "the schedule follows from num_inference_steps, the image's size and pipe.scheduler"),
+        ("true_cfg_scale", "guidance_scale is the one guidance"),
+        ("image", "images are drawn from text alone"),
+        ("num_inference_step", "did you mean 'num_inference_steps'?"),
+        ("qqq", "it has prompt, negative_prompt, height, width"),
+    ],
+)
+def test_arguments_there_are_not_say_what_there_is(name, way):
+    with pytest.raises(TypeError, match=re.escape(f"LensPipeline() has no argument {name!r}; {way}")):
+        shared()(**CALL, **{name: [1.0, 0.5]})
+
+
+def test_arguments_of_loading_there_are_not_say_what_there_is():
+    with pytest.raises(TypeError, match="from_pretrained has no argument 'cache_dir'; set HF_HOME"):
+        LensPipeline.from_pretrained(FOLDER, cache_dir="x")
+    with pytest.raises(TypeError, match="load_lora_weights has no argument 'weight_name'; name the file itself"):
+        shared().load_lora_weights("x", weight_name="y.safetensors")
 
 
 def test_lora_by_diffusers_names(monkeypatch):

@@ -135,6 +135,39 @@ def test_a_recipe_is_a_file_anywhere(tmp_path, capsys):
         configs.load(str(tmp_path / "gone.py"), "pretrain")
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_file_begins_from_any_recipe(tmp_path, name):
+    """With all its fields, and of its family: what a stage reads of others is found."""
+    path = tmp_path / "mine.py"
+    path.write_text(f"from train.configs.{name.replace('/', '.')} import *\n\nEXTRA = 1\n")
+    given = configs.fields(configs.load(name, ""))
+    assert configs.fields(configs.load(str(path), "")) == given | {"EXTRA": 1}
+    assert configs.family(str(path)) == configs.family(name) == name.partition("/")[0]
+    if (folder := configs.family(name)) != "released":
+        stage = name.partition("/")[2]
+        expected = configs.load(str(path), "") if stage == "encoder" else configs.load(folder, "encoder")
+        assert configs.fields(configs.beside(str(path), "encoder")) == configs.fields(expected)
+
+
+def test_the_recipes_of_other_stages_are_found_beside_a_file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from train.configs.mini.pretrain import *\n\nLR = 3e-4\n")
+    (tmp_path / "encoder.py").write_text("from train.configs.mini.encoder import *\n\nSEED = 77\n")
+    assert configs.beside(str(path), "encoder").SEED == 77
+    assert configs.beside(str(path), "vae") is configs.load("mini", "vae")
+    assert configs.world(str(path)).classes == configs.world("mini").classes
+    (tmp_path / "world.py").write_text("from train.configs.mini.world import *\n\nCLASSES = CLASSES[:3]\n")
+    assert configs.world(str(path)).classes == configs.world("mini").classes[:3]
+    assert configs.world(str(tmp_path / "world.py")).classes == configs.world("mini").classes[:3]
+    (tmp_path / "encoder.py").unlink()
+    path.write_text("LR = 3e-4\n")
+    with pytest.raises(
+        ValueError, match=r"mine\.py: no recipe for the stage 'encoder', expected encoder\.py beside it, or"
+    ):
+        configs.beside(str(path), "encoder")
+    assert configs.beside("mini/pretrain_128", "encoder") is configs.load("mini", "encoder")
+
+
 def test_a_recipe_there_is_not():
     here = "there are released/distill, released/mixed_resolution, released/pretrain_512, released/rl$"
     for name in ("released", "released/other"):

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import resource
 import shutil
 import signal
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -165,6 +167,25 @@ def test_a_training_maps_the_manifests_table_and_reads_the_manifest_where_that_i
         (out / stale).unlink()
         assert [member.key for _, member in members(ShardSet(out))] == keys
         (out / stale).write_bytes(kept)
+    # a process is told by another of its node, a worker by its training: neither reads a manifest again
+    shards._checked.clear()
+    with monkeypatch.context() as patched:
+        read, told = [], set()
+        patched.setattr(shards, "digest_of", lambda path: read.append(path.name) or digest_of(path))
+        first = SimpleNamespace(once_per_node=lambda make: told.update(make()) or told)
+        shards.check_once_per_node([out, tmp_path / "gone"], first)
+        assert read == ["manifest.json", "manifest.table.npy"]
+        ShardSet(out)
+        sent = pickle.dumps(shards.ShardSets([out]))
+        shards._checked.clear()
+        shards.check_once_per_node([out], SimpleNamespace(once_per_node=lambda _make: told))
+        ShardSet(out)
+        shards._checked.clear()
+        assert [member.key for _, member in members(pickle.loads(sent))] == keys
+        assert len(read) == 2
+        os.utime(out / "manifest.json")  # as another file would be
+        ShardSet(out)
+        assert len(read) == 4
     manifest = json.loads((out / "manifest.json").read_text())
     del manifest["buckets"]["96_1x1"]  # another manifest than the table is of
     (out / "manifest.json").write_text(json.dumps(manifest))

@@ -1,5 +1,6 @@
 """Recipes as plain Python: `load("mini", "vae")` -> the module train.configs.mini.vae; `load("my/recipe.py", ...)` -> that file.
 
+A training that reads the recipes of other stages, too, as Mini's does its text encoder's and its world's, finds them by `beside`.
 A field is a name in capitals. `--set FIELD=value` replaces one, checked against its annotation or, where there is none that
 the value it has would pass, against that value. A file anywhere begins from another recipe by
 `from train.configs.released.pretrain_512 import *`.
@@ -57,6 +58,47 @@ def _of_file(path: Path) -> ModuleType:
     return recipe
 
 
+def beside(name: str, stage: str) -> ModuleType:
+    """The recipe of another stage than the one that a recipe is of: in train/configs that of the same folder. For a file
+    anywhere STAGE.py in its folder, or else that of the recipe which the file begins from.
+
+    Errors: ValueError naming recipe and stage.
+    """
+    if not name.endswith(".py"):
+        return load(name.partition("/")[0], stage)
+    near = Path(name).with_name(f"{stage}.py")
+    if near.is_file():
+        return _of_file(near)
+    folder, file = _begins_from(Path(name))
+    if file == stage:
+        return _of_file(Path(name))
+    if not folder:
+        raise ValueError(
+            f"--config {name}: no recipe for the stage {stage!r}, expected {near.name} beside it, or in it a line such as "
+            f"`from train.configs.mini.pretrain import *`, which says whose {stage} to take"
+        )
+    return load(folder, stage)
+
+
+def family(name: str) -> str:
+    """The folder in train/configs that a recipe is of; of a file anywhere that of the recipe it begins from, "" for none."""
+    return _begins_from(Path(name))[0] if name.endswith(".py") else name.partition("/")[0]
+
+
+def _begins_from(path: Path) -> tuple[str, str]:
+    """(folder, file) of the first recipe in train/configs that a file imports, ("", "") for none."""
+    _of_file(path)  # refuses what is no Python
+    for node in ast.walk(ast.parse(path.read_bytes())):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            modules = [f"{node.module}.{node.names[0].name}"]  # a module, or a field of one
+        for module in modules:
+            parts = module.split(".")
+            if parts[:2] == ["train", "configs"] and len(parts) > 3:
+                return parts[2], parts[3]
+    return "", ""
+
+
 def _near(folder: str, stage: str) -> list[str]:
     """The recipes of a folder; of all folders for a stage where there is no such folder."""
     here = Path(__file__).parent
@@ -71,8 +113,18 @@ def world(name: str, split: str = "train") -> World:
     """The world a recipe trains on."""
     from ..data.small_world.world import World  # recipes are read without the sprites
 
-    own = load(name, "world")
+    own = world_recipe(name)
     return World(split, own.TASKS, own.CLASSES, own.CAPTIONS, own.PHOTOGRAPHS)
+
+
+def world_recipe(name: str) -> ModuleType:
+    """What says of a world's classes, tasks, captions and photographs: the recipe itself where it has all of them."""
+    own = load(name, "world")
+    return (
+        own
+        if all(hasattr(own, field) for field in ("TASKS", "CLASSES", "CAPTIONS", "PHOTOGRAPHS"))
+        else beside(name, "world")
+    )
 
 
 def fields(recipe: ModuleType) -> dict[str, Any]:

@@ -254,7 +254,7 @@ def mini(recipe: str, vae: Path, encoder: Path, device: torch.device | str) -> t
     from ..loop.checkpoints import load_state
     from ..networks import text_path
 
-    config = configs.load(recipe, "encoder")
+    config = configs.beside(recipe, "encoder")
     tokenizer = ChatTokens(text_path.ROOT / config.TOKENIZER, 1 << 20)
     prefix = text_path.tokenizer_of(config.TOKENIZER).prefix
     if torch.load(encoder, map_location="cpu", weights_only=True).get("stage") == "pretrain":

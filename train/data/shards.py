@@ -13,6 +13,7 @@ Any WebDataset reader can stream the tars; ours reads members at random by the i
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -24,7 +25,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -36,6 +37,9 @@ from ..loop.checkpoints import write_text
 from ..loop.clock import Interrupted
 from .buckets import Bucket
 from .images import Unusable
+
+if TYPE_CHECKING:
+    from ..loop.ranks import Ranks
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -223,6 +227,55 @@ def table_of(manifest: Mapping[str, Any]) -> tuple[dict[str, Any], np.ndarray]:
     return head, np.array(rows, dtype=[("end", "<i8"), ("name", f"S{longest}")])
 
 
+# ------------------------------------------------------------------------------------------------ reading
+
+Mark = tuple[tuple[int, ...], ...]
+_checked: set[Mark] = (
+    set()
+)  # tables that are their manifests', by this process's own hash or by that of another of its node
+
+
+def mark_of(folder: Path) -> Mark | None:
+    """What is another as soon as a folder's manifest, head or table is: device, inode, size and times of the three files. None
+    where one is missing."""
+    try:
+        found = [(folder / name).stat() for name in (MANIFEST, HEAD, TABLE)]
+    except OSError:
+        return None
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in found)
+
+
+def _is_of_its_manifest(folder: Path, head: Mapping[str, Any], mark: Mark) -> bool:
+    """Whether a folder's table was made from its manifest, by the hashes in its head; read once for a mark."""
+    if mark in _checked:
+        return True
+    own = head.get("manifest") == digest_of(folder / MANIFEST) and head.get("table") == digest_of(folder / TABLE)
+    if own:
+        _checked.add(mark)
+    return own
+
+
+def check_once_per_node(folders: Sequence[Path], group: Ranks) -> None:
+    """The first process of every node hashes manifests and tables of finished folders, the others take its word for the very
+    same files. A collective: every process calls it; what cannot be read is left to `ShardSet` to name."""
+
+    def checked() -> set[Mark]:
+        for folder in folders:
+            with contextlib.suppress(OSError, ValueError):
+                if mark := mark_of(folder):
+                    _is_of_its_manifest(folder, read_json(folder / HEAD), mark)
+        return _checked
+
+    _checked.update(group.once_per_node(checked))
+
+
+def _opened(folder: Path, mark: Mark | None) -> ShardSet:
+    """A folder in another process of the same node, which need not hash what the first one has."""
+    if mark:
+        _checked.add(mark)
+    return ShardSet(folder)
+
+
 class ShardSet:
     """A finished folder of shards. `sizes`: samples of every bucket; members are counted through its shards in order.
 
@@ -231,6 +284,7 @@ class ShardSet:
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
+        self._mark: Mark | None = None
         head, table = self._table()
         self.fingerprint: str = head["fingerprint"]
         self.precomputed: dict[str, str] = head["precomputed"]
@@ -254,11 +308,11 @@ class ShardSet:
     def _table(self) -> tuple[dict[str, Any], np.ndarray]:
         """What a training reads of the manifest: mapped from its table, which all processes of a node share, where that was made
         from this manifest; else from the manifest itself."""
-        path, head_path, table_path = (self.folder / name for name in (MANIFEST, HEAD, TABLE))
-        if path.is_file() and head_path.is_file() and table_path.is_file():
-            head = read_json(head_path)
-            table = np.load(table_path, mmap_mode="r", allow_pickle=False)
-            if head.get("manifest") == digest_of(path) and head.get("table") == digest_of(table_path):
+        if mark := mark_of(self.folder):
+            head = read_json(self.folder / HEAD)
+            table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
+            if _is_of_its_manifest(self.folder, head, mark):
+                self._mark = mark
                 return head, table
         return table_of(self.manifest)
 
@@ -278,7 +332,7 @@ class ShardSet:
             )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSet, (self.folder,)
+        return _opened, (self.folder, self._mark)
 
     def member(self, bucket: Bucket, position: int) -> Member:
         """Member `position` of a bucket in stored order. Errors: Interrupted where its shard's index is missing or damaged."""
@@ -331,6 +385,10 @@ class ShardSet:
         return found
 
 
+def _opened_together(sets: Sequence[ShardSet]) -> ShardSets:
+    return ShardSets([own.folder for own in sets])
+
+
 class ShardSets:
     """Finished folders as one set, each one's members after those of the folders before it.
 
@@ -355,7 +413,7 @@ class ShardSets:
                 self.sizes[bucket] = self.sizes.get(bucket, 0) + n
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return ShardSets, ([own.folder for own in self.sets],)
+        return _opened_together, (self.sets,)
 
     def member(self, bucket: Bucket, position: int) -> Member:
         """As of a ShardSet."""

@@ -203,8 +203,10 @@ def stages(root: Path, config: str) -> list[StageLog]:
     """Of every training stage its recipe and, where a log lies beside the weights, steps, samples, time and losses."""
     out = []
     for name in STAGES:
-        recipe = Path(str(configs.load(config, name).__file__))
-        text = (f"train/configs/{config}/{recipe.name}", recipe.read_text(encoding="utf-8"))
+        found = configs.load(config, name) if name == STAGES[-1] else configs.beside(config, name)
+        recipe, module = Path(str(found.__file__)), found.__name__
+        shown = f"{module.replace('.', '/')}.py" if module.startswith("train.configs.") else recipe.name
+        text = shown, recipe.read_text(encoding="utf-8")
         rows = [row for log in sorted(root.rglob(f"{name}*.jsonl")) for row in read_log(log)]
         parts = dict.fromkeys(row.get("part", "") for row in rows if "step" in row)
         for number, part in enumerate(parts or [""]):

@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", help="what the pipeline loads: mini, or a folder in the released layout")
     what.add_argument("--state", type=Path, help="a training state of the pretrain stage")
-    parser.add_argument("--config", default="mini", help="recipe of --state (default: mini)")
+    parser.add_argument("--config", default="mini", help="recipe of --state, or a file .py (default: mini)")
     parser.add_argument(
         "--vae", type=Path, default=Path("runs/vae"), help="VAE stage folder of --state (default: runs/vae)"
     )

@@ -94,7 +94,7 @@ def from_state(state: Path, recipe: str, vae: Path, steps: int, mu: float | None
     model = generator.load_trained(config, recipe, state, stage).eval()
     model.transformer.batch_invariant = False
     painter = generator.Painter(vae, recipe)
-    tokenizer = text_path.tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
+    tokenizer = text_path.tokenizer_of(configs.beside(recipe, "encoder").TOKENIZER)
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], guidance: float, size: Size) -> Images:
         tokens, grid = [tokenizer.encode(p)[0] for p in prompts], (size[0] // 16, size[1] // 16)

@@ -10,12 +10,12 @@ float32. On CPUs the processes talk through gloo, on GPUs through NCCL.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,8 @@ from lens.model import LensTransformer2DModel, init_parameter
 
 from ..networks.denoiser import Denoiser
 from .keys import keyed
+
+T = TypeVar("T")
 
 
 def device_of(name: str) -> torch.device:
@@ -93,6 +95,14 @@ class Ranks:
             return [value]
         found: list[Any] = [None] * self.world
         dist.all_gather_object(found, value)
+        return found
+
+    def once_per_node(self, make: Callable[[], T]) -> T:
+        """What the first process of this node made, a small Python value; every process calls it. `make` raises nothing."""
+        if self.world == 1:
+            return make()
+        first = self.rank - int(os.environ["LOCAL_RANK"])
+        found: T = self.gather(make() if self.rank == first else None)[first]
         return found
 
     def agree(self, what: str, value: Any) -> None:

@@ -240,7 +240,7 @@ class Painter:
     def __init__(self, folder: Path, recipe: str = "mini"):
         self.latents, self.decoder = Latents(folder), None  # a released folder's decode with its own decoder
         if (folder / "decoder.pt").is_file():
-            vae = configs.load(recipe, "vae")
+            vae = configs.beside(recipe, "vae")
             self.decoder = Half(autoencoder(vae.MODEL, vae.SEED), "decoder").eval()
             self.decoder.load_state_dict(load_state(folder / "decoder.pt", "vae decoder")["ema"]["average"])
 
@@ -266,7 +266,7 @@ def load_trained(
     config: ModuleType, name: str, path: Path, stage: str = "pretrain", lora_to: Path | None = None
 ) -> Mini:
     """Averaged weights of a state file, adapters merged; `lora_to`: the folder to write these to, where there are any."""
-    encoder_config, state = configs.load(name, "encoder"), load_state(path, stage)
+    encoder_config, state = configs.beside(name, "encoder"), load_state(path, stage)
     model, lora = (
         Mini(shaped(config, state, None), encoder_config, build(encoder_config)),
         lora_of_training(state, None),

@@ -54,7 +54,7 @@ def export(config: ModuleType, out: Path, folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", default="mini", help="recipe in train/configs (default: mini)")
+    parser.add_argument("--config", default="mini", help="recipe in train/configs, or a file .py (default: mini)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/vae"), help="folder of states, logs, sheets (default: runs/vae)"
     )

@@ -111,7 +111,7 @@ def bucket_at(config: ModuleType, index: int) -> WorldBucket:
 def _built(recipe: str) -> tuple[World, Callable[[str], list[int]]]:
     from ...networks.text_path import tokenizer_of
 
-    tokenizer = tokenizer_of(configs.load(recipe, "encoder").TOKENIZER)
+    tokenizer = tokenizer_of(configs.beside(recipe, "encoder").TOKENIZER)
     return configs.world(recipe), lambda caption: tokenizer.encode(caption)[0]
 
 
