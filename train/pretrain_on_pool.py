@@ -76,7 +76,8 @@ def _config_of(config: ModuleType, transformer: LensTransformer2DModel) -> LensC
 
 @torch.no_grad()
 def validate(config: ModuleType, padded: Padded, held: Sequence[tuple[Size, PoolPart]]) -> dict[str, float]:
-    """Loss at each of TIMES on fixed scenes and noise, `loss_at/T`, and their mean `validation`, by size where there are more."""
+    """Loss at each of TIMES on fixed scenes and noise, `loss_at/T`, and their mean `validation`; where there are more
+    sizes, by size, and `validation` is the mean of theirs."""
     out: dict[str, float] = {}
     sizes = list(dict.fromkeys(size for size, _ in held))
     for size in sizes:
@@ -93,6 +94,8 @@ def validate(config: ModuleType, padded: Padded, held: Sequence[tuple[Size, Pool
         name = "" if len(sizes) == 1 else f"_{size[0]}x{size[1]}"
         out |= {f"loss_at{name}/{time}": value for time, value in zip(config.TIMES, means)}
         out[f"validation{name}"] = sum(means) / len(means)
+    if len(sizes) > 1:
+        out["validation"] = sum(out[f"validation_{height}x{width}"] for height, width in sizes) / len(sizes)
     return out
 
 
