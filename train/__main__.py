@@ -16,6 +16,7 @@ STAGES = {  # module, what it does
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
+    "caption": ("train.caption", "captions, visible text, scenario and category of images, by a vision server"),
     "rl_prompts": ("train.rl_prompts", "prompts with rubrics for the rl stage, as JSON lines"),
     "rl": ("train.rl", "post-training on rewards: DiffusionNFT with rubric judges"),
     "rl_frontier": ("train.report", "reward against diversity over several rl runs, as a page"),
