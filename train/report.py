@@ -89,7 +89,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 
 def table(values: Mapping[str, Any]) -> str:
     rows = (
-        f"<tr><th>{html.escape(k)}</th><td>{html.escape(json.dumps(v, default=str))}</td></tr>"
+        f"<tr><th>{html.escape(k)}</th><td>{html.escape(json.dumps(v, default=str, ensure_ascii=False))}</td></tr>"
         for k, v in values.items()
     )
     return f"<table>{''.join(rows)}</table>"

@@ -17,8 +17,8 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
         files = sorted(p for p in path.rglob("*") if p.suffix in (".jsonl", ".parquet"))
         if not files:
             raise ValueError(f"{path}: holds no .jsonl and no .parquet file")
-        for file in files:
-            yield from read_rows(file, columns)
+        for one in files:
+            yield from read_rows(one, columns)
         return
     if path.suffix == ".parquet":
         yield from _parquet(path, columns)
