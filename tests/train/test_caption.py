@@ -4,17 +4,19 @@ import base64
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lens.chat_client import BadAnswer, Reply
+from lens.chat_client import BadAnswer, Reply, data_url
 from tests import chat_server
 from tests.chat_server import serving
 from train.__main__ import main
 from train.caption import IN_A_ROW, pixels_of
-from train.data.captions import Caption, histogram, instructions, read_caption, statistics, word_count
+from train.data.captions import PAPER_WORDS, Caption, histogram, instructions, read_caption, statistics, word_count
+from train.data.small_world.photographs import ASSETS
 from train.data.sources import captions_of
 
 DENSE = "A red enamel mug stands on a wooden table beside a folded linen cloth in soft light from the left."
@@ -224,3 +226,30 @@ def test_wrong_commands_are_named(tmp_path):
     (tmp_path / "cache.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=r"cache.jsonl, line 1: not of a cache"):
         main(["caption", "--images", str(tmp_path), "--url", "http://127.0.0.1:1/v1", "--out", str(tmp_path)])
+
+
+def test_photographs_captioned_by_hand_go_into_shards(tmp_path):
+    """24 CC0 photographs of the small world: a server says what a person wrote of each, `select` takes half, `shards` builds."""
+    pytest.importorskip("openai")
+    from train.data.shards import ShardSet
+
+    said_of, folder = {}, tmp_path / "in"
+    folder.mkdir()
+    for row in lines(Path(__file__).parent / "photo_captions.jsonl"):
+        file = row.pop("file")
+        (folder / file).write_bytes((ASSETS / file).read_bytes())
+        said_of[data_url(pixels_of((ASSETS / file).read_bytes(), 1024))] = json.dumps(row)
+    assert len(said_of) == 24
+    out, chosen = tmp_path / "captions", tmp_path / "chosen.jsonl"
+    with serving(lambda call, _: said_of[call.images[0]]) as server:
+        assert main(command(folder, server, out)) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["captions"] == 24
+    assert abs(manifest["words"]["dense"]["mean"] - PAPER_WORDS) < 15
+    assert manifest["words"]["brief"]["mean"] < 20
+    assert main(["select", "--rows", str(out / "captions.jsonl"), "--subset", "0.5", "--out", str(chosen)]) == 0
+    bucket = ["--bases", "128", "--aspects", "1:1", "--out", str(tmp_path / "shards")]
+    assert main(["shards", "--images", str(folder), "--captions", str(chosen), *bucket]) == 0
+    made = ShardSet(tmp_path / "shards").manifest
+    assert made["samples"] == len(lines(chosen)) > 6
+    assert made["left_out"]["no caption"] == 24 - made["samples"]
