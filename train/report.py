@@ -47,6 +47,26 @@ def curve(name: str, points: Sequence[tuple[float, float]]) -> str:
     )
 
 
+def bars(name: str, counts: Mapping[str, float], mark: str = "") -> str:
+    """A histogram: one bar a label, in the order given, with its number and its share, as an inline SVG. mark: a label set off."""
+    total, most = sum(counts.values()) or 1, max(counts.values(), default=0) or 1
+    left, step, drawn = 8 + 7 * max(map(len, counts), default=0), 20, []
+    for place, (label, count) in enumerate(counts.items()):
+        y, length = EDGE + step * place, count / most * WIDTH
+        fill = "#b3412e" if label == mark else "#1f5fa8"
+        drawn.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>')
+        drawn.append(f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="{step - 5}" fill="{fill}"/>')
+        drawn.append(f'<text x="{left + length + 6:.1f}" y="{y + 13}">{count:,g} ({count / total:.1%})</text>')
+    size = (
+        f'width="{left + WIDTH + 110}" height="{2 * EDGE + step * len(counts)}" font-size="12" font-family="sans-serif"'
+    )
+    title = html.escape(name)
+    return (
+        f'<figure><svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-label="{title}">{"".join(drawn)}</svg>'
+        f"<figcaption>{title}</figcaption></figure>"
+    )
+
+
 def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """The curves of these numbers, those that the log never has left out."""
     out = []
@@ -69,7 +89,7 @@ def page(title: str, sections: Sequence[tuple[str, str]]) -> str:
 
 def table(values: Mapping[str, Any]) -> str:
     rows = (
-        f"<tr><th>{html.escape(k)}</th><td>{html.escape(json.dumps(v, default=str))}</td></tr>"
+        f"<tr><th>{html.escape(k)}</th><td>{html.escape(json.dumps(v, default=str, ensure_ascii=False))}</td></tr>"
         for k, v in values.items()
     )
     return f"<table>{''.join(rows)}</table>"
