@@ -46,6 +46,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of lens.ops";
 #define LENS_BIND(stem, Params) bind<Params>(m, #stem);
   LENS_FOR_EACH_KERNEL(LENS_BIND)
+  LENS_FOR_EACH_HOST_KERNEL(LENS_BIND)
 #if defined(LENS_WITH_HOPPER)
   LENS_FOR_EACH_HOPPER_KERNEL(LENS_BIND)
 #endif

@@ -147,6 +147,15 @@ inline void check_launch(const char* op, int error) {
 LENS_FOR_EACH_KERNEL(LENS_DEFINE_RUN)
 #undef LENS_DEFINE_RUN
 
+#define LENS_DEFINE_RUN(stem, Params)                                                           \
+  inline void run(const Params& p, int device) {                                                \
+    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem}; \
+    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                        \
+    kernels[current_isa()](p);                                                                  \
+  }
+LENS_FOR_EACH_HOST_KERNEL(LENS_DEFINE_RUN)
+#undef LENS_DEFINE_RUN
+
 #if defined(LENS_WITH_HOPPER)  // the build compiles for 90a; elsewhere lens._C has no such name
 #define LENS_DEFINE_RUN(stem, Params)                                          \
   inline void run(const Params& p, int device) {                               \

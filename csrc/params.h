@@ -5,6 +5,7 @@
 #include "params/attention.h"
 #include "params/common.h"
 #include "params/heads.h"
+#include "params/image.h"
 #include "params/linear.h"
 #include "params/row.h"
 #include "params/step.h"
@@ -38,16 +39,22 @@ namespace lens {
   OP(joint_attention, JointAttentionParams)            \
   OP(denoise_step, DenoiseStepParams)
 
+// Kernels of the CPU alone.
+#define LENS_FOR_EACH_HOST_KERNEL(OP) OP(image_scores, ImageScoresParams)
+
 #define LENS_DECLARE_CPU(stem, Params) void stem(const Params& p);
 namespace base {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
-}
+LENS_FOR_EACH_HOST_KERNEL(LENS_DECLARE_CPU)
+}  // namespace base
 namespace avx2 {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
-}
+LENS_FOR_EACH_HOST_KERNEL(LENS_DECLARE_CPU)
+}  // namespace avx2
 namespace avx512 {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
-}
+LENS_FOR_EACH_HOST_KERNEL(LENS_DECLARE_CPU)
+}  // namespace avx512
 #undef LENS_DECLARE_CPU
 
 #define LENS_DECLARE_CUDA(stem, Params) int stem##_cuda(const Params& p);

@@ -95,6 +95,39 @@ def table(values: Mapping[str, Any]) -> str:
     return f"<table>{''.join(rows)}</table>"
 
 
+def grid(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table with a head; every cell is text."""
+
+    def line(cells: Sequence[object], tag: str) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+    return f"<table>{line(head, 'th')}{''.join(line(row, 'td') for row in rows)}</table>"
+
+
+def histogram(name: str, counts: Sequence[int], low: float, high: float, marks: Sequence[float] = ()) -> str:
+    """Bars of equal width over [low, high], with a line at every mark inside it, as an inline SVG."""
+    bar, most = (WIDTH - 2 * EDGE) / len(counts), max(*counts, 1)
+    bars = []
+    for i, count in enumerate(counts):
+        height = (HEIGHT - 2 * EDGE) * count / most
+        place = f'x="{EDGE + i * bar:.1f}" y="{HEIGHT - EDGE - height:.1f}" width="{max(bar - 0.5, 0.5):.1f}"'
+        bars.append(f'<rect {place} height="{height:.1f}" fill="#1f5fa8"/>')
+    for mark in (m for m in marks if low <= m <= high):
+        x = EDGE + (mark - low) / (high - low or 1) * (WIDTH - 2 * EDGE)
+        bars.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{HEIGHT}" stroke="#b3412e" stroke-width="1.5"/>')
+    label = html.escape(f"{name}: {low:.4g} to {high:.4g}, {sum(counts)} values")
+    return (
+        f'<figure><svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="{label}">{"".join(bars)}</svg>'
+        f"<figcaption>{label}</figcaption></figure>"
+    )
+
+
+def figure(source: str, caption: str) -> str:
+    """An image with words below; source: an address or data:."""
+    text = html.escape(caption)
+    return f'<figure><img src="{html.escape(source)}" alt="{text}"><figcaption>{text}</figcaption></figure>'
+
+
 def sheets(folder: Path) -> str:
     """The first and the last sheet of a run, on the same prompts and seeds."""
     found = sorted(folder.glob("sheet_*.png"))

@@ -4,6 +4,7 @@
     python -m train shards --images photos/ --split held_out --held-out 0.01 --out shards/held
     python -m train shards --images photos/ --captions captions.jsonl --bases 512 --aspects 1:1 --out shards/512
     python -m train shards --tars laion/ --out shards/train --workers 8                      # WebDataset tars as they are
+    python -m train shards --curated curated/ --out shards/train             # what the stage curate keeps
     python -m train shards --world mini --bases 64 96 128 --per-bucket 2000 --out shards/world
     python -m train shards ... --precompute latents,text --model checkpoint/ --device cuda
     python -m train shards --verify shards/train                                             # hashes; exit 1 where one differs
@@ -11,9 +12,9 @@
 A picture goes to the bucket of the nearest aspect (in log ratio) at every base whose size it covers (`--assign largest`: only at the
 largest), enlarged by `--max-upscale` at most: not at all, unless told otherwise.
 Files are kept as they are encoded; orientation, crop and resize happen at load. Captions come from NAME.txt, from "caption" in NAME.json,
-or from `--captions`: JSON lines {"file": ..., "caption": ...}. What cannot be used (broken, too small, without a caption) is left out,
-counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps that share of the keys, chosen by their hash alone, out of
-the split "train"; the world's own held-out compositions are its split "held_out".
+or from `--captions`: JSON lines {"file": ..., "caption": ...}; those of a curation are its records', or told by their keys. What cannot
+be used (broken, too small, without a caption) is left out, counted in manifest.json and named in left_out.jsonl. `--held-out SHARE` keeps
+that share of the keys, chosen by their hash alone, out of the split "train"; the world's held-out compositions are its split "held_out".
 
 Interrupted or out of disk, the same command goes on at the first unfinished shard. The same sources give the same tars,
 whatever `--workers`.
@@ -45,6 +46,7 @@ import torch
 
 from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
+from .data.curation.kept import kept_of
 from .data.images import fitted
 from .data.shards import FEATURES, IDS, LATENTS, MANIFEST, Sample, ShardSet, read_index, write_manifest, write_shard
 from .data.sources import Drawing, Source, assign, captions_of, fraction, images_of, tars_of
@@ -149,9 +151,12 @@ def sources_of(options: argparse.Namespace, out: list[tuple[str, str]]) -> dict[
             seeds = range(first, first + options.per_bucket)
             own += [Drawing(options.world, options.split, seed, *bucket.size) for seed in seeds]
         return buckets
-    option, folder, found_in = (
-        ("--images", options.images, images_of) if options.images else ("--tars", options.tars, tars_of)
-    )
+    offered: dict[str, tuple[Path | None, Callable[..., Iterator[tuple[Any, int, int]]]]] = {
+        "--images": (options.images, images_of),
+        "--tars": (options.tars, tars_of),
+        "--curated": (options.curated, kept_of),
+    }
+    option, folder, found_in = next((name, given, how) for name, (given, how) in offered.items() if given)
     if not folder.is_dir():
         raise ValueError(f"{option}: {folder} is no folder")
     captions = captions_of(options.captions) if options.captions else None
@@ -246,8 +251,8 @@ def build(options: argparse.Namespace) -> None:
     if not plans:
         reasons = in_words(collections.Counter(kind(reason) for _, reason in out))
         raise ValueError(
-            f"shards: {options.images or options.tars} holds no usable picture with a caption for --split {options.split}; "
-            f"left out: {reasons}"
+            f"shards: {options.images or options.tars or options.curated} holds no usable picture with a caption "
+            f"for --split {options.split}; left out: {reasons}"
         )
     # what is missing
     gone = forgotten(options.out, plans)
@@ -312,6 +317,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--images", type=Path, metavar="FOLDER", help="pictures, in subfolders too")
     source.add_argument(
         "--tars", type=Path, metavar="FOLDER", help="WebDataset tars, in subfolders too; also shards of other sizes"
+    )
+    source.add_argument(
+        "--curated", type=Path, metavar="FOLDER", help="what the stage curate keeps, with the captions it found"
     )
     source.add_argument("--world", metavar="RECIPE", help="scenes of a recipe's small world, e.g. mini")
     source.add_argument(

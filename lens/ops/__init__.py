@@ -1,4 +1,4 @@
-"""The ops of the model: one file per op, one stem everywhere.
+"""The ops of the model, and one of the data engine: one file per op, one stem everywhere.
 
 `reference.py` is the specification, `backend.py` decides which kernel runs and says why.
 """
@@ -8,6 +8,7 @@ from lens.ops.attention.hopper import HeadNorms
 from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
 from lens.ops.guidance_step import guidance_step
+from lens.ops.image_scores import ImageScores, image_scores
 from lens.ops.joint_attention import joint_attention
 from lens.ops.pack_tokens import pack_tokens, unpack_tokens
 from lens.ops.qk_norm_rope import qk_norm_rope
@@ -16,10 +17,12 @@ from lens.ops.swiglu import swiglu
 
 __all__ = [
     "HeadNorms",
+    "ImageScores",
     "backend",
     "gated_residual",
     "gated_residual_norm_modulate",
     "guidance_step",
+    "image_scores",
     "joint_attention",
     "pack_tokens",
     "qk_norm_rope",

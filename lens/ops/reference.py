@@ -276,3 +276,37 @@ def guidance_step(
         factor = c.norm(dim=-1, keepdim=True) / torch.where(norm == 0, torch.ones_like(norm), norm)
         comb = comb * torch.where(norm == 0, torch.ones_like(norm), factor)
     return x + delta[sample_of_row(offsets, x.shape[0]), None] * comb
+
+
+# Images of the data engine ---------------------------------------------------------------------------------
+
+
+def box_sums(x: Tensor, boxes: int) -> Tensor:
+    """Sums over `boxes` equal boxes of the first axis, times `boxes`: int64 [N, ...] -> [boxes, ...]; exact.
+
+    A box that ends inside an element takes that share of it: F(k) = boxes * (sum before element a) + r * x[a] at the place
+    k N = a boxes + r, and box k sums F(k + 1) - F(k).
+    """
+    n = x.shape[0]
+    places = torch.arange(boxes + 1) * n
+    before = torch.cat([torch.zeros_like(x[:1]), x.cumsum(0)])
+    a, r = places // boxes, (places % boxes).view(-1, *[1] * (x.dim() - 1))
+    return (boxes * before[a] + r * x[a.clamp(max=n - 1)]).diff(dim=0)
+
+
+def image_sums(pixels: Tensor, h: int, w: int) -> Tensor:
+    """[histogram of grey (256), sum of value, sum of L, sum of L^2] of an image: uint8 [H, W, 3] -> int64 [259].
+
+    Grey and value per pixel, L as in `image_scores`; h <= H and w <= W are the sizes after the reduction.
+    """
+    r, g, b = pixels.long().unbind(-1)
+    grey = (9798 * r + 19235 * g + 3735 * b + (1 << 14)) >> 15
+    mean = box_sums(box_sums(grey, h).T, w).T.double() * (256.0 / (float(grey.shape[0]) * float(grey.shape[1])))
+    q = (mean + 0.5).long()
+    rows, columns = (torch.arange(-1, n + 1).abs() for n in (h, w))  # mirrored without the edge
+    rows, columns = ((n - 1 - (n - 1 - i).abs()).clamp(min=0) for n, i in ((h, rows), (w, columns)))
+    p = q[rows][:, columns]
+    laplacian = p[:-2, 1:-1] + p[2:, 1:-1] + p[1:-1, :-2] + p[1:-1, 2:] - 4 * q
+    value = pixels.amax(-1).sum()
+    sums = torch.stack([value, laplacian.sum(), (laplacian * laplacian).sum()])
+    return torch.cat([torch.bincount(grey.flatten(), minlength=256), sums])

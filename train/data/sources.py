@@ -1,4 +1,4 @@
-"""What shards are made of: pictures with captions in a folder or in WebDataset tars, scenes of the small world."""
+"""What shards are made of: pictures with captions in a folder, in WebDataset tars or in a curation, scenes of the small world."""
 
 from __future__ import annotations
 
@@ -59,6 +59,36 @@ class TarPicture:
 
 
 @dataclass(frozen=True)
+class CuratedPicture:
+    """An image that a curation keeps: the file `path` below `folder`, or `size` bytes of it from `offset` on.
+
+    file: the record's key; suffix: of the format that it was decoded as; sha256: of its bytes, so that another image under the
+    same name is noticed; kind, licence: of its source
+    """
+
+    folder: str
+    path: str
+    file: str
+    key: str
+    caption: str
+    suffix: str
+    offset: int | None
+    size: int
+    sha256: str
+    kind: str
+    licence: str
+
+    def sample(self) -> Sample:
+        with Path(self.folder, self.path).open("rb") as stream:
+            stream.seek(self.offset or 0)
+            data = stream.read(self.size)
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise Unusable("is not the file that was curated")
+        meta = {"source": self.file, "kind": self.kind, "licence": self.licence}
+        return Sample(self.key, data, self.suffix, self.caption, meta)
+
+
+@dataclass(frozen=True)
 class Drawing:
     """A scene of the small world at a bucket's size."""
 
@@ -91,7 +121,7 @@ def _world(recipe: str, split: str) -> Any:
     return configs.world(recipe, split)
 
 
-Source = Picture | TarPicture | Drawing
+Source = Picture | TarPicture | CuratedPicture | Drawing
 
 
 def fraction(key: str) -> float:
@@ -132,7 +162,7 @@ def captions_of(path: Path) -> dict[str, str]:
 
 def _captions_of_parquet(path: Path) -> dict[str, str]:
     try:
-        from pyarrow import parquet  # type: ignore[import-not-found]  # no dependency: whoever has such files has it
+        from pyarrow import parquet  # no dependency of this stage: whoever has such files has it
     except ImportError:
         raise ValueError(f"--captions {path}: Parquet needs pyarrow: pip install pyarrow") from None
     file = parquet.ParquetFile(path)
