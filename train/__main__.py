@@ -32,6 +32,7 @@ STAGES = {  # module, what it does
         "train.prompt_search",
         "a better system prompt for the reasoner, by writing, drawing and judging",
     ),
+    "ablate": ("train.ablate", "arms that differ in captions, latents, encoder or rl data, with intervals"),
     "evaluate": ("train.evaluate.benchmarks", "scores on unseen prompts, and their ceilings"),
     "gallery": ("train.evaluate.gallery", "one page of prompts, pictures and scores"),
 }

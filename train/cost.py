@@ -31,6 +31,19 @@ def vae_flops(pixels: int) -> float:
     return 4.14e6 * pixels + 0.5 * pixels**2
 
 
+LENS_HOURS, Z_IMAGE_HOURS = 192e3, 314e3  # of A100 and of H800, as the paper counts them: captioning left out
+H800_FLOPS = 989.5e12
+
+
+def share_of_papers(a100_hours: float) -> str:
+    """Our estimate of a stage beside the paper's two sums: Lens's A100 hours, and Z-Image's H800 hours by peak FLOP/s."""
+    z_image = Z_IMAGE_HOURS * H800_FLOPS / GPUS["a100"][0]
+    return (
+        f"this estimate      {a100_hours:8,.0f} A100 hours by peak: {a100_hours / LENS_HOURS:.2%} of Lens's {LENS_HOURS:,.0f}, "
+        f"{a100_hours / z_image:.2%} of Z-Image's {z_image:,.0f} (Lens in all {LENS_HOURS / z_image:.1%})"
+    )
+
+
 VAE_BYTES = 0.17e9  # the encoder's half is less
 # What a block keeps for its backward pass without recomputation, per row of width D: numbers of the compute dtype, in units of D.
 # Counted on a block by tests/train/test_denoiser.py. Of a LoRA, without the rows of its adapters' inside: a frozen GEMM
@@ -284,10 +297,12 @@ def dry_run(
         f"picture; the prefix's {PREFIX_TOKENS} tokens once",
         f"  VAE                {vae / flops:8.0%} more, where latents are not in the shards: {vae / pictures / 1e12:.2f} e12 a picture",
     ]
-    if hasattr(recipe, "PAPER_A100_HOURS") and not lora:
+    if getattr(recipe, "PAPER_A100_HOURS", 0) and not lora:
+        a100 = seconds * recipe.STEPS * world / 3600 * peak / GPUS["a100"][0]
         lines.append(
             f"  paper              {recipe.PAPER_A100_HOURS:8,} A100 hours, as stated; not said of which stages"
         )
+        lines.append(f"  {share_of_papers(a100)}")
     # memory
     lines += ["", f"memory of a GPU, {capacity / 1e9:.0f} GB"]
     parts = memory(recipe, config, shard, world, rows)

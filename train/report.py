@@ -67,6 +67,38 @@ def bars(name: str, counts: Mapping[str, float], mark: str = "") -> str:
     )
 
 
+def bands(title: str, arms: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
+    """A line an arm with a band around it, as an inline SVG. Points: (x, middle, low, high)."""
+    every = [point for points in arms.values() for point in points]
+    xs, lows, highs = ([p[k] for p in every] for k in (0, 2, 3))
+    span_x, bottom, span_y = max(xs) - min(xs) or 1, min(lows), max(highs) - min(lows) or 1
+    wide, high = 2 * WIDTH, 2 * HEIGHT
+
+    def place(x: float, y: float) -> str:
+        across = EDGE + (x - min(xs)) / span_x * (wide - 2 * EDGE)
+        return f"{across:.1f},{high - EDGE - (y - bottom) / span_y * (high - 2 * EDGE):.1f}"
+
+    drawn = ""
+    for number, (name, points) in enumerate(arms.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        around = [place(x, up) for x, _, _, up in points] + [place(x, low) for x, _, low, _ in reversed(points)]
+        drawn += f'<polygon points="{" ".join(around)}" fill="{colour}" fill-opacity="0.15"/>'
+        line = " ".join(place(x, middle) for x, middle, _, _ in points)
+        drawn += f'<polyline points="{line}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+        drawn += "".join(
+            f'<circle cx="{x}" cy="{y}" r="2.5" fill="{colour}"/>'
+            for x, _, y in (place(*p[:2]).partition(",") for p in points)
+        )
+        drawn += (
+            f'<text x="{wide + 6}" y="{16 + 16 * number}" fill="{colour}" font-size="12">{html.escape(name)}</text>'
+        )
+    told = f"{title}: x {min(xs):g} to {max(xs):g}, y {bottom:.3g} to {max(highs):.3g}"
+    return (
+        f'<figure><svg width="{wide + 160}" height="{high}" role="img" aria-label="{html.escape(told)}">{drawn}</svg>'
+        f"<figcaption>{html.escape(told)}</figcaption></figure>"
+    )
+
+
 def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:
     """The curves of these numbers, those that the log never has left out."""
     out = []

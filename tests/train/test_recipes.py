@@ -261,6 +261,20 @@ def test_the_dry_run_counts_encoding():
     assert "1.44 e12 a picture; the prefix's 97 tokens once" in text
 
 
+def test_an_estimate_is_held_beside_the_papers_two_sums():
+    """192K A100 hours at 312 TFLOP/s are 19.3 % of 314K H800 hours at 989.5, as the paper counts."""
+    told = cost.share_of_papers(19_200)
+    assert "10.00% of Lens's 192,000" in told
+    assert "1.93% of Z-Image's 995,843" in told
+    assert "Lens in all 19.3%" in told
+    # the same work on another GPU is the same number of A100 hours
+    lines = [
+        next(line for line in cost.dry_run(STAGE_A, 128, 8, gpu, 0.4).splitlines() if "by peak" in line)
+        for gpu in ("a100", "h200")
+    ]
+    assert lines[0] == lines[1]
+
+
 def test_the_dry_run_is_quick_and_needs_no_gpu():
     command = [sys.executable, "-m", "train", "mixed_resolution", "--config", "released", "--dry-run"]
     done = subprocess.run(

@@ -1,6 +1,7 @@
 """Stage "evaluate": what a trained model can do, one benchmark each.
 
 python -m train evaluate mini-bench --model mini
+python -m train evaluate geneval --model DIR --device cuda
 
 python -m train evaluate mini-bench --help
 """
@@ -9,10 +10,18 @@ from __future__ import annotations
 
 import argparse
 
-from . import class_sheet, mini_bench, shape_calibration
+from . import class_sheet, mini_bench, shape_calibration, sizes
+from .published import cvtg, frontier, geneval, longtext, oneig, reasoners
 
 BENCHMARKS = {
     "mini-bench": (mini_bench, "the small world's eight tasks by four judges, with intervals and ceilings"),
+    "geneval": (geneval, "553 prompts of six tasks in five languages, by Mask2Former and CLIP"),
+    "oneig": (oneig, "five dimensions, English and Chinese, of your own copy of the prompts"),
+    "longtext": (longtext, "long texts written in the image, English and Chinese"),
+    "cvtg": (cvtg, "words in two to five places of an image"),
+    "reasoners": (reasoners, "the paper's table 6, and our runs below it"),
+    "frontier": (frontier, "the paper's figure 2: score against seconds an image"),
+    "sizes": (sizes, "a checkpoint over a grid of sizes, 1:2 to 2:1, with unseen ratios"),
     "shape": (shape_calibration, "what the shape judge accepts and refuses, and its calibration"),
     "classes": (class_sheet, "every class in one picture: true, reconstructed and drawn"),
 }

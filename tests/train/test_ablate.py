@@ -1,0 +1,236 @@
+"""Ablations: attributes by hand, the same images for every arm, rounds that resume, paired verdicts, the page."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import ablate, configs
+from train.ablations import arms as frame
+from train.ablations.arms import Arm, Asked, Results
+from train.ablations.attributes import accuracy, marks
+from train.data.small_world.batches import WorldSource
+from train.data.small_world.scene import Scene, Thing
+from train.data.small_world.world import World
+from train.evaluate.geneval import Detection
+from train.evaluate.mini_bench import scenes_of
+
+
+def scene(*things, relation=None):
+    return Scene(1, "train", "colors", 64, 64, "meadow", 0, relation, tuple(things), None, "a caption", "dense", "en")
+
+
+def test_attributes_of_one_object_by_hand():
+    (asked,) = scenes_of("single_object", 1)
+    (thing,) = asked.things
+    true = World().render(asked)
+    box = tuple(map(float, thing.box))
+    right = marks(asked, true, [Detection(thing.kind, 0.9, box, thing.colour)])
+    assert {name: values for name, values in right.items() if values} == {
+        "class": [True], "colour": [True], "size": [True], "place": [True], "background": [True],
+    }  # fmt: skip
+    # of another colour, in a corner and small; a surer box of another class does not stand for it
+    seen = [Detection("nothing", 0.99, box, "red"), Detection(thing.kind, 0.5, (0.0, 0.0, 12.0, 12.0), "no colour")]
+    spoilt = marks(asked, np.zeros_like(true), seen)
+    assert (spoilt["class"], spoilt["colour"], spoilt["size"], spoilt["place"]) == ([True], [False], [False], [False])
+    none = marks(asked, true, [Detection(thing.kind, 0.3, box, thing.colour)])  # not above 0.3
+    assert [none[name] for name in ("class", "colour", "size", "place")] == [[False]] * 4
+
+
+def test_attributes_of_two_objects_by_hand():
+    asked = scene(Thing("car", "blue", (2, 20, 30, 40)), Thing("car", "red", (34, 20, 62, 40)), relation="left")
+    picture = np.zeros((64, 64, 3), np.uint8)
+    blue, red = Detection("car", 0.9, (2, 20, 30, 40), "blue"), Detection("car", 0.8, (34, 20, 62, 40), "red")
+    both = marks(asked, picture, [red, blue])
+    assert (both["class"], both["colour"], both["relation"]) == ([True, True], [True, True], [True])
+    one = marks(asked, picture, [blue])  # a box stands for one object
+    assert (one["class"], one["colour"], one["relation"], one["size"]) == ([True, False], [True, False], [False], [])
+
+
+def test_accuracy_by_hand():
+    every = [
+        {"class": [True, False], "colour": [False], "size": [], "place": [], "relation": [], "background": [True]},
+        {"class": [True], "colour": [], "size": [], "place": [], "relation": [], "background": [True]},
+    ]
+    found = accuracy(every)
+    assert found == {"class": 2 / 3, "colour": 0.0, "background": 1.0, "all": (2 / 4 + 2 / 2) / 2}
+
+
+def test_arms_see_the_same_images_with_other_captions():
+    seeds = range(40)
+    arms = configs.load("mini", "ablate").ARMS
+    made = {name: WorldSource("mini", tuple(shares.items())).render(seeds, 64, 64) for name, shares in arms.items()}
+    for other in ("detailed", "mixed"):
+        assert np.array_equal(made["brief"].pixels, made[other].pixels)
+    longer = {name: float(found.lengths.mean()) for name, found in made.items()}
+    assert longer["brief"] * 2 < longer["detailed"]
+    assert longer["brief"] < longer["mixed"] < longer["detailed"]
+    plain = WorldSource("mini").render(seeds, 64, 64)  # the recipe's own world
+    assert np.array_equal(plain.pixels, made["brief"].pixels)
+
+
+class Fake:
+    """In place of an ArmTraining: detailed images are right from step 20 on; a clock is over after some advances."""
+
+    def __init__(self, arm, seed, out, left):
+        self.arm, self.seed, self.out, self.left = arm, seed, out, left
+        self.trainer = argparse.Namespace(step=0)
+
+    def advance(self, steps):
+        if not self.left[0]:
+            return False
+        self.left[0] -= 1
+        self.trainer.step = steps
+        return True
+
+    def draw(self, scenes):
+        good = self.arm.name == "detailed" and self.trainer.step >= 20
+        return [World().render(s) if good else np.zeros((64, 64, 3), np.uint8) for s in scenes]
+
+    def close(self):
+        pass
+
+
+def rounds(tmp_path, left, settings=None):
+    results = Results(tmp_path / "results.json", settings or {"a": 1})
+    asked = [Asked("dense", scenes_of("single_object", 4, style="dense"))]
+    arms = [Arm(name, {name: 1.0}, Path("v"), None) for name in ("brief", "detailed")]
+    clock = argparse.Namespace(over=False)
+    for arm in arms:
+        for seed in (0, 1):
+            (tmp_path / f"{arm.name}_s{seed}").mkdir(exist_ok=True)
+
+    def make(arm, seed):
+        return Fake(arm, seed, tmp_path / f"{arm.name}_s{seed}", left)
+
+    return frame.run_rounds(make, arms, (0, 1), (10, 20), asked, results, clock), results
+
+
+def test_rounds_end_by_the_clock_and_go_on(tmp_path, capsys):
+    done, results = rounds(tmp_path, [5])
+    assert not done
+    assert len(results.rows) == 5
+    assert frame.common_step(results, ("brief", "detailed"), (0, 1)) == 10
+    done, results = rounds(tmp_path, [9])
+    assert done
+    assert [(r["step"], r["seed"], r["arm"]) for r in results.rows] == [
+        (t, s, a) for t in (10, 20) for s in (0, 1) for a in ("brief", "detailed")
+    ]
+    assert frame.common_step(results, ("brief", "detailed"), (0, 1)) == 20
+    said = capsys.readouterr().out
+    assert "detailed, seed 1, step 20: attribute accuracy by prompts dense 1.000" in said
+    told = ablate.summary(results, ["brief", "detailed"], [0, 1], ["dense"], tmp_path)
+    assert told[0].startswith("detailed against brief at step 20, 2 seeds: +")
+    assert told[0].endswith("better")
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<polygon") == 4  # two arms, all prompts and dense ones
+    assert json.loads((tmp_path / "verdict.json").read_text())["step"] == 20
+    with pytest.raises(ValueError, match=r"of another ablation \(a differ\)"):
+        rounds(tmp_path, [9], {"a": 2})
+
+
+def test_a_verdict_is_paired_over_seeds_and_images(tmp_path):
+    results = Results(tmp_path / "r.json", {})
+    rng = np.random.default_rng(0)
+    for seed in (0, 1):
+        base = rng.uniform(0, 0.5, 50)
+        for arm, gain in (("one", 0.2), ("two", 0.0), ("three", 0.0)):
+            noise = rng.normal(0, 0.1, 50) if arm == "three" else 0.0
+            results.add(arm, seed, 5, {"p": {"all": 0.0, "each": list(base + gain + noise)}})
+    # a constant gain has no spread at all: what differs from image to image is no noise where it is paired
+    assert frame.difference(results, "one", "two", (0, 1), 5, ["p"]) == pytest.approx((0.2, 0.2, 0.2))
+    middle, low, high = frame.difference(results, "three", "two", (0, 1), 5, ["p"])
+    assert low < 0 < high
+    assert abs(middle) < 0.05
+    assert ablate.verdict(results, ["two", "three"], [0, 1], 5, ["p"])[0].endswith("not told apart")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--vaes", "a=x"], "at least two NAME=PATH"),
+        (["--vaes", "a=x", "a=y"], "different names"),
+        (["--vaes", "a=nowhere", "b=here"], "no such file or folder: nowhere"),
+    ],
+)
+def test_arms_that_cannot_be_told_apart(given, message):
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    options = parser.parse_args(["vae", *given])
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        ablate.arms_of(options, configs.load("mini", "ablate"), configs.load("mini", "world"))
+
+
+def test_encoder_arms_are_scored_in_five_languages():
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    options = parser.parse_args(["encoder", "--per-task", "2"])
+    config, world = configs.load("mini", "ablate"), configs.load("mini", "world")
+    shipped, random = ablate.arms_of(options, config, world)
+    assert (shipped.encoder, random.encoder) == (ablate.BASE, None)
+    assert set(shipped.captions) == {"brief", "dense"}  # English alone
+    asked = ablate.asked(options, config, world)
+    assert {a.name for a in asked} == {"en", "zh", "fr", "ja", "es"}
+    assert len({tuple(s.seed for s in a.scenes) for a in asked}) == 1  # the same scenes
+    assert len({a.scenes[0].caption for a in asked}) == 5
+
+
+def test_rl_arms_are_nested_and_one_is_without_text(tmp_path, monkeypatch):
+    from train import rl
+    from train.data.prompts import Prompt, subsets_of, write_prompts
+
+    def prompts(*categories):
+        rows = [Prompt(str(k), c, "s", "i", (), "p", ("r",) * 10, subsets_of(str(k))) for k, c in enumerate(categories)]
+        write_prompts(tmp_path / "p.jsonl", rows)
+        return tmp_path / "p.jsonl"
+
+    asked: list = []
+    monkeypatch.setattr(rl, "run", lambda options: asked.append(options) or 0)
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    given = [
+        "rl_data",
+        "--prompts",
+        str(prompts("text", "animals", "text")),
+        "--out",
+        str(tmp_path),
+        "--rl",
+        "--stop-after 5m",
+    ]
+    assert ablate.run(parser.parse_args(given)) == 0
+    assert [(o.subset, o.without) for o in asked] == [("quarter", []), ("half", []), ("full", []), ("full", ["text"])]
+    assert {o.stop_after for o in asked} == {300.0}
+    assert len({o.out for o in asked}) == 4
+    prompts("animals")
+    with pytest.raises(ValueError, match="no prompt of category 'text'"):
+        ablate.run(parser.parse_args(given))
+
+
+@pytest.mark.nightly
+def test_an_arm_learns_and_resumes(tmp_path):
+    """A real one: 30 steps at once, and with a break; the loss falls."""
+    config = configs.override(
+        configs.load("mini", "ablate"), ["WINDOW=256", "LOG_EVERY=10", "VALIDATE_EVERY=15", "VALIDATION=32"]
+    )
+    arm = Arm("brief", {"brief": 1.0}, ablate.BASE / "vae", ablate.BASE)
+
+    def training(name):
+        return frame.ArmTraining(
+            "mini", config, arm, 0, tmp_path / name, argparse.Namespace(asked=False, over=False, elapsed=0.0)
+        )
+
+    whole = training("a")
+    assert whole.advance(30)
+    first = training("b")
+    assert first.advance(15)
+    again = training("b")
+    assert again.trainer.step == 15
+    assert again.advance(30)
+    for one, two in zip(whole.model.transformer.parameters(), again.model.transformer.parameters(), strict=True):
+        assert np.array_equal(one.detach().numpy(), two.detach().numpy())
+    rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
+    losses = [row["with_text"] for row in rows if "with_text" in row]
+    assert losses[-1] < losses[0]
+    assert len(whole.draw(scenes_of("colors", 3))) == 3

@@ -1,0 +1,1 @@
+"""Published benchmarks: their prompts, their layouts, their arithmetic, and judges behind small interfaces."""

@@ -1,0 +1,427 @@
+"""OneIG-Bench, English and Chinese: alignment, text, reasoning, style and diversity, each by its published arithmetic.
+
+    python -m train evaluate oneig --prompts OneIG-Benchmark --model DIR --judge-url http://127.0.0.1:8000/v1
+    python -m train evaluate oneig --prompts OneIG-Benchmark --language zh --images DIR --name lens --judge-url ...
+    python -m train evaluate oneig ... --judged elsewhere.jsonl        # {"dimension": "style", "id": "012", "values": [0.4, 0.5]}
+
+Source: OneIG-Bench/OneIG-Benchmark, commit 41b4983; it has no licence file, so prompts, questions and targets are your own copy of
+the repository. Images: CATEGORY/NAME/ID.webp, a grid of two by two (--grid); cells that are black all over are none. Judges
+see the cells as JPEG, as there.
+
+alignment   yes/no questions to a vision model, only "Yes" is yes. A question counts as no where any of its parents was
+            answered no; parents of parents do not count. Mean over questions, images, prompts.
+text        1 - min(M, ED) (1 - CR) (1 - WAC) / M over all images, see text_match.oneig_text; M = 100, Chinese 50
+reasoning   cosine of image and reference answer (LLM2CLIP), style: mean of max(0, best cosine) to reference embeddings of CSD and
+            OneIG's own encoder: no loaders here, their values come by --judged, a line an id and dimension
+diversity   mean distance of a prompt's images by DreamSim (--dreamsim, needs the package dreamsim), or by --judged
+total       the plain mean of the five, as published tables have it; the repository itself prints no total
+
+With --soft, "alignment, soft" is the hard rule's continuous form: each question's probability of Yes times its parents'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from lens.formats.files import read_json
+
+from . import chat_judges, command
+from .chat_judges import Answerer, ChatJudge, Reader, as_jpeg, judge_of, reader_of
+from .drawing import Ask, Calls, read_image, write_image
+from .judging import Card, Column, Figure, averaged, bootstrapped, mean
+from .reading import read_all
+from .text_match import Match, oneig_match, oneig_text, without_hallucinations
+
+LANGUAGES = ("en", "zh")
+CATEGORIES = {
+    "Anime_Stylization": "anime",
+    "Portrait": "human",
+    "General_Object": "object",
+    "Text_Rendering": "text",
+    "Knowledge_Reasoning": "reasoning",
+    "Multilingualism": "multilingualism",
+}
+ALIGNED = ("anime", "human", "object", "multilingualism")  # categories with questions; the last is Chinese alone
+DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
+ELSEWHERE = {
+    "reasoning": "not measured: LLM2CLIP's values by --judged",
+    "style": "not measured: both style encoders' values by --judged",
+    "diversity": "not measured: --dreamsim, or values by --judged",
+}
+LIMITS = {"en": 100, "zh": 50}  # of the edit distance
+SEED = 42
+LONG, TOKENS = 60, (128, 256)  # words of a target from above which the reader may write twice as many tokens
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Of one prompt: number -> question, number -> numbers of its parents (0: none)."""
+
+    texts: Mapping[int, str]
+    parents: Mapping[int, tuple[int, ...]]
+
+
+class Distance(Protocol):
+    card: Card
+
+    def distance(self, one: np.ndarray, two: np.ndarray) -> float: ...
+
+
+class DreamSim:
+    """`Distance` by the ensemble of the package dreamsim, which fetches its weights itself."""
+
+    def __init__(self, device: str):
+        """Errors: ImportError naming the package."""
+        import torch
+
+        try:
+            from dreamsim import dreamsim
+        except ImportError:
+            raise ImportError("--dreamsim: the package dreamsim is not installed; pip install dreamsim") from None
+        self.torch, self.device = torch, device
+        self.model, self.preprocess = dreamsim(pretrained=True, device=device)
+        self.card = Card("DreamSim ensemble", "the package's own", "float32", device)
+
+    def distance(self, one: np.ndarray, two: np.ndarray) -> float:
+        from PIL import Image
+
+        pair = [self.preprocess(Image.fromarray(image)).to(self.device) for image in (one, two)]
+        with self.torch.no_grad():
+            return float(self.model(*pair))
+
+
+# ------------------------------------------------------------------------------------------------ the user's copy
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    """A CSV file's rows. Errors: FileNotFoundError."""
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        return list(csv.DictReader(file))
+
+
+def prompts_of(folder: Path, language: str) -> list[tuple[str, str, str]]:
+    """(category, id, prompt). Errors: ValueError naming the file and what it lacks."""
+    path, column = (
+        (folder / "OneIG-Bench.csv", "prompt_en") if language == "en" else (folder / "OneIG-Bench-ZH.csv", "prompt_cn")
+    )
+    out = []
+    for row in rows_of(path):
+        if not {"category", "id", column} <= set(row) or row["category"] not in CATEGORIES:
+            raise ValueError(f"{path}: expected category (one of {', '.join(CATEGORIES)}), id and {column}, got {row}")
+        out.append((CATEGORIES[row["category"]], row["id"], row[column]))
+    return out
+
+
+def questions_of(folder: Path, category: str, language: str) -> dict[str, Questions]:
+    """Id -> its questions. Errors: FileNotFoundError, ValueError."""
+    path = folder / "scripts" / "alignment" / "Q_D" / f"{category}{'' if language == 'en' else '_zh'}.json"
+
+    def numbered(values: Any) -> dict[int, Any]:
+        return {int(k): v for k, v in (json.loads(values) if isinstance(values, str) else values).items()}
+
+    out = {}
+    for key, item in read_json(path).items():
+        try:
+            texts, parents = numbered(item["question"]), numbered(item["dependency"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: {key}: expected question and dependency ({error!r})") from None
+        if not texts or set(texts) != set(range(1, len(texts) + 1)):
+            raise ValueError(f"{path}: {key}: questions must be numbered from 1 on, got {sorted(texts)}")
+        out[key] = Questions(texts, {k: tuple(v) for k, v in parents.items()})
+    return out
+
+
+def targets_of(folder: Path, language: str) -> dict[str, str]:
+    path = folder / "scripts" / "text" / f"text_content{'' if language == 'en' else '_zh'}.csv"
+    return {row["id"]: row["text_content"] for row in rows_of(path)}
+
+
+def judged_elsewhere(path: Path | None) -> dict[str, dict[str, list[float]]]:
+    """Dimension -> id -> one value an image. Errors: ValueError naming file and line."""
+    out: dict[str, dict[str, list[float]]] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path else [], 1):
+        try:
+            values = json.loads(line)
+            if values["dimension"] not in ELSEWHERE:
+                raise ValueError(f"dimension must be one of {', '.join(ELSEWHERE)}")
+            out.setdefault(values["dimension"], {})[str(values["id"])] = [float(v) for v in values["values"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}, line {number}: expected dimension, id and values ({error!r})") from None
+    return out
+
+
+# ------------------------------------------------------------------------------------------------ grids and arithmetic
+
+
+def split(grid: np.ndarray, columns: int, rows: int) -> list[np.ndarray]:
+    """Cells of a grid, row by row, those left out that are black all over; what does not divide is cut at the end."""
+    height, width = grid.shape[0] // rows, grid.shape[1] // columns
+    cells = [
+        grid[r * height : (r + 1) * height, c * width : (c + 1) * width] for r in range(rows) for c in range(columns)
+    ]
+    return [cell for cell in cells if cell.any()]
+
+
+def joined(images: Sequence[np.ndarray | None], columns: int) -> np.ndarray:
+    """A grid of images of one size; black where there is none. Errors: ValueError without any."""
+    shape = next((image.shape for image in images if image is not None), None)
+    if shape is None:
+        raise ValueError("joined: no image")
+    cells = [np.zeros(shape, np.uint8) if image is None else image for image in images]
+    return np.concatenate([np.concatenate(cells[k : k + columns], 1) for k in range(0, len(cells), columns)])
+
+
+def aligned(yes: Mapping[int, float], questions: Questions) -> float:
+    """The share of questions answered yes, none below a parent that was answered no: of one image.
+
+    yes: number -> 1 or 0. Parents are looked up as they were answered, not as they count.
+    """
+    ruled_out = {k for k, parents in questions.parents.items() if any(p != 0 and yes[p] == 0 for p in parents)}
+    return sum(0.0 if k in ruled_out else yes[k] for k in questions.texts) / len(questions.texts)
+
+
+def softly_aligned(chances: Mapping[int, float], questions: Questions) -> float:
+    """The same with probabilities: each question's times its parents'."""
+    total = 0.0
+    for k in questions.texts:
+        chance = chances[k]
+        for parent in questions.parents.get(k, ()):
+            chance *= chances[parent] if parent else 1.0
+        total += chance
+    return total / len(questions.texts)
+
+
+# ------------------------------------------------------------------------------------------------ the benchmark
+
+
+class OneIG:
+    name = "oneig"
+
+    def __init__(
+        self, answerer: Answerer | None = None, reader: Reader | None = None, distance: Distance | None = None
+    ):
+        """In place of what the options name (tests)."""
+        self.answerer, self.reader, self.distance = answerer, reader, distance
+
+    def asks(self, options: argparse.Namespace, language: str) -> list[Ask]:
+        number = options.grid**2
+        seeds = tuple(range(SEED, SEED + number))
+        out = []
+        for category, key, prompt in prompts_of(options.prompts, language):
+            files = tuple(f"single/{category}/{key}_{k}.png" for k in range(number))
+            out.append(Ask(f"{category}/{key}", category, prompt, prompt, files, seeds))
+        return out
+
+    def grid_path(self, options: argparse.Namespace, ask: Ask, folder: Path) -> Path:
+        """CATEGORY/NAME/ID*: the one file that begins with the id, as the published code looks for it."""
+        category, _, key = ask.id.partition("/")
+        name = options.name if options.images and options.name else self.column_folder(options, folder, category)
+        there = sorted((folder / category / name).glob(f"{key}*"))
+        return there[0] if len(there) == 1 else folder / category / name / f"{key}.webp"
+
+    def column_folder(self, options: argparse.Namespace, folder: Path, category: str) -> str:
+        """NAME where nobody says it: "lens" for our own images, else the only folder there is."""
+        if options.images is None:
+            return "lens"
+        found = sorted(p.name for p in (folder / category).glob("*") if p.is_dir())
+        if len(found) > 1:
+            raise ValueError(f"{folder / category}: images of {', '.join(found)}: say which by --name")
+        return found[0] if found else "lens"
+
+    def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
+        for ask in asks:
+            images = [read_image(folder / file) for file in ask.files]
+            path = self.grid_path(options, ask, folder)
+            if any(image is not None for image in images) and not path.is_file():
+                write_image(joined(images, options.grid), path)
+
+    def cells(self, options: argparse.Namespace, ask: Ask, folder: Path) -> list[np.ndarray]:
+        """A prompt's images as the judges see them; none where the file is missing or no image."""
+        try:
+            grid = read_image(self.grid_path(options, ask, folder))
+        except ValueError:
+            return []
+        return [] if grid is None else [as_jpeg(cell) for cell in split(grid, options.grid, options.grid)]
+
+    def calls(self, options: argparse.Namespace, asks: Sequence[Ask]) -> list[Calls]:
+        images, questions = options.grid**2, 0
+        for category in ALIGNED:
+            own = {a.id.partition("/")[2] for a in asks if a.task == category}
+            if own:
+                found = questions_of(options.prompts, category, options.language[0])
+                questions += sum(len(q.texts) for key, q in found.items() if key in own)
+        texts = sum(a.task == "text" for a in asks)
+        read = (
+            [Calls("reader", texts * images, None if options.rapidocr else (1_400, 60))]
+            if "text" in options.dimensions
+            else []
+        )
+        ask = (
+            [Calls("questions", questions * images, chat_judges.QUESTION_TOKENS)]
+            if "alignment" in options.dimensions
+            else []
+        )
+        return ask + read
+
+    def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
+        column = Column(name, [])
+        rows: dict[str, dict[str, Any]] = {
+            a.id: {"id": a.id, "task": a.task, "prompt": a.prompt, "drawn": a.drawn, "score": None, "images": []}
+            for a in asks
+        }
+        elsewhere = judged_elsewhere(options.judged)
+        if "alignment" in options.dimensions:
+            self._alignment(options, asks, folder, language, column, rows)
+        if "text" in options.dimensions:
+            self._text(options, asks, folder, language, column, rows)
+        for dimension, why in ELSEWHERE.items():
+            if dimension in elsewhere:
+                values = [mean(v) for v in elsewhere[dimension].values() if v]
+                column.figures[dimension] = bootstrapped(values, mean)
+                column.cards.append(
+                    Card(f"{dimension}: {options.judged.name}", "given", "given", "given", "judged elsewhere")
+                )
+            elif dimension == "diversity" and options.dreamsim and "diversity" in options.dimensions:
+                self._diversity(options, asks, folder, column)
+            else:
+                column.figures[dimension] = Figure(None, note=why)
+        order = {d: column.figures.get(d, Figure(None, note="not asked for")) for d in DIMENSIONS}
+        column.figures = {**order, **column.figures, "total": averaged(list(order.values()))}
+        column.rows = list(rows.values())
+        return column
+
+    def _alignment(
+        self,
+        options: argparse.Namespace,
+        asks: Sequence[Ask],
+        folder: Path,
+        language: str,
+        column: Column,
+        rows: dict[str, Any],
+    ) -> None:
+        judge = self.answerer or judge_of(options, options.out or Path("runs/evaluate/oneig"))
+        column.cards.append(judge.card)
+        known = {
+            c: questions_of(options.prompts, c, language) for c in dict.fromkeys(a.task for a in asks) if c in ALIGNED
+        }
+        hard, soft, per_category = [], [], dict[str, list[float]]()
+        for ask in (a for a in asks if a.task in known):
+            questions = known[ask.task].get(ask.id.partition("/")[2])
+            if questions is None:
+                continue
+            images, chances = [], []
+            numbers = list(questions.texts)
+            cells = self.cells(options, ask, folder)
+            if not cells:  # the prompt counts as judged in none of its questions
+                column.judged += len(numbers)
+                column.missing += len(numbers)
+            for image in cells:
+                said = judge.answer(image, [questions.texts[k] for k in numbers])
+                column.judged += len(said)
+                lost = [str(s) for s in said if isinstance(s, Exception)]
+                column.missing += len(lost)
+                row: dict[str, Any] = {"not_judged": lost}
+                answers = {k: s for k, s in zip(numbers, said) if not isinstance(s, Exception)}
+                if not lost:  # an image with a question missing has no score: a parent may be among them
+                    images.append(aligned({k: float(s.yes) for k, s in answers.items()}, questions))
+                    row |= {"yes": {k: s.yes for k, s in answers.items()}, "score": images[-1]}
+                    told = {k: s.soft for k, s in answers.items() if s.soft is not None}
+                    if len(told) == len(numbers):
+                        chances.append(softly_aligned(told, questions))
+                        row["soft"] = chances[-1]
+                rows[ask.id]["images"].append(row)
+            if (value := mean(images)) is not None:
+                hard.append(value)
+                per_category.setdefault(ask.task, []).append(value)
+                rows[ask.id]["score"] = value
+            if (value := mean(chances)) is not None:
+                soft.append(value)
+        column.figures["alignment"] = bootstrapped(hard, mean)
+        column.figures |= {f"alignment, {category}": bootstrapped(own, mean) for category, own in per_category.items()}
+        if options.soft:
+            figure = bootstrapped(soft, mean)
+            column.figures["alignment, soft"] = (
+                figure if soft else Figure(None, note="the server tells no probabilities")
+            )
+
+    def _text(
+        self,
+        options: argparse.Namespace,
+        asks: Sequence[Ask],
+        folder: Path,
+        language: str,
+        column: Column,
+        rows: dict[str, Any],
+    ) -> None:
+        shared = self.answerer if isinstance(self.answerer, ChatJudge) else None
+        reader: Reader = self.reader or shared or reader_of(options, options.out or Path("runs/evaluate/oneig"))
+        column.cards.append(reader.card)
+        targets = targets_of(options.prompts, language)
+        own = [a for a in asks if a.task == "text" and a.id.partition("/")[2] in targets]
+
+        def target(ask: Ask) -> str:
+            return targets[ask.id.partition("/")[2]]
+
+        def limit(ask: Ask) -> int:
+            return TOKENS[len(target(ask).split()) > LONG]
+
+        def images_of(ask: Ask) -> list[tuple[str, np.ndarray | None]]:
+            cells: list[np.ndarray] = self.cells(options, ask, folder)
+            return [(str(k), cell) for k, cell in enumerate(cells)] or [("0", None)]
+
+        def measured(groups: Sequence[Sequence[Match]], name: str) -> float | None:
+            found = oneig_text(list(itertools.chain(*groups)), LIMITS[language])
+            return None if found is None else found[name]
+
+        matches: list[list[Match]] = []
+        for ask, texts in read_all(reader, own, folder, column, limit, images_of):
+            read = [oneig_match(target(ask), without_hallucinations(text)) for _, text, _ in texts if text is not None]
+            rows[ask.id]["images"] += [{"read": text, "not_judged": why} for _, text, why in texts]
+            if read:
+                matches.append(read)
+                rows[ask.id]["score"] = measured([read], "score")
+        column.figures["text"] = bootstrapped(matches, lambda groups: measured(groups, "score"))
+        column.figures |= {
+            f"text, {name}": Figure(measured(matches, name), of=len(matches)) for name in ("ED", "CR", "WAC")
+        }
+
+    def _diversity(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, column: Column) -> None:
+        judge = self.distance or DreamSim(options.device)
+        column.cards.append(judge.card)
+        found = []
+        for ask in asks:
+            cells = self.cells(options, ask, folder)
+            if len(cells) > 1:
+                pairs = list(itertools.combinations(cells, 2))
+                found.append(sum(judge.distance(*pair) for pair in pairs) / len(pairs))
+        column.figures["diversity"] = bootstrapped(found, mean)
+
+    def shown(self, options: argparse.Namespace, ask: Ask, folder: Path) -> np.ndarray | None:
+        return next(iter(self.cells(options, ask, folder)), None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    command.add_arguments(parser, LANGUAGES)
+    parser.add_argument("--prompts", type=Path, required=True, metavar="DIR", help="the repository, your own copy")
+    parser.add_argument("--grid", type=int, default=2, help="images of a prompt are GRID by GRID (default: 2)")
+    parser.add_argument(
+        "--dimensions", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS), help="default: all five"
+    )
+    parser.add_argument("--dreamsim", action="store_true", help="diversity by DreamSim (package dreamsim)")
+    parser.add_argument(
+        "--judged", type=Path, metavar="FILE", help="JSON lines: dimension, id, values of reasoning, style, diversity"
+    )
+    chat_judges.add_arguments(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    return command.run(OneIG(), options)
