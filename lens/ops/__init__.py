@@ -7,6 +7,7 @@ from lens.ops import backend, reference
 from lens.ops.attention.hopper import HeadNorms
 from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
+from lens.ops.group_norm_silu import group_norm_silu
 from lens.ops.guidance_step import guidance_step
 from lens.ops.joint_attention import joint_attention
 from lens.ops.pack_tokens import pack_tokens, unpack_tokens
@@ -19,6 +20,7 @@ __all__ = [
     "backend",
     "gated_residual",
     "gated_residual_norm_modulate",
+    "group_norm_silu",
     "guidance_step",
     "joint_attention",
     "pack_tokens",
