@@ -28,6 +28,7 @@ namespace lens {
   OP(gated_residual_norm_modulate_backward, GatedResidualNormModulateBackwardParams) \
   OP(swiglu, SwigluParams)                                                           \
   OP(swiglu_backward, SwigluBackwardParams)                                          \
+  OP(group_norm_silu, GroupNormSiluParams)                                           \
   OP(guidance_step, GuidanceStepParams)
 
 // Kernels of sm_90a alone: other devices have no such op, and libraries serve them.

@@ -1,4 +1,5 @@
-"""8. Latents <-> pixels: FLUX.2's autoencoder, its patchify and its BatchNorm around diffusers' AutoencoderKLFlux2.
+"""8. Latents <-> pixels: FLUX.2's autoencoder, its patchify and its BatchNorm around diffusers' AutoencoderKLFlux2;
+on a CPU its decoder is our own (`engine/decode.py`).
 
 A token's channels are (c p1 p2): 2x2 latent pixels of c channels; BatchNorm statistics act on the token's own channels.
 Shapes: h x w grid in tokens, C = 4c channels of a token, pictures [H, W, 3] with H = 16 h.
@@ -11,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .engine.decode import Decoder, why_unserved
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,6 +39,7 @@ class PixelCodec:
         self.vae = vae
         self.channels = 4 * int(vae.config.latent_channels)  # of a token
         self._mean = vae.bn.running_mean
+        self._own = Decoder(vae)
 
     @property
     def _std(self) -> Tensor:  # made when needed: the statistics may have moved since
@@ -46,7 +50,12 @@ class PixelCodec:
         """Normalised token rows [h*w, C] -> picture [H, W, 3] in [-1, 1], float32."""
         rows = rows.to(self._mean.device, self._mean.dtype)
         latents = unpatchify((rows * self._std + self._mean)[None], grid)
-        return self.vae.decode(latents, return_dict=False)[0][0].float().clamp(-1, 1).permute(1, 2, 0)
+        return self.decoded(latents)[0].float().clamp(-1, 1).permute(1, 2, 0)
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor) -> Tensor:
+        """`vae.decode`: latents [1, c, 2h, 2w] -> pixels [1, 3, H, W], not clamped, in the weights' dtype."""
+        return self.vae.decode(latents, return_dict=False)[0] if why_unserved(self.vae) else self._own(latents)
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:

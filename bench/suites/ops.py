@@ -53,12 +53,13 @@ STEMS = (
     "qk_norm_rope",
     "swiglu",
     "gated_residual",
+    "group_norm_silu",
     "guidance_step",
     "pack_tokens",
     "unpack_tokens",
     "joint_attention",
 )
-NO_GRADIENT = {"guidance_step"}
+NO_GRADIENT = {"guidance_step", "group_norm_silu"}
 CONSTANTS = {"cos", "sin", "delta"}  # floating-point arguments that carry no gradient
 # elements a backward pass cannot avoid moving, in multiples of the elements of the output
 BACKWARD = {
@@ -104,6 +105,14 @@ def arguments(stem: str, s: OpSizes, dtype: torch.dtype, device: torch.device, t
         return {"x": normal(rows, width), "y": normal(rows, width), "gate": gate, **modulation}
     if stem == "swiglu":
         return {"h": normal(rows, 2 * int(width / 3 * 8))}
+    if stem == "group_norm_silu":  # pixels of maps as wide as the model, for a shape like the others'
+        return {
+            "x": normal(rows, width),
+            "weight": normal(width),
+            "bias": normal(width),
+            "offsets": offsets,
+            "groups": 32,
+        }
     if stem == "guidance_step":
         x, delta = normal(rows, s.channels, wide=True), normal(samples, wide=True)
         velocities = {"cond": normal(rows, s.channels), "uncond": normal(rows, s.channels)}

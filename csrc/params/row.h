@@ -1,5 +1,5 @@
 // Ops on packed rows, each row by itself but for the sums of a backward pass: rms_norm_modulate,
-// gated_residual, both in one, swiglu.
+// gated_residual, both in one, swiglu; and group_norm_silu, whose statistics are a sample's.
 #pragma once
 
 #include "params/common.h"
@@ -238,6 +238,38 @@ void fields(SwigluBackwardParams& p, V& v) {
   v.array("dy", p.dy, p.R * p.F);
   v.array("h", p.h, p.R * 2 * p.F);
   v.array("dh", p.dh, p.R * 2 * p.F);
+}
+
+// y = act((x - mean_bg) * rstd_bg * weight + bias), mean and variance over the rows of sample b and
+// the D / G channels of group g; act is silu, or nothing with activate = 0
+struct GroupNormSiluParams {
+  const void* x;           // [R, D]
+  const void* weight;      // [D]
+  const void* bias;        // [D]
+  const int32_t* offsets;  // [B + 1]
+  void* y;                 // [R, D]
+  void* workspace;  // acc [split_slots(R, B), 2, D]: a slot's mean and its squared deviations' sum
+  void* table;      // acc [B, 2, D]: mean and rstd * weight
+  int64_t R, B, D, G;
+  int64_t activate;
+  double eps;
+  DType dtype;
+  void* stream;
+};
+
+template <class V>
+void fields(GroupNormSiluParams& p, V& v) {
+  packed_sizes(p, v);
+  v.size("G", p.G, 1);
+  v.expect(p.G < 1 || p.D % p.G == 0, "D must be a multiple of G", p.D);
+  v.size("activate", p.activate, 0);
+  v.array("x", p.x, p.R * p.D);
+  v.array("weight", p.weight, p.D);
+  v.array("bias", p.bias, p.D);
+  v.array("y", p.y, p.R * p.D);
+  v.array("workspace", p.workspace, split_slots(p.R, p.B) * 2 * p.D);
+  v.array("table", p.table, p.B * 2 * p.D);
+  v.number("eps", p.eps);
 }
 
 }  // namespace lens

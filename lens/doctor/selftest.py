@@ -51,6 +51,7 @@ def op_cases(seed: int = 0) -> dict[str, list[Any]]:
         "gated_residual": [x, y, gate, offsets],
         "gated_residual_norm_modulate": [x, y, gate, weight, scale, shift, offsets],
         "swiglu": [normal(rows, 2 * hidden)],
+        "group_norm_silu": [x, weight, normal(width), offsets, 32],
         "guidance_step": [x, normal(rows, width), normal(rows, width), normal(samples), 5.0, offsets],
     }  # fmt: skip
 

@@ -7,6 +7,7 @@ from lens.ops import backend, reference
 from lens.ops.attention.hopper import HeadNorms
 from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
+from lens.ops.group_norm_silu import group_norm_silu
 from lens.ops.guidance_step import guidance_step
 from lens.ops.image_scores import ImageScores, image_scores
 from lens.ops.joint_attention import joint_attention
@@ -21,6 +22,7 @@ __all__ = [
     "backend",
     "gated_residual",
     "gated_residual_norm_modulate",
+    "group_norm_silu",
     "guidance_step",
     "image_scores",
     "joint_attention",

@@ -217,6 +217,22 @@ def swiglu(h: Tensor) -> Tensor:
     return (F.silu(a) * u).to(h.dtype)
 
 
+def group_norm_silu(
+    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, groups: int, eps: float = 1e-6, activate: bool = True
+) -> Tensor:
+    """silu(n), n = (x - mean_bg) * rsqrt(var_bg + eps) * weight + bias; n itself without ``activate``: [R, D] -> [R, D].
+
+    mean_bg and var_bg (of the population) go over the rows of sample b and the D / G neighbouring channels of group g.
+    """
+    samples = []
+    for rows in filter(len, _wide(x).split(offsets.diff().tolist())):
+        grouped = rows.view(len(rows), groups, x.shape[1] // groups)
+        variance, mean = torch.var_mean(grouped, (0, 2), correction=0, keepdim=True)
+        samples.append(((grouped - mean) * torch.rsqrt(variance + eps)).flatten(1))
+    n = torch.cat([x[:0].to(arithmetic_dtype(x.dtype)), *samples]) * _wide(weight) + _wide(bias)
+    return (F.silu(n) if activate else n).to(x.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x weight^T + bias: [R, K], [M, K], [M] -> [R, M], in the arithmetic dtype (not rounded)."""
     return F.linear(_wide(x), _wide(weight), None if bias is None else _wide(bias))

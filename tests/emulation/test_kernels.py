@@ -9,6 +9,7 @@ from tests.ops import (
     harness,
     test_gated_residual,
     test_gated_residual_norm_modulate,
+    test_group_norm_silu,
     test_guidance_step,
     test_pack_tokens,
     test_qk_norm_rope,
@@ -68,6 +69,26 @@ def test_row_ops(emulated, op, case, dtype):
 def test_swiglu_rows(emulated, case, dtype):
     emulated.seed = SEED
     harness.against_spec("swiglu", test_swiglu.inputs(*case), dtype, None)
+
+
+@pytest.mark.parametrize("dtype", harness.DTYPES, ids=["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("case", [([33, 0, 40], 64, 4, True), ([5, 34], 21, 3, False), ([0, 0], 8, 2, True)], ids=str)
+def test_group_norm(emulated, case, dtype):
+    lengths, width, groups, activate = case
+    emulated.seed = SEED
+    test_group_norm_silu.held_to_the_spec(
+        test_group_norm_silu.inputs(lengths, width, groups, activate=activate), dtype, None
+    )
+
+
+def test_group_norm_of_a_sample_does_not_see_its_batch(emulated):
+    made = test_group_norm_silu.cast(test_group_norm_silu.inputs([5, 34], 16, 4), torch.bfloat16)
+    alone = {**made, "x": made["x"][5:].clone(), "offsets": offsets_of([34])}
+    emulated.seed = SEED
+    with compiled():
+        whole = ops.group_norm_silu(**made)[5:]
+        emulated.seed = OTHER_SEED
+        assert same_bits(ops.group_norm_silu(**alone), whole)
 
 
 HEADS = {
