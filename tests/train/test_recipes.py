@@ -173,7 +173,9 @@ def test_a_recipe_there_is_not():
     for name in ("released", "released/other"):
         with pytest.raises(ValueError, match=f"no recipe '{name}' for stage 'pretrain' in train/configs; {here}"):
             configs.load(name, "pretrain")
-    with pytest.raises(ValueError, match=r"; there are mini, mini_gpu, mini/pretrain_128, mini/pretrain_sizes, released/pretrain_512$"):
+    with pytest.raises(
+        ValueError, match=r"; there are mini, mini_gpu, mini/pretrain_128, mini/pretrain_sizes, released/pretrain_512$"
+    ):
         configs.load("relesed/pretrain_512", "pretrain")
 
 
