@@ -38,7 +38,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
     try:
-        from pyarrow import ArrowInvalid, parquet  # type: ignore[import-not-found]
+        from pyarrow import ArrowInvalid, parquet
     except ImportError:
         raise ValueError(f"{path}: Parquet needs pyarrow: pip install pyarrow") from None
     try:
