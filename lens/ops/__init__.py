@@ -9,6 +9,7 @@ from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
 from lens.ops.guidance_step import guidance_step
 from lens.ops.joint_attention import joint_attention
+from lens.ops.moe_mxfp4 import moe_mxfp4
 from lens.ops.pack_tokens import pack_tokens, unpack_tokens
 from lens.ops.qk_norm_rope import qk_norm_rope
 from lens.ops.rms_norm_modulate import rms_norm_modulate
@@ -21,6 +22,7 @@ __all__ = [
     "gated_residual_norm_modulate",
     "guidance_step",
     "joint_attention",
+    "moe_mxfp4",
     "pack_tokens",
     "qk_norm_rope",
     "reference",
