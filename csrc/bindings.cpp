@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
 #define LENS_BIND(stem, Params) bind<Params>(m, #stem);
   LENS_FOR_EACH_KERNEL(LENS_BIND)
   LENS_FOR_EACH_HOST_KERNEL(LENS_BIND)
+  LENS_FOR_EACH_BF16_KERNEL(LENS_BIND)
 #if defined(LENS_WITH_HOPPER)
   LENS_FOR_EACH_HOPPER_KERNEL(LENS_BIND)
 #endif
@@ -62,6 +63,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_targets") = "";
 #endif
   m.attr("split_rows") = kSplitRows;
+  m.attr("spare_rows") = kSpareRows;
   m.def("isa", [] { return isas()[current_isa()].name; });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("available_isas", [] {

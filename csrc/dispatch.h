@@ -2,6 +2,10 @@
 // set or the GPU.
 #pragma once
 
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -73,15 +77,30 @@ struct Isa {
   bool (*available)();
 };
 
+inline bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+
+inline bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// AMX with products of BF16: the CPU has it, and the kernel gives this process its registers.
+inline bool has_amx() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!has_avx512bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  const unsigned kTile = 1u << 24, kBf16 = 1u << 22;
+  if ((d & kTile) == 0 || (d & kBf16) == 0) return false;
+  const long kRequestPermission = 0x1023, kTileData = 18;  // of Linux' asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
 inline const std::vector<Isa>& isas() {
   static const std::vector<Isa> all = {
       {"base", [] { return true; }},
       {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
-      {"avx512",
-       [] {
-         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-       }},
+      {"avx512", has_avx512},
+      {"avx512bf16", has_avx512bf16},
+      {"amx", has_amx},
   };
   return all;
 }
@@ -110,7 +129,8 @@ inline void set_isa(const std::string& name) {
     current_isa() = level;
     return;
   }
-  throw std::invalid_argument("lens: instruction set must be base, avx2 or avx512, got " + name);
+  throw std::invalid_argument(
+      "lens: instruction set must be base, avx2, avx512, avx512bf16 or amx, got " + name);
 }
 
 // ---- kernels. device: -1 for the CPU, else the index of the GPU (already current).
@@ -135,25 +155,37 @@ inline void check_launch(const char* op, int error) {
   throw std::runtime_error("lens." #stem ": this build has no CUDA kernels; got a CUDA device")
 #endif
 
-#define LENS_DEFINE_RUN(stem, Params)                                                           \
-  inline void run(const Params& p, int device) {                                                \
-    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem}; \
-    if (device < 0) {                                                                           \
-      kernels[current_isa()](p);                                                                \
-    } else {                                                                                    \
-      LENS_RUN_CUDA(stem);                                                                      \
-    }                                                                                           \
+#define LENS_DEFINE_RUN(stem, Params)                                                          \
+  inline void run(const Params& p, int device) {                                               \
+    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \
+                                                         avx512::stem, avx512::stem};          \
+    if (device < 0) {                                                                          \
+      kernels[current_isa()](p);                                                               \
+    } else {                                                                                   \
+      LENS_RUN_CUDA(stem);                                                                     \
+    }                                                                                          \
   }
 LENS_FOR_EACH_KERNEL(LENS_DEFINE_RUN)
 #undef LENS_DEFINE_RUN
 
-#define LENS_DEFINE_RUN(stem, Params)                                                           \
-  inline void run(const Params& p, int device) {                                                \
-    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem}; \
-    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                        \
-    kernels[current_isa()](p);                                                                  \
+#define LENS_DEFINE_RUN(stem, Params)                                                          \
+  inline void run(const Params& p, int device) {                                               \
+    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \
+                                                         avx512::stem, avx512::stem};          \
+    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                       \
+    kernels[current_isa()](p);                                                                 \
   }
 LENS_FOR_EACH_HOST_KERNEL(LENS_DEFINE_RUN)
+#undef LENS_DEFINE_RUN
+
+#define LENS_DEFINE_RUN(stem, Params)                                                          \
+  inline void run(const Params& p, int device) {                                               \
+    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \
+                                                         avx512bf16::stem, amx::stem};         \
+    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                       \
+    kernels[current_isa()](p);                                                                 \
+  }
+LENS_FOR_EACH_BF16_KERNEL(LENS_DEFINE_RUN)
 #undef LENS_DEFINE_RUN
 
 #if defined(LENS_WITH_HOPPER)  // the build compiles for 90a; elsewhere lens._C has no such name

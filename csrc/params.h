@@ -7,6 +7,7 @@
 #include "params/heads.h"
 #include "params/image.h"
 #include "params/linear.h"
+#include "params/moe.h"
 #include "params/row.h"
 #include "params/step.h"
 #include "params/tokens.h"
@@ -31,6 +32,9 @@ namespace lens {
   OP(group_norm_silu, GroupNormSiluParams)                                           \
   OP(guidance_step, GuidanceStepParams)
 
+// Kernels that have CPU forms of their own for AVX-512's and AMX's products of BF16 pairs.
+#define LENS_FOR_EACH_BF16_KERNEL(OP) OP(moe_mxfp4, MoeMxfp4Params)
+
 // Kernels of sm_90a alone: other devices have no such op, and libraries serve them.
 #define LENS_FOR_EACH_HOPPER_KERNEL(OP)                \
   OP(linear, LinearParams)                             \
@@ -47,15 +51,24 @@ namespace lens {
 namespace base {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
 LENS_FOR_EACH_HOST_KERNEL(LENS_DECLARE_CPU)
+LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
 }  // namespace base
 namespace avx2 {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
 LENS_FOR_EACH_HOST_KERNEL(LENS_DECLARE_CPU)
+LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
 }  // namespace avx2
 namespace avx512 {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
 LENS_FOR_EACH_HOST_KERNEL(LENS_DECLARE_CPU)
+LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
 }  // namespace avx512
+namespace avx512bf16 {
+LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
+}
+namespace amx {
+LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
+}
 #undef LENS_DECLARE_CPU
 
 #define LENS_DECLARE_CUDA(stem, Params) int stem##_cuda(const Params& p);

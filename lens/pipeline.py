@@ -32,6 +32,7 @@ from .engine.threads import number_for, threads_for
 from .formats import diffusers_calls
 from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
+from .formats.gpt_oss import load_gpt_oss
 from .formats.lora import Adapters
 from .formats.lora import read as read_adapter
 from .formats.mxfp4 import warn_expanded, why_expanded
@@ -59,6 +60,7 @@ from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_
 
 # of B samples: F tensors [T_b, E] each; positions of the valid tokens, None where all of them are
 _Features = tuple[list[list[Tensor]], "list[Tensor] | None"]
+ENCODERS = ("lens", "transformers")  # what runs the text encoder
 Callback = Callable[["LensPipeline", int, Tensor, dict[str, Any]], "dict[str, Any] | None"]
 
 
@@ -126,6 +128,7 @@ class LensPipeline:
         tokenizer: str | os.PathLike[str] | None = None,
         weights_variant: str | None = None,
         revision: str | None = None,
+        encoder: str = "lens",
     ) -> LensPipeline:
         """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id, a
         transformer's .safetensors file.
@@ -140,10 +143,15 @@ class LensPipeline:
         named, else the source's. weights_variant: which of several weights, as diffusers names files ("fp16"); where a
         part has none of it, its default. revision: a branch, tag or commit of a hub id; None: its main branch.
 
+        encoder: what runs the text encoder, "lens" or "transformers". Ours keeps MXFP4 experts packed, on any device, and can
+        visit it; transformers expands them on a CPU, and on a GPU where it lacks its kernels.
+
         A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
         if torch_dtype is not None and dtype not in (None, torch_dtype):
             raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
+        if encoder not in ENCODERS:
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
         device, dtype = usable_placement(device, dtype or torch_dtype)
         files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant, revision)
         defaults = read_defaults(files.root, variant, files.name)
@@ -161,22 +169,27 @@ class LensPipeline:
 
         denoiser = load_transformer(files.transformer, dtype, host("transformer"))
         layers = denoiser.config.selected_layer_index
-        packed = packed_experts(files.text_encoder)
-        why = why_expanded() if packed and device.type == "cuda" else ""
-        # packed experts are counted, or refused, where they lie
-        home = device if packed and not why else host("text_encoder")
-        if why and torch.device(home).type == "cpu":  # where loading them is no surprise
-            warn_expanded(files.text_encoder.weights, why)
-        model = load_text_encoder(files.text_encoder, dtype, home, max(layers) + 1)
-        encoder = TextEncoder(chat, model, layers)
+        depth = max(layers) + 1
+        model: Any
+        if encoder == "lens":
+            model = load_gpt_oss(files.text_encoder, dtype, host("text_encoder"), depth)
+        else:
+            packed = packed_experts(files.text_encoder)
+            why = why_expanded() if packed and device.type == "cuda" else ""
+            # experts that transformers packs are counted, or refused, where they lie
+            home = device if packed and not why else host("text_encoder")
+            if why and torch.device(home).type == "cpu":  # where loading them is no surprise
+                warn_expanded(files.text_encoder.weights, why)
+            model = load_text_encoder(files.text_encoder, dtype, home, depth)
+        text = TextEncoder(chat, model, layers)
         codec = pixels.PixelCodec(load_vae(files.vae, dtype, host("vae")))
-        check_fit(str(files.transformer), denoiser.config, encoder.width, codec.channels)
+        check_fit(str(files.transformer), denoiser.config, text.width, codec.channels)
         loaded = {
             "transformer": transformer_tensors(files.transformer),
-            "text_encoder": text_encoder_tensors(files.text_encoder, max(layers) + 1),
+            "text_encoder": text_encoder_tensors(files.text_encoder, depth),
             "vae": vae_tensors(files.vae),
         }
-        pipe = cls(denoiser, encoder, codec, scheduler, defaults, fingerprint_of(loaded))
+        pipe = cls(denoiser, text, codec, scheduler, defaults, fingerprint_of(loaded))
         pipe.text_encoder_files = files.text_encoder
         if policy is not None:
             pipe.set_residency(policy, device)
@@ -248,7 +261,8 @@ class LensPipeline:
         if self.placement is not None and self.placement.residency != PRESETS["resident"]:
             where += f", {self.placement.residency}"
         parts = (
-            f"{config.num_layers} blocks of width {config.inner_dim}, text encoder of width {self.text_encoder.width}"
+            f"{config.num_layers} blocks of width {config.inner_dim}, text encoder of width {self.text_encoder.width} "
+            f"{self.text_encoder.kind}"
         )
         steps = f"{self.defaults.num_inference_steps} steps, guidance {self.defaults.guidance_scale:g}"
         loras = f", loras={[name for name, _, _ in self.loras]}" if self.loras else ""

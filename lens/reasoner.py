@@ -272,13 +272,19 @@ class EmbeddedReasoner:
     def __init__(self, pipe: LensPipeline, system: str | Path = "general", max_tokens: int | None = None):
         """max_tokens: of an answer; default 160 for Mini, 2048 for GPT-OSS, thinking included. CheckpointError where the
         folder has no LM head, or some of the encoder's layers are not loaded."""
+        from .formats.gpt_oss import load_lm_head
         from .formats.text_encoder import with_lm_head
+        from .gpt_oss import GptOss
 
         self.pipe, self.chat = pipe, pipe.text_encoder.tokenizer
         self.instructed = self.chat.is_gpt_oss
         self.max_tokens = max_tokens or (2048 if self.instructed else 160)
         self.system = system_prompt(system)
-        self.model = with_lm_head(pipe.text_encoder.model, pipe.text_encoder_files)
+        model, files = pipe.text_encoder.model, pipe.text_encoder_files
+        self.head: Any = None  # where our own model writes: the LM head, mapped on a CPU
+        if isinstance(model, GptOss):
+            self.head = load_lm_head(files, model, pipe.device)
+        self.model: Any = model if self.head is not None else with_lm_head(model, files)
         self.source = f"embedded, {self.system.name}" if self.instructed else "embedded"
         self._one = threading.Lock()  # generation keeps state in the model's own call
 
@@ -311,11 +317,18 @@ class EmbeddedReasoner:
 
     def write(self, wish: str) -> tuple[str, bool]:
         """The most probable token after another: (the text with its markers, whether it came to its end)."""
+        ids, end = self.prompt_ids(wish), self.chat.ids(RETURN)
+        if self.head is not None:
+            written = self.model.write(self.head, ids, self.max_tokens, stop=end)
+        else:
+            written = self._written_by_transformers(ids, end)
+        ended = written[-1:] == end
+        return self.chat.text(written[:-1] if ended else written), ended
+
+    def _written_by_transformers(self, ids: list[int], end: list[int]) -> list[int]:
         import torch
 
-        ids, end = self.prompt_ids(wish), self.chat.ids(RETURN)
-        device = next(self.model.parameters()).device
-        given = torch.tensor([ids], device=device)
+        given = torch.tensor([ids], device=next(self.model.parameters()).device)
         with torch.no_grad():
             made = self.model.generate(
                 given,
@@ -325,6 +338,5 @@ class EmbeddedReasoner:
                 eos_token_id=end,
                 pad_token_id=self.chat.pad_id,
             )
-        written = made[0, len(ids) :].tolist()
-        ended = written[-1:] == end
-        return self.chat.text(written[:-1] if ended else written), ended
+        written: list[int] = made[0, len(ids) :].tolist()
+        return written

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from .formats.chat_template import render
 from .formats.files import CheckpointError
 from .formats.tokenizer import read_tokenizer
+from .gpt_oss import GptOss
 
 PREFIX_TOKENS = 97  # a constant of the pipeline, whatever the tokenizer
 DEFAULT_CHAT_DATE = "2026-05-23"  # the template prints a date; frozen so that pictures do not drift from day to day
@@ -207,8 +208,14 @@ class _Hook:
             self.capture.taken[self.layer] = output[0] if isinstance(output, tuple) else output
 
 
+_ROWS = 4096  # tokens of prompts that are read together
+
+
 class TextEncoder:
-    """Prompts -> features [T, E] of selected layers of a GPT-OSS model, one prompt at a time: independent of others."""
+    """Prompts -> features [T, E] of selected layers of a GPT-OSS model; on a CPU each is independent of the others.
+
+    model: our `GptOss`, which reads prompts packed and their constant beginning once; or transformers', one at a time.
+    """
 
     def __init__(self, tokenizer: ChatTokenizer, model: Any, layers: Sequence[int]):
         self.tokenizer = tokenizer
@@ -221,8 +228,15 @@ class TextEncoder:
             )
         self.width = width
         self._capture = _Capture()
-        for layer in set(self.layers):
+        for layer in () if isinstance(model, GptOss) else set(self.layers):
             model.layers[layer].register_forward_hook(_Hook(self._capture, layer))
+
+    @property
+    def kind(self) -> str:
+        """What runs it, in words."""
+        if not isinstance(self.model, GptOss):
+            return "by transformers"
+        return "with experts in MXFP4" if self.model.config.packed else "with expanded experts"
 
     def tokenize(
         self,
@@ -245,19 +259,38 @@ class TextEncoder:
         self, prompts: Sequence[str], max_sequence_length: int, truncation: str, chat_date: str | None
     ) -> list[list[Tensor]]:
         """Per prompt its features, F tensors [T, E]; equal prompts are encoded once and share one list."""
-        cache: dict[str, list[Tensor]] = {}
-        for prompt in prompts:
-            if prompt not in cache:
-                ids = self.tokenizer.encode(prompt, max_sequence_length, truncation, chat_date)
-                cache[prompt] = self.features(ids)
-        return [cache[prompt] for prompt in prompts]
+        ids = {p: self.tokenizer.encode(p, max_sequence_length, truncation, chat_date) for p in prompts}
+        found = dict(zip(ids, self.read(list(ids.values()))))
+        return [found[prompt] for prompt in prompts]
 
-    @torch.no_grad()
     def features(self, ids: Sequence[int]) -> list[Tensor]:
         """One token sequence -> F tensors [T, E]: raw residual after each selected layer, T = len(ids) - 97 (or 0)."""
+        return self.read([ids])[0]
+
+    @torch.no_grad()
+    def read(self, sequences: Sequence[Sequence[int]]) -> list[list[Tensor]]:
+        """`features` of several sequences; our own model reads up to 4096 tokens at a time."""
         device, dtype = next(self.model.parameters()).device, self.model.dtype
-        if len(ids) <= PREFIX_TOKENS:
-            return [torch.zeros(0, self.width, device=device, dtype=dtype) for _ in self.layers]
+        nothing = [torch.zeros(0, self.width, device=device, dtype=dtype) for _ in self.layers]
+        found = [nothing] * len(sequences)
+        read = [n for n, ids in enumerate(sequences) if len(ids) > PREFIX_TOKENS]
+        if not isinstance(self.model, GptOss):
+            for n in read:
+                found[n] = self._hooked(sequences[n], device)
+            return found
+        while read:
+            rows, count = 0, 0
+            while count < len(read) and (count == 0 or rows + len(sequences[read[count]]) <= _ROWS):
+                rows += len(sequences[read[count]])
+                count += 1
+            now, read = read[:count], read[count:]
+            made = self.model.features([sequences[n] for n in now], self.layers, PREFIX_TOKENS)
+            for n, features in zip(now, made):
+                found[n] = features
+        return found
+
+    def _hooked(self, ids: Sequence[int], device: torch.device) -> list[Tensor]:
+        """The features by transformers' model."""
         self._capture.taken = {}
         try:
             self.model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)

@@ -9,6 +9,7 @@ from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
 from lens.ops.linear import choice as linear_choice
 
+BF16_ISAS, BF16_OPS = ("avx512bf16", "amx"), ("moe_mxfp4",)  # instruction sets, and the ops that have kernels for them
 OPS = (
     "pack_tokens",
     "unpack_tokens",
@@ -19,6 +20,7 @@ OPS = (
     "gated_residual_norm_modulate",
     "swiglu",
     "guidance_step",
+    "moe_mxfp4",
 )
 
 
@@ -56,9 +58,12 @@ def _reason(op: str, chosen: str, device: str) -> str:
     if (forced := backend.override()) is not None:
         return f"forced to {forced}"
     if chosen == "reference":
-        return backend.unavailable(device) or backend.no_target(torch.cuda.current_device())
+        return backend.unavailable(device) or backend.NO_CUDA.get(op) or backend.no_target(torch.cuda.current_device())
     if op == "joint_attention":
         if chosen == "cpu":
             return "torch's flash attention, per sample or group of equal samples"
         return "by candidate: " + attention_choice.summary()
-    return f"lens._C, {backend.isa()} kernels" if chosen == "cpu" else "lens._C, CUDA kernels"
+    if chosen != "cpu":
+        return "lens._C, CUDA kernels"
+    isa = backend.isa()
+    return f"lens._C, {'avx512' if isa in BF16_ISAS and op not in BF16_OPS else isa} kernels"

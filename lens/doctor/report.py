@@ -210,8 +210,7 @@ def gemms(device: torch.device) -> list[Finding]:
 def memory(device: torch.device) -> list[Finding]:
     """What the released model would peak at under each residency, one 1024x1024 guided picture at a time."""
     section = "Residency of the released model"
-    packed = device.type != "cuda" or not mxfp4.why_expanded()
-    sizes = residency.released_sizes(packed=packed)
+    sizes = residency.released_sizes()
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     found = []
     for name, policy in residency.PRESETS.items():
@@ -219,8 +218,6 @@ def memory(device: torch.device) -> list[Finding]:
         detail = residency.describe(sizes, policy)
         if free is not None:
             detail += f"; {'fits' if fits else 'does not fit'} {free / 2**30:.1f} GiB free"
-        if packed and policy.text_encoder != "resident":
-            detail += "; refused for packed MXFP4 experts, which cannot visit the device"
         found.append(Finding(section, name, OK if fits else NOTE, detail))
     return found
 
@@ -261,16 +258,25 @@ def packages() -> list[Finding]:
 
 
 def packed_text_encoder() -> list[Finding]:
-    """Whether transformers keeps the released text encoder's experts in 4 bits on the GPU: its own answer."""
+    """Whether transformers, where it is asked for, keeps the released text encoder's experts in 4 bits on the GPU: its own
+    answer. Our own encoder always does."""
     try:
         why, wanted = mxfp4.why_expanded(), mxfp4.wanted()
     except ImportError:  # transformers is missing, which is reported above
         return []
     if not why:
-        return [Finding("Packages", "MXFP4 experts", OK, "stay packed on the GPU, by transformers")]
+        return [Finding("Packages", "MXFP4 experts", OK, "stay packed on the GPU, with encoder='transformers', too")]
     remedy = f"pip install {' '.join(map(repr, wanted))}" if wanted else ""
     size = f"{residency.EXPANDED_BYTES / 2**30:.0f} GiB instead of {residency.ENCODER_BYTES / 2**30:.0f}"
-    return [Finding("Packages", "MXFP4 experts", NOTE, f"expanded to bfloat16, {size}: {why}", remedy)]
+    return [
+        Finding(
+            "Packages",
+            "MXFP4 experts",
+            NOTE,
+            f"with encoder='transformers' alone, expanded to bfloat16, {size}: {why}",
+            remedy,
+        )
+    ]
 
 
 def _extra_of(marker: str) -> str | None:

@@ -27,6 +27,10 @@ def op_cases(seed: int = 0) -> dict[str, list[Any]]:
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g, dtype=torch.float64)
 
+    def packed(experts: int, outputs: int, inputs: int) -> tuple[Tensor, Tensor]:
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), generator=g, dtype=torch.uint8)
+        return blocks, torch.randint(119, 123, (experts, outputs, inputs // 32), generator=g, dtype=torch.uint8)
+
     images, texts = [20, 6, 16], [7, 0, 12]
     samples, heads, channels, hidden = len(images), 2, 64, 341
     rows, text_rows, width = sum(images), sum(texts), heads * channels
@@ -52,6 +56,9 @@ def op_cases(seed: int = 0) -> dict[str, list[Any]]:
         "gated_residual_norm_modulate": [x, y, gate, weight, scale, shift, offsets],
         "swiglu": [normal(rows, 2 * hidden)],
         "group_norm_silu": [x, weight, normal(width), offsets, 32],
+        "moe_mxfp4": [
+            normal(20, 64), normal(5, 64), normal(5), *packed(5, 192, 64), normal(5, 192), *packed(5, 64, 96), normal(5, 64), 3,
+        ],
         "guidance_step": [x, normal(rows, width), normal(rows, width), normal(samples), 5.0, offsets],
     }  # fmt: skip
 

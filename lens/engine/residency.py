@@ -149,8 +149,9 @@ def choose(name: str | Residency, sizes: Sizes, free: int | None, fixed: Sequenc
 class Placement:
     """Carries out a policy: parts on demand are on ``device`` inside ``using(part)`` and in host memory outside.
 
-    The host copy is the truth: leaving throws the device's copy away, so weights must not be changed inside. A part
-    that is used inside its own block stays until the outermost ends.
+    The host copy is the truth: leaving throws the device's copy away, so weights must not be changed inside. On a CPU the
+    device's memory is the host's, and weights that are mapped from their files are dropped. A part that is used inside its
+    own block stays until the outermost ends.
     """
 
     def __init__(self, residency: Residency, device: torch.device):
@@ -159,6 +160,7 @@ class Placement:
         self._depth = dict.fromkeys(STAGES.values(), 0)
         self._moving = threading.Lock()  # a thread that finds a part in use must find all of it on the device
         self._host: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._pages: dict[str, Any] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copied where every part is resident. TypeError where parts visit the device: a copy would not know them."""
@@ -180,6 +182,8 @@ class Placement:
         if why := immovable(module):
             raise ValueError(f"residency: {part} cannot be on_demand: {why}")
         self._host[part] = [(tensor, self._park(tensor.data)) for tensor in tensors]
+        if self.device.type == "cpu":  # weights that stayed in their files
+            self._pages[part] = getattr(module, "pages", None)
         for tensor, host in self._host[part]:
             tensor.data = host
 
@@ -207,6 +211,8 @@ class Placement:
                 if self._depth[part] == 0:
                     for tensor, host in moved:
                         tensor.data = host
+                    if moved and (pages := self._pages.get(part)):
+                        pages.drop()
 
 
 def immovable(module: nn.Module) -> str:

@@ -69,6 +69,7 @@ class Shard:
         self._start = 8 + length
         self._check(size - self._start)
         self._map: mmap.mmap | None = None
+        self.lasting: mmap.mmap | None = None  # of the tensors that stay in the file
 
     def _check(self, size: int) -> None:
         """The tensors must lie one after the other from the first byte of the data to the last."""
@@ -107,7 +108,22 @@ class Shard:
         first = (self._start + begin) // page * page
         self._map.madvise(mmap.MADV_DONTNEED, first, self._start + end - first)
 
+    def mapped(self, key: str) -> Tensor | None:
+        """The tensor ``key`` as a view of a mapping that lives as long as the view; None for what a tensor cannot begin at.
+
+        Its pages are the file's until they are written to, which changes no file.
+        """
+        dtype, shape, begin, _ = self.entries[key]
+        kind, count = (DTYPES | INTEGERS)[dtype], math.prod(shape)
+        if count == 0 or (self._start + begin) % kind.itemsize:
+            return None
+        if self.lasting is None:
+            with self.path.open("rb") as file:
+                self.lasting = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return torch.frombuffer(self.lasting, dtype=kind, count=count, offset=self._start + begin).view(shape)
+
     def close(self) -> None:
+        """Ends `read`; views by `mapped` stay."""
         if self._map is not None:
             self._map.close()
             self._map = None
@@ -165,6 +181,30 @@ class Stored:
             self.shard.read(self.key, lambda value: into(value.transpose(-1, -2)))
         else:
             self.shard.read(self.key, lambda value: into(value.view(self.shape)))
+
+    def mapped(self, dtype: torch.dtype) -> Tensor | None:
+        """The tensor where it lies in its file, if it is stored in ``dtype`` and can be used there."""
+        if (DTYPES | INTEGERS).get(self.dtype) != dtype or (value := self.shard.mapped(self.key)) is None:
+            return None
+        return value.transpose(-1, -2) if self.transposed else value.view(self.shape)
+
+
+class Pages:
+    """The pages of a module's tensors that stayed in their files. Copied and pickled without: copies hold their own."""
+
+    def __init__(self, shards: Iterable[Shard] = ()):
+        self._maps = [shard.lasting for shard in shards if shard.lasting is not None]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Pages, ()
+
+    def __bool__(self) -> bool:
+        return bool(self._maps)
+
+    def drop(self) -> None:
+        """Give all pages back; the next use reads them again. What was written to them is lost."""
+        for own in self._maps:
+            own.madvise(mmap.MADV_DONTNEED)
 
 
 def stored_as(shards: Mapping[str, Shard]) -> dict[str, Stored]:
@@ -329,12 +369,13 @@ def load_parameters(
                 piece.zero_()
             else:
                 tensors[key].read(lambda stored, piece=piece: piece.copy_(stored))  # type: ignore[misc]
-        (store or _assign)(module, name, value, isinstance(target, nn.Parameter))
+        (store or assign)(module, name, value, isinstance(target, nn.Parameter))
     for shard in {stored.shard for stored in tensors.values()}:
         shard.close()
 
 
-def _assign(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
+def assign(module: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
+    """Make a tensor the one of that dotted name."""
     *path, leaf = name.split(".")
     for part in path:
         module = getattr(module, part)

@@ -89,10 +89,10 @@ def load_text_encoder(
     part = Part.of(source)
     settings = part.settings()
     if settings is not None:
-        settings = _checked_settings(settings, str(part))
+        settings = checked_settings(settings, str(part))
     tensors = text_encoder_tensors(part)
     if settings is None:
-        settings = _config_of_tensors(tensors, part.weights)
+        settings = config_of_tensors(tensors, part.weights)
     if settings.get("num_hidden_layers", 0) > max(100, len(tensors)):  # seen before so many layers are built
         raise CheckpointError(
             f"{part}: num_hidden_layers is {settings['num_hidden_layers']}, more than the keys stored"
@@ -126,7 +126,7 @@ def load_text_encoder(
     return model.eval()
 
 
-def _checked_settings(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def checked_settings(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The settings that count, or CheckpointError: sizes that no model has are refused before they are built."""
     if config.get("model_type") != "gpt_oss":
         raise CheckpointError(f"{source}: model_type must be gpt_oss, got {config.get('model_type')!r}")
@@ -180,7 +180,7 @@ def _check_routing(config: Any, source: str) -> None:
         )
 
 
-def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, Any]:
+def config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, Any]:
     """The configuration of a GPT-OSS without config.json: sizes by the tensors, all else as released."""
     names = (
         "embed_tokens.weight",
@@ -206,7 +206,7 @@ def _config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> dict[str, 
         "num_key_value_heads": keys[0] * sinks[0] // max(1, queries[0]),
         "num_local_experts": router[0],
     }
-    return _checked_settings(values, str(where))
+    return checked_settings(values, str(where))
 
 
 def with_lm_head(model: Any, source: Path | Part | None) -> Any:

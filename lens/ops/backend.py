@@ -8,8 +8,8 @@ A call picks its backend from the device of its tensors:
 
 The compiled kernel is taken wherever there is one. Where there is none, the reference runs and importing this
 module says so once, with the reason. LENS_OPS_BACKEND=reference | compiled, or `use(...)`, forces a choice; a
-forced backend that cannot run raises. LENS_CPU_ISA=base | avx2 | avx512, or `use_isa(...)`, does the same for the
-instruction set of the CPU kernels.
+forced backend that cannot run raises. LENS_CPU_ISA=base | avx2 | avx512 | avx512bf16 | amx, or `use_isa(...)`, does the
+same for the instruction set of the CPU kernels; the last two differ from avx512 in `moe_mxfp4` alone.
 
 `joint_attention` needs no extension: its "cpu" is PyTorch's kernel, its "cuda" what attention/choice.py chooses.
 """
@@ -32,6 +32,7 @@ from lens.ops.checks import dense_rows
 from lens.ops.reference import arithmetic_dtype
 
 CHOICES = ("auto", "reference", "compiled", "cpu", "cuda")
+NO_CUDA = {"moe_mxfp4": "no CUDA kernel is written for it; the reference decodes one expert at a time"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -111,8 +112,8 @@ def choose(op: str, x: Tensor) -> str:
     elif _extension is not None and device == "cpu":
         reason = ""
     elif _with_cuda and device == "cuda":
-        reason = no_target(x.device.index)
-        if reason and _choice == "auto":
+        reason = NO_CUDA.get(op) or no_target(x.device.index)
+        if reason and op not in NO_CUDA and _choice == "auto":
             warnings.warn(f"lens.ops: the cuda ops run their PyTorch reference: {reason}", stacklevel=3)
     else:
         reason = unavailable(device)
@@ -149,7 +150,7 @@ def _checked(choice: str, name: str) -> str:
 
 
 def isa() -> str:
-    """Instruction set of the CPU kernels: "base", "avx2" or "avx512"."""
+    """Instruction set of the CPU kernels: "base", "avx2", "avx512", "avx512bf16" or "amx"."""
     return extension("isa").isa()
 
 

@@ -18,6 +18,7 @@ once, when they are stored. Every function here differentiates through plain aut
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -326,3 +327,67 @@ def image_sums(pixels: Tensor, h: int, w: int) -> Tensor:
     value = pixels.amax(-1).sum()
     sums = torch.stack([value, laplacian.sum(), (laplacian * laplacian).sum()])
     return torch.cat([torch.bincount(grey.flatten(), minlength=256), sums])
+
+
+# Mixture of experts ----------------------------------------------------------------------------------------
+
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # sign, two bits of exponent, one of mantissa
+_E8M0 = (*(math.ldexp(1.0, s - 127) for s in range(255)), math.nan)
+
+
+def mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """MXFP4 weights: value * 2^(scale - 127), uint8 [..., G, 16] and [..., G] -> [..., 32 G] in `dtype`.
+
+    A byte holds two E2M1 values, the low half first; 32 share an E8M0 scale, of which 255 is NaN (OCP Microscaling
+    Formats 1.0). Every weight is exact in float32 but those beyond its range, and in bfloat16 as well.
+    """
+    values = torch.tensor(_E2M1 + tuple(-v for v in _E2M1), dtype=dtype, device=blocks.device)
+    powers = torch.tensor(_E8M0, dtype=torch.float64, device=blocks.device).to(dtype)
+    pairs = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    return (values[pairs.int()] * powers[scales.int()][..., None]).flatten(-2)
+
+
+def route(x: Tensor, weight: Tensor, bias: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K experts of the largest logits x weight^T + bias, of equal ones the first, and the softmax among these K.
+
+    x [R, D], weight [E, D], bias [E] -> experts int64 [R, K], largest first, and their shares [R, K] in the arithmetic
+    dtype.
+    """
+    logits, experts = linear(x, weight, bias).sort(dim=-1, descending=True, stable=True)
+    return experts[:, :top_k], logits[:, :top_k].softmax(-1)
+
+
+def clamped_swiglu(h: Tensor, alpha: float, limit: float) -> Tensor:
+    """g sigmoid(alpha g) (u + 1), g = min(h[:, 0::2], limit), u = h[:, 1::2] within +-limit: [R, 2 F] -> [R, F]."""
+    gate, up = h[..., 0::2].clamp(max=limit), h[..., 1::2].clamp(-limit, limit)
+    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+
+
+def moe_mxfp4(
+    x: Tensor,
+    router_weight: Tensor,
+    router_bias: Tensor,
+    gate_up_blocks: Tensor,
+    gate_up_scales: Tensor,
+    gate_up_bias: Tensor,
+    down_blocks: Tensor,
+    down_scales: Tensor,
+    down_bias: Tensor,
+    top_k: int = 4,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+) -> Tensor:
+    """sum over a row's K experts of share_e (clamped_swiglu(x W1_e^T + b1_e) W2_e^T + b2_e): [R, D] -> [R, D].
+
+    gate_up_blocks uint8 [E, 2 F, D / 32, 16], gate_up_scales uint8 [E, 2 F, D / 32], gate_up_bias [E, 2 F], down_blocks
+    uint8 [E, D, F / 32, 16], down_scales uint8 [E, D, F / 32], down_bias [E, D]. The hidden rows are rounded to the
+    dtype of x. One expert is decoded at a time.
+    """
+    experts, shares = route(x, router_weight, router_bias, top_k)
+    made = shares.new_zeros(*experts.shape, x.shape[1])
+    for e in experts.unique().tolist():
+        row, place = (experts == e).nonzero(as_tuple=True)
+        gate_up = mxfp4(gate_up_blocks[e], gate_up_scales[e], shares.dtype)
+        hidden = clamped_swiglu(linear(x[row], gate_up, gate_up_bias[e]), alpha, limit).to(x.dtype)
+        made[row, place] = linear(hidden, mxfp4(down_blocks[e], down_scales[e], shares.dtype), down_bias[e])
+    return (shares[..., None] * made).sum(1).to(x.dtype)

@@ -18,6 +18,7 @@ from lens import LensConfig, LensTransformer2DModel, packing, pipeline
 from lens.cost import decode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
 from lens.engine import residency, run
 from lens.engine.residency import PRESETS, Placement, Residency, Sizes
+from lens.formats.safetensors import Pages
 from lens.modulation import Modulation
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
@@ -263,13 +264,14 @@ def test_loaded_to_where_it_lives(monkeypatch):
 
     asked, parts = {}, ("transformer", "text_encoder", "vae")
     for part in parts:
-        load = getattr(pipeline, f"load_{part}")
+        name = "load_gpt_oss" if part == "text_encoder" else f"load_{part}"
+        load = getattr(pipeline, name)
 
         def spy(folder, dtype, device, *depth, part=part, load=load):
             asked[part] = str(device)
             return load(folder, dtype, "cpu", *depth)
 
-        monkeypatch.setattr(pipeline, f"load_{part}", spy)
+        monkeypatch.setattr(pipeline, name, spy)
     fresh(residency="lean")
     assert asked == dict.fromkeys(parts, "cpu")
     monkeypatch.setattr(pipeline, "usable_placement", lambda device, dtype: (torch.device("meta"), torch.float32))
@@ -283,9 +285,24 @@ def test_loaded_to_where_it_lives(monkeypatch):
     fresh()
     assert asked == dict.fromkeys(parts, "meta")
     monkeypatch.setattr(pipeline, "packed_experts", lambda folder: True)
-    for name in ("balanced", "auto"):  # their kernels hold them where they were loaded: counted, or refused, there
-        fresh(residency=name)
+    monkeypatch.setattr(pipeline, "load_text_encoder", pipeline.load_gpt_oss)
+    for name in (
+        "balanced",
+        "auto",
+    ):  # transformers' kernels hold them where they were loaded: counted, or refused, there
+        fresh(residency=name, encoder="transformers")
         assert asked["text_encoder"] == "meta"
+
+
+@pytest.mark.parametrize(("name", "times"), [("resident", 0), ("balanced", 1), ("lean", 1)])
+def test_on_a_cpu_an_encoder_that_visits_gives_its_pages_back(monkeypatch, name, times):
+    """Weights stored in bfloat16 and wanted so stay in their file; what they say is the same before and after."""
+    drop, dropped = Pages.drop, []
+    monkeypatch.setattr(Pages, "drop", lambda self: (dropped.append(len(self._maps)), drop(self)))
+    pipe = fresh(dtype=torch.bfloat16, residency=name)
+    features, _ = pipe.encode_text("a red apple")
+    assert dropped == [1] * times
+    assert same_bits(pipe.encode_text("a red apple")[0], features)
 
 
 def test_sizes_of_a_pipeline():

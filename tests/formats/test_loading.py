@@ -89,7 +89,7 @@ def test_encoder_class_named_by_the_released_index_exists_nowhere():
     import transformers
 
     assert not hasattr(transformers, "LensGptOssEncoder")
-    assert shared().text_encoder.model.__class__.__name__ == "GptOssModel"
+    assert shared().text_encoder.model.__class__.__name__ == "GptOss"
 
 
 def test_encoder_without_head_and_prefix(copy, expected):

@@ -79,7 +79,7 @@ def test_isa():
         with backend.use_isa(name):
             assert backend.isa() == name
     assert backend.isa() == backend.available_isas()[-1]
-    expected = "instruction set must be base, avx2 or avx512, got sse9"
+    expected = "instruction set must be base, avx2, avx512, avx512bf16 or amx, got sse9"
     with pytest.raises(ValueError, match=expected), backend.use_isa("sse9"):
         pass
 

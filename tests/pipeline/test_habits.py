@@ -107,7 +107,8 @@ def test_lora_by_diffusers_names(monkeypatch):
 def test_repr_is_one_line_about_the_model():
     pipe = fresh()
     assert repr(pipe) == (
-        "LensPipeline(lens: 3 blocks of width 128, text encoder of width 64; 20 steps, guidance 5; torch.float32, cpu)"
+        "LensPipeline(lens: 3 blocks of width 128, text encoder of width 64 with expanded experts; 20 steps, guidance 5; "
+        "torch.float32, cpu)"
     )
     pipe.set_residency("balanced")
     assert "cpu, Residency(text_encoder='on_demand'" in repr(pipe)

@@ -12,7 +12,7 @@ import torch
 from lens import text_encoder
 from lens.formats.files import CheckpointError
 from lens.text_encoder import ANALYSIS, HARMONY_TEMPLATE, SYSTEM, ChatTokenizer
-from tests.small_pipeline import FOLDER, counted, shared
+from tests.small_pipeline import FOLDER, counted, fresh, shared
 
 TOKENIZER = FOLDER / "tokenizer"
 MARKERS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|endoftext|>"]
@@ -218,10 +218,14 @@ def test_text_that_is_not_unicode_is_refused(arguments):
 
 
 def test_features_are_raw_residuals_of_the_selected_layers():
-    """The hooks read each layer's output; transformers' own hidden states agree, before the final norm."""
-    pipe = shared()
+    """transformers' own hidden states, before the final norm; with its encoder the same, read by hooks."""
+    pipe, theirs = shared(), fresh(encoder="transformers")
     ids = pipe.tokenize("a red apple")[0]
-    states = pipe.text_encoder.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
-    features = pipe.encode_text("a red apple")[0]
+    states = theirs.text_encoder.model(input_ids=ids, output_hidden_states=True, use_cache=False).hidden_states
+    features, hooked = pipe.encode_text("a red apple")[0], theirs.encode_text("a red apple")[0]
     for layer, f in enumerate(features[:-1]):  # the last recorded state has the final norm applied
-        assert torch.equal(f, states[layer + 1][:, 97:])
+        assert torch.equal(hooked[layer], states[layer + 1][:, 97:])
+        torch.testing.assert_close(f, states[layer + 1][:, 97:], rtol=1e-5, atol=1e-5)
+    assert ["by transformers" in repr(p) for p in (pipe, theirs)] == [False, True]
+    with pytest.raises(ValueError, match="encoder must be one of lens, transformers, got 'vllm'"):
+        fresh(encoder="vllm")

@@ -14,6 +14,7 @@ pytest.importorskip("tenacity")
 from lens import CheckpointError, LensPipeline, image_file
 from lens.chat_client import BadAnswer, ChatClient, ChatError
 from lens.cli import __main__ as cli
+from lens.formats.text_encoder import load_text_encoder, with_lm_head
 from lens.reasoner import (
     CATEGORIES,
     PROMPTS,
@@ -207,10 +208,11 @@ def test_the_embedded_reasoner_writes_the_most_probable_tokens():
     ids = ours.prompt_ids("a red apple <|end|>")
     assert ours.chat.text(ids).count("<|end|>") == 4  # of system, developer, user, analysis: the typed one is text
     text, ended = ours.write("a red apple <|end|>")
-    grown = list(ids)
+    grown, folder = list(ids), pipe.text_encoder_files
+    theirs = with_lm_head(load_text_encoder(folder, torch.float32, "cpu"), folder)
     with torch.no_grad():
         for _ in range(3):
-            grown.append(int(ours.model(torch.tensor([grown]), use_cache=False).logits[0, -1].argmax()))
+            grown.append(int(theirs(torch.tensor([grown]), use_cache=False).logits[0, -1].argmax()))
     assert (ours.chat.text(grown[len(ids) :]), ended) == (text, False)
     (answer,) = ours(["a red apple"])
     assert (answer.prompt, answer.flag) == ("a red apple", "broken")
