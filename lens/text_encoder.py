@@ -260,7 +260,7 @@ class TextEncoder:
     ) -> list[list[Tensor]]:
         """Per prompt its features, F tensors [T, E]; equal prompts are encoded once and share one list."""
         ids = {p: self.tokenizer.encode(p, max_sequence_length, truncation, chat_date) for p in prompts}
-        found = dict(zip(ids, self.read(list(ids.values()))))
+        found = dict(zip(ids, self.read(list(ids.values())))) if ids else {}
         return [found[prompt] for prompt in prompts]
 
     def features(self, ids: Sequence[int]) -> list[Tensor]:
