@@ -16,6 +16,7 @@ STAGES = {  # module, what it does
     "curate": ("train.curate", "raw images -> records with every score, by the paper's nine cleaning steps"),
     "curate_report": ("train.curate_report", "the page of a curation: counts, scores, examples"),
     "curate_calibrate": ("train.curate_calibrate", "percentiles and sheets around each threshold of a curation"),
+    "curate_check": ("train.curate_check", "generated images with known defects through curate: recall and precision"),
     "shards": ("train.shards", "pictures and captions -> training shards of one bucket each"),
     "pretrain": ("train.pretrain", "flow-matching training of the MMDiT"),
     "mixed_resolution": ("train.mixed_resolution", "the same at nine aspect ratios and several base resolutions"),
