@@ -16,6 +16,7 @@ STAGES = {  # module, what it does
     "curate": ("train.curate", "raw images -> records with every score, by the paper's nine cleaning steps"),
     "curate_report": ("train.curate_report", "the page of a curation: counts, scores, examples"),
     "curate_calibrate": ("train.curate_calibrate", "percentiles and sheets around each threshold of a curation"),
+    "curate_check": ("train.curate_check", "generated images with known defects through curate: recall and precision"),
     "caption": ("train.caption", "captions, visible text, scenario and category of images, by a vision server"),
     "synthesize_text": ("train.synthesize_text", "rendered text on backgrounds, with strings and boxes"),
     "classify": ("train.classify", "a scenario and a category of images, by CLIP and words"),

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from ..case import Case
 from ..work.scale import RELEASED, TINY, Scale
 
-SUITES = ("step", "e2e", "ops", "attention", "gemm", "train")
+SUITES = ("step", "e2e", "ops", "attention", "gemm", "train", "data")
 
 
 def cases(

@@ -141,6 +141,7 @@ def test_a_whole_schedule_agrees_in_one_batch_and_in_mixed_sizes():
         "e2e/turbo/64/b1/fp32/first_latents",
         "e2e/turbo/64/b1/fp32/stream",
         "e2e/turbo/mixed/queue/fp32/stream",
+        "data/image_scores/48x64/uint8",
     ],
 )
 def test_every_suite_measures_its_tiny_cases_on_a_cpu(pattern):
@@ -204,7 +205,7 @@ def test_ids_are_unique_and_of_one_form():
     for case in everything:
         assert case.suite in SUITES
         assert case.subjects[0] == "ours"
-        assert {"fp32", "bf16"} & set(case.id.split("/"))
+        assert {"fp32", "bf16", "uint8"} & set(case.id.split("/"))
 
 
 @pytest.mark.parametrize(

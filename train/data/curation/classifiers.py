@@ -36,7 +36,7 @@ from .records import MODELS
 
 DEFAULTS = {"nsfw": "opennsfw", "aesthetic": "none", "watermark": "none", "embedding": "opennsfw"}
 CLIP_DUPLICATES = 0.985  # the paper's, for CLIP ViT-L/14
-OPENNSFW_DUPLICATES = 0.97  # for opennsfw's features, on planted pairs: docs/data.md
+OPENNSFW_DUPLICATES = 0.98  # between different drawings (at most .967) and altered copies (at least .997): docs/data.md
 
 
 class Classifier(Protocol):
