@@ -3,16 +3,17 @@
     python -m train synthesize_text --count 10000 --workers 8 --out runs/text
     python -m train synthesize_text --count 2000 --scripts Latin Arabic Han --fonts fonts/ /usr/share/fonts --out runs/text
     python -m train synthesize_text --count 500 --backgrounds photos/ --size 768 1024 --ocr 200 --out runs/text
-    python -m train shards --images runs/text --bases 512 --out shards/text
+    python -m train shards --tars runs/text --bases 512 --out shards/text
 
-Font, colour, size, blur, rotation, layout and background follow from --seed and the image's number alone. Beside
-NUMBER.png stands NUMBER.json: text, its lines and words with their corners in pixels, script, language, font, the rest of what was
+Font, colour, size, blur, rotation, layout and background follow from --seed and the image's number alone. OUT has WebDataset tars of
+NUMBER.png and NUMBER.json: text, its lines and words with their corners in pixels, script, language, font, the rest of what was
 drawn, and a caption that quotes it, which `shards` reads. A script for which no font has all letters, or which needs shaping that
 this Pillow cannot do, is refused by name; --scripts available draws those there are. The fonts' licences are yours to look at:
 plan.json names each file.
 
 --ocr N reads the first N images of the scripts that RapidOCR reads (extra eval): the share of words that come back, by script,
-blur and rotation, stands in manifest.json and index.html, with a sheet. Interrupted, the same command goes on; --workers changes nothing.
+blur and rotation, stands in manifest.json and index.html, with a sheet. Interrupted, the same command goes on at the first tar that
+is not there; --workers changes no byte.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ import argparse
 import collections
 import functools
 import hashlib
+import io
 import json
 import statistics
+import tarfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -48,32 +51,51 @@ FONTS = Path("/usr/share/fonts")
 READ = ("Latin", "Han")  # scripts that RapidOCR's own model reads
 SHEET = 40  # images on the sheet
 EVERY = 10.0  # seconds between lines of progress
-PART = 64  # images that a worker makes at once
+PART = 256  # images of a tar
 
 
-def place(out: Path, number: int) -> Path:
-    """Of the PNG; the JSON file has the other ending."""
-    return out / f"{number // 1000:05d}" / f"{number:08d}.png"
+def tar_of(out: Path, part: int) -> Path:
+    return out / f"{part:06d}.tar"
 
 
-def write_image(out: Path, made: Style, number: int) -> None:
-    """The JSON file comes last, and says that the image is there."""
-    one, path = drawn(made, number), place(out, number)
-    image = Image.fromarray(one.image)
-    write_atomic(path, lambda temporary: image.save(temporary, "PNG"))
-    write_text(path.with_suffix(".json"), json.dumps(one.record, ensure_ascii=False))
+def write_part(out: Path, made: Style, part: int, count: int) -> int:
+    """One tar of up to `PART` of `count` images, whole or not at all; how many it has."""
+    numbers = range(part * PART, min(count, (part + 1) * PART))
 
+    def write(temporary: Path) -> None:
+        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
+            for number in numbers:
+                one, png = drawn(made, number), io.BytesIO()
+                Image.fromarray(one.image).save(png, "PNG")
+                said = json.dumps(one.record, ensure_ascii=False).encode()
+                for name, data in ((f"{number:08d}.png", png.getvalue()), (f"{number:08d}.json", said)):
+                    info = tarfile.TarInfo(name)  # its time is 0, so that the same images are the same bytes
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
 
-def write_part(out: Path, made: Style, numbers: Sequence[int]) -> int:
-    for number in numbers:
-        write_image(out, made, number)
+    write_atomic(tar_of(out, part), write)
     return len(numbers)
 
 
-def completed(out: Path, made: Style, numbers: Sequence[int], workers: int) -> Iterator[int]:
-    """How many were made, part by part. Errors: Interrupted where a worker died."""
-    parts = [numbers[start : start + PART] for start in range(0, len(numbers), PART)]
-    work = functools.partial(write_part, out, made)
+def read_images(out: Path, count: int) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """(record, PNG) of the first `count` images."""
+    for part in range(-(-count // PART)):
+        with tarfile.open(tar_of(out, part), "r:") as tar:
+            png = b""
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None, "write_part writes plain files"
+                if member.name.endswith(".png"):
+                    png = file.read()
+                    continue
+                record = json.loads(file.read())
+                if record["number"] < count:
+                    yield record, png
+
+
+def completed(out: Path, made: Style, parts: Sequence[int], count: int, workers: int) -> Iterator[int]:
+    """How many were made, tar by tar. Errors: Interrupted where a worker died."""
+    work = functools.partial(write_part, out, made, count=count)
     if not workers:
         yield from map(work, parts)
         return
@@ -91,13 +113,14 @@ def completed(out: Path, made: Style, numbers: Sequence[int], workers: int) -> I
             raise
 
 
-def plan_of(made: Style) -> dict[str, Any]:
+def plan_of(made: Style, count: int) -> dict[str, Any]:
     """What the images depend on; where the files lie is no part of it."""
 
     def names(paths: Sequence[Path]) -> list[str]:
         return [f"{path.name} {path.stat().st_size}" for path in paths]
 
     return {
+        "images": count,
         "seed": made.seed,
         "size": [made.height, made.width],
         "fonts": {script: names(files) for script, files in made.fonts.items()},
@@ -106,15 +129,13 @@ def plan_of(made: Style) -> dict[str, Any]:
     }
 
 
-def read_back(out: Path, numbers: Sequence[int]) -> dict[str, Any]:
+def read_back(out: Path, count: int) -> dict[str, Any]:
     """RapidOCR's agreement over images of the scripts that it reads: mean share of words, in all and by what may make it hard."""
     reader, rows = Reader(), list[tuple[dict[str, Any], float]]()
-    for number in numbers:
-        record = json.loads(place(out, number).with_suffix(".json").read_text(encoding="utf-8"))
-        if record["script"] not in READ:
-            continue
-        with Image.open(place(out, number)) as image:
-            rows.append((record, agreement(record["text"], reader.read(np.asarray(image)))))
+    for record, png in read_images(out, count):
+        if record["script"] in READ:
+            with Image.open(io.BytesIO(png)) as image:
+                rows.append((record, agreement(record["text"], reader.read(np.asarray(image)))))
     groups: dict[str, list[float]] = collections.defaultdict(list)
     for record, share in rows:
         groups["all"].append(share)
@@ -129,12 +150,13 @@ def read_back(out: Path, numbers: Sequence[int]) -> dict[str, Any]:
     return {"scripts": list(READ), **means}
 
 
-def write_page(out: Path, numbers: Sequence[int], settings: dict[str, Any]) -> None:
-    records = [json.loads(place(out, n).with_suffix(".json").read_text(encoding="utf-8")) for n in numbers]
-    pictures = []
-    for number in numbers[:SHEET]:
-        with Image.open(place(out, number)) as image:
-            pictures.append(np.asarray(image.resize((image.width * 320 // image.height, 320))))
+def write_page(out: Path, count: int, settings: dict[str, Any]) -> None:
+    records, pictures = list[dict[str, Any]](), list[np.ndarray]()
+    for record, png in read_images(out, count):
+        records.append(record)
+        if len(pictures) < SHEET:
+            with Image.open(io.BytesIO(png)) as image:
+                pictures.append(np.asarray(image.resize((image.width * 320 // image.height, 320))))
     names = [f"{record['number']} {record['script']}" for record in records[:SHEET]]
     contact_sheet(pictures, names, out / "sheet.png", columns=5, cell=320)
     said = table({str(record["number"]): record["caption"] for record in records[:SHEET]})
@@ -190,23 +212,25 @@ def run(options: argparse.Namespace) -> int:
         if not scripts:
             raise ValueError(f"synthesize_text: no script can be drawn with the {len(files)} fonts of --fonts")
     made = style(scripts, options.fonts, options.backgrounds, (options.size[0], options.size[1]), options.seed)
-    plan, file = plan_of(made), options.out / "plan.json"
+    plan, file = plan_of(made, options.count), options.out / "plan.json"
     if file.is_file() and read_json(file) != plan:
-        raise ValueError(f"{file}: of another seed, size, fonts, words or backgrounds; expected a fresh --out")
+        raise ValueError(f"{file}: of another count, seed, size, fonts, words or backgrounds; expected a fresh --out")
     write_json(file, plan)
-    numbers = range(options.count)
-    missing = [n for n in numbers if not place(options.out, n).with_suffix(".json").is_file()]
-    print(f"{options.count} images in {', '.join(scripts)}, {len(missing)} to draw", flush=True)
+    parts = [part for part in range(-(-options.count // PART)) if not tar_of(options.out, part).is_file()]
+    missing = sum(min(options.count, (part + 1) * PART) - part * PART for part in parts)
+    print(f"{options.count} images in {', '.join(scripts)}, {missing} to draw", flush=True)
     begin, said, done = time.monotonic(), time.monotonic(), 0
-    for part in completed(options.out, made, missing, options.workers):
+    for part in completed(options.out, made, parts, options.count, options.workers):
         done += part
         if time.monotonic() - said > EVERY:
             said = time.monotonic()
-            print(f"{done} of {len(missing)}, {(said - begin) / done * (len(missing) - done):.0f} s left", flush=True)
-    settings = {**plan, "images": options.count, "source": "text_synthetic", "scripts": scripts}
-    settings["ocr"] = read_back(options.out, numbers[: options.ocr]) if options.ocr else REMEDY.partition(":")[0]
+            print(f"{done} of {missing}, {(said - begin) / done * (missing - done):.0f} s left", flush=True)
+    settings = {**plan, "source": "text_synthetic", "scripts": scripts}
+    settings["ocr"] = (
+        read_back(options.out, min(options.ocr, options.count)) if options.ocr else REMEDY.partition(":")[0]
+    )
     write_json(options.out / "manifest.json", settings)
-    write_page(options.out, numbers, settings)
+    write_page(options.out, options.count, settings)
     if options.ocr:
         every = settings["ocr"].get("all", {"images": 0, "words_read": 0.0})
         print(f"OCR read {every['words_read']:.1%} of the words of {every['images']} images in {' and '.join(READ)}")

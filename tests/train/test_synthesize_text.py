@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont, features
 
+from train import synthesize_text
 from train.__main__ import main
 from train.data import lettering
 from train.data.lettering import (
@@ -21,7 +22,7 @@ from train.data.lettering import (
     readable,
     style,
 )
-from train.data.sources import images_of
+from train.data.sources import tars_of
 
 FONTS = Path("/usr/share/fonts")
 DEJAVU = sorted(FONTS.rglob("DejaVuSans*.ttf")) if FONTS.is_dir() else []
@@ -126,32 +127,23 @@ def test_agreement_counts_words():
 
 
 @needs_font
-def test_the_stage_goes_on_and_gives_shards_their_captions(tmp_path, made, capsys):
+def test_the_stage_goes_on_and_gives_shards_their_captions(tmp_path, made, capsys, monkeypatch):
     fonts = str(made.fonts["Latin"][0].parent)
-    command = [
-        "synthesize_text",
-        "--count",
-        "6",
-        "--size",
-        "96",
-        "128",
-        "--fonts",
-        fonts,
-        "--out",
-        str(tmp_path / "out"),
-    ]
+    monkeypatch.setattr(synthesize_text, "PART", 4)
+    out = tmp_path / "out"
+    command = ["synthesize_text", "--count", "6", "--size", "96", "128", "--fonts", fonts, "--out", str(out)]
     assert main([*command, "--scripts", "Latin", "Greek"]) == 0
-    first = {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("0*.*")}
-    assert len(first) == 12
-    (tmp_path / "out" / "00000" / "00000003.json").unlink()  # killed between the two files of an image
+    first = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    assert sorted(first) == ["000000.tar", "000001.tar"]
+    (out / "000001.tar").unlink()  # killed before the last one
     assert main([*command, "--scripts", "Latin", "Greek"]) == 0
-    assert "1 to draw" in capsys.readouterr().out
-    assert {p.name: p.read_bytes() for p in (tmp_path / "out").rglob("0*.*")} == first
-    with pytest.raises(ValueError, match=r"plan.json: of another seed"):
+    assert "6 images in Latin, Greek, 2 to draw" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == first
+    with pytest.raises(ValueError, match=r"plan.json: of another count, seed"):
         main([*command, "--scripts", "Latin", "Greek", "--seed", "1"])
-    found = list(images_of(tmp_path / "out" / "00000", None, []))
-    record = json.loads(first["00000000.json"])
-    assert found[0][0].caption == record["caption"]
-    assert len(found) == 6
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    records = [record for record, _ in synthesize_text.read_images(out, 6)]
+    assert [record["number"] for record in records] == list(range(6))
+    found = list(tars_of(out, None, []))  # as `shards --tars` reads them
+    assert [picture.caption for picture, _, _ in found] == [record["caption"] for record in records]
+    manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["source"], manifest["ocr"]) == ("text_synthetic", "not measured")
