@@ -32,6 +32,7 @@ from .engine.threads import number_for, threads_for
 from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.lora import Adapters
+from .formats.lora import merge as merge_adapter
 from .formats.lora import read as read_adapter
 from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
@@ -140,8 +141,8 @@ class LensPipeline:
         weights_variant: str | None = None,
         revision: str | None = None,
     ) -> LensPipeline:
-        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id, a
-        transformer's .safetensors file.
+        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, an adapter's folder
+        that names its base, a hub id, a transformer's .safetensors file.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
@@ -173,6 +174,9 @@ class LensPipeline:
             return "cpu" if parked.residency.tier(part) != "resident" else device
 
         denoiser = load_transformer(files.transformer, dtype, host("transformer"))
+        adapter = None if files.adapter is None else read_adapter(files.adapter, denoiser)
+        if adapter is not None:
+            merge_adapter(adapter, denoiser)
         layers = denoiser.config.selected_layer_index
         packed = packed_experts(files.text_encoder)
         why = why_expanded() if packed and device.type == "cuda" else ""
@@ -189,7 +193,14 @@ class LensPipeline:
             "text_encoder": text_encoder_tensors(files.text_encoder, max(layers) + 1),
             "vae": vae_tensors(files.vae),
         }
-        pipe = cls(denoiser, encoder, codec, scheduler, defaults, fingerprint_of(loaded))
+        pipe = cls(
+            denoiser,
+            encoder,
+            codec,
+            scheduler,
+            defaults,
+            fingerprint_of(loaded, adapter.fingerprint if adapter else ""),
+        )
         pipe.text_encoder_files = files.text_encoder
         if policy is not None:
             pipe.set_residency(policy, device)
