@@ -34,6 +34,7 @@ from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.gpt_oss import load_gpt_oss
 from .formats.lora import Adapters
+from .formats.lora import merge as merge_adapter
 from .formats.lora import read as read_adapter
 from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
@@ -130,8 +131,8 @@ class LensPipeline:
         revision: str | None = None,
         encoder: str = "lens",
     ) -> LensPipeline:
-        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, a hub id, a
-        transformer's .safetensors file.
+        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, an adapter's folder
+        that names its base, a hub id, a transformer's .safetensors file.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
@@ -168,6 +169,9 @@ class LensPipeline:
             return "cpu" if parked.residency.tier(part) != "resident" else device
 
         denoiser = load_transformer(files.transformer, dtype, host("transformer"))
+        adapter = None if files.adapter is None else read_adapter(files.adapter, denoiser)
+        if adapter is not None:
+            merge_adapter(adapter, denoiser)
         layers = denoiser.config.selected_layer_index
         depth = max(layers) + 1
         model: Any
@@ -189,7 +193,14 @@ class LensPipeline:
             "text_encoder": text_encoder_tensors(files.text_encoder, depth),
             "vae": vae_tensors(files.vae),
         }
-        pipe = cls(denoiser, text, codec, scheduler, defaults, fingerprint_of(loaded))
+        pipe = cls(
+            denoiser,
+            text,
+            codec,
+            scheduler,
+            defaults,
+            fingerprint_of(loaded, adapter.fingerprint if adapter else ""),
+        )
         pipe.text_encoder_files = files.text_encoder
         if policy is not None:
             pipe.set_residency(policy, device)

@@ -549,6 +549,28 @@ def merged(weight: Tensor, parts: Iterable[tuple[int, int, Change, float]]) -> T
     return weight.float() + total
 
 
+def parts_of(
+    model: nn.Module, loaded: Sequence[tuple[Adapter, float]]
+) -> dict[str, list[tuple[int, int, Change, float]]]:
+    """What every weight gains under these adapters, by its name, as `merged` reads it."""
+    known: dict[str, Target] = targets_of(model)
+    parts: dict[str, list[tuple[int, int, Change, float]]] = {}
+    for adapter, scale in loaded:
+        for module, change in adapter.pairs.items():
+            target = known[module]
+            parts.setdefault(target.weight, []).append((target.first, target.last, change, scale))
+    return parts
+
+
+@torch.no_grad()
+def merge(adapter: Adapter, model: nn.Module) -> None:
+    """An adapter that is part of a checkpoint, into the weights for good. Errors: those of `check`."""
+    check(adapter, model)
+    weights = dict(model.named_parameters())
+    for name, parts in parts_of(model, [(adapter, 1.0)]).items():
+        weights[name].copy_(merged(weights[name], parts))
+
+
 class Adapters:
     """The adapters of one model. Weights they touch are kept as they were, in host memory, and come back bit for bit."""
 
@@ -572,7 +594,7 @@ class Adapters:
     @torch.no_grad()
     def _set(self, loaded: Sequence[tuple[Adapter, float]]) -> set[str]:
         weights = dict(self.model.named_parameters())
-        before, wanted = self._parts(self.loaded), self._parts(loaded)
+        before, wanted = parts_of(self.model, self.loaded), parts_of(self.model, loaded)
         touched: list[str] = []
         with held_back() as interrupted:
             try:
@@ -594,16 +616,6 @@ class Adapters:
             if self.changed is not None:
                 self.changed(names)
         return names
-
-    def _parts(self, loaded: Sequence[tuple[Adapter, float]]) -> dict[str, list[tuple[int, int, Change, float]]]:
-        """What every weight gains under these adapters, by its name."""
-        known: dict[str, Target] = targets_of(self.model)
-        parts: dict[str, list[tuple[int, int, Change, float]]] = {}
-        for adapter, scale in loaded:
-            for module, change in adapter.pairs.items():
-                target = known[module]
-                parts.setdefault(target.weight, []).append((target.first, target.last, change, scale))
-        return parts
 
     def _merge(self, weight: Tensor, name: str, parts: Mapping[str, list[tuple[int, int, Change, float]]]) -> None:
         base = self._kept[name].to(weight.device)

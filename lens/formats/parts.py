@@ -1,4 +1,4 @@
-"""Where each part of a model is: a folder in the released layout, or files from several places."""
+"""Where each part of a model is: a folder in the released layout, files from several places, an adapter's folder and its base."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from lens.formats import contents
 from lens.formats.files import CheckpointError, is_there, read_json
-from lens.formats.hub import WEIGHTS, is_hub_id, resolve, variant_hint
+from lens.formats.hub import EMBEDDED, WEIGHTS, is_hub_id, resolve, variant_hint
 from lens.formats.safetensors import Shard, has_variant
 
 Source = str | os.PathLike[str]
@@ -20,6 +20,8 @@ _OWN = {
     "text_encoder": ("model_type", "gpt_oss"),
     "vae": ("_class_name", "AutoencoderKLFlux2"),
 }
+# a folder of peft's: its configuration, and what that calls the model it adapts
+ADAPTER, BASE = "adapter_config.json", "base_model_name_or_path"
 _OPTION = {"transformer": "--transformer", "text_encoder": "--text-encoder", "vae": "--vae"}
 
 
@@ -47,9 +49,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything a pipeline is loaded from. ``root``: the folder in the released layout, None for files alone;
-    ``tokenizer``: a folder, a tokenizer.json, or the text encoder's file where it holds one; ``scheduler``: None means the
-    released schedule; ``name`` speaks of the variant."""
+    """Everything a pipeline is loaded from. ``root``: the folder whose model_index.json tells defaults, None for files
+    alone; ``tokenizer``: a folder, a tokenizer.json, or the text encoder's file where it holds one; ``scheduler``: None means
+    the released schedule; ``name`` speaks of the variant; ``adapter``: a folder of peft's, merged into the transformer."""
 
     transformer: Part
     text_encoder: Part
@@ -58,6 +60,7 @@ class Parts:
     scheduler: Path | None
     root: Path | None
     name: str
+    adapter: Path | None = None
 
 
 def find(
@@ -70,18 +73,22 @@ def find(
     revision: str | None = None,
 ) -> Parts:
     """Where the parts are that ``from_pretrained`` names. With all three given, a source that is the default, "mini",
-    is not read: they are a model of their own. A source that is a file is the transformer.
+    is not read: they are a model of their own. A source that is a file is the transformer. A source that is a folder of
+    peft's is the model that it names as its base, with this adapter; a ``transformer`` of its own stands for both.
 
     CheckpointError names what is missing and where it was looked for.
     """
     given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
     root: Path | None = None
+    adapter: Path | None = None
     if any(value is None for value in given.values()) or os.fspath(source) != "mini":
         root = resolve(source, weights_variant, revision)
         if not root.is_dir():
             if given["transformer"] is not None:
                 raise CheckpointError(f"{root}: a file is the transformer, and {transformer} was given as one, too")
             given["transformer"], root = root, None
+        elif (base := _base_of(root)) is not None:
+            adapter, root = root, base
     found = {part: _part(part, given[part], root, weights_variant, given) for part in WEIGHTS}
     if weights_variant and not any(_holds(part.weights, weights_variant) for part in found.values()):
         raise CheckpointError(
@@ -89,13 +96,34 @@ def find(
             f"diffusion_pytorch_model.{weights_variant}.safetensors"
         )
     scheduler = root / "scheduler" / "scheduler_config.json" if root else None
+    own_index = adapter is not None and is_there(adapter / "model_index.json")
     return Parts(
         **found,
         tokenizer=_tokenizer(tokenizer, text_encoder, found["text_encoder"].weights, root),
         scheduler=scheduler if scheduler and is_there(scheduler) else None,
-        root=root,
+        root=adapter if own_index else root,
+        adapter=adapter if given["transformer"] is None else None,
         name=variant_hint(source if root else given["transformer"] or source),
     )
+
+
+def _base_of(folder: Path) -> Path | None:
+    """The folder of the model that a folder of peft's adapts, as it names it; None for any other folder.
+
+    It may name an embedded model or a folder here: what a file names is not fetched. Errors: CheckpointError.
+    """
+    path = folder / ADAPTER
+    if is_there(folder / "transformer") or not is_there(path):
+        return None
+    name = read_json(path).get(BASE)
+    here = isinstance(name, str) and (name in EMBEDDED or is_there(Path(name)))
+    base = resolve(name) if isinstance(name, str) and here else None
+    if base is None or not is_there(base / "transformer"):
+        raise CheckpointError(
+            f"{path}: {BASE} must be an embedded model or the folder of a whole one, got {str(name)[:200]!r}; to draw with another "
+            "base, give that with --model and this folder with --lora"
+        )
+    return base
 
 
 def _part(part: str, given: Source | None, root: Path | None, variant: str | None, all_given: dict[str, Any]) -> Part:

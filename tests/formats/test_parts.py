@@ -276,3 +276,53 @@ def test_settings_that_would_be_obeyed_are_not(copy):
     plain = load_text_encoder(FOLDER / "text_encoder", torch.float32, "cpu")
     assert model.config._attn_implementation == plain.config._attn_implementation
     assert model.config.num_labels == 2
+
+
+# ------------------------------------------------------------------------------------------------ an adapter that names its base
+
+
+def adapter_of(folder, base, alpha=4):
+    """A folder of peft's for the golden checkpoint: one layer, r = 2."""
+    config = json.loads((FOLDER / "transformer" / "config.json").read_text())
+    width, module = config["num_attention_heads"] * config["attention_head_dim"], "transformer_blocks.1.attn.img_qkv"
+    sides = {"A": (2, width), "B": (3 * width, 2)}
+    generator = torch.Generator().manual_seed(4)
+    numbers = {
+        f"base_model.model.{module}.lora_{side}.weight": torch.randn(shape, generator=generator) * 0.1
+        for side, shape in sides.items()
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(numbers, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha, "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_an_adapters_folder_is_the_model_it_names_with_it(tmp_path):
+    style = adapter_of(tmp_path / "style", str(FOLDER))
+    pipe, beside = fresh(style), fresh()
+    assert pipe.fingerprint != beside.fingerprint
+    assert pipe.fingerprint != fresh(adapter_of(tmp_path / "stronger", str(FOLDER), alpha=5)).fingerprint
+    assert pipe.defaults == beside.defaults
+    plain = beside(**CALL).images
+    beside.load_lora(style)
+    drawn = pipe(**CALL).images
+    assert torch.equal(drawn, beside(**CALL).images)
+    assert not torch.equal(drawn, plain)
+    assert pipe.loras == []
+    pipe.unload_lora()  # it is part of these weights
+    assert torch.equal(pipe(**CALL).images, drawn)
+    assert torch.equal(fresh(style, transformer=FOLDER / "transformer")(**CALL).images, plain)
+    index = {"_class_name": "LensPipeline", "lens": {"variant": "turbo", "base_resolution": 64}}
+    (style / "model_index.json").write_text(json.dumps(index))
+    assert fresh(style, variant=None).defaults.base_resolution == 64
+
+
+@pytest.mark.parametrize("base", [None, "someone/lens", "./nothing", 5])
+def test_an_adapters_base_is_embedded_or_here(tmp_path, base):
+    style = adapter_of(tmp_path / "style", base)
+    refuse(
+        r"adapter_config.json: base_model_name_or_path must be an embedded model or the folder of a whole one",
+        folder=style,
+    )
+    refuse("base_model_name_or_path must be", folder=adapter_of(tmp_path / "on it", str(style)))

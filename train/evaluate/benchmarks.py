@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import class_sheet, mini_bench, shape_calibration, sizes
+from . import class_sheet, mini_bench, rl_gain, shape_calibration, sizes
 from .published import cvtg, frontier, geneval, longtext, oneig, reasoners
 
 BENCHMARKS = {
@@ -22,6 +22,7 @@ BENCHMARKS = {
     "reasoners": (reasoners, "the paper's table 6, and our runs below it"),
     "frontier": (frontier, "the paper's figure 2: score against seconds an image"),
     "sizes": (sizes, "a checkpoint over a grid of sizes, 1:2 to 2:1, with unseen ratios"),
+    "rl-gain": (rl_gain, "two scores of mini-bench: what RL gained over its base, against what was asked"),
     "shape": (shape_calibration, "what the shape judge accepts and refuses, and its calibration"),
     "classes": (class_sheet, "every class in one picture: true, reconstructed and drawn"),
 }
