@@ -3,6 +3,7 @@
     python -m train distill --config mini --init lens/mini/base --out runs/turbo --stop-after 5m
     python -m train distill --config mini --init lens/mini/base --out runs/turbo --stop-after 5m    # again to resume
     python -m train distill --config mini --init lens/mini/base --out runs/turbo --sweep            # fake rate x CA weight
+    python -m train distill --config mini --init lens/mini/base --out runs/turbo --ablate           # the recipe's parts
     python -m train distill --config mini --init lens/mini/base --out runs/turbo --export runs/mini-turbo
     python -m train distill --config mini --init lens/mini/base --out runs/style --lora r=64        # adapters alone
     python -m train distill --config released --dry-run
@@ -11,14 +12,17 @@
 Student and fake score start from the weights of --init, which frozen are the teacher and keep text encoder and VAE. An
 optimiser step is one turn: FAKE_UPDATES of fake score and heads, then one of the student, after which the fake score is pulled
 towards it; a state may be saved after any, and resumes bit for bit on a CPU. OUT holds checkpoints/, best/ (the averaged
-student of the highest held-out score), log.jsonl and sheets. Numbers that leave their range end the training (RULES).
+student of the highest held-out score, less what it is outside of BARS), log.jsonl and sheets. Numbers that leave their range
+end the training (RULES). Adapters that are resumed go on beside the weights of --init, which may have been trained further.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lens import sampler
 from lens.formats.files import read_json, write_json
+from lens.formats.hub import resolve
 from lens.formats.released import (
     load_scheduler,
     read_defaults,
@@ -53,13 +58,13 @@ from .data.small_world.scene import Scene
 from .data.small_world.world import World
 from .evaluate import distillation as watch
 from .loop import ranks
-from .loop.checkpoints import Checkpoints, read_state, write_text
+from .loop.checkpoints import Checkpoints, read_state, step_of, write_text
 from .loop.clock import Clock, duration, positive
 from .loop.ema import Ema
 from .loop.keys import keyed
 from .loop.lean_adamw import LeanAdamW
 from .loop.log import read_log
-from .loop.lora import attach_lora, lora_of, merge_lora, parse_lora, save_lora
+from .loop.lora import attach_lora, lora_of, merge_lora, parse_lora, round_lora, save_lora
 from .loop.method import About, Losses, Method, Network, Plan
 from .loop.ranks import Ranks, local_shard
 from .loop.sheets import released_decoder
@@ -76,6 +81,14 @@ RESPONSE_TIMES = (0.3, 0.6, 0.9)
 MOST_RUNS = 12  # of a sweep
 SWEEP: dict[str, tuple[float, ...]] = {"FAKE_LR": (0.5, 1.0, 2.0, 4.0), "CA_WEIGHT": (0.5, 1.0, 2.0)}  # factors
 SWEEP_STEPS = 50  # student steps of a run
+ABLATION: dict[str, tuple[str, ...]] = {  # arm -> fields
+    "CA + DM": ("LAMBDA_G=0.0", "IDA=0.0"),
+    "+ IDA": ("LAMBDA_G=0.0",),
+    "+ heads": ("R1_GAMMA=0.0",),
+    "+ approximate R1": (),
+}
+SEEDS = 3  # of every arm
+SHOWN = ("worth", "score", "ca_over_dm", "deviation", "saturation", "high_frequency", "cast", "diversity", "backdrops")
 
 Decode = Callable[[Tensor, tuple[int, int]], np.ndarray]
 
@@ -294,9 +307,10 @@ class Distil(Method):
         self.objective, self.held_out, self.states, self.kinds = objective, held_out, best, tuple(kinds)
         self.modules = {name: network.module for name, network in networks.items()}
         self.rules = watch.Rules(recipe.RULES, recipe.PATIENCE)  # widened when the references are drawn
+        self.bars = recipe.BARS  # widened, too
         self.ended: list[str] = []  # the rules that say stop
         self.sums: dict[str, list[float]] = {}  # of terms since the last check: sum, count
-        self.lowest_fake, self.best = float("inf"), {"score": float("-inf"), "step": -1.0}
+        self.lowest_fake, self.best = float("inf"), {"worth": float("-inf"), "step": -1.0}
         self.drawn: watch.Drawn | None = None
         self.references: dict[str, dict[str, float]] = {}  # the numbers of what the student is held against
 
@@ -409,6 +423,7 @@ class Distil(Method):
             self.rules.ranges = watch.widened(
                 self.recipe.RULES, [v for n, v in self.references.items() if n != "truth"]
             )
+            self.bars = watch.widened(self.recipe.BARS, [self.references["teacher"]])
             if self.states is not None and self.group.main:
                 write_json(self.states.folder.parent / "references.json", self.references)
         values, self.drawn = self.held_out.figures(self.modules["student"])
@@ -419,12 +434,14 @@ class Distil(Method):
         values = self.group.gather(values)[0]  # all decide by what the main rank saw
         if self.student_step(step):  # before, nothing of it is the training's
             self.ended = self.rules.check(values)
-        if values.get("score", float("-inf")) > self.best["score"]:
-            self.best = {"score": values["score"], "step": float(step)}
+        if "score" in values:
+            values["worth"] = values["score"] - watch.beyond(values, self.bars)
+        if values.get("worth", float("-inf")) > self.best["worth"]:
+            self.best = {"worth": values["worth"], "step": float(step)}
             if self.states is not None:
                 student = ranks.bare(self.modules["student"])
                 tensors = {f"model.{name}": p.detach() for name, p in student.named_parameters()}
-                self.states.save(step, tensors, {"stage": STAGE, "settings": {}, "score": values["score"]})
+                self.states.save(step, tensors, {"stage": STAGE, "settings": {}, "worth": values["worth"]})
                 self.states.wait()
         return values
 
@@ -484,6 +501,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", type=Path, metavar="STATE", help="a state of OUT/checkpoints other than the latest")
     parser.add_argument("--sweep", action="store_true", help="short runs over the fake score's rate and the CA weight")
     parser.add_argument(
+        "--ablate", action="store_true", help="short runs without parts of the recipe, three seeds each"
+    )
+    parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the best student as a checkpoint"
     )
     parser.add_argument("--print-config", action="store_true", help="print every field, and why where it is open")
@@ -527,6 +547,8 @@ def run(options: argparse.Namespace) -> int:
     with ranks.join(options.device, options.shard, most=recipe.SHARD) as group:
         if options.sweep:
             sweep(options, recipe, group)
+        elif options.ablate:
+            ablate(options, recipe, group)
         else:
             train(options, recipe, group, options.out, options.steps or recipe.STEPS, options.stop_after)
     return 0
@@ -547,7 +569,9 @@ def stream_of(
         from .networks.generator import Painter
 
         world = World("train", recipe.TASKS, recipe.CLASSES, recipe.CAPTIONS, recipe.PHOTOGRAPHS)
-        pool = ScenePool(recipe, world, tokenizer, encoders.MiniLatents(options.init / "vae"), text)
+        fast = encoders.MiniLatents(options.init / "vae")
+        fast.latents.straighten(world, 64, recipe.STRAIGHTEN)  # a convolution has no size: small scenes find it
+        pool = ScenePool(recipe, world, tokenizer, fast, text)
         held, scenes = pool.held_out(HELD_OUT, recipe.WATCHED)
         names = [bucket.name for bucket in pool.buckets]
         return (
@@ -578,48 +602,94 @@ def stream_of(
     return loader.state, batches, held, [], released_decoder(codec), [bucket.name for bucket in members.buckets]
 
 
-def train(
-    options: argparse.Namespace, recipe: ModuleType, group: Ranks, out: Path, steps: int, limit: float | None
-) -> Distil:
-    """Distil until so many student steps, the clock or a rule. Errors: ValueError, see the command's help."""
+@dataclass(frozen=True)
+class Setting:
+    """What the runs of a seed share: the stream of pictures and captions, the frozen teacher, what is held out."""
+
+    place: Any  # step -> place in the stream
+    batches: Callable[[Any], Iterator[ShardBatch]]
+    kinds: Sequence[str]
+    teacher: nn.Module
+    held_out: HeldOut | None
+
+
+def objective_of(options: argparse.Namespace, recipe: ModuleType) -> Distillation:
+    """The losses of a recipe, by the checkpoint's schedule. Errors: ValueError for one that is distilled itself."""
     index = read_defaults(options.init, None, options.init.resolve().name)
     if index.distilled:
         raise ValueError(f"distill --init {options.init}: is distilled itself; expected the guided teacher")
+    scheduler = student_scheduler(recipe, options.init)
+    return Distillation(recipe, flow.model_of(recipe), scheduler, index.time_dtype, flow.DTYPES[recipe.COMPUTE])
+
+
+def setting_of(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> Setting:
+    """Errors: ValueError for a teacher whose guidance changes nothing, see the command's help for others."""
+    objective = objective_of(options, recipe)
     data, batches, held, scenes, decode, kinds = stream_of(options, recipe, group)
     teacher = teacher_of(recipe, group, options.init)
-    scheduler = student_scheduler(recipe, options.init)
-    objective = Distillation(recipe, flow.model_of(recipe), scheduler, index.time_dtype, flow.DTYPES[recipe.COMPUTE])
     held_out = HeldOut(objective, teacher, held, decode, scenes) if held else None
     if held_out is not None and (response := held_out.response()) < LEAST_RESPONSE:
         raise ValueError(
             f"distill --init {options.init}: |v_c - v_u| / |v_c| is {response:.2g}, expected at least {LEAST_RESPONSE}: this "
             "teacher does not respond to guidance, and there is nothing to distil of it"
         )
+    return Setting(data, batches, kinds, teacher, held_out)
+
+
+def train(
+    options: argparse.Namespace,
+    recipe: ModuleType,
+    group: Ranks,
+    out: Path,
+    steps: int,
+    limit: float | None,
+    setting: Setting | None = None,
+) -> Distil:
+    """Distil until so many student steps, the clock or a rule. setting: of runs before, with this seed. Errors: ValueError,
+    see the command's help."""
+    objective = objective_of(options, recipe)
+    setting = setting or setting_of(options, recipe, group)
+    held_out = setting.held_out
     states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
     best = Checkpoints(out / "best", group, 1)
-    method = Distil(recipe, group, networks_of(recipe, group, options.init), teacher, objective, kinds, held_out, best)
+    networks = networks_of(recipe, group, options.init)
+    method = Distil(recipe, group, networks, setting.teacher, objective, setting.kinds, held_out, best)
     trainer = Trainer(method.plan(steps), method, states, out, group, configs.fields(recipe))
     at: dict[str, Any] = {"step": 0}
     if (folder := options.resume or states.latest()) is not None:
         held_lora = read_state(folder)["settings"].get("LORA")
         if held_lora != getattr(recipe, "LORA", None):
             raise ValueError(f"--lora {getattr(recipe, 'LORA', None)}: this training has {held_lora or 'none'}")
-        at = trainer.resume(folder)["data"]
+        with frozen_kept(method.networks.values()):
+            at = trainer.resume(folder)["data"]
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
         if held_out is None:
             print("distill: without --validate nothing is watched, and the last student is taken", flush=True)
     group.barrier()
-    trainer.run(batches(at), RuledClock(limit, method), data)
+    trainer.run(setting.batches(at), RuledClock(limit, method), setting.place)
     if group.main:
         for line in method.ended:
             print(f"distill: ended at student step {method.student_step(trainer.step)}: {line}", flush=True)
         if method.best["step"] >= 0:
             print(
-                f"best: score {method.best['score']:.4f} at optimiser step {method.best['step']:.0f}, in {best.folder}",
+                f"best: worth {method.best['worth']:.4f} at optimiser step {method.best['step']:.0f}, in {best.folder}",
                 flush=True,
             )
     return method
+
+
+@contextmanager
+def frozen_kept(networks: Iterable[Network]) -> Iterator[None]:
+    """Whatever is loaded inside, what does not learn is afterwards as it was before."""
+    kept = []
+    for network in networks:
+        learning = set(network.parameters.values())
+        kept += [(p, p.detach().clone()) for p in ranks.bare(network.module).parameters() if p not in learning]
+    yield
+    with torch.no_grad():
+        for p, value in kept:
+            p.copy_(value)
 
 
 def student_scheduler(recipe: ModuleType, folder: Path) -> Scheduler:
@@ -631,41 +701,74 @@ def student_scheduler(recipe: ModuleType, folder: Path) -> Scheduler:
 # ------------------------------------------------------------------------------------------------ sweep and export
 
 
+def short_run(
+    options: argparse.Namespace, recipe: ModuleType, changes: Sequence[str], group: Ranks, out: Path, setting: Setting
+) -> tuple[Distil, dict[str, Any]]:
+    """SWEEP_STEPS of the student with these fields: the method as it ended, and the last check's numbers."""
+    own = configs.override(recipe, list(changes))
+    if hasattr(recipe, "LORA"):
+        vars(own)["LORA"] = recipe.LORA
+    method = train(options, own, group, out, options.steps or SWEEP_STEPS, options.stop_after, setting)
+    rows = read_log(out / "log.jsonl")
+    return method, next((row for row in reversed(rows) if "deviation" in row and "drift" in row), {})
+
+
 def sweep(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> None:
-    """SWEEP_STEPS of the student at every pair of factors on FAKE_LR and CA_WEIGHT, into OUT/sweep.md; resumes run by run."""
+    """Short runs at every pair of factors on FAKE_LR and CA_WEIGHT, into OUT/sweep.md; resumes run by run."""
     pairs = [(a, b) for a in SWEEP["FAKE_LR"] for b in SWEEP["CA_WEIGHT"]][:MOST_RUNS]
-    lines = [
-        "| fake rate | CA weight | score | at | CA/DM | deviation | high frequency | cast | diversity | ended by |"
-    ]
-    lines.append("|" + "---|" * 10)
+    lines = ["| fake rate | CA weight | best worth | at | " + " | ".join(SHOWN) + " | ended by |"]
+    lines.append("|" + "---|" * (5 + len(SHOWN)))
+    setting = setting_of(options, recipe, group)
     for rate, weight in pairs:
-        own = configs.override(
-            recipe, [f"FAKE_LR={recipe.FAKE_LR * rate:g}", f"CA_WEIGHT={recipe.CA_WEIGHT * weight:g}"]
-        )
-        if hasattr(recipe, "LORA"):
-            vars(own)["LORA"] = recipe.LORA
-        out = options.out / "sweep" / f"fake_{own.FAKE_LR:g}_ca_{own.CA_WEIGHT:g}"
-        method = train(options, own, group, out, options.steps or SWEEP_STEPS, options.stop_after)
-        last: dict[str, Any] = next(
-            (row for row in reversed(read_log(out / "log.jsonl")) if "deviation" in row and "drift" in row), {}
-        )
-        cells = [
-            f"{last[n]:.3g}" if n in last else "-"
-            for n in ("ca_over_dm", "deviation", "high_frequency", "cast", "diversity")
-        ]
-        best = [f"{method.best['score']:.4f}", str(method.student_step(int(method.best["step"])))]
+        values = f"{recipe.FAKE_LR * rate:g}", f"{recipe.CA_WEIGHT * weight:g}"
+        out = options.out / "sweep" / f"fake_{values[0]}_ca_{values[1]}"
+        changes = [f"FAKE_LR={values[0]}", f"CA_WEIGHT={values[1]}"]
+        method, last = short_run(options, recipe, changes, group, out, setting)
+        best = [f"{method.best['worth']:.4f}", str(method.student_step(int(method.best["step"])))]
         ended = ", ".join(line.split(" is ")[0] for line in method.ended) or "-"
-        lines.append("| " + " | ".join([f"{own.FAKE_LR:g}", f"{own.CA_WEIGHT:g}", *best, *cells, ended]) + " |")
+        shown = [f"{last[n]:.3g}" if n in last else "-" for n in SHOWN]
+        lines.append("| " + " | ".join([*values, *best, *shown, ended]) + " |")
         if group.main:
             write_text(options.out / "sweep.md", "\n".join(lines) + "\n")
     if group.main:
         print("\n".join(lines))
 
 
+def ablate(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> None:
+    """Short runs of every arm of ABLATION at SEEDS seeds, into OUT/ablation.md: the mean of the last check's numbers, and
+    the lowest and highest seed; resumes run by run."""
+    lines = ["| arm | seeds | " + " | ".join(SHOWN) + " |", "|" + "---|" * (2 + len(SHOWN))]
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ABLATION}
+    for seed in range(recipe.SEED, recipe.SEED + SEEDS):
+        seeded = configs.override(recipe, [f"SEED={seed}"])
+        if hasattr(recipe, "LORA"):
+            vars(seeded)["LORA"] = recipe.LORA
+        setting = setting_of(options, seeded, group)
+        for arm, changes in ABLATION.items():
+            out = options.out / "ablation" / f"{arm.strip('+ ').replace(' ', '_').replace('+', 'and')}_{seed}"
+            found[arm].append(short_run(options, seeded, changes, group, out, setting)[1])
+            table = [row_of(name, rows) for name, rows in found.items() if rows]
+            if group.main:
+                write_text(options.out / "ablation.md", "\n".join([*lines, *table]) + "\n")
+    if group.main:
+        print("\n".join([*lines, *table]))
+
+
+def row_of(arm: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A line of the table: of each of SHOWN the mean, and the range where there are several seeds."""
+    cells = []
+    for name in SHOWN:
+        values = [row[name] for row in rows if name in row]
+        spread = f" ({min(values):.3g} .. {max(values):.3g})" if len(values) > 1 else ""
+        cells.append(f"{sum(values) / len(values):.3g}{spread}" if values else "-")
+    return "| " + " | ".join([arm, str(len(rows)), *cells]) + " |"
+
+
 def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     """The best student, or without a score the last average, as a checkpoint folder beside the teacher's other parts.
 
-    Its metadata says the student's sampler, steps and grid, which the pipeline obeys. With --lora: FOLDER/lora, too.
+    Its metadata says the student's sampler, steps and grid, which the pipeline obeys. With --lora: FOLDER/lora, too, a model of
+    its own that names its base, made of the adapter rounded to bfloat16 as the whole checkpoint is.
     """
     best = Checkpoints(options.out / "best", ALONE)
     found = best.latest()
@@ -686,7 +789,8 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
         states.load(found, names)
     folder: Path = options.export
     if lora:
-        save_lora(model, lora, folder / "lora")
+        round_lora(model, torch.bfloat16)
+        save_lora(model, lora, folder / "lora", torch.bfloat16, base_name(options.init))
         merge_lora(model)
     if folder.resolve() != options.init.resolve():
         shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
@@ -697,7 +801,16 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     about = dict(read_index(options.init).get("lens", {}))
     about |= {"variant": "turbo", "num_inference_steps": recipe.STUDENT_STEPS, "guidance_scale": 1.0}
     about["distilled"] = {"sampler": recipe.STUDENT_SAMPLER, "steps": recipe.STUDENT_STEPS, "grid": recipe.GRID}
-    write_json(folder / "model_index.json", released_index(about))
-    if (options.out / "log.jsonl").is_file():
-        write_text(folder / f"{STAGE}.jsonl", (options.out / "log.jsonl").read_text(encoding="utf-8"))
+    made = configs.fields(recipe) | {"INIT": base_name(options.init), "STEP": step_of(found)}
+    earlier = read_json(options.init / "recipe.json") if (options.init / "recipe.json").is_file() else {}
+    for place in (folder, folder / "lora") if lora else (folder,):
+        write_json(place / "model_index.json", released_index(about))
+        write_json(place / "recipe.json", earlier | {STAGE: made})
+        if (options.out / "log.jsonl").is_file():
+            write_text(place / f"{STAGE}.jsonl", (options.out / "log.jsonl").read_text(encoding="utf-8"))
     print(f"{found} is exported: {folder}")
+
+
+def base_name(folder: Path) -> str:
+    """What an adapter calls the model it adapts: the shipped one by its name, any other by its folder."""
+    return "mini-base" if folder.resolve() == resolve("mini-base").resolve() else str(folder)

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,7 +12,8 @@ from lens.formats.released import load_scheduler, load_transformer, read_default
 from lens.sampler import Scheduler, walk
 from tests.small_pipeline import FOLDER
 from tests.train.clocks import StopAfter
-from tests.train.small_training import BUCKETS, SHAPE, checkpoint_in, micro, same, weights
+from tests.train.small_distill import batches, method_on, recipe
+from tests.train.small_training import SHAPE, checkpoint_in, micro, same, weights
 from train import configs, cost, distill
 from train.__main__ import main
 from train.evaluate import distillation as watch
@@ -36,40 +36,6 @@ def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("teacher")
     checkpoint_in(root)
     return root
-
-
-def recipe(**changes):
-    module = ModuleType("recipe")
-    module.__dict__.update(configs.fields(RELEASED))
-    module.__dict__.update(MODEL=SHAPE, SLOTS=2, TAPS=(1, 2), HEAD_WIDTH=8, COMPUTE="float32", RECOMPUTE="none")
-    module.__dict__.update(LR=1e-3, FAKE_LR=1e-3, NORMALISER_FLOOR=0.1, LOG_EVERY=1, SAVE_EVERY=100, WATCH_EVERY=1)
-    module.__dict__.update(TEACHER_STEPS=2, GROUPS=1, GROUP=2, EMA=0.9, MU=0.5, **changes)
-    return module
-
-
-def batches(step, slots=2):
-    while True:
-        for slot in range(slots):
-            yield micro(step, slot)
-        step += 1
-
-
-def method_on(folder, own, watched=False, group=ALONE, best=None):
-    objective = Distillation(own, LensConfig(**SHAPE), Scheduler(), "float32", torch.float32)
-    teacher = distill.teacher_of(own, group, folder)
-    held_out = None
-    if watched:
-        held = [micro(99, 0)]
-        held[0].captions = tuple(held[0].keys)
-        held_out = distill.HeldOut(objective, teacher, held, decode)
-    networks = distill.networks_of(own, group, folder)
-    return distill.Distil(own, group, networks, teacher, objective, [b.name for b in BUCKETS], held_out, best)
-
-
-def decode(latents, grid):
-    """Two channels of the latents as colours, 2 x 2 pixels a token."""
-    x = latents[..., :3].unflatten(1, grid).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    return ((x * 40 + 128).clamp(0, 255)).byte().numpy()
 
 
 def trainer_in(out, folder, watched=False, steps=9, **changes):
@@ -163,9 +129,8 @@ def test_a_resume_goes_on_bit_for_bit_anywhere_in_a_turn(tmp_path, folder, monke
     assert {"ca_over_dm", "deviation", "cast", "saturation", "high_frequency", "fake_rise"} <= rows[0][-1].keys()
     assert {"heads_accuracy", "near_eps", "diversity", "backdrops", "score"} <= rows[0][-1].keys()
     best = whole.method.best
-    assert best["score"] == max(row["score"] for row in rows[0]) or best["score"] == pytest.approx(
-        max(row["score"] for row in rows[0]), rel=1e-5
-    )
+    assert best["worth"] == pytest.approx(max(row["worth"] for row in rows[0]), rel=1e-5)
+    assert all(row["worth"] == row["score"] for row in rows[0])  # the released recipe has no bars
     assert Checkpoints(tmp_path / "whole" / "best", ALONE).latest().name == f"step_{int(best['step']):07d}"
 
 
@@ -302,6 +267,12 @@ def test_a_rule_leaves_room_for_what_teacher_and_untrained_student_show():
     assert wide == {"cast": (0.0, 11.0), "high_frequency": (pytest.approx(0.36), 1.3), "drift": (0.0, 0.5)}
     assert watch.Rules(wide, 1).check({"cast": 10.5, "high_frequency": 0.37, "drift": 0.1}) == []
     assert len(watch.Rules(wide, 1).check({"cast": 11.5, "high_frequency": 0.35, "drift": 0.6})) == 3
+
+
+def test_what_is_outside_of_the_bars_is_worth_less():
+    bars = {"deviation": (0.95, 1.05), "cast": (0.0, 1.0), "diversity": (0.9, 2.0)}
+    assert watch.beyond({"deviation": 1.0, "cast": 0.2, "other": 9.0}, bars) == 0
+    assert watch.beyond({"deviation": 0.76, "cast": 1.5, "diversity": 1.0}, bars) == pytest.approx(0.2 + 0.5)
 
 
 def test_the_student_is_held_against_teacher_and_truth(tmp_path, folder, monkeypatch):

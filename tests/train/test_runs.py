@@ -51,6 +51,25 @@ def parsed(calls, monkeypatch):
     return [call[0] for call in asked], seen
 
 
+def test_turbo_scores_what_it_exports(recorder, tmp_path, monkeypatch):
+    """Sweep, ablation, training and export read one recipe; the student is scored at five numbers of steps, and by its bars."""
+    python, calls = recorder
+    out, fields = tmp_path / "turbo", "COMPUTE=bfloat16 SEED=9"
+    asked = ("sweep", "ablate", "distil", "export", "score", "bars")
+    done = run(*asked, python=python, run=out, script="mini_turbo.sh", FIELDS=fields, SIZES="64x64 128x128")
+    assert done.returncode == 0, done.stderr
+    stages, seen = parsed(calls(), monkeypatch)
+    assert stages == ["distill"] * 4 + ["evaluate"] * 9
+    assert {(*one.set, one.lora) for one in seen[:4]} == {("COMPUTE=bfloat16", "SEED=9", "r=16,alpha=32,targets=all")}
+    assert [one.sweep for one in seen[:4]] == [True, False, False, False]
+    assert [one.ablate for one in seen[:4]] == [False, True, False, False]
+    student = str(seen[3].export)
+    assert [(one.steps, one.guidance) for one in seen[4:9]] == [(n, [1.0]) for n in (4, 2, 3, 6, 8)]
+    assert {one.model for one in (*seen[4:9], *seen[11:])} == {student}
+    assert [one.size for one in seen[11:]] == [(64, 64), (128, 128)]
+    assert {one.teacher for one in seen[11:]} == {str(seen[3].init)} == {one.model for one in seen[9:11]}
+
+
 def test_mini_goes_from_stage_to_stage(recorder, tmp_path, monkeypatch):
     """What a stage starts from is what the one before it wrote; an exported one is not trained again."""
     python, calls = recorder

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-from . import class_sheet, mini_bench, rl_gain, shape_calibration, sizes
+from . import class_sheet, mini_bench, rl_gain, shape_calibration, sizes, student
 from .published import cvtg, frontier, geneval, longtext, oneig, reasoners
 
 BENCHMARKS = {
@@ -25,6 +25,7 @@ BENCHMARKS = {
     "rl-gain": (rl_gain, "two scores of mini-bench: what RL gained over its base, against what was asked"),
     "shape": (shape_calibration, "what the shape judge accepts and refuses, and its calibration"),
     "classes": (class_sheet, "every class in one picture: true, reconstructed and drawn"),
+    "student": (student, "a student of few steps against its guided teacher and true pictures"),
 }
 
 

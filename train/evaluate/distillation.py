@@ -133,6 +133,16 @@ def widened(
     return found
 
 
+def beyond(values: Mapping[str, float], bars: Mapping[str, tuple[float, float]]) -> float:
+    """How far the numbers are outside of their ranges, each as a share of the bound that it passed; 0 where none is."""
+    passed = 0.0
+    for name, (low, high) in bars.items():
+        if name in values:
+            bound = low if values[name] < low else high
+            passed += abs(values[name] - bound) / max(abs(bound), 1e-9) if not low <= values[name] <= high else 0.0
+    return passed
+
+
 @dataclass
 class Rules:
     """name -> (low, high): a number outside of its range at `patience` checks in a row ends the training."""

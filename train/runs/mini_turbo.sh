@@ -1,28 +1,45 @@
 #!/usr/bin/env bash
-# Lens-Mini-Turbo on one CPU core: sweep, distil, export, score. What is done is skipped; again to resume.
+# Lens-Mini-Turbo on one CPU core: sweep, ablation, distil, export, scores and bars. What is done is skipped; again to resume.
 #
-#     bash train/runs/mini_turbo.sh                     # all of it
-#     bash train/runs/mini_turbo.sh distil export       # some of it
+#     bash train/runs/mini_turbo.sh                     # distil, export, score and bars: what lens/mini/turbo was made by
+#     bash train/runs/mini_turbo.sh sweep ablate        # the tables first
 #
-# INIT (lens/mini/base; best the weights of RL), RUN (runs/turbo), LIMIT (30m of a stage), PYTHON (python3) may be set.
+# INIT (lens/mini/base; best the weights of RL, whole), RUN (runs/turbo), LORA (r=16,alpha=32,targets=all; "" trains every
+# weight), FIELDS of the recipe (COMPUTE=bfloat16 is faster on a CPU with bfloat16 units, elsewhere far slower), LIMIT (30m of a
+# stage), SIZES (128x128), COUNT (2000 pictures of the bars) and PYTHON (python3) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-INIT=${INIT:-lens/mini/base} RUN=${RUN:-runs/turbo} LIMIT=${LIMIT:-30m} PY=${PYTHON:-python3}
+INIT=${INIT:-lens/mini/base} RUN=${RUN:-runs/turbo} LORA=${LORA-r=16,alpha=32,targets=all} LIMIT=${LIMIT:-30m} PY=${PYTHON:-python3}
+SIZES=${SIZES:-128x128} COUNT=${COUNT:-2000}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
-train() { "$PY" -m train distill --config mini --init "$INIT" --out "$RUN" "$@"; }
+changes=()
+for field in ${FIELDS:-}; do changes+=(--set "$field"); done
+[ -z "$LORA" ] || changes+=(--lora "$LORA")
+train() { "$PY" -m train distill --config mini --init "$INIT" --out "$RUN" "${changes[@]}" "$@"; }
+bench() { "$PY" -m train evaluate mini-bench --ceilings none --sizes $SIZES "$@"; }
 
-for stage in "${@:-sweep distil export score}"; do
+for stage in "${@:-distil export score bars}"; do
   for one in $stage; do
     case $one in
       sweep) [ -f "$RUN/sweep.md" ] || train --sweep --stop-after "$LIMIT" ;; # write its best pair into train/configs/mini/distill.py
+      ablate) [ -f "$RUN/ablation.md" ] || train --ablate --stop-after "$LIMIT" ;;
       distil) train --stop-after "$LIMIT" ;;
       export) train --export "$RUN/mini-turbo" ;;
-      score) # the bars: the student in four steps, its teacher in four and in twenty
-        "$PY" -m train evaluate mini-bench --model "$RUN/mini-turbo" --steps 4 --guidance 1 --out "$RUN/score_student"
-        "$PY" -m train evaluate mini-bench --model "$INIT" --steps 4 --guidance 3 --ceilings none --out "$RUN/score_teacher_4"
-        "$PY" -m train evaluate mini-bench --model "$INIT" --steps 20 --guidance 3 --ceilings none --out "$RUN/score_teacher_20"
+      score) # the student at its own steps and at others, its teacher in four and in twenty
+        for steps in 4 2 3 6 8; do
+          bench --model "$RUN/mini-turbo" --steps $steps --guidance 1 --out "$RUN/score_student_$steps"
+        done
+        for steps in 4 20; do
+          bench --model "$INIT" --steps $steps --guidance 3 --out "$RUN/score_teacher_$steps"
+        done
         ;;
-      *) echo "mini_turbo.sh: no stage $one; sweep distil export score" >&2; exit 2 ;;
+      bars)
+        for size in $SIZES; do
+          "$PY" -m train evaluate student --model "$RUN/mini-turbo" --teacher "$INIT" --size "$size" --count "$COUNT" \
+            --out "$RUN/bars_$size"
+        done
+        ;;
+      *) echo "mini_turbo.sh: no stage $one; sweep ablate distil export score bars" >&2; exit 2 ;;
     esac
   done
 done

@@ -23,6 +23,7 @@ ASPECT_WEIGHTS = "uniform"
 TEXT_TOKENS = 40
 FIRST_SEED = 300_000_000  # scenes that no stage before has seen
 SCENES = 2_048  # of each size; encoded when they are first met, and kept
+STRAIGHTEN = 256  # scenes that find the convolution which stands for the VAE's encoder
 CLASSES = kinds.CORE
 TASKS = world.TASKS
 CAPTIONS = {"geneval": 0.4, "brief": 0.4, "dense": 0.2}
@@ -44,5 +45,13 @@ SCORE = "train.evaluate.distillation:detector_score"
 TEACHER_GUIDANCE = 3.0
 GROUPS, GROUP = 4, 8
 RULES = {**BASED_ON.RULES, "drift": (0.0, 0.5), "deviation": (0.75, 1.15), "high_frequency": (0.5, 1.3)}
+BARS = {
+    "deviation": (0.95, 1.05),
+    "saturation": (0.95, 1.05),
+    "high_frequency": (0.8, 1.05),
+    "cast": (0.0, 1.0),
+    "diversity": (0.9, 2.0),
+    "backdrops": (0.9, 2.0),
+}
 LOG_EVERY, SAVE_EVERY = 5, 25
 OPEN = {}

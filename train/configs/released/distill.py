@@ -74,6 +74,9 @@ RULES: dict[str, tuple[float, float]] = {
     "diversity": (0.7, 2.0),
     "backdrops": (0.6, 2.0),
 }
+BARS: dict[
+    str, tuple[float, float]
+] = {}  # what is aimed at; a student is selected by its score less its distance from them
 PATIENCE = 2  # checks in a row outside of its range, before a number ends the training
 LOG_EVERY, SAVE_EVERY, KEEP_LAST, KEEP_EVERY = 5, 50, 2, 100  # in student steps
 
@@ -112,6 +115,7 @@ OPEN = {
     "GROUPS": "ours",
     "GROUP": "ours",
     "RULES": "ours: number -> range; see docs/distillation.md",
+    "BARS": "ours",
     "PATIENCE": "ours",
     "LOG_EVERY": "ours",
     "SAVE_EVERY": "ours",
