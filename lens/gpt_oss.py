@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Keys:
 
     def __init__(self, room: int, begin: Keys | None = None):
         """room: positions there will be at most; begin: positions that are there already, copied."""
-        self.length = 0 if begin is None else begin.length
+        self.length: int = 0 if begin is None else begin.length
         self.room = room
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
         for layer, pair in ({} if begin is None else begin._held).items():
@@ -214,7 +215,8 @@ class Experts(nn.Module):
         """[R, D] -> [R, D]."""
         if not self.packed:
             return torch.cat([self._expanded(rows) for rows in x.split(samples.lengths)])
-        e, router = self.experts, self.router
+        e: Any = self.experts
+        router = self.router
         return ops.moe_mxfp4(
             x, router.weight, router.bias, e.gate_up_proj_blocks, e.gate_up_proj_scales, e.gate_up_proj_bias,
             e.down_proj_blocks, e.down_proj_scales, e.down_proj_bias, self.top_k, self.alpha, self.limit,
@@ -343,7 +345,7 @@ class GptOss(nn.Module):
         for own in ids:
             begin = tuple(own[:prefix])
             key = begin, self.dtype, self.device, max(layers)
-            begun.append(Keys(len(own), self._prefixes.get(key, lambda begin=begin: self._begin(begin, layers))))
+            begun.append(Keys(len(own), self._prefixes.get(key, partial(self._begin, begin, layers))))
         states = self([own[prefix:] for own in ids], begun, layers)
         lengths = [len(own) - prefix for own in ids]
         parts = [[part.clone() for part in states[n].split(lengths)] for n in layers]

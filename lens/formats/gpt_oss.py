@@ -159,7 +159,11 @@ def _placed(stored: Stored, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type == "cpu" and (mapped := stored.mapped(dtype)) is not None:
         return mapped
     value = torch.empty(stored.shape, dtype=dtype, device=device)
-    stored.read(lambda found: value.copy_(found))
+
+    def into(found: Tensor) -> None:
+        value.copy_(found)
+
+    stored.read(into)
     return value
 
 

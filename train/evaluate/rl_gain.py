@@ -115,7 +115,9 @@ def gains(
         goal = GOALS.get(("distance", guidance))
         met = None if gap is None or goal is None else gap >= goal
         found.append(
-            Gain(size, "distance", guidance, *far, float("nan") if gap is None else gap, None, None, goal, met)
+            Gain(
+                size, "distance", guidance, far[0], far[1], float("nan") if gap is None else gap, None, None, goal, met
+            )
         )
     if "1" in rl and "3" in base:
         own = counts_of(base["3"], "score"), counts_of(rl["1"], "score")
