@@ -195,6 +195,73 @@ def test_zero_shot_is_the_nearest_mean_direction():
     ]
 
 
+def test_labels_of_either_spelling_are_genevals():
+    old = {
+        "motorcycle": "motorbike",
+        "couch": "sofa",
+        "tv": "tvmonitor",
+        "computer mouse": "mouse",
+        "tv remote": "remote",
+    }
+    labels = {
+        k: {**old, "computer keyboard": "keyboard"}.get(name, name) for k, name in enumerate(geneval_prompts.NAMES)
+    }
+    assert models.named_labels(labels, "m") == dict(enumerate(geneval_prompts.NAMES))
+    del labels[5]
+    with pytest.raises(ValueError, match="judge m: knows no bus; expected COCO's 80 classes"):
+        models.named_labels(labels, "m")
+
+
+@pytest.mark.nightly
+def test_both_judges_run_on_random_weights(tmp_path):
+    """Real classes of transformers at small shapes: what they are given and what is read out of them fits."""
+    from transformers import CLIPConfig, CLIPModel, Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
+
+    swin = SwinConfig(
+        embed_dim=8,
+        depths=[1, 1, 1, 1],
+        num_heads=[1, 1, 1, 1],
+        window_size=4,
+        out_features=["stage1", "stage2", "stage3", "stage4"],
+    )
+    small = {
+        "feature_size": 16,
+        "mask_feature_size": 16,
+        "hidden_dim": 16,
+        "encoder_feedforward_dim": 16,
+        "dim_feedforward": 16,
+    }
+    config = Mask2FormerConfig(
+        backbone_config=swin,
+        **small,
+        encoder_layers=1,
+        decoder_layers=2,
+        num_attention_heads=2,
+        num_queries=5,
+        num_labels=80,
+    )
+    config.id2label = dict(enumerate(geneval_prompts.NAMES))
+    torch.manual_seed(0)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path / "m2f")
+    detector = models.Mask2Former(str(tmp_path / "m2f"))
+    detector.SHORT, detector.LONG = 64, 96
+    image = np.random.default_rng(0).integers(0, 256, (40, 56, 3)).astype(np.uint8)
+    x, valid = detector.prepared(image)
+    assert (x.shape, valid) == ((1, 3, 64, 96), (64, 90))
+    found = detector.detect(image)
+    again = detector.detect(image)
+    assert [(f.kind, f.score, f.box) for f in found] == [(f.kind, f.score, f.box) for f in again]
+    assert {f.mask.shape for f in found} <= {(40, 56)}
+    assert all(f.kind in geneval_prompts.NAMES and 0 <= f.score <= 1 and f.mask.any() for f in found)
+    assert detector.card.revision == "local"
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    CLIPModel(
+        CLIPConfig(text_config=text, vision_config={**text, "image_size": 32, "patch_size": 16}, projection_dim=8)
+    ).save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="cannot be loaded"):  # the processor's files are missing
+        models.Clip(str(tmp_path / "clip"))
+
+
 def test_tf32_is_off_inside_alone():
     torch.backends.cudnn.allow_tf32, before = True, torch.backends.cudnn.allow_tf32
     with models.exact_matmul():
@@ -368,6 +435,17 @@ def test_failed_judgements_are_missing_and_too_many_end_the_run(tmp_path):
     column = json.loads((tmp_path / "many" / "scores.json").read_text())["columns"][0]
     assert column["figures"]["total"]["value"] is None
     assert many.calls < 40  # it stops where no total can come of it
+
+
+def test_a_judge_there_is_not_ends_the_run_before_anything_is_drawn(tmp_path, monkeypatch):
+    def missing(source, device):
+        raise ValueError(f"judge {source}: cannot be loaded")
+
+    monkeypatch.setattr(geneval, "Mask2Former", missing)
+    given = options(model="no such model either", out=tmp_path / "out", detector="nowhere", clip="nowhere")
+    with pytest.raises(ValueError, match="judge nowhere: cannot be loaded"):
+        command.run(geneval.Geneval(), given)
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_that_are_no_images_or_of_other_prompts(tmp_path):

@@ -37,6 +37,10 @@ class Benchmark(Protocol):
 
     def asks(self, options: argparse.Namespace, language: str) -> list[Ask]: ...
 
+    def prepare(self, options: argparse.Namespace) -> None:
+        """Load and test the judges: before anything is drawn, so that hours of drawing do not end at a judge there is not."""
+        ...
+
     def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
         """Whatever else the benchmark's layout has beside the images that were drawn."""
         ...
@@ -109,7 +113,7 @@ def limited(asks: Sequence[Ask], limit: int | None) -> list[Ask]:
 
 def run(bench: Benchmark, options: argparse.Namespace) -> int:
     """0; 1 where a column has no total because judgements are missing."""
-    out = options.out or Path("runs/evaluate") / bench.name
+    out = options.out = options.out or Path("runs/evaluate") / bench.name
     reasoner = options.reasoner != "none"
     if options.images and reasoner:
         raise ValueError("--images are drawn already: --reasoner has nothing to rewrite")
@@ -123,6 +127,7 @@ def run(bench: Benchmark, options: argparse.Namespace) -> int:
     if options.dry_run:
         print(dry_run(bench, options, [ask for asks in every.values() for ask in asks], 1 + reasoner))
         return 0
+    bench.prepare(options)
     name = options.name or options.model or options.images.name
     # the runs: a language with and without a reasoner each
     runs = []
@@ -138,7 +143,7 @@ def run(bench: Benchmark, options: argparse.Namespace) -> int:
         for (title, _, asks), folder in zip(runs, folders):
             drawn(model, asks, folder, lambda line, title=title: print(f"{title}: {line}", flush=True))  # type: ignore[misc]
             bench.arrange(options, asks, folder)
-        del model  # its memory is the judges'
+        del model
     columns = []
     for (title, language, asks), folder in zip(runs, folders):
         column = bench.score(options, asks, folder, title, language)

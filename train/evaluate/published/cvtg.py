@@ -71,6 +71,11 @@ class Cvtg:
                     out.append(Ask(f"{part}/{area}/{index}", f"{area}R", prompt, prompt, (file,), (SEED,)))
         return out
 
+    def prepare(self, options: argparse.Namespace) -> None:
+        self.reader = self.reader or reader_of(options, options.out)
+        if self.clip is None and not options.no_clip:
+            self.clip = Clip(options.clip, options.device)
+
     def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
         """Nothing: the images are the layout."""
 
@@ -80,9 +85,9 @@ class Cvtg:
         return [Calls("reader", number, None if options.rapidocr else (1_400, 40)), *clip]
 
     def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
-        reader = self.reader or reader_of(options, options.out or Path("runs/evaluate/cvtg"))
-        if self.clip is None and not options.no_clip:
-            self.clip = Clip(options.clip, options.device)
+        self.prepare(options)
+        reader = self.reader
+        assert reader is not None, "prepared"
         card = reader.card
         if not card.differs:
             card = Card(card.judge, card.revision, card.dtype, card.device, "the published reader is PaddleOCR")

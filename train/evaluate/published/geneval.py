@@ -119,6 +119,12 @@ class Geneval:
             out.append(Ask(f"{k:05d}", entry["tag"], entry["prompt"], prompt(entry, language), files, seeds))
         return out
 
+    def prepare(self, options: argparse.Namespace) -> None:
+        if self.detector is None:
+            self.detector = Mask2Former(options.detector, options.device)
+            expect_sight(self.detector)
+        self.painter = self.painter or Clip(options.clip, options.device)
+
     def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
         for ask in asks:
             write_text(folder / ask.id / "metadata.jsonl", json.dumps(entries()[int(ask.id)]) + "\n")
@@ -130,10 +136,9 @@ class Geneval:
         return [Calls("detector", sum(len(ask.files) for ask in asks)), Calls("CLIP, at most", coloured)]
 
     def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
-        if self.detector is None:
-            self.detector = Mask2Former(options.detector, options.device)
-            expect_sight(self.detector)
-        self.painter = self.painter or Clip(options.clip, options.device)
+        self.prepare(options)
+        assert self.detector is not None, "prepared"
+        assert self.painter is not None, "prepared"
         column = Column(name, [self.detector.card, self.painter.card])
         verdicts: dict[str, list[list[float]]] = {}
         expected = sum(len(ask.files) for ask in asks)

@@ -77,6 +77,9 @@ class LongText:
             )
         return out
 
+    def prepare(self, options: argparse.Namespace) -> None:
+        self.reader = self.reader or reader_of(options, options.out)
+
     def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
         """Nothing: the images are the layout."""
 
@@ -86,7 +89,9 @@ class LongText:
 
     def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
         targets = {str(v["prompt_id"]): " ".join(v["text"]) for v in prompts_of(options.prompts)}
-        reader = self.reader or reader_of(options, options.out or Path("runs/evaluate/longtext"))
+        self.prepare(options)
+        reader = self.reader
+        assert reader is not None, "prepared"
         column, empty, shares = Column(name, [reader.card]), 0, list[float]()
         per_task: dict[str, list[tuple[int, int]]] = {}
         for ask, texts in read_all(reader, asks, folder, column, lambda _: TOKENS):

@@ -10,7 +10,7 @@ card says. CLIP ViT-L/14 is OpenAI's, the same weights as open_clip's "openai".
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +28,18 @@ DETECTOR = "facebook/mask2former-swin-small-coco-instance"
 CLIP = "openai/clip-vit-large-patch14"
 MOST = 100  # detections of an image
 GREY = (153, 153, 153)  # "#999", in place of everything outside of a mask
-COCO = {"computer mouse": "mouse", "tv remote": "remote", "computer keyboard": "keyboard"}  # GenEval's name -> COCO's
+# GenEval's name -> what label files of COCO models call the class
+COCO = {
+    "computer mouse": ("mouse",),
+    "tv remote": ("remote",),
+    "computer keyboard": ("keyboard",),
+    "motorcycle": ("motorbike",),
+    "airplane": ("aeroplane",),
+    "couch": ("sofa",),
+    "potted plant": ("pottedplant",),
+    "dining table": ("diningtable",),
+    "tv": ("tvmonitor",),
+}
 
 
 @dataclass(frozen=True)
@@ -130,6 +141,15 @@ def box_of(mask: np.ndarray) -> tuple[float, float, float, float]:
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
+def named_labels(labels: Mapping[Any, str], source: str) -> dict[int, str]:
+    """A model's label numbers -> GenEval's names. Errors: ValueError where one of the 80 classes is not there."""
+    own = {str(name): int(k) for k, name in labels.items()}
+    found = {name: next((own[n] for n in (name, *COCO.get(name, ())) if n in own), None) for name in NAMES}
+    if missing := [name for name, k in found.items() if k is None]:
+        raise ValueError(f"judge {source}: knows no {', '.join(missing[:5])}; expected COCO's 80 classes")
+    return {k: name for name, k in found.items() if k is not None}
+
+
 class Mask2Former:
     """`ObjectDetector` by transformers. The input's short side becomes 800, its long side at most 1333, padded to 32."""
 
@@ -142,10 +162,7 @@ class Mask2Former:
 
         self.device = torch.device(device)
         self.model: Any = load(Mask2FormerForUniversalSegmentation, source).float().eval().to(self.device)
-        own = {str(name): int(k) for k, name in self.model.config.id2label.items()}
-        if missing := [name for name in NAMES if COCO.get(name, name) not in own]:
-            raise ValueError(f"judge {source}: knows no {', '.join(missing[:5])}; expected COCO's 80 classes")
-        self.names = {own[COCO.get(name, name)]: name for name in NAMES}
+        self.names = named_labels(self.model.config.id2label, source)
         self.card = Card(
             f"Mask2Former {source}", revision_of(self.model, source), "float32, TF32 off", device_name(self.device),
             "Meta's weights in transformers; the published scores are by mmdet's",

@@ -221,6 +221,15 @@ class OneIG:
             out.append(Ask(f"{category}/{key}", category, prompt, prompt, files, seeds))
         return out
 
+    def prepare(self, options: argparse.Namespace) -> None:
+        if "alignment" in options.dimensions:
+            self.answerer = self.answerer or judge_of(options, options.out)
+        if "text" in options.dimensions:
+            shared = self.answerer if isinstance(self.answerer, ChatJudge) and not options.rapidocr else None
+            self.reader = self.reader or shared or reader_of(options, options.out)
+        if "diversity" in options.dimensions and options.dreamsim:
+            self.distance = self.distance or DreamSim(options.device)
+
     def grid_path(self, options: argparse.Namespace, ask: Ask, folder: Path) -> Path:
         """CATEGORY/NAME/ID*: the one file that begins with the id, as the published code looks for it."""
         category, _, key = ask.id.partition("/")
@@ -273,6 +282,7 @@ class OneIG:
         return ask + read
 
     def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
+        self.prepare(options)
         column = Column(name, [])
         rows: dict[str, dict[str, Any]] = {
             a.id: {"id": a.id, "task": a.task, "prompt": a.prompt, "drawn": a.drawn, "score": None, "images": []}
@@ -308,7 +318,8 @@ class OneIG:
         column: Column,
         rows: dict[str, Any],
     ) -> None:
-        judge = self.answerer or judge_of(options, options.out or Path("runs/evaluate/oneig"))
+        judge = self.answerer
+        assert judge is not None, "prepared"
         column.cards.append(judge.card)
         known = {
             c: questions_of(options.prompts, c, language) for c in dict.fromkeys(a.task for a in asks) if c in ALIGNED
@@ -362,8 +373,8 @@ class OneIG:
         column: Column,
         rows: dict[str, Any],
     ) -> None:
-        shared = self.answerer if isinstance(self.answerer, ChatJudge) else None
-        reader: Reader = self.reader or shared or reader_of(options, options.out or Path("runs/evaluate/oneig"))
+        reader = self.reader
+        assert reader is not None, "prepared"
         column.cards.append(reader.card)
         targets = targets_of(options.prompts, language)
         own = [a for a in asks if a.task == "text" and a.id.partition("/")[2] in targets]
@@ -395,7 +406,8 @@ class OneIG:
         }
 
     def _diversity(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, column: Column) -> None:
-        judge = self.distance or DreamSim(options.device)
+        judge = self.distance
+        assert judge is not None, "prepared"
         column.cards.append(judge.card)
         found = []
         for ask in asks:
