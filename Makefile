@@ -1,4 +1,4 @@
-# The only commands to remember: make demo | gallery | test | nightly | check | build | bench | cuda-check | gpu-check | gpu-check-rest
+# The only commands to remember: make demo | gallery | test | nightly | check | build | bench | full-size | cuda-check | gpu-check | gpu-check-rest
 # Each sets up .venv first where it is missing, and is quick when nothing changed.
 PYTHON ?= $(firstword $(shell command -v python3 python3.13 python3.12 python3.11 python3.10))
 BIN := .venv/bin
@@ -15,7 +15,7 @@ export LENS_CUDA_ARCHS ?= 80 90a
 endif
 
 .DEFAULT_GOAL := build
-.PHONY: demo gallery test nightly check build bench cuda-check gpu-check gpu-check-rest
+.PHONY: demo gallery test nightly check build bench full-size cuda-check gpu-check gpu-check-rest
 
 # ---- environment: torch comes pinned from constraints.txt; changed metadata reinstalls
 $(STAMP): pyproject.toml constraints.txt
@@ -69,3 +69,10 @@ gpu-check-rest:
 
 bench: build
 	$(BIN)/python -m bench run ops --case "ops/*/pair/*" --seconds 0.3
+
+# Lens at its released size with random weights: 30 GB of files in FULL_SIZE and room to move, 24 GB of memory, an hour.
+FULL_SIZE ?= full-size
+full-size: build
+	@echo 'Needs 45 GB of disk in $(FULL_SIZE) and 24 GB of memory; FULL_SIZE=folder says where'
+	$(BIN)/python -m bench full_size make '$(FULL_SIZE)' --dtype fp32
+	$(BIN)/python -m bench full_size run '$(FULL_SIZE)'

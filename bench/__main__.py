@@ -1,4 +1,4 @@
-"""`python -m bench list | run | abba | compare | report | tables`.
+"""`python -m bench list | run | abba | compare | report | full_size | tables`.
 
 Exit codes: 0 done; 1 slower than allowed, a wrong result, or a case that failed; 2 a mistake in the command; 3 nothing
 could be told: every comparison is inconclusive.
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from . import full_size
 from .case import OURS, ConstantData, Disagreement, LeftOut
 from .suites import SUITES, cases
 
@@ -216,7 +217,7 @@ def _measurement(parser: argparse.ArgumentParser, subjects: str) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine.")
-    commands = top.add_subparsers(required=True, metavar="list | run | abba | compare | report | tables")
+    commands = top.add_subparsers(required=True, metavar="list | run | abba | compare | report | full_size | tables")
     listing = commands.add_parser("list", help="ids of all cases this machine can run")
     listing.add_argument("--case", action="append", metavar="GLOB", help="only ids like this (repeatable)")
     listing.add_argument("--gpu", action="store_true", help="the cases of a GPU, on any machine")
@@ -250,6 +251,10 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("results", type=Path, nargs="*")
     report.add_argument("--check", action="store_true", help="write nothing; exit 1 where README or picture are stale")
     report.set_defaults(do=_report)
+    full = commands.add_parser(
+        "full_size", help="Lens at its released size with random weights: write it, draw with it"
+    )
+    full_size.add_arguments(full)
     tables = commands.add_parser("tables", help="committed results into the orders by which lens.ops chooses kernels")
     tables.add_argument("results", type=Path, nargs="*", help="default: all of bench/results")
     tables.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is stale")

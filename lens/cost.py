@@ -150,6 +150,44 @@ def decode_bytes(channels: tuple[int, ...], pixels: int, itemsize: int = 2) -> i
     return 3 * channels[min(1, len(channels) - 1)] * pixels * itemsize
 
 
+def cpu_decode_bytes(channels: tuple[int, ...], pixels: int, itemsize: int = 2) -> int:
+    """Most memory of `engine/decode.py` besides the autoencoder: three maps as wide as the last but one level's, which an
+    upsampling brings to full resolution, and of each thread's block at most a few megabytes, which are not counted."""
+    return 3 * channels[min(1, len(channels) - 1)] * pixels * itemsize
+
+
+def cpu_peak_bytes(
+    config: LensConfig,
+    channels: tuple[int, ...],
+    tokens: int,
+    text: int,
+    steps: int,
+    guided: bool,
+    encoder: int = 0,
+    autoencoder: int = 2 * 84_046_115,
+    itemsize: int = 2,
+) -> dict[str, int]:
+    """Resident bytes of a CPU's process in each stage, besides what it has before a model is loaded.
+
+    Everything stays: ``encoder`` bytes of the text encoder's weights, pages of mapped files counted, the transformer, the
+    autoencoder. The transformer's modulation weights stay in the files: a schedule's table reads them block by block.
+    One picture of ``tokens`` image tokens beside ``text`` text tokens; both halves of a ``guided`` step at once.
+    """
+    weights, modulation = (itemsize * n for n in transformer_parameters(config))
+    one = modulation // (2 * config.num_layers)
+    halves = 2 if guided else 1
+    rows, texts = tokens * halves, text * halves
+    buffers = step_buffer_bytes(config, rows, texts, halves, steps, itemsize)
+    always = encoder + autoencoder + weights - modulation
+    return {
+        "load transformer": weights - modulation,
+        "table": always + buffers + one,
+        "prompt": always + buffers + encode_bytes(config.enc_hidden_dim, text, itemsize),
+        "denoise": always + buffers + step_workspace_bytes(config, rows, texts, itemsize),
+        "decode": always + buffers + cpu_decode_bytes(channels, 256 * tokens, itemsize),
+    }
+
+
 def encode_bytes(width: int, tokens: int = 512, itemsize: int = 2) -> int:
     """A generous bound of the text encoder's activations: 64 rows of its width for every token."""
     return 64 * width * tokens * itemsize

@@ -177,6 +177,8 @@ class LensTransformer2DModel(nn.Module):
         self.final_modulation = nn.Linear(width, 2 * width)
         self.image_out = nn.Linear(width, config.in_channels)
         self.batch_invariant = self.device.type == "cpu"
+        # weight and bias of a block's stream, where they stay in the files: see `formats.released.load_transformer`
+        self.stored_modulation: Callable[[int, int], tuple[Tensor, Tensor]] | None = None
 
     def layers(self) -> list[Block]:
         """The blocks in order."""
@@ -216,19 +218,27 @@ class LensTransformer2DModel(nn.Module):
 
         return linear(project, torch.cat(list(features), dim=-1), lengths if self.invariant else None)
 
-    def modulate(self, timestep: Tensor) -> Modulation:
-        """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one GEMM per block and stream for all rows."""
+    def modulate(self, timestep: Tensor, alone: bool = False) -> Modulation:
+        """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one GEMM per block and stream for all rows, or
+        one for each where a row is to be ``alone``: its bits then do not depend on the others."""
         k, config = len(timestep), self.config
-        temb = F.silu(self.time_embedding(timestep))
-        projections = [p for block in self.layers() for p in (block.image.modulation, block.text.modulation)]
-        if any(p.weight.is_meta for p in projections):
-            raise RuntimeError(
-                "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
-                "before can be drawn; reload the transformer for a new one"
-            )
-        blocks = torch.stack([p(temb.to(p.weight.device)).to(temb.device) for p in projections], dim=1)
-        final = self.final_modulation(temb).view(k, 2, config.inner_dim)
-        return Modulation(blocks.view(k, config.num_layers, 2, 6, config.inner_dim), final)
+        temb = [F.silu(self.time_embedding(t)) for t in (timestep.split(1) if alone else [timestep])]
+        blocks = [self._modulation(index, s, temb) for index in range(config.num_layers) for s in (IMAGE, TEXT)]
+        final = torch.cat([self.final_modulation(t) for t in temb]).view(k, 2, config.inner_dim)
+        return Modulation(torch.stack(blocks, 1).view(k, config.num_layers, 2, 6, config.inner_dim), final)
+
+    def _modulation(self, index: int, stream: int, temb: Sequence[Tensor]) -> Tensor:
+        """Of one stream of one block; its weights are read once for all rows."""
+        layer = self.layers()[index].streams()[stream].modulation
+        if layer.weight.is_meta:
+            if self.stored_modulation is None:
+                raise RuntimeError(
+                    "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
+                    "before can be drawn; reload the transformer for a new one"
+                )
+            weight, bias = self.stored_modulation(index, stream)
+            return torch.cat([F.linear(t, weight, bias) for t in temb])
+        return torch.cat([layer(t.to(layer.weight.device)).to(t.device) for t in temb])
 
     def denoise(
         self,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lens.modulation import Modulation, concatenate
+from lens.modulation import Modulation
 
 if TYPE_CHECKING:
     from lens.model import LensTransformer2DModel
@@ -27,7 +27,7 @@ def table(model: LensTransformer2DModel, timestep: Tensor) -> Modulation:
     timestep = timestep.to(model.device)
     if model.device.type != "cpu":
         return model.modulate(timestep)
-    return concatenate([model.modulate(t[None]) for t in timestep])
+    return model.modulate(timestep, alone=True)
 
 
 class TableCache:

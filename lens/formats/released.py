@@ -25,6 +25,8 @@ from lens.formats.safetensors import Stored, load_parameters, open_shards, save_
 from lens.model import LensTransformer2DModel
 from lens.sampler import Scheduler
 
+STREAMS = ("image", "text")  # of a block, by the names of its attributes
+
 # ------------------------------------------------------------------------------------------------ configurations
 
 # Switches of the released transformer that select the only architecture Lens ever shipped.
@@ -155,8 +157,39 @@ def transformer_tensors(source: Path | Part) -> dict[str, Stored]:
     return without_prefix(open_shards(part.weights, part.variant), "img_in.weight")
 
 
-def load_transformer(source: Path | Part, dtype: torch.dtype, device: torch.device | str) -> LensTransformer2DModel:
-    """``transformer/`` of the released layout, or a file, -> LensTransformer2DModel in eval mode."""
+class StoredModulation:
+    """(block, stream) -> its modulation's weight and bias, read anew each time: they serve a schedule's table alone."""
+
+    def __init__(self, tensors: Mapping[str, Stored], dtype: torch.dtype, device: torch.device | str):
+        self.tensors, self.dtype, self.device = tensors, dtype, device
+
+    def __call__(self, block: int, stream: int) -> tuple[Tensor, Tensor]:
+        weight, bias = (
+            self._read(f"blocks.{block}.{STREAMS[stream]}.modulation.{leaf}") for leaf in ("weight", "bias")
+        )
+        return weight, bias
+
+    def _read(self, name: str) -> Tensor:
+        (key,) = released_names(name)
+        stored = self.tensors[key]
+        made = torch.empty(stored.shape, dtype=self.dtype, device=self.device)
+
+        def keep(value: Tensor) -> None:
+            made.copy_(value)
+
+        stored.read(keep)
+        stored.shard.close()
+        return made
+
+
+def load_transformer(
+    source: Path | Part, dtype: torch.dtype, device: torch.device | str, modulation: bool = True
+) -> LensTransformer2DModel:
+    """``transformer/`` of the released layout, or a file, -> LensTransformer2DModel in eval mode.
+
+    Without ``modulation`` the blocks' modulation weights, a third of the released model, are checked and stay in the
+    files; a schedule's table reads them block by block.
+    """
     part = Part.of(source)
     settings = part.settings()
     if settings is not None:
@@ -169,7 +202,11 @@ def load_transformer(source: Path | Part, dtype: torch.dtype, device: torch.devi
         raise CheckpointError(f"{part}: num_layers is {parsed.num_layers}, more than the keys stored in {part.weights}")
     with torch.device("meta"):
         model = LensTransformer2DModel(parsed)
-    load_parameters(model, tensors, released_names, dtype, device)
+    blocks = range(0 if modulation else parsed.num_layers)
+    left = tuple(f"blocks.{i}.{stream}.modulation." for i in blocks for stream in STREAMS)
+    load_parameters(model, tensors, released_names, dtype, device, unread=left)
+    if not modulation:
+        model.stored_modulation = StoredModulation(tensors, dtype, device)
     model.batch_invariant = model.device.type == "cpu"  # as one that was made there
     return model.eval()
 

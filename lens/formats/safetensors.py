@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import mmap
 import os
 import re
 import struct
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -424,3 +425,83 @@ def save_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor], shard_b
         single.unlink(missing_ok=True)
     for path in old:
         path.unlink()
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor that is written piece by piece: ``pieces()`` gives the same tensors every time, in row-major order, which
+    together fill ``shape`` in the file's ``dtype`` ("F32", "BF16", "U8")."""
+
+    key: str
+    dtype: str
+    shape: list[int]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _ITEMSIZE[self.dtype]
+
+
+def planned_shards(stem: str, tensors: Sequence[Streamed], shard_bytes: int) -> dict[str, list[Streamed]]:
+    """File name -> its tensors, in the order given: as few files of at most ``shard_bytes`` as that order allows."""
+    groups: list[list[Streamed]] = [[]]
+    for tensor in tensors:
+        if groups[-1] and sum(t.nbytes for t in groups[-1]) + tensor.nbytes > shard_bytes:
+            groups.append([])
+        groups[-1].append(tensor)
+    if len(groups) == 1:
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
+
+
+def stream_tensors(
+    folder: Path, stem: str, tensors: Sequence[Streamed], shard_bytes: int, done: Callable[[Path, bool], None]
+) -> None:
+    """Write tensors of any size in constant memory: shards, each whole when it has its name, then their index.
+
+    A shard that is there with the header it would get is kept: a writer that was stopped goes on where it was.
+    ``done(path, kept)`` is told of each.
+    """
+    shards = planned_shards(stem, tensors, shard_bytes)
+    for name, group in shards.items():
+        path, header = folder / name, _header(group)
+        size = len(header) + sum(tensor.nbytes for tensor in group)
+        kept = is_there(path) and path.stat().st_size == size and _begins_with(path, header)
+        if not kept:
+            write_atomic(path, lambda temporary, g=group, h=header: _write_pieces(temporary, h, g))  # type: ignore[misc]
+        done(path, kept)
+    if len(shards) > 1:
+        weight_map = {tensor.key: name for name, group in shards.items() for tensor in group}
+        total = sum(tensor.nbytes for tensor in tensors)
+        write_json(
+            folder / f"{stem}.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
+
+
+def _header(tensors: Sequence[Streamed]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        entries[tensor.key] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _begins_with(path: Path, header: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(header)) == header
+
+
+def _write_pieces(path: Path, header: bytes, tensors: Sequence[Streamed]) -> None:
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            begin, wanted = file.tell(), (DTYPES | INTEGERS)[tensor.dtype]
+            for piece in tensor.pieces():
+                if piece.dtype != wanted:
+                    raise ValueError(f"{path}: {tensor.key} must be made of {wanted}, got {piece.dtype}")
+                file.write(piece.contiguous().flatten().view(torch.uint8).numpy().data)
+            if file.tell() - begin != tensor.nbytes:
+                raise ValueError(f"{path}: {tensor.key} must have {tensor.nbytes} bytes, got {file.tell() - begin}")

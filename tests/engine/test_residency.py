@@ -15,16 +15,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens import LensConfig, LensTransformer2DModel, packing, pipeline
-from lens.cost import decode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
+from lens.cost import cpu_peak_bytes, decode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
 from lens.engine import residency, run
 from lens.engine.residency import PRESETS, Placement, Residency, Sizes
+from lens.engine.schedule_table import table
+from lens.formats.released import load_transformer
 from lens.formats.safetensors import Pages
 from lens.modulation import Modulation
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
 from tests.engine.test_engine import job
 from tests.recorded_graph import OFFSETS_ALONE, offsets_alone
-from tests.small_pipeline import fresh, same_bits, shared
+from tests.small_pipeline import FOLDER, fresh, same_bits, shared
 
 SMALL = dict(height=32, width=48, num_inference_steps=2, output_type="np", seed=1)
 
@@ -340,3 +342,36 @@ def test_a_second_thread_finds_all_of_a_part_there(monkeypatch):
     assert len(found) == 4
     assert not set(found) & set(host)
     assert [p.data_ptr() for p in module.parameters()] == host
+
+
+@torch.no_grad()
+def test_modulation_weights_may_stay_in_the_files():
+    """The same tables to the bit, of a model that never held them; each is read once for all steps."""
+    whole = load_transformer(FOLDER / "transformer", torch.float32, "cpu")
+    rest = load_transformer(FOLDER / "transformer", torch.float32, "cpu", modulation=False)
+    left = [name for name, p in rest.named_parameters() if p.is_meta]
+    assert len(left) == 4 * rest.config.num_layers
+    assert all(".modulation." in name for name in left)
+    times = torch.tensor([1.0, 0.7, 0.2])
+    expected, read = table(whole, times), []
+    stored = rest.stored_modulation
+    rest.stored_modulation = lambda *which: (read.append(which), stored(*which))[1]
+    made = table(rest, times)
+    assert torch.equal(made.blocks, expected.blocks)
+    assert torch.equal(made.final, expected.final)
+    assert len(read) == len(set(read)) == 2 * rest.config.num_layers
+
+
+def test_what_a_cpu_needs_in_each_stage():
+    """The released model: weights without modulation, then by stage what its work adds."""
+    channels, held = (128, 256, 512, 512), 2 * (4_104_225_152 - 1_359_839_232)
+    found = cpu_peak_bytes(LensConfig(), channels, 1024, 200, 4, False, encoder=1000, autoencoder=10)
+    buffers = step_buffer_bytes(LensConfig(), 1024, 200, 1, 4)
+    assert found["load transformer"] == held
+    assert found["table"] == held + 1010 + buffers + 2 * 6 * 1536 * 1537
+    assert found["denoise"] == held + 1010 + buffers + step_workspace_bytes(LensConfig(), 1024, 200)
+    assert found["decode"] == held + 1010 + buffers + 3 * 256 * 512 * 512 * 2
+    guided = cpu_peak_bytes(LensConfig(), channels, 1024, 200, 4, True, encoder=1000, autoencoder=10)
+    assert guided["denoise"] > found["denoise"]
+    wide = cpu_peak_bytes(LensConfig(), channels, 1024, 200, 4, False, encoder=1000, autoencoder=10, itemsize=4)
+    assert wide["load transformer"] == 2 * held
