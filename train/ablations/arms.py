@@ -72,6 +72,13 @@ def latents_of(vae: Path, recipe: str, side: int) -> Latents:
     return latents
 
 
+class _Undrawn(TrainMini):
+    """Without a sheet at every save: `scored` draws what is looked at."""
+
+    def draw(self, folder: Path, step: int) -> dict[str, Path]:
+        return {}
+
+
 class ArmTraining:
     """One arm with one seed. Its state and log are in `out`."""
 
@@ -95,7 +102,7 @@ class ArmTraining:
         source = WorldSource(recipe, tuple(arm.captions.items()))
         self.stream = WorldBatches(self.config, source, latents.encode, workers, "cpu", stop=lambda: clock.asked)
         options = argparse.Namespace(joint_steps=0, lr_scale=1.0, steps=None, decay=None, vae=arm.vae, config=recipe)
-        self.method = TrainMini(self.config, options, self.model, self.stream, self.tokenizer, None)
+        self.method = _Undrawn(self.config, options, self.model, self.stream, self.tokenizer, None)
         plan, states = self.method.plan("ablate"), StateFile(out / "ablate.pt")
         self.trainer = Trainer(plan, self.method, states, out, Ranks(self.model.device), self.method.settings(plan))
         if before := states.latest():
