@@ -252,8 +252,8 @@ class TransformersModel:
             )
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{self.folder}: cannot be loaded: {error}") from None
-        if report["missing_keys"]:
-            missing = sorted(report["missing_keys"])
+        # a width that the part's own configuration lacks is drawn anew and stands under "mismatched"
+        if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
             raise ValueError(f"{self.folder}: no weights for {missing[0]} and {len(missing) - 1} others")
         return model.to(self.device).eval()
 
