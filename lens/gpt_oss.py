@@ -15,6 +15,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -214,7 +215,8 @@ class Experts(nn.Module):
         """[R, D] -> [R, D]."""
         if not self.packed:
             return torch.cat([self._expanded(rows) for rows in x.split(samples.lengths)])
-        e, router = self.experts, self.router
+        e: Any = self.experts
+        router = self.router
         return ops.moe_mxfp4(
             x, router.weight, router.bias, e.gate_up_proj_blocks, e.gate_up_proj_scales, e.gate_up_proj_bias,
             e.down_proj_blocks, e.down_proj_scales, e.down_proj_bias, self.top_k, self.alpha, self.limit,
@@ -241,7 +243,7 @@ class RmsNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), [x.shape[-1]], self.weight.float(), self.eps).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -324,7 +326,8 @@ class GptOss(nn.Module):
         cos, sin = ((f * grown)[:, None].to(self.device) for f in (angle.cos(), angle.sin()))
         flat = torch.tensor([token for own in ids for token in own], device=self.device)
         x = F.embedding(flat, self.embed_tokens.weight).to(self.dtype)
-        samples, found = Samples(tuple(keys), tuple(lengths)), {}
+        samples = Samples(tuple(keys), tuple(lengths))
+        found: dict[int, Tensor] = {}
         for n, layer in enumerate(self.layers[: 1 + max(layers)]):
             x = layer(x, cos, sin, samples)
             if n in layers:
@@ -343,7 +346,7 @@ class GptOss(nn.Module):
         for own in ids:
             begin = tuple(own[:prefix])
             key = begin, self.dtype, self.device, max(layers)
-            begun.append(Keys(len(own), self._prefixes.get(key, lambda begin=begin: self._begin(begin, layers))))
+            begun.append(Keys(len(own), self._prefixes.get(key, partial(self._begin, begin, layers))))
         states = self([own[prefix:] for own in ids], begun, layers)
         lengths = [len(own) - prefix for own in ids]
         parts = [[part.clone() for part in states[n].split(lengths)] for n in layers]

@@ -50,7 +50,8 @@ def moe_mxfp4(
             checks.refuse(op, f"{name} must be a multiple of {GROUP}, got {size}")
     if type(top_k) is not int or not 1 <= top_k <= experts:
         checks.refuse(op, f"top_k must be a whole number from 1 to E = {experts}, got {top_k!r}")
-    packed, floats = {}, {}
+    packed: dict[str, tuple[Tensor, str, tuple[int, ...]]] = {}
+    floats: dict[str, tuple[Tensor, str, tuple[int, ...]]] = {}
     floats["router_weight"] = router_weight, "E, D", (experts, width)
     floats["router_bias"] = router_bias, "E", (experts,)
     floats["gate_up_bias"] = gate_up_bias, "E, 2 F", (experts, 2 * hidden)
