@@ -243,7 +243,7 @@ class RmsNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps).to(x.dtype)
+        return F.rms_norm(x.float(), [x.shape[-1]], self.weight.float(), self.eps).to(x.dtype)
 
 
 class Layer(nn.Module):
@@ -326,7 +326,8 @@ class GptOss(nn.Module):
         cos, sin = ((f * grown)[:, None].to(self.device) for f in (angle.cos(), angle.sin()))
         flat = torch.tensor([token for own in ids for token in own], device=self.device)
         x = F.embedding(flat, self.embed_tokens.weight).to(self.dtype)
-        samples, found = Samples(tuple(keys), tuple(lengths)), {}
+        samples = Samples(tuple(keys), tuple(lengths))
+        found: dict[int, Tensor] = {}
         for n, layer in enumerate(self.layers[: 1 + max(layers)]):
             x = layer(x, cos, sin, samples)
             if n in layers:
