@@ -129,7 +129,7 @@ class LensPipeline:
         tokenizer: str | os.PathLike[str] | None = None,
         weights_variant: str | None = None,
         revision: str | None = None,
-        encoder: str = "lens",
+        encoder: str | None = None,
     ) -> LensPipeline:
         """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, an adapter's folder
         that names its base, a hub id, a transformer's .safetensors file.
@@ -144,14 +144,14 @@ class LensPipeline:
         named, else the source's. weights_variant: which of several weights, as diffusers names files ("fp16"); where a
         part has none of it, its default. revision: a branch, tag or commit of a hub id; None: its main branch.
 
-        encoder: what runs the text encoder, "lens" or "transformers". Ours keeps MXFP4 experts packed, on any device, and can
-        visit it; transformers expands them on a CPU, and on a GPU where it lacks its kernels.
+        encoder: what runs the text encoder, "lens" or "transformers"; None: ours, but for packed experts that stay on a GPU for
+        which transformers has its kernels. Ours keeps MXFP4 experts packed, on any device, and can visit it; transformers expands them on a CPU, and on a GPU where it lacks its kernels.
 
         A checkpoint that cannot be used raises lens.CheckpointError, which names the file, the key and what was expected.
         """
         if torch_dtype is not None and dtype not in (None, torch_dtype):
             raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
-        if encoder not in ENCODERS:
+        if encoder is not None and encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
         device, dtype = usable_placement(device, dtype or torch_dtype)
         files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant, revision)
@@ -175,6 +175,12 @@ class LensPipeline:
         layers = denoiser.config.selected_layer_index
         depth = max(layers) + 1
         model: Any
+        if (
+            encoder is None
+        ):  # until moe_mxfp4 has a CUDA kernel, transformers' kernels are faster where they are and may stay
+            theirs = device.type == "cuda" and packed_experts(files.text_encoder) and not why_expanded()
+            stays = parked is None or parked.residency.tier("text_encoder") == "resident"
+            encoder = "transformers" if theirs and stays else "lens"
         if encoder == "lens":
             model = load_gpt_oss(files.text_encoder, dtype, host("text_encoder"), depth)
         else:
