@@ -142,7 +142,7 @@ class Padded:
             stack.enter_context(torch.autocast(x.device.type, torch.bfloat16, enabled=self.gemm == torch.bfloat16))
             if self.compiled:
                 # Equal numbers at the first call (32 samples, 32 tokens) shall not become one symbol, or each coincidence is
-                # compiled; code generation parts lengths into a few ranges, each with a first, an inner and a last block.
+                # compiled; code generation parts lengths into ranges, each with a first, an inner and a last block.
                 stack.enter_context(torch.fx.experimental._config.patch(use_duck_shape=False))  # type: ignore[attr-defined]
                 stack.enter_context(torch._dynamo.config.patch(recompile_limit=32))
             return velocity(self.model, x, features.to(x.dtype), t, table, self.block).to(x.dtype)
