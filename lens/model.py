@@ -7,7 +7,6 @@ image token, E encoder width, F encoder layers.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -136,8 +135,9 @@ class Block(nn.Module):
 
 
 def adapted(layer: Layer, adapter: str | None) -> Layer:
-    """The layer with one of its adapters in force; None: as it is when it is called."""
-    return layer if adapter is None or type(layer) is nn.Linear else partial(cast("Any", layer), adapter=adapter)
+    """The layer with one of its adapters in force, for the rows of one call; None: as it is when it is called."""
+    bound = getattr(layer, "bound", None)
+    return layer if bound is None else cast("Layer", bound(adapter))
 
 
 def summed(carried: Sequence[Residual], packing: Packing) -> list[Tensor]:

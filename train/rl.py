@@ -31,6 +31,7 @@ from lens.chat_client import ChatError
 from lens.config import LensConfig
 from lens.formats.files import read_json, write_json
 from lens.formats.hub import resolve
+from lens.formats.parts import ADAPTER
 from lens.formats.released import (
     load_scheduler,
     read_defaults,
@@ -43,9 +44,10 @@ from lens.formats.released import (
 from . import configs, cost
 from .data import encoders
 from .loop import ranks
-from .loop.checkpoints import Checkpoints
+from .loop.checkpoints import Checkpoints, step_of, write_text
 from .loop.clock import Clock, Interrupted, duration, positive
-from .loop.lora import attach_lora, init_lora, keep_lora, lora_of, merge_lora, save_lora
+from .loop.log import read_log
+from .loop.lora import attach_lora, init_lora, keep_lora, lora_of, merge_lora, round_lora, save_lora
 from .loop.ranks import Ranks
 from .loop.sheets import released_decoder
 from .loop.trainer import ALONE, Trainer
@@ -55,6 +57,8 @@ from .rl_judging import LOCAL, judging, spent
 from .rl_method import OLD, Nft, grids_of
 from .rollout import Rollouts, Texts
 
+BEST = "best"  # for --state
+VARIED = 0.9  # share of the base's effective backdrops that the best state keeps
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -77,9 +81,26 @@ def check(recipe: ModuleType) -> None:
     for name in ("KL_WEIGHT", "DIVERSITY_WEIGHT"):
         if not 0 <= getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
+    if recipe.SUMMED and recipe.COMPUTE != "float32":
+        raise ValueError(
+            f"SUMMED: adapters are summed into float32 weights, expected COMPUTE = 'float32', got {recipe.COMPUTE!r}"
+        )
     if lora_of(recipe) is None:
         raise ValueError("LORA: expected for example r=32,alpha=64,targets=all")
-    grids_of(recipe.BASE, recipe.ASPECTS)
+    if recipe.GROUPS % len(recipe.BASES):
+        raise ValueError(f"GROUPS: {recipe.GROUPS}, expected as many groups of each of BASES {recipe.BASES}")
+    for base in recipe.BASES:
+        grids_of(base, recipe.ASPECTS)
+
+
+def start_of(init: str) -> Path:
+    """The folder of a whole model. Errors: ValueError for an adapter's, whose merged weights would be the start."""
+    folder = resolve(init)
+    if (folder / ADAPTER).is_file() and not (folder / "transformer").is_dir():
+        raise ValueError(
+            f"--init {init}: an adapter's folder; expected a whole model, such as the one beside it of --export"
+        )
+    return folder
 
 
 def refuse_distilled(folder: Path, recipe: ModuleType, allowed: bool) -> None:
@@ -104,13 +125,13 @@ def build(recipe: ModuleType, folder: Path, group: Ranks) -> tuple[Denoiser, nn.
     path = folder / "transformer" / "config.json"
     with torch.device("meta"):
         model = Denoiser(transformer_config(read_json(path), str(path)), DTYPES[recipe.COMPUTE], recipe.RECOMPUTE)
-        attach_lora(model, lora, model.compute)
+        attach_lora(model, lora, model.compute, recipe.SUMMED)
     ranks.load_released(model, folder / "transformer", group.device)
     init_lora(model, recipe.SEED)
     keep_lora(model, OLD)
-    # no layer of it behaves otherwise in training: in this mode a sample's bits are its own on a CPU
+    # no layer of it behaves otherwise in training: in this mode a sample's bits can be its own on a CPU
     model.eval()
-    model.batch_invariant = group.device.type == "cpu"
+    model.batch_invariant = group.device.type == "cpu" and recipe.INVARIANT
     return model, ranks.wrap(model, group)
 
 
@@ -132,7 +153,7 @@ def frozen_networks(
 
 
 def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
-    clock, out, folder = Clock(options.stop_after), options.out, resolve(options.init)
+    clock, out, folder = Clock(options.stop_after), options.out, start_of(options.init)
     refuse_distilled(folder, recipe, options.allow_distilled)
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
@@ -144,7 +165,7 @@ def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
     rest = seen.judge, seen.prompts, seen.global_rubric, seen.held, seen.watch
     method = Nft(recipe, wrapped, group, rollouts, texts, decode, *rest)
     states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
-    settings = configs.fields(recipe) | {"INIT": str(folder), "SUBSET": options.subset, "JUDGE": options.judge}
+    settings = configs.fields(recipe) | {"INIT": options.init, "SUBSET": options.subset, "JUDGE": options.judge}
     settings["PROMPTS_USED"] = len(seen.prompts)
     trainer = Trainer(method.plan(), method, states, out, group, settings, cost.peak_of(group.device))
     if (before := states.latest()) is not None:
@@ -165,12 +186,14 @@ def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
 
 
 def export(options: argparse.Namespace, recipe: ModuleType) -> None:
-    """The averages of the latest state: FOLDER/lora as peft saves it, and a whole checkpoint with merged weights."""
-    folder, target, lora = resolve(options.init), options.export, lora_of(recipe)
+    """The averages of a state: a whole checkpoint with merged weights, and FOLDER/lora, the adapter as peft saves it, with
+    what made it and with the base's name: a model of its own to the pipeline. Both are made of the adapter rounded to bfloat16.
+    """
+    folder, target, lora = start_of(options.init), options.export, lora_of(recipe)
     assert lora is not None, "checked at the start"
     model, _ = build(recipe, folder, ALONE)
     states = Checkpoints(options.out / "checkpoints", ALONE)
-    before = options.state or states.latest()
+    before = best_of(options.out, states) if options.state == Path(BEST) else options.state or states.latest()
     if before is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
     averaged = {f"ema.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -178,13 +201,32 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     if target.resolve() == folder.resolve():
         raise ValueError(f"--export {target}: the checkpoint the run starts from; expected another folder")
     shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "lora"))
-    save_lora(model, lora, target / "lora")
+    round_lora(model, torch.bfloat16)
+    save_lora(model, lora, target / "lora", torch.bfloat16, base=options.init)
     merge_lora(model)
     save_transformer(model, target / "transformer", torch.bfloat16)
     about = dict(read_index(folder).get("lens", {}))
     about |= {"name": f"{about.get('name', 'Lens')}-RL", "rl_steps": state["step"]}
-    write_json(target / "model_index.json", released_index(about))
+    made = {"rl": state["settings"] | {"REVISION": state["revision"], "STEP": state["step"]}}
+    earlier = read_json(folder / "recipe.json") if (folder / "recipe.json").is_file() else {}
+    log = options.out / "log.jsonl"
+    for place in (target, target / "lora"):
+        write_json(place / "model_index.json", released_index(about))
+        write_json(place / "recipe.json", earlier | made)
+        if log.is_file():
+            write_text(place / "rl.jsonl", log.read_text(encoding="utf-8"))
     print(f"{before.name} is exported: {target / 'transformer'} and {target / 'lora'}")
+
+
+def best_of(out: Path, states: Checkpoints) -> Path | None:
+    """Of the states kept, the one of the highest held-out score among those that keep VARIED of the first validation's effective
+    backdrops, where those are known; None where no state was validated."""
+    rows = {row["step"]: row for row in read_log(out / "log.jsonl") if "held_score" in row}
+    name = "held_effective_backdrops"
+    least = VARIED * rows.get(0, {}).get(name, 0.0)
+    good = [state for state in states.states() if rows.get(step_of(state), {}).get(name, least) >= least]
+    good = [state for state in good if step_of(state) in rows]
+    return max(good, key=lambda state: rows[step_of(state)]["held_score"], default=None)
 
 
 def dry_run(recipe: ModuleType, shape: LensConfig, world: int, gpu: str) -> str:
@@ -192,7 +234,7 @@ def dry_run(recipe: ModuleType, shape: LensConfig, world: int, gpu: str) -> str:
     if recipe.SLOTS % world:
         raise ValueError(f"--world: {world} processes for SLOTS = {recipe.SLOTS}; expected a divisor")
     pictures, iterations = recipe.GROUPS * recipe.GROUP, -(-recipe.STEPS // recipe.INNER_STEPS)
-    tokens = max(h * w for h, w in grids_of(recipe.BASE, recipe.ASPECTS))
+    tokens = max(h * w for base in recipe.BASES for h, w in grids_of(base, recipe.ASPECTS))
     texts, per_slot = [recipe.TEXT_TOKENS], pictures // recipe.SLOTS
     forward = cost.forward_flops(shape, tokens, texts)
     training = cost.training_flops(shape, tokens, texts, lora_of(recipe)) + 2 * forward
@@ -225,7 +267,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("runs/rl"), help="folder of all that is written (default: runs/rl)"
     )
     parser.add_argument(
-        "--init", default="mini", metavar="CHECKPOINT", help="mini, or a released-layout folder (default: mini)"
+        "--init",
+        default="mini-base",
+        metavar="CHECKPOINT",
+        help="mini-base, or a released-layout folder (default: mini-base)",
     )
     parser.add_argument("--allow-distilled", action="store_true", help="train a few-step checkpoint all the same")
     parser.add_argument(
@@ -262,7 +307,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the averages as a checkpoint"
     )
-    parser.add_argument("--state", type=Path, metavar="STATE", help="the state to export (default: the latest)")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        metavar="STATE",
+        help=f"the state to export, or {BEST}: by held-out score (default: the latest)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:

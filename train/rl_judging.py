@@ -74,18 +74,19 @@ def judging(
         prompts = [prompt for prompt in prompts if prompt.id not in kept]
         if not prompts:
             raise ValueError(f"{path}: no prompt is left beside VALIDATION = {recipe.VALIDATION} held-out ones")
-        held = Held([p.prompt for p in own], [(*p.rubrics, shared) for p in own])
+        bases = [recipe.BASES[i % len(recipe.BASES)] for i in range(len(own))]
+        held = Held([p.prompt for p in own], [(*p.rubrics, shared) for p in own], bases)
         return Judging(judge, shared, prompts, held, None, judge.client)
-    detector, world = (
-        Detector.load(),
-        scenes(recipe.VALIDATION, CORE, TASKS, VALIDATION_SEED, (recipe.BASE, recipe.BASE)),
-    )
-    held = Held([scene.caption for scene in world], [[*map(sentence, rubrics_of(scene)), shared] for scene in world])
-    watch = SmallWorldWatch(detector, CORE, world)
+    detector, count = Detector.load(), recipe.VALIDATION
+    own_bases = [recipe.BASES[i % len(recipe.BASES)] for i in range(count)]
+    worlds = {base: scenes(count, CORE, TASKS, VALIDATION_SEED, (base, base)) for base in recipe.BASES}
+    world = [worlds[base][i] for i, base in enumerate(own_bases)]
+    rubrics = [[*map(sentence, rubrics_of(scene)), shared] for scene in world]
+    held = Held([scene.caption for scene in world], rubrics, own_bases)
     if judge is not None:
-        return Judging(judge, shared, prompts, held, watch, judge.client)
+        return Judging(judge, shared, prompts, held, SmallWorldWatch(detector, CORE, world), judge.client)
     local = SmallWorldJudge(detector, CORE, ocr.Reader() if ocr.available() else None)
-    return Judging(local, shared, prompts, held, watch, None)
+    return Judging(local, shared, prompts, held, SmallWorldWatch(detector, CORE, world, local), None)
 
 
 def rubric_judge(recipe: ModuleType, where: str, out: Path, rank: int) -> RubricJudge:

@@ -63,6 +63,7 @@ class Held:
 
     prompts: Sequence[str]
     rubrics: Sequence[Sequence[str]]
+    bases: Sequence[int]  # of each, at which it is drawn as a square
 
 
 @dataclass
@@ -110,9 +111,10 @@ def grids_of(base: int, aspects: Sequence[str]) -> list[Grid]:
     return [(height // TOKEN_PIXELS, width // TOKEN_PIXELS) for height, width in sizes]
 
 
-def grid_of(recipe: ModuleType, iteration: int, slot: int) -> Grid:
-    """A slot's size: one of the aspect ratios, each as often as the others over an iteration's slots, in a random order."""
-    grids = grids_of(recipe.BASE, recipe.ASPECTS)
+def grid_of(recipe: ModuleType, iteration: int, slot: int, group: int) -> Grid:
+    """A picture's size. Its aspect ratio is its slot's, each as often as the others over an iteration's slots, in a random order;
+    its base is its group's, whose rewards compare then; bases take turns."""
+    grids = grids_of(recipe.BASES[(iteration + group) % len(recipe.BASES)], recipe.ASPECTS)
     order = torch.randperm(len(grids), generator=keyed(recipe.SEED, "aspects", iteration)).tolist()
     return grids[order[slot % len(order)]]
 
@@ -204,7 +206,7 @@ class Nft(Method):
                 waiting.append(self._submitted(pool, slots[slot]))
             judged = [one.result() for one in waiting]
         every = [one for own in group.gather(judged) for one in own]
-        rewards, numbers = self.rewards(sorted(every, key=lambda one: one.indices[0]))
+        rewards, numbers = self.rewards(sorted(every, key=lambda one: one.indices[0]), iteration)
         for samples in slots.values():
             for sample in samples:
                 sample.r, sample.valid = float(rewards.r[sample.index]), bool(rewards.valid[sample.index])
@@ -224,14 +226,17 @@ class Nft(Method):
 
     def drawn(self, iteration: int, slot: int, asked: Sequence[Prompt]) -> list[Sample]:
         """A slot's pictures by the old policy."""
-        recipe, grid = self.recipe, grid_of(self.recipe, iteration, slot)
+        recipe, channels = self.recipe, self.rollouts.model.config.in_channels
         indices = indices_of(recipe, slot)
         prompts = [asked[j // recipe.GROUP] for j in indices]
-        size = grid[0] * grid[1], self.rollouts.model.config.in_channels
-        noise = [torch.randn(size, generator=keyed(recipe.SEED, "rollout", iteration, j)) for j in indices]
+        grids = [grid_of(recipe, iteration, slot, j // recipe.GROUP) for j in indices]
+        noise = [
+            torch.randn(h * w, channels, generator=keyed(recipe.SEED, "rollout", iteration, j))
+            for j, (h, w) in zip(indices, grids)
+        ]
         features = self.texts([prompt.prompt for prompt in prompts])
-        latents = self.rollouts(features, [grid] * len(indices), noise, OLD)
-        return [Sample(j, p, grid, x, f) for j, p, x, f in zip(indices, prompts, latents, features)]
+        latents = self.rollouts(features, grids, noise, OLD)
+        return [Sample(*one) for one in zip(indices, prompts, grids, latents, features)]
 
     @torch.no_grad()
     def judged(self, samples: Sequence[Sample]) -> Judged:
@@ -251,7 +256,7 @@ class Nft(Method):
             return [prompt.category] * len(prompt.rubrics)
         return [self.watch.kind(rubric) for rubric in prompt.rubrics]
 
-    def rewards(self, judged: Sequence[Judged]) -> tuple[nft.Optimality, dict[str, float]]:
+    def rewards(self, judged: Sequence[Judged], iteration: int) -> tuple[nft.Optimality, dict[str, float]]:
         """r of every picture of an iteration, and its numbers, from the judgements of all slots."""
         recipe, count = self.recipe, self.recipe.GROUPS * self.recipe.GROUP
         groups = [j // recipe.GROUP for j in range(count)]
@@ -269,11 +274,14 @@ class Nft(Method):
                 f"{common(reasons)}"
             )
         different = diversity.rewards(looks, groups) if self.watch is not None else np.zeros(count)
-        total = torch.from_numpy(score + recipe.DIVERSITY_WEIGHT * different)
+        total, known = torch.from_numpy(score + recipe.DIVERSITY_WEIGHT * different), torch.from_numpy(valid)
+        if recipe.SHUFFLE:
+            order = shuffled(recipe, iteration)
+            total, known = total[order], known[order]
         found = nft.optimality(
             total,
             torch.tensor(groups),
-            torch.from_numpy(valid),
+            known,
             recipe.Z_SCALE,
             recipe.RECENTRE,
             recipe.MASK_DEGENERATE,
@@ -345,10 +353,12 @@ class Nft(Method):
             return self.rollouts.velocity(model, x, sigma, features, grids, adapter)
 
         # finished before v_theta begins, and each under the adapter that its call names
+        follows = recipe.ETA == 0 and step % recipe.INNER_STEPS == 0  # old is theta, to the bit
         with torch.no_grad():
-            v_old = velocity(bare(self.model), OLD)
+            v_old = None if follows else velocity(bare(self.model), OLD)
             v_ref = velocity(bare(self.model), NO_LORA)
         v_theta = velocity(self.model, None)
+        v_old = v_theta.detach() if v_old is None else v_old
         r = torch.tensor([s.r for s, _, _ in rows], device=device)
         values = nft.losses(v_theta, v_old, target, r, sigma.to(device), lengths, recipe.NFT_BETA, recipe.ADAPTIVE)
         drift = nft.squared_distance(v_theta, v_ref, lengths)
@@ -400,9 +410,13 @@ class Nft(Method):
         if self.held is None:
             return {}
         held, group = self.held, self.group
-        side = self.recipe.BASE // TOKEN_PIXELS
         places = list(range(group.rank, len(held.prompts), group.world))
-        pictures = self.pictures(held.prompts, places, (side, side), self.recipe.SAMPLING_STEPS, 1.0)
+        drawn: dict[int, np.ndarray] = {}
+        for base in sorted(set(held.bases)):
+            own, side = [place for place in places if held.bases[place] == base], base // TOKEN_PIXELS
+            found = self.pictures(held.prompts, own, (side, side), self.recipe.SAMPLING_STEPS, 1.0)
+            drawn |= dict(zip(own, found))
+        pictures = [drawn[place] for place in places]
         scores = self.judge.score([held.prompts[i] for i in places], [held.rubrics[i] for i in places], pictures)
         failures = [own[0] if own else "" for own, good in zip(scores.reasons, scores.valid) if not good]
         failures = [reason for own in group.gather(failures) for reason in own]
@@ -412,18 +426,22 @@ class Nft(Method):
             )
         look = self.watch.look if self.watch is not None else bare_look
         rows: list[dict[str, Any]] = [
-            {"score": float(score), "sharpness": diversity.sharpness(p), "look": look(p)}
-            for score, p in zip(scores.score, pictures)
+            {"score": float(score), "sharpness": diversity.sharpness(p), "look": look(p), "base": held.bases[place]}
+            for score, p, place in zip(scores.score, pictures, places)
         ]
         if self.watch is not None:
             for row, more in zip(rows, self.watch.independent(pictures, places)):
                 row |= more
         every = [row for own in group.gather(rows) for row in own]
-        found = {f"held_{name}": known_mean([row[name] for row in every]) for name in every[0] if name != "look"}
-        found["held_invalid_share"] = len(failures) / len(held.prompts)
+        names = [name for name in every[0] if name not in ("look", "base")]
+        numbers = {f"held_{name}": known_mean([row[name] for row in every]) for name in names}
+        numbers["held_invalid_share"] = len(failures) / len(held.prompts)
         if self.watch is not None:
-            found["held_effective_backdrops"] = diversity.effective_number([row["look"].backdrop for row in every])
-        return found
+            numbers["held_effective_backdrops"] = diversity.effective_number([row["look"].backdrop for row in every])
+        for base in sorted(set(held.bases)) if len(set(held.bases)) > 1 else ():
+            own_rows = [row for row in every if row["base"] == base]
+            numbers |= {f"held_{name}_{base}": known_mean([row[name] for row in own_rows]) for name in names}
+        return numbers
 
     def draw(self, folder: Path, step: int) -> dict[str, Path]:
         """The fixed prompts with seeds 0, 1, ...: the same noise before, during and after."""
@@ -437,6 +455,15 @@ class Nft(Method):
         if group.main:
             contact_sheet([pictures[i] for i in sorted(pictures)], list(recipe.PROMPTS), path, columns=8)
         return {"sheet": path}
+
+
+def shuffled(recipe: ModuleType, iteration: int) -> Tensor:
+    """Places of the rewards that the pictures of an iteration get instead of their own: another order within every group."""
+    found = [
+        group * recipe.GROUP + torch.randperm(recipe.GROUP, generator=keyed(recipe.SEED, "shuffle", iteration, group))
+        for group in range(recipe.GROUPS)
+    ]
+    return torch.cat(found)
 
 
 def known_mean(values: Sequence[float]) -> float:

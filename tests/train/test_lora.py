@@ -20,7 +20,18 @@ from train import configs, pretrain
 from train import export as shipping
 from train.loop.checkpoints import folder_tensors, load_state, save_state
 from train.loop.keys import keyed
-from train.loop.lora import COMFYUI, Lora, attach_lora, init_lora, lora_layers, merge_lora, parse_lora, save_lora
+from train.loop.lora import (
+    COMFYUI,
+    NO_LORA,
+    Lora,
+    attach_lora,
+    init_lora,
+    keep_lora,
+    lora_layers,
+    merge_lora,
+    parse_lora,
+    save_lora,
+)
 from train.networks import generator
 from train.networks.codec import Latents
 from train.networks.denoiser import Denoiser
@@ -272,3 +283,28 @@ def test_states_without_settings_are_refused_a_lora(train, tmp_path):
     save_state(path, state)
     with pytest.raises(ValueError, match="this training has none"):
         train(tmp_path / "plain", lora="r=2")
+
+
+def test_summed_adapters_are_those_beside_the_weights():
+    """The one that trains, a kept one and none; called at once and bound for several calls; gradients; only over float32."""
+    found = {}
+    for summed in (False, True):
+        model = base()
+        attach_lora(model, Lora(3, 6.0, "all"), summed=summed)
+        init_lora(model, 2)
+        away_from_zero(model)
+        keep_lora(model, "old")
+        layer = dict(lora_layers(model))["blocks.0.image.w13"]
+        with torch.no_grad():
+            layer.up[1].mul_(2)
+        x = torch.randn(7, layer.base.in_features, generator=keyed(1, "x"), requires_grad=True)
+        rows = [layer.bound(adapter)(x) for adapter in (None, "old", NO_LORA)]
+        assert all(torch.equal(row, layer(x, adapter)) for row, adapter in zip(rows, (None, "old", NO_LORA)))
+        rows[0].square().sum().backward()
+        found[summed] = [*rows, x.grad, *(p.grad for p in (*layer.down, *layer.up))]
+        assert layer.base.weight.grad is None
+    for beside, one in zip(found[False], found[True]):
+        assert relative(one, beside) < 1e-5
+    assert relative(found[True][0], found[True][1]) > 0.01
+    with pytest.raises(ValueError, match=r"summed adapters of weights in torch\.bfloat16"):
+        attach_lora(base(), Lora(3, 6.0), torch.bfloat16, summed=True)

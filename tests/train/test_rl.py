@@ -38,9 +38,10 @@ def samples_of(method, count=3):
     return found
 
 
-def test_a_rollouts_velocity_is_the_training_forwards_to_the_bit():
+@pytest.mark.parametrize("summed", [False, True])
+def test_a_rollouts_velocity_is_the_training_forwards_to_the_bit(summed):
     """The engine's, over mixed sizes, against a packed forward with a gradient, other neighbours and other times beside."""
-    method = method_of(recipe())
+    method = method_of(recipe(SUMMED=summed))
     rollouts, samples = method.rollouts, samples_of(method)
     sigmas = rollouts.sigmas((4, 4))
     model = rollouts.model
@@ -74,11 +75,12 @@ def test_a_rollouts_velocity_is_the_training_forwards_to_the_bit():
     assert found.requires_grad
 
 
-def test_adapters_are_an_argument_under_every_recompute_mode():
+@pytest.mark.parametrize("summed", [False, True])
+def test_adapters_are_an_argument_under_every_recompute_mode(summed):
     """Gradients of a loss of three policies agree; old gets none; without adapters the model is the checkpoint."""
     gradients = {}
     for mode in ("none", "block", "selective"):
-        method = method_of(recipe(RECOMPUTE=mode, KL_WEIGHT=0.5), old_moved=True)
+        method = method_of(recipe(RECOMPUTE=mode, KL_WEIGHT=0.5, ETA=0.5, SUMMED=summed), old_moved=True)
         method.losses(Micro(0, 0, samples_of(method), {}), 0)["model"].values.mean().backward()
         whole = method.rollouts.model
         gradients[mode] = {
@@ -121,14 +123,33 @@ def test_the_first_step_starts_at_old_and_old_follows(tmp_path):
     torch.testing.assert_close(layer.sides(OLD)[1][0], before + 0.75 * moved)
 
 
+def test_where_old_follows_at_once_its_velocity_is_thetas(tmp_path):
+    """It is not computed again then: the loss is, to the bit, that of computing it."""
+    trainer = trainer_of(tmp_path, recipe(ETA=0.0))
+    batches = trainer.method.batches()
+    trainer.train_step(batches)
+    second, values = next(batches), []
+    for eta in (0.0, 1e-9):
+        trainer.method.recipe.ETA = eta
+        values.append(trainer.method.losses(second, 1)["model"].values)
+    assert torch.equal(*values)
+
+
 def test_a_group_is_spread_and_an_epoch_is_whole():
     settings = recipe(GROUPS=5, GROUP=4)
     slots = [indices_of(settings, slot) for slot in range(4)]
     assert sorted(j for own in slots for j in own) == list(range(20))
     assert all({j // 4 for j in own} == set(range(5)) for own in slots)
     assert {p.id for p in prompts_of(settings, 0, PROMPTS)} == {p.id for p in PROMPTS}
-    nine = recipe(BASE=1024, ASPECTS=configs.load("released", "rl").ASPECTS, SLOTS=9)
-    assert len({grid_of(nine, 3, slot) for slot in range(9)}) == 9
+    nine = recipe(BASES=(1024,), ASPECTS=configs.load("released", "rl").ASPECTS, SLOTS=9)
+    assert len({grid_of(nine, 3, slot, 0) for slot in range(9)}) == 9
+    mixed = recipe(BASES=(64, 128), ASPECTS=("1:1",))
+    assert [grid_of(mixed, iteration, 1, group) for iteration in (0, 1) for group in (0, 1)] == [
+        (4, 4),
+        (8, 8),
+        (8, 8),
+        (4, 4),
+    ]
 
 
 def test_a_resume_at_any_step_has_the_same_bits(tmp_path):
@@ -185,6 +206,15 @@ def test_failed_judgements_teach_nothing_and_too_many_stop():
         method_of(recipe(GROUPS=4), judge=Bright(failing=7)).iteration(0)
 
 
+def test_shuffled_rewards_stay_in_their_groups_and_tell_nothing_of_a_picture():
+    own, control = (method_of(recipe(GROUPS=3, SHUFFLE=shuffle)).iteration(1)[0] for shuffle in (False, True))
+    r, mixed = ({s.index: s.r for samples in slots.values() for s in samples} for slots in (own, control))
+    assert r != mixed
+    for group in range(3):
+        members = range(group * 4, group * 4 + 4)
+        assert sorted(mixed[j] for j in members) == pytest.approx(sorted(r[j] for j in members), abs=1e-6)
+
+
 def test_a_stop_rule_names_what_fell():
     method = method_of(recipe(STOP={"sharpness": 0.5}, WINDOW=2))
     method.iteration(0)
@@ -196,10 +226,12 @@ def test_a_stop_rule_names_what_fell():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (["SLOTS=7"], "SLOTS: 7, expected a divisor of GROUPS x GROUP = 128"),
+        (["SLOTS=7"], "SLOTS: 7, expected a divisor of GROUPS x GROUP = 96"),
         (["TIMES=9"], "TIMES: 9 nodes of 8 SAMPLING_STEPS"),
         (["KL_WEIGHT=-1.0"], "KL_WEIGHT: expected 0 or more"),
         (["GROUP=1"], "GROUP: expected 2 or more"),
+        (["GROUPS=5", "GROUP=16"], r"GROUPS: 5, expected as many groups of each of BASES \(64, 128\)"),
+        (["COMPUTE=bfloat16"], "SUMMED: adapters are summed into float32 weights"),
     ],
 )
 def test_recipes_that_cannot_run_are_refused(changes, words):

@@ -12,8 +12,9 @@ that read `weight` instead of calling the layer must find the adapter in it. Key
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -85,10 +86,13 @@ class LoraLinear(nn.Module):
     """A linear layer, frozen by `attach_lora`, and the adapters, float32, of the released modules its rows are made of.
 
     One adapter trains; `keep_lora` puts frozen copies beside it, by name. Which is in force is an argument of the call.
+    summed: rows are multiplied with W + alpha / r * up down, summed once a call, in place of two more GEMMs: faster where
+    weights are small beside rows. Under float32 alone, since bfloat16 would round a small adapter away.
     """
 
-    def __init__(self, base: nn.Linear, modules: list[str], lora: Lora):
+    def __init__(self, base: nn.Linear, modules: list[str], lora: Lora, summed: bool = False):
         super().__init__()
+        self.summed = summed
         self.base, self.modules_adapted, self.factor = base, modules, lora.alpha / lora.r
         trained, device = base.weight.requires_grad, base.weight.device
 
@@ -101,11 +105,26 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         """adapter: None, the one that trains; NO_LORA, no adapter at all; else a name that `keep_lora` was given."""
-        if adapter == NO_LORA:
-            return self.base(x)
+        if adapter == NO_LORA or self.summed:
+            return F.linear(x, self.sum_of(adapter), self.base.bias)
         downs, ups = self.sides(adapter)
         parts = [F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype)) for down, up in zip(downs, ups)]
         return self.base(x) + self.factor * (parts[0] if len(parts) == 1 else torch.cat(parts, -1))
+
+    def bound(self, adapter: str | None) -> Callable[[Tensor], Tensor]:
+        """The layer under an adapter, for the parts of one call: what is summed is summed once."""
+        if self.summed:
+            return partial(F.linear, weight=self.sum_of(adapter), bias=self.base.bias)
+        return self if adapter is None else partial(self, adapter=adapter)
+
+    def sum_of(self, adapter: str | None) -> Tensor:
+        """W + alpha / r * up down of an adapter in W's dtype; differentiable."""
+        weight = self.base.weight
+        if adapter == NO_LORA:
+            return weight
+        downs, ups = self.sides(adapter)
+        parts = [torch.addmm(w, up, down, alpha=self.factor) for w, up, down in zip(weight.chunk(len(ups)), ups, downs)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def sides(self, adapter: str | None) -> tuple[nn.ParameterList, nn.ParameterList]:
         """Down and up of the adapter that trains, or of a kept one."""
@@ -129,12 +148,15 @@ class LoraLinear(nn.Module):
         return self.base.bias
 
 
-def attach_lora(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None) -> None:
+def attach_lora(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None, summed: bool = False) -> None:
     """Freeze the model and put adapters, not yet drawn, around the layers of `lora.targets`. They train where the layer did.
 
     frozen: what the frozen weights are kept in, which is what they are used in: nothing is added to them that rounding
-    could lose. None leaves them as they are. A model on the meta device stays there.
+    could lose. None leaves them as they are. A model on the meta device stays there. summed: see `LoraLinear`. Errors:
+    ValueError for summed adapters of rounded weights.
     """
+    if summed and frozen not in (None, torch.float32):
+        raise ValueError(f"attach_lora: summed adapters of weights in {frozen}, expected float32")
     found: dict[str, list[str]] = {}
     for module, (name, _, _) in modules_of(model).items():
         if module.partition("transformer_blocks.")[2].partition(".")[2] in TARGETS[lora.targets]:
@@ -143,7 +165,7 @@ def attach_lora(model: nn.Module, lora: Lora, frozen: torch.dtype | None = None)
     for name, modules in found.items():
         layer = model.get_submodule(name)
         assert isinstance(layer, nn.Linear), name
-        wrapped[name] = LoraLinear(layer, modules, lora)
+        wrapped[name] = LoraLinear(layer, modules, lora, summed)
     model.requires_grad_(False).to(frozen)
     for name, adapted in wrapped.items():
         parent, _, leaf = name.rpartition(".")
@@ -190,9 +212,23 @@ def merge_lora(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), leaf, layer.base)
 
 
-def save_lora(model: nn.Module, lora: Lora, folder: Path) -> None:
-    """The adapters as a peft folder, float32: adapter_model.safetensors and adapter_config.json; beside them the same
-    numbers as one file in ComfyUI's names, lora_down, lora_up and alpha, which finds nothing under peft's."""
+@torch.no_grad()
+def round_lora(model: nn.Module, dtype: torch.dtype) -> None:
+    """The adapter that trains, rounded to what it is saved as, so that merged weights are made of the same numbers."""
+    for _, layer in lora_layers(model):
+        for p in (*layer.down, *layer.up):
+            p.copy_(p.to(dtype))
+
+
+def save_lora(
+    model: nn.Module, lora: Lora, folder: Path, dtype: torch.dtype = torch.float32, base: str | None = None
+) -> None:
+    """The adapters as a peft folder: adapter_model.safetensors and adapter_config.json; beside them the same
+    numbers as one file in ComfyUI's names, lora_down, lora_up and alpha, which finds nothing under peft's.
+
+    base: the model that is adapted, an embedded one's name or a folder; `LensPipeline.from_pretrained(folder)` then is that
+    model with the adapter.
+    """
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
@@ -200,7 +236,7 @@ def save_lora(model: nn.Module, lora: Lora, folder: Path) -> None:
     for _, layer in lora_layers(model):
         for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
             for side, way, value in (("A", "down", down), ("B", "up", up)):
-                kept = value.detach().float().cpu().contiguous()
+                kept = value.detach().to("cpu", dtype).contiguous()
                 tensors[f"base_model.model.{module}.lora_{side}.weight"] = kept
                 comfyui[f"diffusion_model.{module}.lora_{way}.weight"] = kept
             comfyui[f"diffusion_model.{module}.alpha"] = torch.tensor(float(lora.alpha))
@@ -209,7 +245,7 @@ def save_lora(model: nn.Module, lora: Lora, folder: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": None,
+        "base_model_name_or_path": base,
         "inference_mode": True,
         "r": lora.r,
         "lora_alpha": int(lora.alpha) if lora.alpha == int(lora.alpha) else lora.alpha,

@@ -16,6 +16,7 @@ from PIL import Image
 from ..data.small_world.layout import place_of
 from ..evaluate import geneval
 from ..evaluate.detector import Detector
+from ..evaluate.geneval import Detection
 from ..evaluate.surroundings import surroundings
 
 THUMB = 8  # pixels of the side of a thumbnail
@@ -37,8 +38,13 @@ def thumbnail(picture: np.ndarray) -> np.ndarray:
 def look_at(detector: Detector, picture: np.ndarray) -> Look:
     """uint8 [H, W, 3] -> what tells it apart from the others of its group."""
     (seen,) = detector.look([picture])
+    boxes = [d.box for d in seen if d.score > geneval.FOUND]
+    return look_of(picture, seen, surroundings(picture.astype(np.float32), boxes)[0])
+
+
+def look_of(picture: np.ndarray, seen: Sequence[Detection], backdrop: str | None) -> Look:
+    """The same where its objects and its backdrop are known."""
     found = [d for d in seen if d.score > geneval.FOUND]
-    backdrop, _ = surroundings(picture.astype(np.float32), [d.box for d in found])
     height, width = picture.shape[:2]
     place = None
     if found:

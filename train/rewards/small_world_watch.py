@@ -10,13 +10,17 @@ from ..data.small_world.scene import Scene
 from ..evaluate import geneval, shape, template
 from ..evaluate.detector import Detector
 from . import diversity
+from .small_world import SmallWorldJudge
 from .small_world_rubrics import parse
 
 
 class SmallWorldWatch:
-    """scenes: of the held-out prompts, whose captions they are."""
+    """scenes: of the held-out prompts, whose captions they are. judge: where it is the local one, which has seen them already."""
 
-    def __init__(self, detector: Detector, classes: Sequence[str], scenes: Sequence[Scene]):
+    def __init__(
+        self, detector: Detector, classes: Sequence[str], scenes: Sequence[Scene], judge: SmallWorldJudge | None = None
+    ):
+        self.judge = judge
         self.detector, self.classes, self.scenes = detector, tuple(classes), scenes
         self.shapes = shape.ShapeJudge(classes)
 
@@ -28,7 +32,7 @@ class SmallWorldWatch:
             return "other"
 
     def look(self, picture: np.ndarray) -> diversity.Look:
-        return diversity.look_at(self.detector, picture)
+        return diversity.look_at(self.detector, picture) if self.judge is None else self.judge.look(picture)
 
     def independent(self, pictures: Sequence[np.ndarray], places: Sequence[int]) -> list[dict[str, float]]:
         """Per picture: `template`, 1 where the template judge, which no reward reads, finds all that is asked for and nothing

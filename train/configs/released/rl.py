@@ -20,7 +20,7 @@ MODEL: dict[str, int] = {}
 # ---- rollouts
 GROUPS, GROUP = 48, 24
 SLOTS = 576
-BASE = 1024
+BASES: tuple[int, ...] = (1024,)
 ASPECTS: tuple[str, ...] = buckets.ASPECTS
 SAMPLING_STEPS, SOLVER = 20, "dpm2m"
 ROLLOUT_OVERLAP = True
@@ -35,6 +35,7 @@ KL_WEIGHT = 1e-4
 ETA: float | Literal["nft"] = "nft"
 DIVERSITY_WEIGHT = 0.0
 MOST_FAILURES = 0.05
+SHUFFLE = False
 
 # ---- judge over HTTP, where --judge names one
 JUDGE_MODEL = "gpt-4.1-mini"
@@ -52,6 +53,8 @@ SKIP_LIMIT = 3
 
 # ---- machine
 COMPUTE: Literal["bfloat16", "float32"] = "bfloat16"
+INVARIANT = False
+SUMMED = False
 RECOMPUTE: Literal["none", "block", "selective"] = "block"
 
 # ---- what a person watches
@@ -77,6 +80,7 @@ OPEN = {
     "MASK_DEGENERATE": "not mentioned; True leaves out groups whose rewards are all equal, which pull theta to old",
     "ETA": "min(.001, .5) is printed, which is constant: read as min(.001 i, .5), i the optimiser step, as in the official code",
     "DIVERSITY_WEIGHT": "ours; the groupwise reward reads the small world's backdrops, so 0 here",
+    "SHUFFLE": "ours; the control",
     "MOST_FAILURES": "ours; a failed judgement is masked, and more than these stop the step",
     "JUDGE_MODEL": "a small vision-language model that many can reach; any server's model will do",
     "JUDGE_SCORE": "binary is stated; graded and probability are smoother",
@@ -86,6 +90,8 @@ OPEN = {
     "WARMUP": "not mentioned: none",
     "CLIP": "not mentioned; the official code's",
     "EMA": "not mentioned; the official code's average, min((1 + k) / (10 + k), .9)",
+    "INVARIANT": "ours; only on a CPU",
+    "SUMMED": "ours; adapters beside the weights, as bfloat16 would round a small one away",
     "RECOMPUTE": "not mentioned; the rollout shares the memory",
     "WATCH": "ours; the small world's judges cannot see such pictures, so VALIDATION prompts of the file, by hash, are held out",
     "WINDOW": "ours",
