@@ -3,7 +3,7 @@
 And the frontier of several runs, one arm each: reward against diversity at every validation, on prompts held out.
 
     python -m train rl_frontier runs/rl runs/rl_kl1 runs/rl_nodiversity --out runs/frontier.html
-    python -m train rl_frontier runs/rl* --reward held_template --diversity held_sharpness
+    python -m train rl_frontier runs/rl* --reward held_template --diversity held_sharpness --out runs/frontier.svg
 """
 
 from __future__ import annotations
@@ -95,6 +95,7 @@ def run_page(folder: Path, title: str, settings: Mapping[str, Any]) -> Path:
     watched += ["zero_variance_groups", "invalid_share"]
     sections = [("Before and after, same prompts and seeds", sheets(folder))]
     sections += [("On prompts held out", curves(rows, held)), ("In training", curves(rows, watched))]
+    sections += [("Pass rates by kind of rubric", curves(rows, sorted(n for n in names if n.startswith("passed_of_"))))]
     sections += [("Optimiser", curves(rows, ["grad_norm", "lr", "step_s"])), ("Settings", table(settings))]
     path = folder / "index.html"
     write_text(path, page(title, [(heading, content) for heading, content in sections if content]))
@@ -189,12 +190,16 @@ def plot(arms: Sequence[Sequence[Point]], reward: str, diversity: str) -> str:
 
 
 def frontier_page(folders: Sequence[Path], reward: str, diversity: str, path: Path) -> list[Point]:
-    """Write the plot and its numbers; returns the frontier, least diverse first. Errors: see `points_of`."""
+    """Write the plot and its numbers, or of a path that ends with .svg the plot alone; returns the frontier, least diverse
+    first. Errors: see `points_of`."""
     arms = frontier([points_of(folder, reward, diversity) for folder in folders])
     best = sorted((p for arm in arms for p in arm if p.best), key=lambda p: (p.diversity, p.arm, p.step))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".svg":
+        write_text(path, plot(arms, reward, diversity) + "\n")
+        return best
     numbers = {f"{p.arm}, step {p.step}": {diversity: p.diversity, reward: p.reward} for p in best}
     sections = [("All arms, frontier filled", plot(arms, reward, diversity)), ("On the frontier", table(numbers))]
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page("Reward against diversity", sections))
     return best
 
@@ -206,7 +211,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--diversity", default="held_effective_backdrops", help="to the right (default: held_effective_backdrops)"
     )
     parser.add_argument(
-        "--out", type=Path, default=Path("runs/frontier.html"), help="the page (default: runs/frontier.html)"
+        "--out",
+        type=Path,
+        default=Path("runs/frontier.html"),
+        help="the page, or an .svg (default: runs/frontier.html)",
     )
 
 

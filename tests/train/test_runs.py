@@ -166,6 +166,20 @@ def test_what_travels_comes_back_whole(tmp_path):
     assert "transformer.tar" in done.stderr
 
 
+def test_mini_rl_trains_exports_its_best_state_and_compares(recorder, tmp_path, monkeypatch):
+    python, calls = recorder
+    out = tmp_path / "rl"
+    done = run(out, "KL_WEIGHT=1.0", python=python, run=tmp_path, script="mini_rl.sh", LIMIT="9m")
+    assert done.returncode == 0, done.stderr
+    stages, seen = parsed(calls(), monkeypatch)
+    assert stages == ["rl_prompts", "rl", "rl", *["evaluate"] * 6]
+    _, trained, exported, base, own, gain, *_ = seen
+    assert (trained.init, trained.set, trained.stop_after, trained.out) == ("mini-base", ["KL_WEIGHT=1.0"], 540, out)
+    assert (str(exported.state), exported.export) == ("best", out / "export")
+    assert (base.model, own.model, base.guidance) == ("mini-base", f"{out}/export/lora", [1.0, 3.0])
+    assert [str(path) for path in (*gain.base, *gain.rl)] == [f"{one.out}/scores.json" for one in (base, own)]
+
+
 @pytest.mark.parametrize("script", ["mini_gpu.sh", "released.sh"])
 def test_an_unknown_stage_is_refused(tmp_path, script):
     done = run("fly", run=tmp_path, script=script)

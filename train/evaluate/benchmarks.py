@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 
-from . import class_sheet, mini_bench, shape_calibration
+from . import class_sheet, mini_bench, rl_gain, shape_calibration
 
 BENCHMARKS = {
     "mini-bench": (mini_bench, "the small world's eight tasks by four judges, with intervals and ceilings"),
+    "rl-gain": (rl_gain, "two scores of mini-bench: what RL gained over its base, against what was asked"),
     "shape": (shape_calibration, "what the shape judge accepts and refuses, and its calibration"),
     "classes": (class_sheet, "every class in one picture: true, reconstructed and drawn"),
 }
