@@ -80,6 +80,9 @@ def test_true_renders_score_above_torn_and_wrong_ones(asked, detector):
     assert any(reason.startswith("not read") for reason in true.reasons[3])
     alone = judge.score(prompts[1:2], rubrics[1:2], pictures[1:2])
     assert alone.score[0] == true.score[1]
+    assert 0 <= judge.score(["anything"], [[GLOBAL]], [pictures[0] // 9 * 9]).score[0] <= 1  # nothing is asked for
+    look, fresh = judge.look(pictures[0]), SmallWorldJudge(detector, CORE).look(pictures[0])
+    assert (look.backdrop, look.place) == (fresh.backdrop, fresh.place) == (chosen[0].background, look.place)
 
 
 def test_the_independent_judge_knows_a_true_render(asked, detector):

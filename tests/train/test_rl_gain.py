@@ -14,7 +14,7 @@ def rows(right, binding, audit, distance, of=40):
     found = {task: {"score": right / of, "audit": audit / of, "distance": distance, "pictures": of} for task in GENEVAL}
     found["color_attr"] |= {"score": binding / 80, "audit": audit / of, "pictures": 80}
     found["counting"]["numbers"] = {
-        "2": {"pictures": 30, "score": right - 20},
+        "2": {"pictures": 30, "score": max(0, right - 20)},
         "3": {"pictures": 10, "score": right // 5},
     }
     return found
@@ -47,7 +47,7 @@ def test_shares_of_errors_intervals_and_goals(tmp_path, capsys):
     assert found["six", "3"]["met"] is False
     assert found["binding", "3"]["met"] is None
     assert found["audit", "1"]["gained"] > 0.2
-    assert found["audit", "1"]["met"] is False  # its interval holds 0
+    assert found["audit", "1"]["met"]
     assert found["distance", "1"]["gained"] == pytest.approx(0.4)
     assert found["g1 over g3", "1"]["met"]
     assert told["counting"]["64x64 g 1"] == {"base": {"2": "12/30", "3": "6/10"}, "rl": {"2": "34/60", "3": "14/20"}}
@@ -59,6 +59,15 @@ def test_intervals_narrow_and_leave_zero():
     assert few[1] - few[0] > 2 * (many[1] - many[0])
     assert few[0] < 0 < many[0] < 0.5 < many[1]
     assert share_gone(1.0, 0.9) != share_gone(1.0, 0.9)  # of no errors
+
+
+def test_an_independent_judges_gain_needs_an_interval_above_zero(tmp_path):
+    few = [scores(tmp_path / f"{n}.json", g1=rows(n, 48, n, 0.2, of=8)) for n in (6, 7)]
+    assert main(["evaluate", "rl-gain", "--base", few[0], "--rl", few[1], "--out", str(tmp_path / "gain.json")]) == 0
+    (audit,) = (row for row in json.loads((tmp_path / "gain.json").read_text())["gains"] if row["what"] == "audit")
+    assert audit["gained"] == pytest.approx(0.5)
+    assert audit["low"] < 0
+    assert audit["met"] is False
 
 
 def test_other_files_are_refused(tmp_path):

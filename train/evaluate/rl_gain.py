@@ -30,6 +30,7 @@ from ..loop.checkpoints import write_text
 from .mini_bench import GENEVAL
 
 DRAWS, SEED = 4000, 5
+BOUND = ("color_attr",)
 Counts = Sequence[tuple[int, int]]  # right, of: one pair a task
 Rows = Mapping[str, Mapping[str, Any]]  # task -> row of mini-bench
 GOALS = {
@@ -100,25 +101,21 @@ def gains(
     found = []
 
     def add(what: str, guidance: str, own: tuple[Counts, Counts]) -> None:
-        values, goal = (mean(own[0]), mean(own[1])), GOALS.get((what, guidance))
-        gained, (low, high) = share_gone(*values), interval(*own)
+        before, after, goal = mean(own[0]), mean(own[1]), GOALS.get((what, guidance))
+        gained, (low, high) = share_gone(before, after), interval(*own)
         met = None if goal is None or np.isnan(gained) else gained >= goal and (what != "audit" or low > 0)
-        found.append(Gain(size, what, guidance, *values, gained, low, high, goal, met))
+        found.append(Gain(size, what, guidance, before, after, gained, low, high, goal, met))
 
     for guidance in [g for g in base if g in rl]:
         both = base[guidance], rl[guidance]
         add("six", guidance, (counts_of(both[0], "score"), counts_of(both[1], "score")))
-        add("binding", guidance, tuple(counts_of(one, "score", ["color_attr"]) for one in both))  # type: ignore[arg-type]
+        add("binding", guidance, (counts_of(both[0], "score", BOUND), counts_of(both[1], "score", BOUND)))
         add("audit", guidance, (counts_of(both[0], "audit"), counts_of(both[1], "audit")))
-        far = [float(np.mean([rows[task]["distance"] for rows in one for task in GENEVAL])) for one in both]
-        gap = None if floor is None else (far[0] - far[1]) / (far[0] - floor)
+        far, near = (float(np.mean([rows[task]["distance"] for rows in one for task in GENEVAL])) for one in both)
+        gap = float("nan") if floor is None else (far - near) / (far - floor)
         goal = GOALS.get(("distance", guidance))
-        met = None if gap is None or goal is None else gap >= goal
-        found.append(
-            Gain(
-                size, "distance", guidance, far[0], far[1], float("nan") if gap is None else gap, None, None, goal, met
-            )
-        )
+        met = None if floor is None or goal is None else gap >= goal
+        found.append(Gain(size, "distance", guidance, far, near, gap, None, None, goal, met))
     if "1" in rl and "3" in base:
         own = counts_of(base["3"], "score"), counts_of(rl["1"], "score")
         low, high = interval(*own, lambda b, r: r - b)

@@ -178,8 +178,8 @@ class SmallWorldJudge:
         """What is seen in uint8 [H, W, 3]; asked: classes, a sign among them where one is asked for."""
         (detections,) = self.detector.look([picture])
         named = {d.kind for d in detections if d.score > geneval.FOUND} | set(asked)
-        shapes = ShapeJudge([kind for kind in self.classes if kind in named], self.calibration)
-        seen = shapes.look(picture, detections, SIGN in asked)
+        fitted = [kind for kind in self.classes if kind in named] or self.classes
+        seen = ShapeJudge(fitted, self.calibration).look(picture, detections, SIGN in asked)
         self._looks[_digest(picture)] = diversity.look_of(picture, detections, seen.backdrop)
         while len(self._looks) > LOOKS:
             self._looks.popitem(last=False)
