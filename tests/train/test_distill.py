@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from lens import LensPipeline
 from lens.config import LensConfig
 from lens.formats.released import load_scheduler, load_transformer, read_defaults
 from lens.sampler import Scheduler, walk
@@ -21,7 +22,7 @@ from train.loop import ranks
 from train.loop.checkpoints import Checkpoints
 from train.loop.keys import keyed
 from train.loop.lean_adamw import LeanAdamW
-from train.loop.lora import lora_layers
+from train.loop.lora import attach_lora, lora_layers, lora_of
 from train.loop.trainer import ALONE, Trainer
 from train.networks.denoiser import Denoiser
 from train.networks.discriminator import Heads
@@ -408,3 +409,63 @@ def test_an_export_says_how_its_student_draws(tmp_path):
     assert load_scheduler(tmp_path / "turbo" / "scheduler").stochastic_sampling
     written = load_transformer(tmp_path / "turbo" / "transformer", torch.float32, "cpu")
     assert torch.equal(written.image_out.bias, model.image_out.bias.bfloat16().float())
+
+
+def test_exported_adapters_are_a_model_beside_their_base(tmp_path):
+    """FOLDER/lora says how the student draws and names its base; with it, it is the whole checkpoint to bfloat16's rounding."""
+    model = Denoiser(load_transformer(FOLDER / "transformer", torch.float32, "cpu").config)
+    own = recipe(LORA="r=2,alpha=4,targets=all")
+    own.MODEL = vars(model.config)
+    attach_lora(model, lora_of(own))
+    layers, plain = (
+        len(list(lora_layers(model))),
+        load_transformer(FOLDER / "transformer", torch.float32, "cpu").state_dict(),
+    )
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            source = plain.get(name.replace(".base.", "."))
+            p.copy_(torch.randn(p.shape, generator=keyed(3, name)) * 0.05 if source is None else source)
+    best = Checkpoints(tmp_path / "best", ALONE, 1)
+    best.save(10, {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"stage": "distill", "settings": {}})
+    best.wait()
+    distill.export(argparse.Namespace(out=tmp_path, init=FOLDER, export=tmp_path / "turbo"), own)
+    adapted, whole = (LensPipeline.from_pretrained(tmp_path / name) for name in ("turbo/lora", "turbo"))
+    assert adapted.defaults == whole.defaults
+    assert (adapted.defaults.num_inference_steps, adapted.defaults.distilled.steps) == (4, 4)
+    ours, theirs = adapted.transformer.state_dict(), whole.transformer.state_dict()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=2**-8, atol=1e-6)
+    assert sum(not torch.equal(ours[name], plain[name]) for name in ours) == layers
+
+
+def test_resumed_adapters_go_on_beside_the_weights_of_init(tmp_path, folder):
+    trainer, data = trainer_in(tmp_path, folder, LORA="r=2,alpha=4,targets=attention"), batches(0)
+    trainer.train_step(data)
+    trainer.save(last=True)
+    trained = weights(trainer)
+    other = trainer_in(tmp_path, folder, LORA="r=2,alpha=4,targets=attention")
+    with torch.no_grad():
+        for network in ("student", "fake"):
+            other.networks[network].module.image_out.bias.add_(1.0)
+    base = weights(other)
+    with distill.frozen_kept(other.networks.values()):
+        other.resume(other.states.latest())
+    now = weights(other)
+    assert all(np.array_equal(now[name], base[name] if ".image_out." in name else trained[name]) for name in now)
+
+
+def test_an_ablation_is_a_row_of_means_and_ranges_for_every_arm(tmp_path, monkeypatch):
+    asked = []
+
+    def short_run(options, own, changes, group, out, setting):
+        asked.append((own.SEED, *changes))
+        return None, {"score": float(own.SEED), "cast": 1.0}
+
+    monkeypatch.setattr(distill, "setting_of", lambda *given: None)
+    monkeypatch.setattr(distill, "short_run", short_run)
+    distill.ablate(argparse.Namespace(out=tmp_path), recipe(), ALONE)
+    assert asked[:4] == [(0, "LAMBDA_G=0.0", "IDA=0.0"), (0, "LAMBDA_G=0.0"), (0, "R1_GAMMA=0.0"), (0,)]
+    assert {seed for seed, *_ in asked} == {0, 1, 2}
+    lines = (tmp_path / "ablation.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| CA + DM", "| + IDA", "| + heads", "| + approximate R1"]
+    assert lines[2].split(" | ")[1:4] == ["3", "-", "1 (0 .. 2)"]
