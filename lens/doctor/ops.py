@@ -20,6 +20,7 @@ OPS = (
     "gated_residual_norm_modulate",
     "swiglu",
     "guidance_step",
+    "group_norm_silu",
     "moe_mxfp4",
 )
 

@@ -68,7 +68,7 @@ CHANGES = {
         "POOL": {"chunk": 16, "kept": 2, "reuse": 1},
         "COMPILED": False,
         "GEMM": "float32",
-        "MODEL": {"num_attention_heads": 2},
+        "MODEL": {"num_attention_heads": 3},
         "LR": 2e-3,
         "STRAIGHTEN": 64,
         "WARMUP": 2,

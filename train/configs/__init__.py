@@ -60,7 +60,7 @@ def _of_file(path: Path) -> ModuleType:
 
 def beside(name: str, stage: str) -> ModuleType:
     """The recipe of another stage than the one that a recipe is of: in train/configs that of the same folder. For a file
-    anywhere STAGE.py in its folder, or else that of the recipe which the file begins from.
+    anywhere the file of that stage in its folder, or else that of the recipe which the file begins from.
 
     Errors: ValueError naming recipe and stage.
     """
