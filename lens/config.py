@@ -149,7 +149,7 @@ class Defaults:
         if chosen is None:
             chosen = "lens"
             warnings.warn(
-                f"nothing tells which Lens {name!r} is; assuming variant='lens' (20 steps, guidance 5)", stacklevel=4
+                f"nothing tells which Lens {name!r} is; assuming variant='lens' (20 steps, guidance 5)", stacklevel=5
             )
         if variant is not None and variant != said:
             own.pop("num_inference_steps", None)

@@ -118,10 +118,10 @@ class Request:
             warnings.warn(
                 f"guidance_scale {guidance:g} is below 1, so images are drawn {text}: 1 draws by the prompt alone, "
                 "more pulls towards it",
-                stacklevel=5,
+                stacklevel=6,
             )
         if guidance == 1 and (self.negative_prompt_embeds is not None or any(negatives)):
-            warnings.warn("the negative prompt is not read at guidance_scale 1, only above it", stacklevel=5)
+            warnings.warn("the negative prompt is not read at guidance_scale 1, only above it", stacklevel=6)
 
     def _prompts(self) -> tuple[list[str] | None, int]:
         """(P prompts, or None where features stand in for them, P)."""
@@ -196,7 +196,7 @@ def _beside_the_training(
     if request.solver != "euler":
         said.append(f"solver {request.solver!r}: it was trained on the steps of 'euler'")
     if said:
-        warnings.warn(f"this checkpoint is distilled; {'; '.join(said)}", stacklevel=5)
+        warnings.warn(f"this checkpoint is distilled; {'; '.join(said)}", stacklevel=6)
 
 
 def finite(name: str, value: Any, least: float = -math.inf) -> float:

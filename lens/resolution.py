@@ -92,18 +92,18 @@ def check_size(height: int, width: int, max_resolution: int) -> tuple[int, int]:
     warning too, from there down to the largest trained bucket. No Lens was trained between 1024^2 and 1440^2."""
     height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
-        warnings.warn(f"height {height}, width {width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=7)
+        warnings.warn(f"height {height}, width {width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=8)
     if height * width > max_resolution**2:
         warnings.warn(
             f"height {height}, width {width} is larger than the largest size this model is shown to work at "
             f"({max_resolution} by {max_resolution}); composition may repeat or drift",
-            stacklevel=7,  # the caller of the pipeline
+            stacklevel=8,  # the caller of the pipeline
         )
     elif height * width > TRAINED_PIXELS:
         warnings.warn(
             f"{height}x{width} is above {TRAINED_BASE}x{TRAINED_BASE}, the largest base Lens was trained at; it is shown to work "
             f"up to {max_resolution}x{max_resolution}",
-            stacklevel=7,
+            stacklevel=8,
         )
     return height, width
 

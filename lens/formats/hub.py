@@ -23,7 +23,7 @@ def resolve(source: str | os.PathLike[str], weights_variant: str | None = None, 
     revision: a branch, tag or commit of the hub's; a warning where the source is here, which has none."""
     name = os.fspath(source)
     if revision is not None and (name in EMBEDDED or is_there(Path(name))):
-        warnings.warn(f"revision {revision!r} is not read: {name!r} is no hub id, but lies here", stacklevel=4)
+        warnings.warn(f"revision {revision!r} is not read: {name!r} is no hub id, but lies here", stacklevel=5)
     if name in EMBEDDED:
         folder = Path(__file__).parents[1] / "mini" / EMBEDDED[name]
         if not (folder / "model_index.json").is_file():

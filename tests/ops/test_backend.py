@@ -33,7 +33,13 @@ def test_the_compiled_kernel_runs_by_default():
     assert f"lens._C, {backend.isa()} kernels" in {reason for _, _, reason in rows}
 
 
-NO_OP_OF_A_PICTURE = ("backend", "reference", "HeadNorms", "ImageScores", "image_scores")  # types, and the data engine's op
+NO_OP_OF_A_PICTURE = (
+    "backend",
+    "reference",
+    "HeadNorms",
+    "ImageScores",
+    "image_scores",
+)  # types, and the data engine's op
 
 
 def test_every_public_op_is_reported():

@@ -43,7 +43,9 @@ def test_signature_is_the_published_one():
     load = inspect.signature(LensPipeline.from_pretrained).parameters
     expected = {"source": "mini", "variant": None, "device": None, "dtype": None, "residency": None}
     expected["torch_dtype"] = None  # dtype by diffusers' name
-    expected |= dict.fromkeys(("transformer", "text_encoder", "vae", "tokenizer", "weights_variant", "revision"))
+    expected |= dict.fromkeys(
+        ("transformer", "text_encoder", "vae", "tokenizer", "weights_variant", "revision", "encoder")
+    )
     assert {n: p.default for n, p in load.items()} == expected
 
 

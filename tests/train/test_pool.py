@@ -179,8 +179,9 @@ def train(out, steps, **changes):
     recipe.TIMES = (0.1, 0.9)
     vars(recipe).update(changes)
     options = argparse.Namespace(
-        out=out, stop_after=None, init=configs_root() / "lens/mini/base", steps=steps, decay=0, lr_scale=1.0
-    )
+        out=out, stop_after=None, init=configs_root() / "lens/mini/base", steps=steps, decay=0, lr_scale=1.0,
+        config="mini/pretrain_128",
+    )  # fmt: skip
     pooled.train(recipe, options)
     return load_state(out / "pretrain.pt", "pretrain")
 
