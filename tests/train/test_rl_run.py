@@ -16,6 +16,8 @@ from train.loop.trainer import ALONE
 from train.rl_judging import Judging
 from train.rl_method import Held
 
+pytestmark = pytest.mark.nightly  # five runs and three pipelines: minutes
+
 FEWEST = [
     "GROUPS=2",
     "GROUP=2",
