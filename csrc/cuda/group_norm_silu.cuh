@@ -17,12 +17,14 @@ namespace lens::gpu {
 constexpr int kStatisticsThreads = 128;  // widths up to 1024 bfloat16 in one turn
 constexpr int kTableThreads = 256;
 constexpr int kApplyThreads = 256;
+// Blocks a multiprocessor holds at least. Without them ptxas aims at more and spills for sm_80.
+constexpr int kStatisticsBlocks = 5, kTableBlocks = 4;
 
 // Mean and sum of squared deviations of a slot's rows, channel by channel. Sums go over differences
 // from the first row, which lies among the values: nothing cancels where the mean is large.
 // registers <= 96: group_norm_silu_statistics_kernel
 template <class T, bool kVector>
-__global__ void __launch_bounds__(kStatisticsThreads)
+__global__ void __launch_bounds__(kStatisticsThreads, kStatisticsBlocks)
     group_norm_silu_statistics_kernel(const GroupNormSiluParams p) {
   using A = Acc<T>;
   // thread identity
@@ -77,7 +79,7 @@ __device__ __forceinline__ A sum_block(A (&shared)[kTableThreads / kWarp], A val
 // Mean and rstd * weight of one group of one sample from the slots' statistics.
 // registers <= 64: group_norm_silu_table_kernel
 template <class T>
-__global__ void __launch_bounds__(kTableThreads)
+__global__ void __launch_bounds__(kTableThreads, kTableBlocks)
     group_norm_silu_table_kernel(const GroupNormSiluParams p) {
   using A = Acc<T>;
   __shared__ A shared[kTableThreads / kWarp];

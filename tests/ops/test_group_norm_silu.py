@@ -25,7 +25,7 @@ def held_to_the_spec(made: Inputs, dtype: torch.dtype, isa: str | None) -> None:
     made = cast(made, dtype)
     with compiled(isa):
         got = {"output 0": ops.group_norm_silu(**made)}
-    harness.within_limits(OP, made, dtype, got)
+    harness.within_limits(OP, made, dtype, got, conditioned=True)  # two rows of one channel may lie close to each other
 
 
 @harness.every_isa_and_dtype
