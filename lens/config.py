@@ -85,7 +85,7 @@ class LensConfig:
         """Lens-Mini, the small Lens shipped inside the package: 32 channels per token instead of 128."""
         return cls(
             num_layers=6,
-            num_attention_heads=2,
+            num_attention_heads=3,
             in_channels=32,
             out_channels=8,
             enc_hidden_dim=128,

@@ -18,7 +18,7 @@ from torch import Tensor
 from lens.formats.files import CheckpointError
 from lens.formats.parts import Part
 from lens.formats.safetensors import DTYPES, Pages, Stored, assign, check_entries, open_shards
-from lens.formats.text_encoder import checked_settings, config_of_tensors, text_encoder_tensors
+from lens.formats.text_encoder import described
 from lens.gpt_oss import GptOss, GptOssConfig, RopeScaling
 
 _DEFAULT_THETA = 150000.0
@@ -116,16 +116,7 @@ def load_gpt_oss(
     ``depth``: decoder layers to keep; those after them are checked, not read. Errors: CheckpointError.
     """
     part = Part.of(source)
-    settings = part.settings()
-    if settings is not None:
-        settings = checked_settings(settings, str(part))
-    tensors = text_encoder_tensors(part)
-    if settings is None:
-        settings = config_of_tensors(tensors, part.weights)
-    if settings.get("num_hidden_layers", 0) > max(100, len(tensors)):  # seen before so many layers are built
-        raise CheckpointError(
-            f"{part}: num_hidden_layers is {settings['num_hidden_layers']}, more than the keys stored"
-        )
+    settings, tensors = described(part)
     config = gpt_oss_config(settings, str(part))
     layers = config.num_hidden_layers
     if depth is not None and depth > layers:

@@ -74,6 +74,24 @@ def text_encoder_tensors(source: Path | Part, depth: int | None = None) -> dict[
     return tensors
 
 
+def described(part: Part) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The settings of a text encoder, checked, or what its tensors tell where it has none; and its tensors by name.
+
+    Errors: CheckpointError, also for more layers than keys, before so many are built.
+    """
+    settings = part.settings()
+    if settings is not None:
+        settings = checked_settings(settings, str(part))
+    tensors = text_encoder_tensors(part)
+    if settings is None:
+        settings = config_of_tensors(tensors, part.weights)
+    if settings.get("num_hidden_layers", 0) > max(100, len(tensors)):
+        raise CheckpointError(
+            f"{part}: num_hidden_layers is {settings['num_hidden_layers']}, more than the keys stored"
+        )
+    return settings, tensors
+
+
 def load_text_encoder(
     source: Path | Part, dtype: torch.dtype, device: torch.device | str, depth: int | None = None
 ) -> nn.Module:
@@ -87,16 +105,7 @@ def load_text_encoder(
     from transformers import GptOssConfig, GptOssModel
 
     part = Part.of(source)
-    settings = part.settings()
-    if settings is not None:
-        settings = checked_settings(settings, str(part))
-    tensors = text_encoder_tensors(part)
-    if settings is None:
-        settings = config_of_tensors(tensors, part.weights)
-    if settings.get("num_hidden_layers", 0) > max(100, len(tensors)):  # seen before so many layers are built
-        raise CheckpointError(
-            f"{part}: num_hidden_layers is {settings['num_hidden_layers']}, more than the keys stored"
-        )
+    settings, tensors = described(part)
     try:
         parsed = GptOssConfig.from_dict(settings)
         with torch.device("meta"):

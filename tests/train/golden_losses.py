@@ -33,7 +33,7 @@ CHANGES = {
     },
     "encoder": {"TRAIN": {"batch": 4, "warmup": 2, "steps": 6, "decay": 2}, "VALIDATION": 2},
     "pretrain": {
-        "MODEL": {"num_layers": 2},
+        "MODEL": {"num_layers": 2, "num_attention_heads": 2},
         "WINDOW": 16,
         "BATCHES": ((0, 4),),
         "WARMUP": 2,
@@ -44,7 +44,7 @@ CHANGES = {
         "VALIDATION": 2,
     },
     "mixed_resolution": {
-        "MODEL": {"num_layers": 2},
+        "MODEL": {"num_layers": 2, "num_attention_heads": 2},
         "WINDOW": 4,
         "BUCKETS": {64: (0.5, 3), 96: (0.5, 2)},
         "WARMUP": 2,
@@ -68,7 +68,6 @@ CHANGES = {
         "POOL": {"chunk": 16, "kept": 2, "reuse": 1},
         "COMPILED": False,
         "GEMM": "float32",
-        "MODEL": {"num_attention_heads": 3},
         "LR": 2e-3,
         "STRAIGHTEN": 64,
         "WARMUP": 2,

@@ -169,7 +169,9 @@ def test_the_recipes_of_other_stages_are_found_beside_a_file(tmp_path):
 
 
 def test_a_recipe_there_is_not():
-    here = "there are released/distill, released/mixed_resolution, released/pretrain_512, released/rl$"
+    here = (
+        "there are released/distill, released/lens_toy, released/mixed_resolution, released/pretrain_512, released/rl$"
+    )
     for name in ("released", "released/other"):
         with pytest.raises(ValueError, match=f"no recipe '{name}' for stage 'pretrain' in train/configs; {here}"):
             configs.load(name, "pretrain")

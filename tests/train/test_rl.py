@@ -230,7 +230,7 @@ def test_a_stop_rule_names_what_fell():
         (["TIMES=9"], "TIMES: 9 nodes of 8 SAMPLING_STEPS"),
         (["KL_WEIGHT=-1.0"], "KL_WEIGHT: expected 0 or more"),
         (["GROUP=1"], "GROUP: expected 2 or more"),
-        (["GROUPS=5", "GROUP=16"], r"GROUPS: 5, expected as many groups of each of BASES \(64, 128\)"),
+        (["GROUPS=9", "GROUP=16"], r"GROUPS: 9, expected as many groups of each of BASES \(64, 128\)"),
         (["COMPUTE=bfloat16"], "SUMMED: adapters are summed into float32 weights"),
     ],
 )

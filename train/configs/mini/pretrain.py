@@ -5,7 +5,7 @@ from .world import SIDE as SIDE
 SEED = 3
 MODEL = {
     "num_layers": 6,
-    "num_attention_heads": 2,
+    "num_attention_heads": 3,
     "attention_head_dim": 64,
     "in_channels": 32,
     "out_channels": 8,
