@@ -313,7 +313,7 @@ def test_every_stage_starts_from_the_shipped_weights(codec):
     stored = folder_tensors(shipped / "transformer")
     large = configs.load("mini_gpu", "encoder")
     with pytest.raises(
-        ValueError, match=r"--init .*base: its MMDiT has num_layers 6, expected 7; num_attention_heads 2"
+        ValueError, match=r"--init .*base: its MMDiT has num_layers 6, expected 7; num_attention_heads 3"
     ):
         pretrain.start_from(Mini(configs.load("mini_gpu", "pretrain"), large, torch.nn.Module()), shipped, large)
     assert torch.equal(model.transformer.image_in.weight, stored["img_in.weight"])
