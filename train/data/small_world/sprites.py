@@ -107,20 +107,21 @@ def sprite(kind: str, colour: str | None, width: int, height: int) -> Sprite:
     return scaled(kind, colour, width, height)
 
 
-def scaled(kind: str, colour: str | None, width: int, height: int) -> Sprite:
-    """The artwork at a size in whole pixels."""
+@functools.lru_cache(maxsize=512)  # every painted class in every colour, with room for the others
+def _planes(kind: str, colour: str | None) -> tuple[Image.Image, ...]:
+    """Premultiplied red, green and blue and alpha of the artwork, as Pillow resizes them: one by one."""
     rgba = artwork(kind, colour)
     premultiplied = np.concatenate([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
-    planes = [
-        np.asarray(
-            Image.fromarray(np.ascontiguousarray(premultiplied[..., c])).resize(
-                (width, height), Image.Resampling.BOX if width >= rgba.shape[1] else Image.Resampling.HAMMING
-            )
-        )
-        for c in range(4)
-    ]
-    stack = np.clip(np.stack(planes, -1), 0, 1)
-    return Sprite(np.ascontiguousarray(stack[..., :3] * 255), np.ascontiguousarray(1 - stack[..., 3:]))
+    return tuple(Image.fromarray(np.ascontiguousarray(premultiplied[..., c])) for c in range(4))
+
+
+def scaled(kind: str, colour: str | None, width: int, height: int) -> Sprite:
+    """The artwork at a size in whole pixels."""
+    planes = _planes(kind, colour)
+    how = Image.Resampling.BOX if width >= planes[0].width else Image.Resampling.HAMMING
+    stack = np.stack([np.asarray(plane.resize((width, height), how)) for plane in planes], -1)
+    np.clip(stack, 0, 1, out=stack)
+    return Sprite(stack[..., :3] * 255, 1 - stack[..., 3:])
 
 
 @functools.lru_cache(maxsize=8192)
