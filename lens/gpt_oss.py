@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .engine.content import content, glance
 from .ops import reference
 
 _BLOCK = 128  # queries whose scores exist at a time
@@ -262,23 +263,28 @@ class Layer(nn.Module):
 
 
 class _Prefixes:
-    """Keys and values of the last few beginnings of prompts. Threads may share it; copied and pickled empty."""
+    """Keys and values of the last few beginnings of prompts, as the weights were when they were read.
+
+    Threads may share it; copied and pickled empty.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: OrderedDict[Any, Keys] = OrderedDict()
+        self._held: OrderedDict[Any, tuple[Hashable, Keys]] = OrderedDict()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Prefixes, ()
 
-    def get(self, key: Any, make: Callable[[], Keys]) -> Keys:
+    def get(self, key: Any, weights: Hashable, make: Callable[[], Keys]) -> Keys:
+        """weights: a `glance` at what ``make`` reads; what was made of others is made again."""
         with self._lock:
-            if key in self._held:
+            if key in self._held and self._held[key][0] == weights:
                 self._held.move_to_end(key)
-                return self._held[key]
+                return self._held[key][1]
         made = make()
         with self._lock:
-            self._held[key] = made
+            self._held[key] = weights, made
+            self._held.move_to_end(key)
             while len(self._held) > _PREFIXES:
                 self._held.popitem(last=False)
         return made
@@ -342,11 +348,15 @@ class GptOss(nn.Module):
         The first ``prefix`` tokens are read by themselves, once for all samples and calls that share them: by causality
         they are what they would be in front of any prompt.
         """
+        table, last = self.embed_tokens.weight, max(layers)
+        seen = glance([table, *(weight for layer in self.layers[: 1 + last] for weight in layer.parameters())])
         begun = []
         for own in ids:
             begin = tuple(own[:prefix])
-            key = begin, self.dtype, self.device, max(layers)
-            begun.append(Keys(len(own), self._prefixes.get(key, partial(self._begin, begin, layers))))
+            # of the table the rows that are read, which a glance at all of it would hardly meet
+            weights = seen, content(table[list(begin)].unbind())
+            key = begin, self.dtype, self.device, last
+            begun.append(Keys(len(own), self._prefixes.get(key, weights, partial(self._begin, begin, layers))))
         states = self([own[prefix:] for own in ids], begun, layers)
         lengths = [len(own) - prefix for own in ids]
         parts = [[part.clone() for part in states[n].split(lengths)] for n in layers]

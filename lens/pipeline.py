@@ -529,6 +529,7 @@ class LensPipeline:
         if self.placement is None or self.placement.residency.transformer == "resident":
             with threads_for(self._width("denoise"), self.device):
                 self._tables.watch(self.transformer)
+                self.engine.watch(self.transformer)
         shapes = [(h * w, self.transformer.config.in_channels) for h, w in request.grids]
         draw, seeds = sampler.plan_noise(shapes, request.seed, request.generator, request.latents)
         drawn = host_lane_for(self.device).submit(lambda: [_pinned(n, self.device) for n in draw()], ())

@@ -11,7 +11,7 @@ Everything runs in fixed blocks of one thread each (`fixed_blocks`): a picture's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..ops import group_norm_silu
 from . import fixed_blocks
+from .content import glance
 
 _BLOCK_FLOPS = 5 * 2**30  # of one thread's piece of a convolution: tens of milliseconds of work
 _BLOCK_CHANNELS = 128  # of its output: few rows with all channels would lay all weights out anew for each piece
@@ -68,7 +69,7 @@ class Decoder:
 
     def __init__(self, vae: Any):
         self.vae = vae
-        self._seen: list[tuple[int, int]] = []
+        self._seen: Hashable = None
         self._weights: dict[int, Tensor] = {}  # by the module's id
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class Decoder:
 
     def _refresh(self) -> None:
         convolutions = [m for m in self.vae.decoder.modules() if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3)]
-        seen = [(conv.weight.data_ptr(), conv.weight._version) for conv in convolutions]
+        seen = glance(conv.weight for conv in convolutions)
         if seen == self._seen:
             return
         doubled = {id(u.conv) for level in self.vae.decoder.up_blocks for u in level.upsamplers or ()}

@@ -12,10 +12,12 @@ from torch import Tensor
 from ..model import LensTransformer2DModel
 from ..ops import backend
 from ..ops.attention import choice as attention_choice
+from ..ops.attention import hopper
 from ..ops.denoise_step import OWN_ATTENTION
 from ..ops.linear import choice as linear_choice
 from ..packing import TEXT_BIN, Binned, Grid, bin_texts
 from . import batch_invariance
+from .content import glance, write_counts
 from .graphs import CudaDriver, Entry, Graph, GraphCache, marked
 from .job import Job
 from .step import State, advance, capacity, fixed_state, free_state, load, solve
@@ -94,10 +96,23 @@ class Engine:
         self.weights_move = (
             False  # they visit the device for each call: a graph captured earlier would read freed addresses
         )
+        self._norms: Hashable = None  # what `watch` saw of them, and how often it saw them change
+        self._changes = 0
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy captures its own steps: graphs hold the addresses of one model's weights."""
         return _engine, (self.budget, self.text_bin, self.weights_move)
+
+    def watch(self, model: LensTransformer2DModel) -> None:
+        """Forget the bounds of attention's scores, and the graphs that hold them, where a norm was written through ``.data``.
+
+        On a GPU it waits for the weights, so call it where nothing is under way.
+        """
+        seen = glance(w for block in model.layers() for w in block.norms())
+        if self._norms is not None and seen != self._norms:
+            hopper.forget()
+            self._changes += 1
+        self._norms = seen
 
     def why_not_captured(self, model: LensTransformer2DModel, grids: list[Grid]) -> str:
         """Why steps of this batch run without a graph, or ""."""
@@ -160,9 +175,9 @@ class Engine:
         )  # weights that moved left their graphs behind
         attention = attention_choice.choose(self._attention_call(model, binned.longest, not binned.exact)).name
         # the bounds of our own attention's scores are numbers of the graph
-        norms = (
-            tuple(w._version for block in model.layers() for w in block.norms()) if attention == OWN_ATTENTION else ()
-        )
+        norms: Hashable = ()
+        if attention == OWN_ATTENTION:
+            norms = self._changes, write_counts(w for block in model.layers() for w in block.norms())
         choices = backend.override(), linear_choice.override.name, attention, norms, model.invariant
         texts: Hashable = binned.rows, binned.longest, binned.in_one_piece
         if binned.exact:

@@ -16,6 +16,7 @@ from lens.engine.run import Engine
 from lens.modulation import Modulation
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
+from lens.ops.attention import hopper
 from lens.ops.linear import fused as linear_fused
 from lens.sampler import Scheduler
 from tests.recorded_graph import OFFSETS_ALONE, Recorder, RecordingDriver, launches, offsets_alone
@@ -350,6 +351,24 @@ def test_moved_weights_are_captured_anew_and_changed_ones_are_read(pipe):
     assert close(both(pipe, PROMPTS[0]))
     assert len(pipe.driver.graphs) == 2
     assert len(pipe.engine.cache) == 1
+
+
+def test_norms_written_behind_torchs_back_have_their_bound_computed_anew(pipe):
+    """A bound of attention's scores that they have outgrown would let exponentials overflow, also in graphs that hold it."""
+    pipe(PROMPTS[0], seed=3, **SMALL)
+    norms, changes = pipe.transformer.blocks[1].norms(), pipe.engine._changes
+    bound = hopper.known_bound(norms, 0.25)
+    try:
+        for norm in norms:
+            norm.data.mul_(2)
+        pipe(PROMPTS[0], seed=3, **SMALL)
+        assert hopper.known_bound(norms, 0.25) == pytest.approx(4 * bound)
+        assert pipe.engine._changes == changes + 1
+        pipe(PROMPTS[0], seed=3, **SMALL)
+        assert pipe.engine._changes == changes + 1, "nothing was written, no graph is captured anew"
+    finally:
+        for norm in norms:
+            norm.data.div_(2)
 
 
 def test_a_module_put_around_another_is_captured_anew(pipe):

@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from lens.formats.files import CheckpointError
 from lens.formats.gpt_oss import load_gpt_oss, load_lm_head
-from lens.gpt_oss import Keys, attend
+from lens.gpt_oss import GptOss, Keys, attend
 from lens.ops import reference
 from tests.small_pipeline import same_bits
 
@@ -138,6 +138,34 @@ def test_a_prompt_is_the_same_alone_in_company_and_after_others(checkpoint):
     again = pickle.loads(pickle.dumps(first))
     assert len(again._prefixes) == 0
     assert same_bits(again.features(prompts, (0, 2), 20), together)
+
+
+@torch.no_grad()
+def test_a_beginning_is_read_again_where_the_weights_were_edited(checkpoint, monkeypatch):
+    """Through torch or behind its back; and only then, also where the weights lie elsewhere in memory since."""
+    folder, _ = checkpoint("odd", False)
+    model, prompt, begun = load_gpt_oss(folder, torch.float32, "cpu"), tokens(40, 1), []
+    begin = GptOss._begin
+    monkeypatch.setattr(GptOss, "_begin", lambda self, *own: begun.append(self) or begin(self, *own))
+    weights = dict(model.layers[0].named_parameters())
+    edits = [
+        lambda: weights["self_attn.q_proj.weight"][1].mul_(3),  # few elements, but counted
+        lambda: weights["mlp.experts.down_proj"].data.mul_(1.5),
+        lambda: weights["self_attn.k_proj.bias"].data[2:3].add_(1),
+        lambda: weights["self_attn.sinks"].data[0:1].add_(1),
+        lambda: model.embed_tokens.weight.data[prompt[3]].add_(1),
+    ]
+    before = model.features([prompt], (0, 2), 20)[0]
+    for edit in edits:
+        edit()
+        made = model.features([prompt], (0, 2), 20)[0]
+        assert not same_bits(made, before)
+        assert same_bits(made, copy.deepcopy(model).features([prompt], (0, 2), 20)[0])
+        before = made
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert same_bits(model.features([prompt], (0, 2), 20)[0], before)
+    assert sum(own is model for own in begun) == 1 + len(edits)
 
 
 def test_only_as_many_beginnings_are_kept_as_the_cache_holds(checkpoint):

@@ -53,7 +53,7 @@ def score_bound(q_weights: Sequence[Tensor], k_weights: Sequence[Tensor], scale:
 def known_bound(norms: HeadNorms, scale: float) -> float | None:
     """The same, remembered until a weight changes; None for weights that do not tell when they change.
 
-    The first call for a block copies its weights to the host.
+    The first call for a block copies its weights to the host. Writes through ``.data`` are not told: `forget` after them.
     """
     if torch.compiler.is_compiling() or any(w.is_inference() for w in norms):
         return None
@@ -63,6 +63,11 @@ def known_bound(norms: HeadNorms, scale: float) -> float | None:
         bound = score_bound([norms.image_q, norms.text_q], [norms.image_k, norms.text_k], scale)
         found = _known[norms.image_q] = state, bound
     return float(found[1])
+
+
+def forget() -> None:
+    """Read every block's norms anew: a bound that weights have outgrown lets exponentials overflow."""
+    _known.clear()
 
 
 # ------------------------------------------------------------------------------------------------ the kernel
