@@ -153,6 +153,8 @@ class LensPipeline:
             raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
         if encoder is not None and encoder not in ENCODERS:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
+        if device is not None:
+            device = _usable(device, "from_pretrained")
         device, dtype = usable_placement(device, dtype or torch_dtype)
         files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant, revision)
         defaults = read_defaults(files.root, variant, files.name)
@@ -209,7 +211,7 @@ class LensPipeline:
         )
         pipe.text_encoder_files = files.text_encoder
         if policy is not None:
-            pipe.set_residency(policy, device)
+            pipe._reside(policy, device)
         return pipe
 
     # ------------------------------------------------------------------------------------------------ as diffusers has it
@@ -226,7 +228,7 @@ class LensPipeline:
                 dtype = argument
             else:
                 device = argument
-        place = None if device is None else _usable(device)
+        place = None if device is None else _usable(device, "to")
         if dtype is not None and dtype != self.dtype:
             if self.loras:
                 raise ValueError(f"LensPipeline.to: unload_lora() before the dtype changes to {dtype}")
@@ -328,9 +330,12 @@ class LensPipeline:
         the device, too), "lean" (all parts visit it), or "auto": the first of these whose predicted peak fits the free
         memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
 
-        ValueError for an unknown name or a part that cannot move; MemoryError where "auto" finds nothing that fits.
+        ValueError for an unknown name, a device that is not there or a part that cannot move, with nothing changed;
+        MemoryError where "auto" finds nothing that fits.
         """
-        device = torch.device(self.device if device is None else device)
+        return self._reside(residency, self.device if device is None else _usable(device, "set_residency"))
+
+    def _reside(self, residency: str | Residency, device: torch.device) -> Residency:
         sizes, parts = self.sizes(), self.parts()
         fixed = [part for part, module in parts.items() if immovable(module)]
         policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
@@ -693,16 +698,24 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
                 yield from (f"{part}/{key}" for key in own)
 
 
-def _usable(device: str | torch.device) -> torch.device:
-    """A device that parts can live on. Errors: ValueError naming it."""
+def _usable(device: str | torch.device, method: str) -> torch.device:
+    """A device that parts can live on. Errors: ValueError naming it and the method that was given it.
+
+    One that is there but that no target of this build serves is taken: its ops run their reference, and say so once.
+    """
     try:
         found = torch.device(device)
     except RuntimeError as error:
-        raise ValueError(f"LensPipeline.to: device {str(device)[:80]!r}: {error}") from None
-    if found.type == "meta" or (found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count()):
-        seen = "holds no data" if found.type == "meta" else f"torch sees {torch.cuda.device_count()} usable GPUs"
-        raise ValueError(f"LensPipeline.to: device {str(found)!r}: {seen}")
-    return found
+        raise ValueError(f"LensPipeline.{method}: device {str(device)[:80]!r}: {error}") from None
+    if found.type == "meta":
+        why = "holds no data"
+    elif found.type not in ("cpu", "cuda"):
+        why = 'expected "cpu", "cuda" or "cuda:N"'
+    elif found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        why = f"torch sees {torch.cuda.device_count()} usable GPUs; `lens doctor` says why"
+    else:
+        return found
+    raise ValueError(f"LensPipeline.{method}: device {str(found)!r}: {why}")
 
 
 def _cast(part: torch.nn.Module, dtype: torch.dtype) -> None:

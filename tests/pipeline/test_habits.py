@@ -41,9 +41,15 @@ def test_to_moves_and_casts_and_returns_the_pipeline():
         ("cuda:99", "device 'cuda:99': torch sees . usable GPUs"),
         ("meta", "device 'meta': holds no data"),
         ("x", "device 'x': Expected one of cpu"),
+        ("mps", 'device \'mps\': expected "cpu", "cuda" or "cuda:N"'),
     ):
         with pytest.raises(ValueError, match=f"LensPipeline.to: {message}" if asked != torch.float16 else message):
             pipe.to(asked)
+        if isinstance(asked, str):
+            with pytest.raises(ValueError, match=f"LensPipeline.set_residency: {message}"):
+                pipe.set_residency("lean", asked)
+            with pytest.raises(ValueError, match=f"LensPipeline.from_pretrained: {message}"):
+                fresh(device=asked)
     assert np.array_equal(pipe(**CALL, output_type="np").images, expected)
 
 
