@@ -1,4 +1,5 @@
-"""Drives CMakeLists.txt and names the build tools this machine lacks; all metadata is in pyproject.toml.
+"""Drives CMakeLists.txt and names the build tools this machine lacks; metadata is in pyproject.toml,
+but for the description, which is README.md as it can be read elsewhere.
 
 Environment:
     LENS_CUDA        AUTO (default): CUDA kernels where there is an NVIDIA driver (nvcc comes from PyPI where it is
@@ -243,7 +244,16 @@ def forget_other_tools(folder: pathlib.Path, tools: list[str]) -> None:
     record.write_text("\n".join(tools) + "\n")
 
 
+def description() -> str:
+    """README.md without what an index page has not beside it: images of the checkout go, links into it are words."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n*", "", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:|#)[^)]*\)", r"\1", text)
+
+
 setup(
+    long_description=description(),
+    long_description_content_type="text/markdown",
     ext_modules=[Extension("lens._C", [])],
     cmdclass={"build": Build, "build_ext": CMakeBuild},
     setup_requires=build_tools(),

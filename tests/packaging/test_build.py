@@ -220,6 +220,18 @@ def test_driver_is_seen_through_its_device_or_its_library(setup_py, monkeypatch,
     assert setup_py.has_driver()
 
 
+def test_the_description_needs_nothing_beside_it(setup_py):
+    """An index page has neither the checkout's images nor its files, and no address of ours to look for them."""
+    readme = (ROOT / "README.md").read_text()
+    text = setup_py.description()
+    targets = re.findall(r"\]\(([^)]*)\)", text)
+    assert all(target.startswith(("https://", "#")) for target in targets), targets
+    assert len(re.findall(r"\]\(", readme)) > len(targets), "nothing was taken out"
+    assert text.splitlines()[0] == readme.splitlines()[0]
+    words = [line for line in readme.splitlines() if line and "](" not in line]
+    assert [line for line in words if line not in text.splitlines()] == []
+
+
 def test_unknown_mode_is_refused(setup_py, monkeypatch):
     monkeypatch.setenv("LENS_CUDA", "MAYBE")
     with pytest.raises(SystemExit, match="LENS_CUDA must be AUTO, ON or OFF, got 'MAYBE'"):
@@ -267,6 +279,10 @@ def test_sdist_alone_builds_a_wheel_of_lens_alone(tmp_path):
     assert wheel.name.startswith("lens_t2i-")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
+        metadata = archive.read(next(n for n in names if n.endswith(".dist-info/METADATA"))).decode()
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert "Project-URL: Paper, https://arxiv.org/abs/" in metadata
+    assert "docs/images" not in re.sub(r"`[^`]*`", "", metadata)
     assert {n.split("/")[0].split("-")[0] for n in names} == {"lens", "lens_t2i"}
     assert expected <= set(names), f"missing from the wheel: {sorted(expected - set(names))}"
     assert sum(n.endswith(".so") for n in names) == 1
