@@ -1,7 +1,7 @@
 """`python -m bench list | run | abba | compare | report | full_size | tables`.
 
 Exit codes: 0 done; 1 slower than allowed, a wrong result, or a case that failed; 2 a mistake in the command; 3 nothing
-could be told: every comparison is inconclusive.
+could be told: every comparison is inconclusive; 130 `abba` was interrupted.
 """
 
 from __future__ import annotations
@@ -141,11 +141,15 @@ def _abba(options: argparse.Namespace) -> int:
         for word in (f"--{name}", str(value))
     ]
     words += [word for name, word in (("tiny", "--tiny"), ("cpu_time", "--cpu-time")) if getattr(options, name)]
+    sides = options.out / "before", options.out / "after"
     try:
         abba(options.checkout, words, options.out, options.rounds)
     except (OSError, ValueError) as error:
         return _mistake(str(error))
-    return _judge(options.out / "before", options.out / "after", tuple(options.subject) if options.subject else None)
+    except KeyboardInterrupt:
+        _mistake(f"interrupted; what is there is judged by python -m bench compare {sides[0]} {sides[1]}")
+        return 130
+    return _judge(*sides, tuple(options.subject) if options.subject else None)
 
 
 def _report(options: argparse.Namespace) -> int:

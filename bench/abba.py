@@ -9,6 +9,7 @@ reads them again.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -28,8 +29,13 @@ def execute(checkout: Path, words: Sequence[str], out: Path) -> int:
     """`python -m bench run` of a checkout; its exit status. Its tables go to a log beside the result."""
     out.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "bench", "run", *words, "--out", str(out)]
+    # first on the path whatever is installed or named there: else both sides could be one build, and look alike
+    places = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     with out.with_suffix(".log").open("w", encoding="utf-8") as log:
-        return subprocess.run(command, cwd=checkout, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.run(
+            command, cwd=checkout, env=env, stdout=log, stderr=subprocess.STDOUT, check=False
+        ).returncode
 
 
 def abba(

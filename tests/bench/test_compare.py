@@ -117,6 +117,35 @@ def test_the_two_checkouts_take_turns(tmp_path, capsys):
     assert "no checkout of Lens here" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("safe", ["", "1"])
+def test_a_run_is_of_its_checkouts_own_code(tmp_path, monkeypatch, safe):
+    """Also where this one is named on the path, or the working folder is not taken from: both sides would be one build."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("PYTHONSAFEPATH", safe)
+    code = "import pathlib, sys\nprint('a table')\npathlib.Path(sys.argv[-1]).write_text(__file__)\nsys.exit(len(sys.argv))"
+    for name in ("one", "two"):
+        (tmp_path / name / "bench").mkdir(parents=True)
+        (tmp_path / name / "bench" / "__init__.py").touch()
+        (tmp_path / name / "bench" / "__main__.py").write_text(code)
+        out = tmp_path / "out" / f"{name}.json"
+        assert abba_module.execute(tmp_path / name, ["ops", "--tiny"], out) == 6
+        assert out.read_text() == str(tmp_path / name / "bench" / "__main__.py")
+        assert out.with_suffix(".log").read_text() == "a table\n"
+
+
+def test_an_interrupted_comparison_says_how_what_is_there_is_judged(tmp_path, monkeypatch, capsys):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "__main__.py").touch()
+
+    def run(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(abba_module.abba, "__defaults__", (run,))
+    out = tmp_path / "out"
+    assert bench.main(["abba", str(tmp_path), "ops", "--out", str(out)]) == 130
+    assert f"python -m bench compare {out / 'before'} {out / 'after'}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", IDENTITY)
 def test_results_of_unlike_machines_are_refused(key):
     with pytest.raises(Incomparable, match=f"{key}: .* and 'other'"):
