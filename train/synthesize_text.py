@@ -51,16 +51,20 @@ FONTS = Path("/usr/share/fonts")
 READ = ("Latin", "Han")  # scripts that RapidOCR's own model reads
 SHEET = 40  # images on the sheet
 EVERY = 10.0  # seconds between lines of progress
-PART = 256  # images of a tar
 
 
 def tar_of(out: Path, part: int) -> Path:
     return out / f"{part:06d}.tar"
 
 
-def write_part(out: Path, made: Style, part: int, count: int) -> int:
-    """One tar of up to `PART` of `count` images, whole or not at all; how many it has."""
-    numbers = range(part * PART, min(count, (part + 1) * PART))
+def numbers_of(part: int, size: int, count: int) -> range:
+    """The images of a tar of up to `size`, of `count` in all."""
+    return range(part * size, min(count, (part + 1) * size))
+
+
+def write_part(out: Path, made: Style, part: int, size: int, count: int) -> int:
+    """One tar, whole or not at all; how many images it has."""
+    numbers = numbers_of(part, size, count)
 
     def write(temporary: Path) -> None:
         with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as tar:
@@ -77,9 +81,9 @@ def write_part(out: Path, made: Style, part: int, count: int) -> int:
     return len(numbers)
 
 
-def read_images(out: Path, count: int) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """(record, PNG) of the first `count` images."""
-    for part in range(-(-count // PART)):
+def read_images(out: Path, size: int, count: int) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """(record, PNG) of the first `count` images, in tars of up to `size`."""
+    for part in range(-(-count // size)):
         with tarfile.open(tar_of(out, part), "r:") as tar:
             png = b""
             for member in tar:
@@ -93,9 +97,9 @@ def read_images(out: Path, count: int) -> Iterator[tuple[dict[str, Any], bytes]]
                     yield record, png
 
 
-def completed(out: Path, made: Style, parts: Sequence[int], count: int, workers: int) -> Iterator[int]:
+def completed(out: Path, made: Style, parts: Sequence[int], size: int, count: int, workers: int) -> Iterator[int]:
     """How many were made, tar by tar. Errors: Interrupted where a worker died."""
-    work = functools.partial(write_part, out, made, count=count)
+    work = functools.partial(write_part, out, made, size=size, count=count)
     if not workers:
         yield from map(work, parts)
         return
@@ -113,7 +117,7 @@ def completed(out: Path, made: Style, parts: Sequence[int], count: int, workers:
             raise
 
 
-def plan_of(made: Style, count: int) -> dict[str, Any]:
+def plan_of(made: Style, size: int, count: int) -> dict[str, Any]:
     """What the images depend on; where the files lie is no part of it."""
 
     def names(paths: Sequence[Path]) -> list[str]:
@@ -121,6 +125,7 @@ def plan_of(made: Style, count: int) -> dict[str, Any]:
 
     return {
         "images": count,
+        "part": size,
         "seed": made.seed,
         "size": [made.height, made.width],
         "fonts": {script: names(files) for script, files in made.fonts.items()},
@@ -129,10 +134,10 @@ def plan_of(made: Style, count: int) -> dict[str, Any]:
     }
 
 
-def read_back(out: Path, count: int) -> dict[str, Any]:
+def read_back(out: Path, size: int, count: int) -> dict[str, Any]:
     """RapidOCR's agreement over images of the scripts that it reads: mean share of words, in all and by what may make it hard."""
     reader, rows = Reader(), list[tuple[dict[str, Any], float]]()
-    for record, png in read_images(out, count):
+    for record, png in read_images(out, size, count):
         if record["script"] in READ:
             with Image.open(io.BytesIO(png)) as image:
                 rows.append((record, agreement(record["text"], reader.read(np.asarray(image)))))
@@ -150,9 +155,9 @@ def read_back(out: Path, count: int) -> dict[str, Any]:
     return {"scripts": list(READ), **means}
 
 
-def write_page(out: Path, count: int, settings: dict[str, Any]) -> None:
+def write_page(out: Path, size: int, count: int, settings: dict[str, Any]) -> None:
     records, pictures = list[dict[str, Any]](), list[np.ndarray]()
-    for record, png in read_images(out, count):
+    for record, png in read_images(out, size, count):
         records.append(record)
         if len(pictures) < SHEET:
             with Image.open(io.BytesIO(png)) as image:
@@ -192,6 +197,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar=("HEIGHT", "WIDTH"),
         help="pixels (default: 512 512)",
     )
+    parser.add_argument("--part", type=positive, default=256, help="images of a tar (default: 256)")
     parser.add_argument("--workers", type=int, default=0, help="processes (default: 0, this one)")
     parser.add_argument("--ocr", type=int, default=0, metavar="N", help="read the first N images back (default: 0)")
     parser.add_argument("--out", type=Path, default=Path("runs/text"), help="folder (default: runs/text)")
@@ -212,25 +218,29 @@ def run(options: argparse.Namespace) -> int:
         if not scripts:
             raise ValueError(f"synthesize_text: no script can be drawn with the {len(files)} fonts of --fonts")
     made = style(scripts, options.fonts, options.backgrounds, (options.size[0], options.size[1]), options.seed)
-    plan, file = plan_of(made, options.count), options.out / "plan.json"
+    plan, file = plan_of(made, options.part, options.count), options.out / "plan.json"
     if file.is_file() and read_json(file) != plan:
-        raise ValueError(f"{file}: of another count, seed, size, fonts, words or backgrounds; expected a fresh --out")
+        raise ValueError(
+            f"{file}: of another count, part, seed, size, fonts, words or backgrounds; expected a fresh --out"
+        )
     write_json(file, plan)
-    parts = [part for part in range(-(-options.count // PART)) if not tar_of(options.out, part).is_file()]
-    missing = sum(min(options.count, (part + 1) * PART) - part * PART for part in parts)
+    parts = [part for part in range(-(-options.count // options.part)) if not tar_of(options.out, part).is_file()]
+    missing = sum(len(numbers_of(part, options.part, options.count)) for part in parts)
     print(f"{options.count} images in {', '.join(scripts)}, {missing} to draw", flush=True)
     begin, said, done = time.monotonic(), time.monotonic(), 0
-    for part in completed(options.out, made, parts, options.count, options.workers):
-        done += part
+    for images in completed(options.out, made, parts, options.part, options.count, options.workers):
+        done += images
         if time.monotonic() - said > EVERY:
             said = time.monotonic()
             print(f"{done} of {missing}, {(said - begin) / done * (missing - done):.0f} s left", flush=True)
     settings = {**plan, "source": "text_synthetic", "scripts": scripts}
     settings["ocr"] = (
-        read_back(options.out, min(options.ocr, options.count)) if options.ocr else REMEDY.partition(":")[0]
+        read_back(options.out, options.part, min(options.ocr, options.count))
+        if options.ocr
+        else REMEDY.partition(":")[0]
     )
     write_json(options.out / "manifest.json", settings)
-    write_page(options.out, options.count, settings)
+    write_page(options.out, options.part, options.count, settings)
     if options.ocr:
         every = settings["ocr"].get("all", {"images": 0, "words_read": 0.0})
         print(f"OCR read {every['words_read']:.1%} of the words of {every['images']} images in {' and '.join(READ)}")

@@ -1,6 +1,9 @@
 """Rendered text: what is written is where it says, by (seed, number) alone, shaped, refused where it cannot be drawn."""
 
 import json
+import multiprocessing
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,7 @@ from train.data.lettering import (
     style,
 )
 from train.data.sources import tars_of
+from train.loop.clock import Interrupted
 
 FONTS = Path("/usr/share/fonts")
 DEJAVU = sorted(FONTS.rglob("DejaVuSans*.ttf")) if FONTS.is_dir() else []
@@ -126,24 +130,49 @@ def test_agreement_counts_words():
     assert agreement("tea tea", "tea") == pytest.approx(1 / 2)
 
 
-@needs_font
-def test_the_stage_goes_on_and_gives_shards_their_captions(tmp_path, made, capsys, monkeypatch):
+def command_of(made, out, *more):
     fonts = str(made.fonts["Latin"][0].parent)
-    monkeypatch.setattr(synthesize_text, "PART", 4)
+    size = ["--count", "6", "--part", "4", "--size", "96", "128"]
+    return ["synthesize_text", *size, "--fonts", fonts, "--scripts", "Latin", "Greek", "--out", str(out), *more]
+
+
+def tars_in(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("*.tar")}
+
+
+@needs_font
+def test_the_stage_goes_on_and_gives_shards_their_captions(tmp_path, made, capsys):
     out = tmp_path / "out"
-    command = ["synthesize_text", "--count", "6", "--size", "96", "128", "--fonts", fonts, "--out", str(out)]
-    assert main([*command, "--scripts", "Latin", "Greek"]) == 0
-    first = {path.name: path.read_bytes() for path in out.glob("*.tar")}
+    command = command_of(made, out)
+    assert main(command) == 0
+    first = tars_in(out)
     assert sorted(first) == ["000000.tar", "000001.tar"]
     (out / "000001.tar").unlink()  # killed before the last one
-    assert main([*command, "--scripts", "Latin", "Greek"]) == 0
+    assert main(command) == 0
     assert "6 images in Latin, Greek, 2 to draw" in capsys.readouterr().out
-    assert {path.name: path.read_bytes() for path in out.glob("*.tar")} == first
-    with pytest.raises(ValueError, match=r"plan.json: of another count, seed"):
-        main([*command, "--scripts", "Latin", "Greek", "--seed", "1"])
-    records = [record for record, _ in synthesize_text.read_images(out, 6)]
+    assert tars_in(out) == first
+    for other in (["--seed", "1"], ["--part", "5"]):
+        with pytest.raises(ValueError, match=r"plan.json: of another count, part, seed"):
+            main([*command, *other])
+    records = [record for record, _ in synthesize_text.read_images(out, 4, 6)]
     assert [record["number"] for record in records] == list(range(6))
+    assert [record["number"] for record, _ in synthesize_text.read_images(out, 4, 3)] == [0, 1, 2]
     found = list(tars_of(out, None, []))  # as `shards --tars` reads them
     assert [picture.caption for picture, _, _ in found] == [record["caption"] for record in records]
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["source"], manifest["ocr"]) == ("text_synthetic", "not measured")
+
+
+@needs_font
+def test_processes_draw_the_same_bytes_and_one_that_dies_is_said(tmp_path, made, monkeypatch):
+    assert main(command_of(made, tmp_path / "here")) == 0
+    assert main(command_of(made, tmp_path / "apart", "--workers", "2")) == 0
+    assert tars_in(tmp_path / "apart") == tars_in(tmp_path / "here")
+    monkeypatch.setattr(synthesize_text, "write_part", kill_this_process)
+    with pytest.raises(Interrupted, match="a worker died; what is finished is kept, the same command goes on"):
+        main(command_of(made, tmp_path / "killed", "--workers", "1"))
+
+
+def kill_this_process(*_, **__):
+    assert multiprocessing.parent_process() is not None
+    os.kill(os.getpid(), signal.SIGKILL)
