@@ -3,9 +3,10 @@
     python -m train caption --images photos/ --url http://127.0.0.1:8000/v1 --model qwen2.5-vl --out runs/captions
     python -m train caption --tars raw/ --detail dense --url https://api.openai.com/v1 --max-cost 20 --out runs/captions
     python -m train caption --images photos/ --only kept.jsonl ...       # the keys or files of a list: JSON lines or Parquet
-    python -m train shards --images photos/ --captions runs/captions/captions.jsonl --out shards/train
+    python -m train caption --curated curated/ --url ... --out runs/captions                # what the stage curate keeps
+    python -m train shards --curated curated/ --captions runs/captions/captions.jsonl --out shards/train
 
-OUT/captions.jsonl has a line an image: key (path below the folder, or TAR/MEMBER), file (what `shards` calls it), sha256 of its bytes,
+OUT/captions.jsonl has a line an image: key (path below the folder, TAR/MEMBER, or a record's), file (what `shards` calls it), its SHA-256,
 caption (dense, else brief), dense, brief, text (of the image, in its own language), scenario, category, words, model, version. What
 has none stands in OUT/left_out.jsonl with the reason: refused, failed, broken. OUT/index.html has word statistics (the paper's dense
 captions have 109 on average), scenarios, categories, refusals, calls and cost.
@@ -52,6 +53,7 @@ from .data.captions import (
     statistics,
     word_count,
 )
+from .data.curation.kept import kept_records
 from .data.images import SUFFIXES, Unusable, decoded
 from .data.tables import read_rows
 from .loop.checkpoints import write_text
@@ -110,6 +112,12 @@ def places(images: Path | None, tars: Path | None) -> Iterator[Place]:
                         yield Place(key, member.name, path, member.offset_data, member.size)
         except tarfile.TarError as error:
             raise ValueError(f"{path}: not a tar that can be read: {error}") from None
+
+
+def places_kept(curated: Path) -> Iterator[Place]:
+    """The images that a curation keeps, in its order, called by their records' keys. Errors: those of `Curation`."""
+    for record, root in kept_records(curated):
+        yield Place(record.key, record.key, root / str(record.path), record.offset or 0, record.byte_count)
 
 
 def pixels_of(data: bytes, side: int) -> np.ndarray:
@@ -278,6 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, metavar="FOLDER", help="images, in subfolders too")
     source.add_argument("--tars", type=Path, metavar="FOLDER", help="WebDataset tars, in subfolders too")
+    source.add_argument("--curated", type=Path, metavar="FOLDER", help="a curation: what its latest manifest keeps")
     parser.add_argument("--only", type=Path, metavar="LIST", help="only these: JSON lines or Parquet with key or file")
     parser.add_argument("--url", help="an OpenAI-compatible server with a vision model, up to and with /v1")
     parser.add_argument("--replay", type=Path, metavar="TRANSCRIPT", help="answers out of a transcript, no server")
@@ -295,12 +304,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     if options.url is None and options.replay is None:
         raise ValueError("caption: expected --url of a server, or --replay of a transcript")
-    jobs = list(places(options.images, options.tars))
+    jobs = list(places_kept(options.curated) if options.curated else places(options.images, options.tars))
     if options.only is not None:
         wanted = {str(row.get("key") or row.get("file")) for row in read_rows(options.only, ("key", "file"))}
         jobs = [job for job in jobs if job.key in wanted or job.file in wanted]
     if not jobs:
-        raise ValueError(f"caption: no image in {options.images or options.tars}{' of --only' if options.only else ''}")
+        folder = options.images or options.tars or options.curated
+        raise ValueError(f"caption: no image in {folder}{' of --only' if options.only else ''}")
     client = ChatClient(
         options.url,
         options.model,

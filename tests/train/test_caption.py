@@ -4,19 +4,18 @@ import base64
 import io
 import json
 import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from lens.chat_client import BadAnswer, Reply, data_url
+from lens.chat_client import BadAnswer, Reply
 from tests import chat_server
 from tests.chat_server import serving
+from tests.train.captioned_photographs import answers, photographs
 from train.__main__ import main
 from train.caption import IN_A_ROW, pixels_of
 from train.data.captions import PAPER_WORDS, Caption, histogram, instructions, read_caption, statistics, word_count
-from train.data.small_world.photographs import ASSETS
 from train.data.sources import captions_of
 
 DENSE = "A red enamel mug stands on a wooden table beside a folded linen cloth in soft light from the left."
@@ -233,12 +232,10 @@ def test_photographs_captioned_by_hand_go_into_shards(tmp_path):
     pytest.importorskip("openai")
     from train.data.shards import ShardSet
 
-    said_of, folder = {}, tmp_path / "in"
+    said_of, folder = answers(), tmp_path / "in"
     folder.mkdir()
-    for row in lines(Path(__file__).parent / "photo_captions.jsonl"):
-        file = row.pop("file")
-        (folder / file).write_bytes((ASSETS / file).read_bytes())
-        said_of[data_url(pixels_of((ASSETS / file).read_bytes(), 1024))] = json.dumps(row)
+    for file, data in photographs().items():
+        (folder / file).write_bytes(data)
     assert len(said_of) == 24
     out, chosen = tmp_path / "captions", tmp_path / "chosen.jsonl"
     with serving(lambda call, _: said_of[call.images[0]]) as server:
