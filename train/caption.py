@@ -255,7 +255,9 @@ def write_page(path: Path, rows: Sequence[dict[str, Any]], made: Sequence[Found]
                 else f"Words of {name} captions"
             )
             numbers = {key: round(value, 1) for key, value in statistics(counts).items()}
-            sections.append((title, bars(title, histogram(counts), mark) + table(numbers)))
+            sections.append(
+                (title, bars(title, histogram(counts, shown=(PAPER_WORDS,) if mark else ()), mark) + table(numbers))
+            )
     for name in ("scenario", "category"):
         counted = collections.Counter(row[name] for row in rows)
         sections.append((name.capitalize(), bars(name, dict(counted.most_common()))))

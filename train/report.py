@@ -54,7 +54,8 @@ def bars(name: str, counts: Mapping[str, float], mark: str = "") -> str:
     for place, (label, count) in enumerate(counts.items()):
         y, length = EDGE + step * place, count / most * WIDTH
         fill = "#b3412e" if label == mark else "#1f5fa8"
-        drawn.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end">{html.escape(label)}</text>')
+        own = f' fill="{fill}"' if label == mark else ""  # seen where its bar has no length, too
+        drawn.append(f'<text x="{left - 6}" y="{y + 13}" text-anchor="end"{own}>{html.escape(label)}</text>')
         drawn.append(f'<rect x="{left}" y="{y + 2}" width="{length:.1f}" height="{step - 5}" fill="{fill}"/>')
         drawn.append(f'<text x="{left + length + 6:.1f}" y="{y + 13}">{count:,g} ({count / total:.1%})</text>')
     size = (

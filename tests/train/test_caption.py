@@ -108,6 +108,7 @@ def test_words_are_counted_in_every_script():
     assert statistics([100, 110, 120])["mean"] == 110
     assert statistics([]) == {}
     assert histogram([8, 11, 12, 35]) == {"0 to 9": 1, "10 to 19": 2, "20 to 29": 0, "30 to 39": 1}
+    assert histogram([31, 32], shown=(19,)) == {"10 to 19": 0, "20 to 29": 0, "30 to 39": 2}
 
 
 def test_a_folder_is_captioned_and_goes_on_where_it_was(tmp_path, capsys):
@@ -156,6 +157,7 @@ def test_a_folder_is_captioned_and_goes_on_where_it_was(tmp_path, capsys):
     assert manifest["calls"]["cost"] > 0
     text = (out / "index.html").read_text()
     assert "&lt;script&gt;" in text
+    assert 'fill="#b3412e">100 to 109</text>' in text  # the paper's mean, which no caption here comes near
     assert "<script" not in text
     assert "ÇAY" in (out / "captions.jsonl").read_text(encoding="utf-8")
     assert len(captions_of(out / "captions.jsonl")) == 5  # as `shards --captions` reads them

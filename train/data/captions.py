@@ -108,11 +108,12 @@ def statistics(counts: Sequence[int]) -> dict[str, float]:
     return {"captions": len(counts), "mean": float(values.mean()), "sd": float(values.std()), **found}
 
 
-def histogram(counts: Sequence[int], width: int = 10) -> dict[str, float]:
-    """Counts by bins of `width` words, from the first that has any to the last."""
+def histogram(counts: Sequence[int], width: int = 10, shown: Sequence[int] = ()) -> dict[str, float]:
+    """Counts by bins of `width` words, from the first that has any to the last; those of `shown`, too, where they have none."""
     if not counts:
         return {}
-    bins = range(min(counts) // width, max(counts) // width + 1)
+    ends = [*counts, *shown]
+    bins = range(min(ends) // width, max(ends) // width + 1)
     return {f"{b * width} to {b * width + width - 1}": sum(c // width == b for c in counts) for b in bins}
 
 
