@@ -35,13 +35,27 @@ LENS_HOURS, Z_IMAGE_HOURS = 192e3, 314e3  # of A100 and of H800, as the paper co
 H800_FLOPS = 989.5e12
 
 
+MFU = 0.4  # that a dry run assumes unless told otherwise
+
+
 def share_of_papers(a100_hours: float) -> str:
     """Our estimate of a stage beside the paper's two sums: Lens's A100 hours, and Z-Image's H800 hours by peak FLOP/s."""
     z_image = Z_IMAGE_HOURS * H800_FLOPS / GPUS["a100"][0]
     return (
-        f"this estimate      {a100_hours:8,.0f} A100 hours by peak: {a100_hours / LENS_HOURS:.2%} of Lens's {LENS_HOURS:,.0f}, "
-        f"{a100_hours / z_image:.2%} of Z-Image's {z_image:,.0f} (Lens in all {LENS_HOURS / z_image:.1%})"
+        f"this estimate      {a100_hours:8,.0f} A100 hours by peak: {percent(a100_hours / LENS_HOURS)} of Lens's {LENS_HOURS:,.0f}, "
+        f"{percent(a100_hours / z_image)} of Z-Image's {z_image:,.0f} (Lens in all {LENS_HOURS / z_image:.1%})"
     )
+
+
+def percent(share: float) -> str:
+    """Two digits behind the point, and one that counts of what is smaller."""
+    return f"{share:.2%}" if share >= 1e-4 else f"{100 * share:.1g}%"
+
+
+def hours_of(flops: float, gpu: str) -> list[str]:
+    """The lines of a dry run about a whole stage of so many FLOPs: GPU hours at MFU, and the papers' sums beside them."""
+    hours, of_a100 = (flops / (peak * MFU * 3600) for peak in (GPUS[gpu][0], GPUS["a100"][0]))
+    return [f"GPU hours            {hours:8,.0f} at {MFU:.0%} MFU, encoders left out", f"  {share_of_papers(of_a100)}"]
 
 
 VAE_BYTES = 0.17e9  # the encoder's half is less
@@ -210,6 +224,7 @@ def distillation_dry_run(recipe: ModuleType, world: int, shard: int | None, gpu:
         f"pictures a turn      {pictures:8.0f}",
         f"a student step       {cycle:8.1f} forward passes of all its pictures, {recipe.FAKE_UPDATES} turns of the fake score included",
         f"FLOPs a student step {cycle * forward / 1e15:8.2f} e15",
+        *hours_of((recipe.STEPS * cycle + recipe.FAKE_WARMUP * fake) * forward, gpu),
         "",
         f"memory of a GPU, {capacity / 1e9:.0f} GB",
     ]

@@ -249,6 +249,7 @@ def dry_run(recipe: ModuleType, shape: LensConfig, world: int, gpu: str) -> str:
         f"pictures of a slot   {per_slot:10,}, {recipe.SLOTS // world} slots on each process",
         f"trained samples      {pictures * recipe.TIMES:10,} an optimiser step, {per_slot * recipe.TIMES} in one packed forward",
         f"FLOPs of a picture   {rollout / 1e12:10.2f} e12 to draw, {recipe.TIMES * training / 1e12:.2f} e12 to train in a step",
+        *cost.hours_of(pictures * (iterations * rollout + recipe.STEPS * recipe.TIMES * training), gpu),
         "",
         f"memory of a GPU, {cost.GPUS[gpu][1] / 1e9:.0f} GB",
     ]

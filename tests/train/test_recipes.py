@@ -277,6 +277,12 @@ def test_an_estimate_is_held_beside_the_papers_two_sums():
         for gpu in ("a100", "h200")
     ]
     assert lines[0] == lines[1]
+    assert [cost.percent(share) for share in (0.161, 0.0001, 0.000029)] == ["16.10%", "0.01%", "0.003%"]
+    # an hour of an A100 at 40 % of 312 TFLOP/s, on another GPU in less time
+    hour = 0.4 * 312e12 * 3600
+    told = cost.hours_of(19_200 * hour, "h200")
+    assert told[0].split()[:3] == ["GPU", "hours", f"{19_200 * 312e12 / cost.GPUS['h200'][0]:,.0f}"]
+    assert "  19,200 A100 hours by peak: 10.00% of Lens's" in told[1]
 
 
 def test_the_dry_run_is_quick_and_needs_no_gpu():
