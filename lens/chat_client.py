@@ -393,7 +393,7 @@ class ChatClient:
             )
         raw = bytearray()
         try:
-            async with self._server.chat.completions.with_streaming_response.create(**body) as response:
+            async with self._request(body) as response:
                 async for chunk in response.iter_bytes(1 << 16):
                     raw += chunk
                     if len(raw) > self.max_reply_bytes:
@@ -412,6 +412,10 @@ class ChatClient:
                 raise
             raise ChatError("connection", f"{self.url}: {self._clean(repr(error))}", again=True) from None
         return bytes(raw)
+
+    def _request(self, body: dict[str, Any]) -> Any:
+        """What is entered for one response."""
+        return self._server.chat.completions.with_streaming_response.create(**body)
 
     async def _expect_success(self, response: Any) -> None:
         """Called with each response before its body is read."""

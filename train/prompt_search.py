@@ -3,6 +3,7 @@
     python -m train prompt_search --prompts prompts.jsonl --generator lens:mini --url http://127.0.0.1:8000/v1 \
         --reasoner-model qwen3-32b --judge-model qwen2.5-vl --out runs/search       # again to resume
     python -m train prompt_search ... --max-calls 5000 --max-cost 10
+    python -m train prompt_search ... --generator openai:http://127.0.0.1:9000/v1 --generator-model NAME   # another generator
 
 Prompts are JSON lines {"id", "prompt", "rubrics": [...]}; a part of them, by a hash of the id, is held out. Each iteration shows
 the writer what failed under the best system prompt so far and asks for another. On the development prompts, with the same
@@ -29,6 +30,7 @@ from lens.chat_client import BadAnswer, Chat, ChatClient, ChatError, Reply
 from lens.formats.files import read_json, write_json
 from lens.reasoner import PROMPTS, SYSTEMS, Reasoner, Refused, ServerReasoner
 
+from .image_client import ImageClient
 from .loop.checkpoints import write_text
 from .loop.keys import keyed
 from .rewards.judge import Judge
@@ -45,7 +47,8 @@ _FORM = {
     "additionalProperties": False,
 }
 
-Generate = Callable[[Sequence[str], Sequence[int]], list[np.ndarray]]  # prompts, seeds -> images uint8 [H, W, 3]
+# prompts, seeds -> images uint8 [H, W, 3]; None where the generator refuses the prompt
+Generate = Callable[[Sequence[str], Sequence[int]], Sequence[np.ndarray | None]]
 
 
 @dataclass(frozen=True)
@@ -202,7 +205,7 @@ class Search:
         return made
 
     def scores(self, text: str, items: Sequence[Item]) -> tuple[list[float | None], list[dict[str, Any]]]:
-        """Score of each item under a system prompt, and the worst failures. What the reasoner refuses scores 0."""
+        """Score of each item under a system prompt, and the worst failures. What reasoner or generator refuses scores 0."""
         path = self.out / "prompts" / f"{hashlib.sha256(text.encode()).hexdigest()[:12]}.md"
         write_text(path, text.strip() + "\n")
         answers = self.reasoner(path)([item.prompt for item in items])
@@ -215,7 +218,14 @@ class Search:
         drawn = [(k, answer.prompt) for k, answer in enumerate(answers) if not isinstance(answer, Refused)]
         # of an item the same seed under every system prompt
         seeds = [keyed(self.seed, f"picture {items[k].id}").initial_seed() % 2**31 for k, _ in drawn]
-        images = self.generate([prompt for _, prompt in drawn], seeds) if drawn else []
+        made = self.generate([prompt for _, prompt in drawn], seeds) if drawn else []
+        failures += [
+            {"wish": items[k].prompt, "prompt": prompt, "failed": ["refused by the generator"]}
+            for (k, prompt), image in zip(drawn, made, strict=True)
+            if image is None
+        ]
+        drawn = [pair for pair, image in zip(drawn, made) if image is not None]
+        images = [image for image in made if image is not None]
         asked = [items[k] for k, _ in drawn]
         judged = self.judge.score([i.prompt for i in asked], [i.rubrics for i in asked], images)
         rows: list[tuple[float, dict[str, Any]]] = []
@@ -256,7 +266,7 @@ def generator(source: str, per_batch: int = 16) -> Generate:
     """ "lens:SOURCE", a folder, a hub id or an embedded model's name. ValueError for anything else."""
     kind, _, name = source.partition(":")
     if kind != "lens" or not name:
-        raise ValueError(f"--generator {source!r}: expected lens:SOURCE, such as lens:mini")
+        raise ValueError(f"--generator {source!r}: expected lens:SOURCE, such as lens:mini, or openai:URL")
     from lens import LensPipeline
 
     pipe = LensPipeline.from_pretrained(name)
@@ -281,8 +291,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--writer-model", metavar="NAME", help="model that rewrites it (default: the reasoner's)")
     parser.add_argument("--judge-model", default=MODEL, metavar="NAME", help=f"vision model (default: {MODEL})")
     parser.add_argument(
-        "--generator", default="lens:mini", metavar="lens:SOURCE", help="who draws (default: lens:mini)"
+        "--generator",
+        default="lens:mini",
+        metavar="WHO",
+        help="who draws: lens:SOURCE, or openai:URL of a server with OpenAI's images API (default: lens:mini)",
     )
+    parser.add_argument("--generator-model", metavar="NAME", help="openai:URL: which of its models")
     parser.add_argument("--start", default="general", help=f"{', '.join(SYSTEMS)}, or a file (default: general)")
     parser.add_argument("--out", type=Path, default=Path("runs/search"), help="folder (default: runs/search)")
     parser.add_argument("--iterations", type=int, default=8, help="rewrites in all (default: 8)")
@@ -303,14 +317,23 @@ def run(options: argparse.Namespace) -> int:
         "max_calls": options.max_calls,
         "max_cost": options.max_cost,
     }
+    clients, generate = list[ChatClient](), None
+    kind, _, address = options.generator.partition(":")
+    if kind == "openai":
+        if not options.generator_model:
+            raise ValueError(f"--generator {options.generator}: expected --generator-model NAME beside it")
+        more = {"concurrency": options.concurrency, "max_calls": options.max_calls}
+        painter = ImageClient(address, options.generator_model, options.out / "images", **more)
+        clients, generate = [painter], painter.draw
     reasoner = ChatClient(options.url, options.reasoner_model, **common)
     writer = ChatClient(options.url, options.writer_model or options.reasoner_model, **common)
     judge = ChatClient(options.judge_url or options.url, options.judge_model, **common)
+    clients += [reasoner, writer, judge]
     search = Search(
         read_items(options.prompts),
         start,
         lambda path: ServerReasoner(reasoner, path),
-        generator(options.generator),
+        generate or generator(options.generator),
         RubricJudge(judge),
         writer,
         options.out,
@@ -323,7 +346,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"error: {error}; what was found before is kept in {options.out}", file=sys.stderr)
         return 1
     finally:
-        for client in (reasoner, writer, judge):
+        for client in clients:
             print(f"{client.model}: {client.counters}")
             client.close()
     held = f"{mean(final.held):.3f} held out" if final.held else "held out not judged"

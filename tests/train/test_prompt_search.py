@@ -1,17 +1,22 @@
 """The search over system prompts, on a scripted server: it finds a planted fix, accepts nothing worse, resumes, ends in time."""
 
+import base64
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("openai")
 pytest.importorskip("tenacity")
 
-from lens.chat_client import ChatClient
+from lens.chat_client import ChatClient, ChatError
 from lens.reasoner import ServerReasoner
+from tests import chat_server
 from tests.chat_server import serving
 from train import prompt_search
+from train.image_client import ImageClient
 from train.prompt_search import Item, Search, read_items, rise, split
 from train.rewards.rubric_judge import RubricJudge
 
@@ -39,11 +44,6 @@ def script(call, _):
 
 
 def pixels_red(url):
-    import base64
-    import io
-
-    from PIL import Image
-
     return Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))).getpixel((0, 0))[0] > 100
 
 
@@ -178,3 +178,94 @@ def test_the_command_searches(server, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "start: dev" in said
     assert (tmp_path / "o" / "best.md").read_text() == prompt_search.PROMPTS.joinpath("general.v1.md").read_text()
+
+
+# ---------------------------------------------------------------- another generator, over HTTP
+
+
+def image_reply(array):
+    stream = io.BytesIO()
+    Image.fromarray(array).save(stream, "PNG")
+    return chat_server.raw(json.dumps({"data": [{"b64_json": base64.b64encode(stream.getvalue()).decode()}]}).encode())
+
+
+def painting(call, number):
+    """The images API beside the chat: what `draw` draws."""
+    if "prompt" not in call.body:
+        return script(call, number)
+    (image,) = draw([call.body["prompt"]], [call.body["seed"]])
+    return image_reply(image)
+
+
+def test_a_server_draws_each_prompt_once_and_keeps_it(tmp_path):
+    with serving(painting) as server:
+        with ImageClient(server.url, "painter", tmp_path) as client:
+            made = client.draw(["a cat, red", "a cat"], [7, 300])
+        with ImageClient(server.url, "painter", tmp_path) as client:
+            again = client.draw(["a cat", "a cat, red"], [300, 7])
+            assert client.counters.calls == 0
+            client.draw(["a cat"], [301])
+        bodies = [call.body for call in server.calls]
+    for one, two, want in zip(made, again[::-1], draw(["a cat, red", "a cat"], [7, 300]), strict=True):
+        np.testing.assert_array_equal(one, want)
+        np.testing.assert_array_equal(two, want)
+    assert len(bodies) == 3
+    told = {"model": "painter", "prompt": "a cat", "n": 1, "response_format": "b64_json", "seed": 301}
+    assert bodies[-1] == told
+
+
+def test_openai_s_own_models_are_sent_what_they_take(tmp_path):
+    own = ImageClient("https://api.openai.com/v1", "gpt-image-1", tmp_path)
+    old = ImageClient("https://api.openai.com/v1", "dall-e-3", tmp_path)
+    chat = prompt_search.Chat("a cat", seed=3)
+    assert own._body(chat) == {"model": "gpt-image-1", "prompt": "a cat", "n": 1}
+    assert old._body(chat)["response_format"] == "b64_json"
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (chat_server.raw(b'{"data": [{"url": "http://127.0.0.1/cat.png"}]}'), "no image as b64_json"),
+        (chat_server.raw(b'{"data": []}'), "no image as b64_json"),
+        (chat_server.raw(b'{"data": [{"b64_json": "bm8="}]}'), "not a picture"),
+        (chat_server.error(400, "no such model"), "HTTP 400: .*no such model"),
+    ],
+)
+def test_what_is_no_image_ends_it(tmp_path, answer, message):
+    with (
+        serving(lambda *_: answer) as server,
+        ImageClient(server.url, "painter", tmp_path) as client,
+        pytest.raises(ChatError, match=message),
+    ):
+        client.draw(["a cat"], [1])
+
+
+def test_a_prompt_that_the_generator_refuses_scores_nothing(tmp_path):
+    def refusing(call, number):
+        if call.body.get("prompt", "").startswith("wish 3"):
+            return chat_server.error(400, "rejected: content_policy_violation")
+        return painting(call, number)
+
+    with serving(refusing) as server, ImageClient(server.url, "painter", tmp_path / "images") as painter:
+        ours, _ = search(server, tmp_path, painter.draw)
+        scores, failures = ours.scores(FIX, ITEMS[2:5])
+        assert painter.counters.calls == 3
+    assert scores == [1.0, 0.0, 1.0]
+    assert failures == [{"wish": "wish 3", "prompt": "wish 3, red", "failed": ["refused by the generator"]}]
+
+
+def test_the_command_searches_for_another_generator(tmp_path, capsys):
+    from train.__main__ import main
+
+    path, out = tmp_path / "p.jsonl", tmp_path / "o"
+    lines = [{"id": str(k), "prompt": f"wish {k}", "rubrics": ["is red", "is there"]} for k in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    script.asked = 0
+    with serving(painting) as server:
+        argv = ["prompt_search", "--prompts", path, "--url", server.url, "--reasoner-model", "reasoner", "--out", out]
+        argv += ["--judge-model", "judge", "--iterations", "0", "--held", "0.5", "--generator", f"openai:{server.url}"]
+        with pytest.raises(ValueError, match="expected --generator-model NAME beside it"):
+            main([str(a) for a in argv])
+        assert main([*map(str, argv), "--generator-model", "painter"]) == 0
+        assert sum("prompt" in call.body for call in server.calls) == 2
+    assert "painter: Counters(calls=2" in capsys.readouterr().out
