@@ -3,7 +3,8 @@
 `make` writes a checkpoint with random weights (work/checkpoint.py). `run` loads it as `LensPipeline.from_pretrained` does,
 draws, and measures every stage: seconds, peak memory with the pages of mapped files counted, beside what lens/cost.py
 predicts, and bytes read from the disk beside the files' size. Images are noise, numbers are not: blocks are held against
-their specification, the decoder against diffusers. The result is a file as of `python -m bench run`, of one row a stage.
+their specification, the decoder against diffusers, layers of the text encoder against transformers', one at a time, so that
+both fit. The result is a file as of `python -m bench run`, of one row a stage.
 """
 
 from __future__ import annotations
@@ -26,10 +27,14 @@ from torch import Tensor
 
 from lens import LensPipeline, ops
 from lens.config import VARIANTS, Defaults
-from lens.cost import cpu_peak_bytes
+from lens.cost import HOST_BYTES, cpu_peak_bytes
+from lens.engine.residency import CPU_NAMES
 from lens.formats.files import write_json
+from lens.formats.gpt_oss import load_gpt_oss
 from lens.formats.released import load_scheduler, load_transformer
+from lens.formats.text_encoder import text_encoder_tensors, vocab_size
 from lens.formats.vae import load_vae
+from lens.gpt_oss import GptOss, Keys, Samples
 from lens.model import Block
 from lens.packing import plan
 from lens.text_encoder import ChatTokenizer, TextEncoder
@@ -129,6 +134,63 @@ def block_error(block: Block, config: Any, dtype: torch.dtype, key: int) -> floa
     return float((ours.double() - exact.double()).norm() / exact.double().norm())
 
 
+@torch.no_grad()
+def layer_errors(folder: Path, model: GptOss, ids: list[int], layer: int) -> tuple[float, float]:
+    """Relative L2 distances of a layer of our text encoder, and of transformers' in the same dtype, from transformers' in
+    float32, on the same input and weights; what the layer adds is compared, not what passes it by."""
+    if layer:
+        x = model([ids], [Keys(len(ids))], (layer - 1,))[layer - 1]
+    else:
+        x = torch.nn.functional.embedding(torch.tensor(ids), model.embed_tokens.weight).to(model.dtype)
+    frequencies, grown = model.config.rotary()
+    angle = torch.arange(len(ids)).float()[:, None] * frequencies
+    cos, sin = ((f * grown)[:, None] for f in (angle.cos(), angle.sin()))
+    ours = model.layers[layer](x, cos, sin, Samples((Keys(len(ids)),), (len(ids),)))
+    theirs = TransformersLayer(folder, layer)
+    rounded = theirs(x, model.dtype)
+    exact = theirs(x, torch.float32)  # last: its weights are widened in place
+    added = (exact.double() - x.double()).norm()
+    mine, other = (float((y.double() - exact.double()).norm() / added) for y in (ours, rounded))
+    return mine, other
+
+
+class TransformersLayer:
+    """One layer of transformers' model, its experts expanded to bfloat16, in which they are exact."""
+
+    def __init__(self, folder: Path, layer: int):
+        from transformers import GptOssConfig, GptOssModel
+        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+        settings = json.loads((folder / "config.json").read_text())
+        settings |= {"num_hidden_layers": 1, "layer_types": settings["layer_types"][layer : layer + 1], "vocab_size": 8}
+        settings |= {"pad_token_id": None, "eos_token_id": None, "quantization_config": None}
+        config = GptOssConfig.from_dict(settings)
+        with torch.device("meta"):
+            self.model: Any = GptOssModel(config).eval()
+        self.model.rotary_emb = type(self.model.rotary_emb)(config)
+        self.model.norm = torch.nn.Identity()
+        found: dict[str, Tensor] = {}
+        for name, stored in text_encoder_tensors(folder).items():
+            if name.startswith(f"layers.{layer}."):
+                short = name.split(".", 2)[2]
+                stored.read(lambda value, short=short: found.update({short: value.clone()}))  # type: ignore[misc]
+                stored.shard.close()
+        for name in [name for name in found if name.endswith("_blocks")]:
+            whole = name.removesuffix("_blocks")
+            found[whole] = convert_moe_packed_tensors(found.pop(name), found.pop(f"{whole}_scales"))
+        self.model.layers[0].load_state_dict(found, assign=True)
+        self.made: list[Tensor] = []
+        self.model.layers[0].register_forward_hook(lambda _module, _inputs, out: self.made.append(out))
+
+    def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """[T, D] -> [T, D]."""
+        self.model.layers[0].to(dtype)
+        self.made.clear()
+        self.model(inputs_embeds=x.to(dtype)[None], use_cache=False)
+        out = self.made[0]
+        return (out[0] if isinstance(out, tuple) else out).reshape(x.shape)
+
+
 def _summed(carried: Any, packing: Any) -> Tensor:
     from lens.model import summed
 
@@ -178,17 +240,15 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     written = (folder / "text_encoder").is_dir() and options.text is None
     encoder: Any = NoEncoder()
     if written:
-        from lens.formats.text_encoder import load_text_encoder, vocab_size
-
         chat = ChatTokenizer(folder / "tokenizer", vocab_size(folder / "text_encoder"))
         with record.stage("load text_encoder", folder / "text_encoder"):
             layers = config.selected_layer_index
-            encoder = TextEncoder(
-                chat, load_text_encoder(folder / "text_encoder", dtype, "cpu", max(layers) + 1), layers
-            )
+            encoder = TextEncoder(chat, load_gpt_oss(folder / "text_encoder", dtype, "cpu", max(layers) + 1), layers)
     scheduler = load_scheduler(folder / "scheduler")
     pipe: Any = LensPipeline(transformer, encoder, codec, scheduler, Defaults(options.variant, steps, guidance))
     tokens = height * width // 256
+    if written:
+        pipe.set_residency(options.residency)
     with record.stage("table"):
         pipe.prepare(tokens, steps)
 
@@ -197,6 +257,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         with record.stage("prompt"):
             features, mask = pipe.encode_text([PROMPT])
         text = {"prompt_embeds": features, "prompt_mask": mask}
+        with record.stage("prompt again"):  # another one: the preamble's keys are kept, pages may be
+            pipe.encode_text([PROMPT.replace("red", "green")])
     else:
         g = torch.Generator().manual_seed(0)
         count = options.text or 200
@@ -227,12 +289,20 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             f"bench full_size: the image must be finite and not constant, has deviation {float(image.std())}"
         )
 
+    plan = pipe.sizes(tokens, 1, guidance != 1.0) if written else None
     predicted = cpu_peak_bytes(
         config, tuple(codec.vae.config.block_out_channels), tokens, text_tokens, steps, guidance != 1.0,
-        encoder=sum(t.numel() * t.element_size() for t in encoder.model.parameters()) if written else 0,
-        itemsize=dtype.itemsize,
+        encoder=plan.text_encoder if plan else 0, itemsize=dtype.itemsize,
+        visiting=plan.visiting if plan and options.residency == "balanced" else None,
     )  # fmt: skip
-    record.memory["predicted"] = {stage: base + n for stage, n in predicted.items()}
+    record.memory["predicted"] = {stage: HOST_BYTES + n for stage, n in predicted.items()}
+    if written:  # the text encoder alone from here on: a layer in float32 takes 3 GB
+        del transformer, pipe
+        ids = encoder.tokenizer.encode(PROMPT, 512, "reference", "2026-05-23")
+        kinds = encoder.model.config.layer_types
+        for layer in sorted({0, kinds.index("full_attention"), len(encoder.model.layers) - 1}):
+            ours, theirs = layer_errors(folder / "text_encoder", encoder.model, ids, layer)
+            record.errors |= {f"layer {layer}": ours, f"layer {layer} by transformers": theirs}
     return _result(options, record, before, config, text_tokens, base)
 
 
@@ -267,7 +337,7 @@ def _result(
             "left_out": {}, "failed": {},
             "full_size": {
                 "layers": config.num_layers, "width": config.inner_dim, "text_tokens": text_tokens,
-                "text_encoder": "load text_encoder" in record.seconds, "errors": record.errors,
+                "text_encoder": "load text_encoder" in record.seconds, "residency": options.residency, "errors": record.errors,
                 "memory": {"at_start": base, "predicted": record.memory["predicted"]},
             },
         },
@@ -278,13 +348,15 @@ def summary(result: dict[str, Any]) -> str:
     """Every stage in one line: seconds, peak, what was predicted, bytes read."""
     full = result["bench"]["full_size"]
     predicted = full["memory"]["predicted"]
-    lines = [f"{'stage':22}{'seconds':>9}{'peak GB':>9}{'predicted':>11}{'read / size':>13}"]
+    lines = [f"{'stage':22}{'seconds':>9}{'of CPU':>9}{'peak GB':>9}{'predicted':>11}{'read / size':>13}"]
     for entry in result["benchmarks"]:
         more, stage = entry["extra_info"], entry["name"].rsplit("/", 1)[1].replace("_", " ", 1)
         peak = f"{more['memory']['peak'] / 1e9:.2f}" if more["memory"] else ""
         foreseen = f"{predicted[stage] / 1e9:.2f}" if stage in predicted else ""
         read = f"{more['read']['from_disk'] / more['read']['files']:.3f}" if more["read"] else ""
-        lines.append(f"{stage:22}{entry['stats']['median']:9.2f}{peak:>9}{foreseen:>11}{read:>13}")
+        used = more["processor_seconds"]
+        used = f"{used:.2f}" if used is not None else ""
+        lines.append(f"{stage:22}{entry['stats']['median']:9.2f}{used:>9}{peak:>9}{foreseen:>11}{read:>13}")
     lines += [f"{name}: relative error {error:.2e}" for name, error in full["errors"].items()]
     return "\n".join(lines)
 
@@ -310,6 +382,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--size", type=_size, default=(512, 512), metavar="WIDTHxHEIGHT", help="default: 512x512")
     run.add_argument("--steps", type=int, help="default: the variant's")
     run.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16")
+    run.add_argument(
+        "--residency",
+        choices=CPU_NAMES,
+        default="trimmed",
+        help="whether the text encoder's pages stay (trimmed) or not",
+    )
     run.add_argument("--text", type=int, metavar="TOKENS", help="random features of so many tokens, no text encoder")
     run.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
     run.add_argument(

@@ -156,6 +156,18 @@ def cpu_decode_bytes(channels: tuple[int, ...], pixels: int, itemsize: int = 2) 
     return 3 * channels[min(1, len(channels) - 1)] * pixels * itemsize
 
 
+HOST_BYTES = 650_000_000  # of a process that has imported what drawing needs, before a model is loaded
+
+
+def cpu_encode_bytes(config: LensConfig, text: int, itemsize: int = 2) -> int:
+    """Most memory of our text encoder's activations on a CPU, ``text`` tokens after the preamble of 97: float32 scores of a
+    block of 128 queries over all keys, twice, and of every token its rows in the mixture of experts."""
+    tokens = text + 97
+    scores = 2 * 4 * 64 * min(128, tokens) * tokens
+    rows = (4 + len(config.selected_layer_index)) * itemsize + 5 * 4 * 4
+    return scores + rows * config.enc_hidden_dim * tokens
+
+
 def cpu_peak_bytes(
     config: LensConfig,
     channels: tuple[int, ...],
@@ -166,11 +178,14 @@ def cpu_peak_bytes(
     encoder: int = 0,
     autoencoder: int = 2 * 84_046_115,
     itemsize: int = 2,
+    visiting: int | None = None,
 ) -> dict[str, int]:
-    """Resident bytes of a CPU's process in each stage, besides what it has before a model is loaded.
+    """Resident bytes of a CPU's process in each stage, besides what it has before a model is loaded, `HOST_BYTES`.
 
-    Everything stays: ``encoder`` bytes of the text encoder's weights, pages of mapped files counted, the transformer, the
-    autoencoder. The transformer's modulation weights stay in the files: a schedule's table reads them block by block.
+    Everything stays: ``encoder`` bytes of the text encoder's weights, pages of mapped files counted, from the first prompt
+    on, the transformer, the autoencoder. ``visiting``: bytes of the encoder that are there at once, while a prompt is read
+    and not after, where it is on demand. The transformer's modulation weights stay in the files: a schedule's table reads
+    them block by block.
     One picture of ``tokens`` image tokens beside ``text`` text tokens; both halves of a ``guided`` step at once.
     """
     weights, modulation = (itemsize * n for n in transformer_parameters(config))
@@ -178,11 +193,13 @@ def cpu_peak_bytes(
     halves = 2 if guided else 1
     rows, texts = tokens * halves, text * halves
     buffers = step_buffer_bytes(config, rows, texts, halves, steps, itemsize)
-    always = encoder + autoencoder + weights - modulation
+    always = autoencoder + weights - modulation
+    if visiting is None:
+        always, visiting = always + encoder, 0
     return {
         "load transformer": weights - modulation,
         "table": always + buffers + one,
-        "prompt": always + buffers + encode_bytes(config.enc_hidden_dim, text, itemsize),
+        "prompt": always + visiting + buffers + cpu_encode_bytes(config, text, itemsize),
         "denoise": always + buffers + step_workspace_bytes(config, rows, texts, itemsize),
         "decode": always + buffers + cpu_decode_bytes(channels, 256 * tokens, itemsize),
     }

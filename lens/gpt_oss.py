@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .engine.content import content, glance
+from .engine.content import content, glance, write_counts
 from .ops import reference
 
 _BLOCK = 128  # queries whose scores exist at a time
@@ -94,23 +93,20 @@ class Keys:
     """Keys and values of one sample, [S, key heads, head_dim] each, in every layer that was run."""
 
     def __init__(self, room: int, begin: Keys | None = None):
-        """room: positions there will be at most; begin: positions that are there already, copied."""
-        self.length: int = 0 if begin is None else begin.length
-        self.room = room
+        """room: positions there will be at most; begin: all positions that come before, copied layer by layer when a layer
+        is first extended, so that ``begin`` may be filled in the same pass, as an earlier sample."""
+        self.length: int = 0 if begin is None else begin.room
+        self.room: int = room
+        self._begin, self._begun = begin, self.length
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
-        for layer, pair in ({} if begin is None else begin._held).items():
-            self._held[layer] = self._grown(*pair)
-
-    def _grown(self, *pair: Tensor) -> tuple[Tensor, Tensor]:
-        new = [x.new_empty(self.room, *x.shape[1:]) for x in pair]
-        for x, old in zip(new, pair):
-            x[: self.length] = old[: self.length]
-        return new[0], new[1]
 
     def extended(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer with those of the next positions. `length` is the caller's to move on."""
         if layer not in self._held:
             self._held[layer] = keys.new_empty(self.room, *keys.shape[1:]), keys.new_empty(self.room, *keys.shape[1:])
+            if self._begin is not None and self._begun:
+                for own, there in zip(self._held[layer], self._begin._held[layer]):
+                    own[: self._begun] = there
         held, end = self._held[layer], self.length + len(keys)
         held[0][self.length : end], held[1][self.length : end] = keys, values
         return held[0][:end], held[1][:end]
@@ -275,19 +271,20 @@ class _Prefixes:
     def __reduce__(self) -> tuple[Any, ...]:
         return _Prefixes, ()
 
-    def get(self, key: Any, weights: Hashable, make: Callable[[], Keys]) -> Keys:
-        """weights: a `glance` at what ``make`` reads; what was made of others is made again."""
+    def get(self, key: Any, weights: Hashable) -> Keys | None:
+        """weights: a `glance` at what they are made of; those that were made of others are none."""
         with self._lock:
             if key in self._held and self._held[key][0] == weights:
                 self._held.move_to_end(key)
                 return self._held[key][1]
-        made = make()
+        return None
+
+    def keep(self, key: Any, weights: Hashable, made: Keys) -> None:
         with self._lock:
             self._held[key] = weights, made
             self._held.move_to_end(key)
             while len(self._held) > _PREFIXES:
                 self._held.popitem(last=False)
-        return made
 
     def __len__(self) -> int:
         return len(self._held)
@@ -308,6 +305,7 @@ class GptOss(nn.Module):
         self.layers = nn.ModuleList([Layer(config, n) for n in range(depth)])
         self.norm = RmsNorm(config.hidden_size, config.rms_norm_eps)
         self.pages: Any = None  # `formats.safetensors.Pages`, of weights that are mapped
+        self.streamed = False  # whether a layer's pages are given back when it has run
         self._prefixes = _Prefixes()
 
     @property
@@ -338,6 +336,8 @@ class GptOss(nn.Module):
             x = layer(x, cos, sin, samples)
             if n in layers:
                 found[n] = x
+            if self.streamed and self.pages:
+                self.pages.drop()
         for own, length in zip(keys, lengths):
             own.length += length
         return found
@@ -346,27 +346,35 @@ class GptOss(nn.Module):
         """Raw residual after each of ``layers`` of every sample, [T, D] each, T = len(ids) - prefix at least 1.
 
         The first ``prefix`` tokens are read by themselves, once for all samples and calls that share them: by causality
-        they are what they would be in front of any prompt.
+        they are what they would be in front of any prompt. Those not known yet run in the same pass, in front of the
+        samples, so that every layer's weights are read once.
         """
+        held: dict[tuple[int, ...], Keys] = {}
+        new: dict[tuple[int, ...], tuple[Hashable, Keys]] = {}
         table, last = self.embed_tokens.weight, max(layers)
-        seen = glance([table, *(weight for layer in self.layers[: 1 + last] for weight in layer.parameters())])
-        begun = []
-        for own in ids:
-            begin = tuple(own[:prefix])
-            # of the table the rows that are read, which a glance at all of it would hardly meet
-            weights = seen, content(table[list(begin)].unbind())
-            key = begin, self.dtype, self.device, last
-            begun.append(Keys(len(own), self._prefixes.get(key, weights, partial(self._begin, begin, layers))))
-        states = self([own[prefix:] for own in ids], begun, layers)
-        lengths = [len(own) - prefix for own in ids]
-        parts = [[part.clone() for part in states[n].split(lengths)] for n in layers]
-        return [list(sample) for sample in zip(*parts)]
+        weights = [table, *(weight for layer in self.layers[: 1 + last] for weight in layer.parameters())]
+        # a glance at streamed weights would read pages that were given back: of those torch's own counts must do
+        seen = (tuple(map(id, weights)), write_counts(weights)) if self.streamed else glance(weights)
 
-    def _begin(self, ids: Sequence[int], layers: Sequence[int]) -> Keys:
-        keys = Keys(len(ids))
-        if ids:
-            self([ids], [keys], layers)
-        return keys
+        def key(begin: tuple[int, ...]) -> Any:
+            return begin, self.dtype, self.device, last
+
+        for begin in dict.fromkeys(tuple(own[:prefix]) for own in ids):
+            # of the table the rows that are read, which a glance at all of it would hardly meet
+            made_of = seen, content(table[list(begin)].unbind())
+            known = self._prefixes.get(key(begin), made_of)
+            if known is None:
+                known = Keys(len(begin))
+                if begin:
+                    new[begin] = made_of, known
+            held[begin] = known
+        begun = [Keys(len(own), held[tuple(own[:prefix])]) for own in ids]
+        states = self([*new, *(own[prefix:] for own in ids)], [*(made for _, made in new.values()), *begun], layers)
+        for begin, (made_of, made) in new.items():
+            self._prefixes.keep(key(begin), made_of, made)
+        lengths = [*map(len, new), *(len(own) - prefix for own in ids)]
+        parts = [[part.clone() for part in states[n].split(lengths)[len(new) :]] for n in layers]
+        return [list(sample) for sample in zip(*parts)]
 
     # ------------------------------------------------------------------------------------------------ writing
 

@@ -236,7 +236,7 @@ class LensTransformer2DModel(nn.Module):
                     "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
                     "before can be drawn; reload the transformer for a new one"
                 )
-            weight, bias = self.stored_modulation(index, stream)
+            weight, bias = (w.to(temb[0]) for w in self.stored_modulation(index, stream))
             return torch.cat([F.linear(t, weight, bias) for t in temb])
         return torch.cat([layer(t.to(layer.weight.device)).to(t.device) for t in temb])
 

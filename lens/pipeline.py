@@ -8,6 +8,7 @@ exception or Ctrl-C in mid-call leaves it usable.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,13 +20,25 @@ from torch import Tensor
 
 from . import callbacks, sampler
 from . import vae as pixels
-from .config import Defaults
+from .config import Defaults, LensConfig
 from .engine.batch_invariance import default as default_invariance
 from .engine.graphs import marked
 from .engine.job import Job, Text
 from .engine.overlap import Pending, host_lane_for
 from .engine.progress import counted_steps
-from .engine.residency import PRESETS, STAGES, Placement, Residency, Sizes, choose, free_bytes, immovable, sizes_of
+from .engine.residency import (
+    PRESETS,
+    STAGES,
+    Placement,
+    Residency,
+    Sizes,
+    choose,
+    cpu_sizes,
+    free_bytes,
+    immovable,
+    sizes_of,
+    within,
+)
 from .engine.run import Engine
 from .engine.schedule_table import TableCache, evict
 from .engine.threads import number_for, threads_for
@@ -40,16 +53,19 @@ from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
 from .formats.parts import Part
 from .formats.released import (
+    LARGE,
     check_fit,
     check_sampler,
+    described_transformer,
     load_scheduler,
     load_transformer,
     read_defaults,
     transformer_tensors,
 )
 from .formats.released import placement as usable_placement
+from .formats.safetensors import Stored
 from .formats.text_encoder import load_text_encoder, packed_experts, text_encoder_tensors, vocab_size
-from .formats.vae import load_vae, vae_tensors
+from .formats.vae import load_vae, vae_channels, vae_tensors
 from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
@@ -130,14 +146,17 @@ class LensPipeline:
         weights_variant: str | None = None,
         revision: str | None = None,
         encoder: str | None = None,
+        memory: float | None = None,
     ) -> LensPipeline:
         """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, an adapter's folder
         that names its base, a hub id, a transformer's .safetensors file.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
-        folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32. residency: see
-        ``set_residency``; with a named one each part is loaded straight to where it lives. torch_dtype: dtype by
-        diffusers' name.
+        folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32, or bfloat16 for a
+        transformer of over 10^9 weights. residency: see ``set_residency``; with a named one each part is loaded straight to
+        where it lives; None on a CPU is "trimmed" for so large a transformer, else "resident". memory: GB (10^9 bytes) that
+        drawing may take, in place of a residency: the fastest one that is predicted to fit, or MemoryError, on a CPU before
+        anything is loaded. torch_dtype: dtype by diffusers' name.
 
         transformer, text_encoder, vae: a .safetensors file or a folder in place of the source's part; with all three the
         default source is not read. tokenizer: a folder or a tokenizer.json; None: beside or inside the text encoder that was
@@ -155,13 +174,27 @@ class LensPipeline:
             raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
         if device is not None:
             device = _usable(device, "from_pretrained")
-        device, dtype = usable_placement(device, dtype or torch_dtype)
+        asked = dtype or torch_dtype
+        device, dtype = usable_placement(device, asked)
+        if memory is not None:
+            _expect_memory(memory, residency, device, encoder)
         files = locations.find(source, transformer, text_encoder, vae, tokenizer, weights_variant, revision)
         defaults = read_defaults(files.root, variant, files.name)
         scheduler = load_scheduler(files.scheduler)
         check_sampler(files.scheduler, defaults, scheduler)
         chat = ChatTokenizer(files.tokenizer, vocab_size(files.text_encoder))
         policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
+        described, headers = described_transformer(files.transformer)
+        large = sum(math.prod(stored.shape) for stored in headers.values()) > LARGE
+        if asked is None:
+            _, dtype = usable_placement(device, None, large)
+        if memory is not None:
+            residency = policy = "auto"
+            if device.type == "cpu":
+                stored = _stored_sizes(files, described, defaults, dtype)
+                policy = within(memory, stored)
+        elif policy is None and device.type == "cpu" and large and files.adapter is None:
+            policy = PRESETS["trimmed"]
         parked = Placement(policy, device) if isinstance(policy, Residency) else None
 
         def host(part: str) -> torch.device | str:
@@ -170,7 +203,9 @@ class LensPipeline:
                 return "cpu" if residency == "auto" else device
             return "cpu" if parked.residency.tier(part) != "resident" else device
 
-        denoiser = load_transformer(files.transformer, dtype, host("transformer"))
+        # on a CPU what need not be in memory stays in the files
+        read = not (device.type == "cpu" and isinstance(policy, Residency) and policy.modulation == "host")
+        denoiser = load_transformer(files.transformer, dtype, host("transformer"), read)
         adapter = None if files.adapter is None else read_adapter(files.adapter, denoiser)
         if adapter is not None:
             merge_adapter(adapter, denoiser)
@@ -211,7 +246,7 @@ class LensPipeline:
         )
         pipe.text_encoder_files = files.text_encoder
         if policy is not None:
-            pipe._reside(policy, device)
+            pipe._reside(policy if memory is None else "auto", device, memory)
         return pipe
 
     # ------------------------------------------------------------------------------------------------ as diffusers has it
@@ -320,25 +355,58 @@ class LensPipeline:
 
     def sizes(self, image_tokens: int | None = None, images: int = 1, guided: bool = True) -> Sizes:
         """Bytes of the parts and of the stages' work, for images of ``image_tokens`` (default: the model's size)."""
+        return self._sizes(self.device, image_tokens, images, guided)
+
+    def _sizes(self, device: torch.device, image_tokens: int | None, images: int, guided: bool) -> Sizes:
         tokens = image_tokens or (self.defaults.base_resolution // 16) ** 2
         encoder, transformer, autoencoder = self.parts().values()
         work = {"tokens": tokens, "images": images, "guided": guided}
-        return sizes_of(self.transformer.config, encoder, transformer, autoencoder, **work)
+        return sizes_of(self.transformer.config, encoder, transformer, autoencoder, device, **work)
 
-    def set_residency(self, residency: str | Residency = "auto", device: torch.device | str | None = None) -> Residency:
+    def set_residency(
+        self,
+        residency: str | Residency = "auto",
+        device: torch.device | str | None = None,
+        memory: float | None = None,
+        image_tokens: int | None = None,
+        images: int = 1,
+        guided: bool | None = None,
+    ) -> Residency:
         """Place the parts: "resident", "trimmed" (modulation weights on the host), "balanced" (the text encoder visits
         the device, too), "lean" (all parts visit it), or "auto": the first of these whose predicted peak fits the free
         memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
 
+        memory: GB (10^9 bytes) that "auto" may fill, also on a CPU, where the process as a whole counts and only the text
+        encoder leaves, layer by layer, to be read again with the next prompt; for ``images`` of ``image_tokens`` at once
+        (default: one of the model's size), ``guided`` (default: as the checkpoint is drawn by default).
+
         ValueError for an unknown name, a device that is not there or a part that cannot move, with nothing changed;
         MemoryError where "auto" finds nothing that fits.
         """
-        return self._reside(residency, self.device if device is None else _usable(device, "set_residency"))
+        device = self.device if device is None else _usable(device, "set_residency")
+        if memory is not None:
+            _expect_memory(memory, residency, device, None)
+        return self._reside(residency, device, memory, image_tokens, images, guided)
 
-    def _reside(self, residency: str | Residency, device: torch.device) -> Residency:
-        sizes, parts = self.sizes(), self.parts()
+    def _reside(
+        self,
+        residency: str | Residency,
+        device: torch.device,
+        memory: float | None = None,
+        image_tokens: int | None = None,
+        images: int = 1,
+        guided: bool | None = None,
+    ) -> Residency:
+        guided = (memory is None or self.defaults.guidance_scale != 1.0) if guided is None else guided
+        sizes, parts = self._sizes(device, image_tokens, images, guided), self.parts()
         fixed = [part for part, module in parts.items() if immovable(module)]
-        policy = choose(residency, sizes, free_bytes(device, parts.values()), fixed)
+        if memory is not None and device.type == "cpu":
+            policy = within(memory, sizes)
+        else:
+            free = free_bytes(device, parts.values())
+            if memory is not None:
+                free = min(int(memory * 1e9), free or int(memory * 1e9))
+            policy = choose(residency, sizes, free, fixed)
         if device != self.device:
             self._set_batch_invariance(device)
         placement = Placement(policy, device)
@@ -696,6 +764,36 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
             if p.is_floating_point() and not p.is_meta and not torch.isfinite(p).all():
                 own = released_names(name) if part == "transformer" else [name]
                 yield from (f"{part}/{key}" for key in own)
+
+
+def _expect_memory(memory: Any, residency: Any, device: torch.device, encoder: str | None) -> None:
+    """Errors: ValueError for a limit that is none, and for one beside what it would decide."""
+    if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf:
+        raise ValueError(f"memory must be a positive number of GB, got {memory!r}")
+    if residency not in (None, "auto"):
+        raise ValueError(f"give only one of memory and residency, got {memory:g} and {residency!r}")
+    if encoder == "transformers" and device.type == "cpu":
+        raise ValueError(
+            "memory needs encoder='lens': transformers expands the experts on a CPU, which is not predicted"
+        )
+
+
+def _stored_sizes(files: Any, config: LensConfig, defaults: Defaults, dtype: torch.dtype) -> Sizes:
+    """Sizes on a CPU of a checkpoint that is still to be loaded, by the headers of its files: its weights as they lie there."""
+
+    def nbytes(stored: Mapping[str, Stored]) -> int:
+        spans = (s.shard.entries[s.key][2:] for s in stored.values())
+        return sum(end - begin for begin, end in spans)
+
+    depth = max(config.selected_layer_index) + 1
+    encoder = text_encoder_tensors(files.text_encoder, depth)
+    encoder.pop("embed_tokens.weight", None)
+    layer = nbytes({name: s for name, s in encoder.items() if name.startswith("layers.0.")})
+    codec, itemsize = vae_tensors(files.vae), dtype.itemsize
+    values = itemsize * sum(math.prod(s.shape) for s in codec.values())
+    tokens, guided = (defaults.base_resolution // 16) ** 2, defaults.guidance_scale != 1.0
+    channels = vae_channels(files.vae)
+    return cpu_sizes(config, nbytes(encoder), layer, values, channels, tokens, 1, guided, itemsize)
 
 
 def _usable(device: str | torch.device, method: str) -> torch.device:

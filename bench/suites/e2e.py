@@ -30,7 +30,7 @@ SUBJECTS = {
     "total": (OURS, "exact_compiled", "reference_eager"),
     "denoise": (OURS, "exact_compiled", "reference_eager", "reference_compiled"),
     "text": (OURS,),
-    "decode": (OURS, "compiled"),
+    "decode": (OURS, "eager", "compiled"),
     "host": host.SUBJECTS,
     "host_total": (OURS,),
     "first": (OURS,),
@@ -100,12 +100,13 @@ def _decode(d: DrawingSetup) -> Work:
     def wide(noise: list[Tensor]) -> Tensor:
         return PixelCodec(copy.deepcopy(d.codec.vae).to(wider(d.scale.dtype))).decode(noise[0], d.grids[0])
 
-    fused = PixelCodec(d.codec.vae)
-    fused.vae = _Compiled(d.codec.vae)
+    eager, fused = PixelCodec(d.codec.vae), PixelCodec(d.codec.vae)
+    eager.vae, fused.vae = _By(d.codec.vae.decode), _By(compiled(d.codec.vae.decode))
+    subjects = {OURS: d.codec, "eager": eager, "compiled": fused}
     flops, moves = d.work_of_decode()
     return Work(
         inputs=[(d.noise(turn),) for turn in range(2)],
-        subjects={OURS: Subject(by(d.codec), mode="stream"), "compiled": Subject(by(fused), mode="stream")},
+        subjects={name: Subject(by(codec), mode="stream") for name, codec in subjects.items()},
         oracle=wide,
         bound=0.1 if d.scale.dtype == torch.bfloat16 else 1e-3,
         flops=flops,
@@ -114,11 +115,11 @@ def _decode(d: DrawingSetup) -> Work:
     )
 
 
-class _Compiled:
-    """An autoencoder whose decode is compiled."""
+class _By:
+    """An autoencoder that is nothing but its decode: diffusers' own, or that compiled."""
 
-    def __init__(self, vae: Any):
-        self.decode = compiled(vae.decode)
+    def __init__(self, decode: Callable[..., Any]):
+        self.decode = decode
 
 
 def _total(d: DrawingSetup) -> Work:
@@ -189,9 +190,17 @@ def _mini(device: torch.device) -> Work:
 
 def cases(scale: Scale, gpu: bool) -> list[Case]:
     """By value: one picture of the main size, in all and stage by stage; the host, the first picture; many pictures;
-    batches; the large size; mixed sizes. Mini anywhere."""
+    batches; the large size; mixed sizes. Mini anywhere; on a CPU besides it one decode at 512x512, without Inductor, which
+    compiles for minutes."""
     if not gpu and not scale.tiny:
-        return [Case("e2e/mini/64/b8/fp32/total", MINI_SUBJECTS, _mini)]
+
+        def decode(device: torch.device) -> Work:
+            return _decode(DrawingSetup(scale, device, "turbo", [scale.sizes[512]], scale.texts[-2]))
+
+        return [
+            Case("e2e/mini/64/b8/fp32/total", MINI_SUBJECTS, _mini),
+            Case(f"e2e/turbo/512/b1/{scale.dtype_name}/decode", (OURS, "eager"), decode),
+        ]
     main, large = scale.sizes[scale.main], scale.sizes[scale.large]
     mixed, text = list(scale.sizes.values()), scale.texts[-2]
     found: list[Case] = []

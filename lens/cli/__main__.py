@@ -126,8 +126,9 @@ LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; re
 LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
 VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
 DEVICE = '"cpu", "cuda" or "cuda:1" (default: cuda if usable, else cpu).'
-DTYPE = "Number type of weights and activations (default: bfloat16 on cuda, float32 on cpu)."
+DTYPE = "Number type of weights and activations (default: bfloat16 on cuda and for a large model, float32 on cpu)."
 RESIDENCY = "Where the parts live: resident, trimmed, balanced or lean, from fast to small; auto: the first that fits."
+MEMORY = "GB that drawing may take, such as 24, 16, 12 or 8: picks the residency by what it is predicted to need."
 BATCH = "Pictures drawn at once (default: up to 8, fewer when they are large)."
 
 
@@ -174,6 +175,7 @@ def generate(
     device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
     dtype: Annotated[DType | None, _where("--dtype", help=DTYPE)] = None,
     residency: Annotated[Residence | None, _where("--residency", help=RESIDENCY)] = None,
+    memory: Annotated[float | None, _where("--memory", metavar="GB", help=MEMORY)] = None,
     batch_size: Annotated[int | None, _where("--batch-size", min=1, help=BATCH)] = None,
     quiet: Annotated[bool, _where("--quiet", "-q", help="Print the pictures' paths only.")] = False,
 ) -> None:
@@ -197,6 +199,10 @@ def generate(
             raise image_file.RecipeError(f"the recipe names the solver {way!r}, expected one of {known}")
         if guidance is not None and not math.isfinite(guidance):
             raise UsageError(f"--guidance must be a finite number, got {guidance}")
+        if memory is not None and residency is not None:
+            raise UsageError("give only one of --memory and --residency")
+        if memory is not None and not 0 < memory < math.inf:
+            raise UsageError(f"--memory must be a positive number of GB, got {memory:g}")
         reasoning = cli_reason.asked(reason, reasoner, reasoner_model, reasoner_prompt)
         adapters = cli_request.loras(lora, lora_scale, recipe)
         texts, seeds = [str(r.prompt) for r in lines], [cast(int, r.seed) for r in lines]
@@ -210,7 +216,9 @@ def generate(
 
         began = time.perf_counter()
         elsewhere = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae, "tokenizer": tokenizer}
-        pipe = _load(model, variant, device, dtype, recipe, quiet, residency, elsewhere, weights_variant, revision)
+        pipe = _load(
+            model, variant, device, dtype, recipe, quiet, residency, elsewhere, weights_variant, revision, memory
+        )
         for adapter, factor in adapters:
             pipe.load_lora(adapter, factor)
         pipe.set_progress_bar_config(disable=True)  # the command has its own, for all batches
@@ -242,7 +250,9 @@ def generate(
         sizes = [pair for r in requests for pair in r.sizes or ()]
         if not quiet:
             terminal.sizes_drawn(sizes)
-        if residency is not None and not quiet:
+        if memory is not None:
+            terminal.fit(pipe, memory, sizes, batch_size, strength)
+        if (residency or memory) is not None and not quiet:
             terminal.residency_plan(pipe, sizes, batch_size, strength)
 
         drawn: list[Any] = []
@@ -304,6 +314,7 @@ def _load(
     elsewhere: Mapping[str, Any] | None = None,  # part -> its path
     weights_variant: str | None = None,
     revision: str | None = None,
+    memory: float | None = None,
 ) -> LensPipeline:
     import torch
 
@@ -331,6 +342,7 @@ def _load(
             residency=residency.value if residency else None,
             weights_variant=weights_variant,
             revision=revision,
+            memory=memory,
             **(elsewhere or {}),
         )
 

@@ -154,9 +154,22 @@ def residency_plan(
 
     if pipe.placement is None:
         return
+    work = _largest(sizes, batch_size, guidance)
+    console.print(escape(describe(pipe.sizes(**work), pipe.placement.residency)))
+
+
+def fit(
+    pipe: LensPipeline, memory: float, sizes: Sequence[tuple[int, int]], batch_size: int | None, guidance: float
+) -> None:
+    """The residency for ``memory`` GB at the largest of these pictures, which may be larger than loading foresaw."""
+    pipe.set_residency("auto", memory=memory, **_largest(sizes, batch_size, guidance))
+
+
+def _largest(sizes: Sequence[tuple[int, int]], batch_size: int | None, guidance: float) -> dict[str, Any]:
+    """What the largest of these pictures' batches is, as a pipeline's ``sizes`` asks."""
     batch = max(len(b) for b in batched(sizes, batch_size))
     tokens = max(h * w for h, w in sizes) // resolution.TOKEN_PIXELS**2
-    console.print(escape(describe(pipe.sizes(tokens, batch, guidance != 1.0), pipe.placement.residency)))
+    return {"image_tokens": tokens, "images": batch, "guided": guidance != 1.0}
 
 
 def sizes_drawn(sizes: Sequence[tuple[int, int]]) -> None:

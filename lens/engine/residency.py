@@ -10,16 +10,26 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lens.cost import decode_bytes, encode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
+from lens.cost import (
+    HOST_BYTES,
+    cpu_decode_bytes,
+    cpu_encode_bytes,
+    decode_bytes,
+    encode_bytes,
+    step_buffer_bytes,
+    step_workspace_bytes,
+    transformer_parameters,
+)
 
 from ..config import LensConfig
 from ..formats.mxfp4 import packed_modules
+from ..gpt_oss import GptOss
 
 TIERS = ("resident", "on_demand")
 STAGES = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
@@ -56,6 +66,9 @@ PRESETS = {
     "lean": Residency("on_demand", "on_demand", "on_demand"),
 }  # from the fastest to the smallest
 NAMES = ("auto", *PRESETS)
+# On a CPU the transformer and the VAE have nowhere to move to, and modulation weights in memory buy no time: a schedule's
+# table reads them once, wherever they are.
+CPU_NAMES = ("trimmed", "balanced")
 
 
 @dataclass(frozen=True)
@@ -69,6 +82,8 @@ class Sizes:
     encode: int
     denoise: int
     decode: int
+    process: int = 0  # besides all of them, always
+    visiting: int | None = None  # of a text encoder on demand, at once; None: all of it
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -95,6 +110,32 @@ def work_bytes(config: LensConfig, channels: tuple[int, ...], tokens: int, image
     return {"encode": encode, "denoise": denoise, "decode": decode_bytes(channels, 256 * tokens)}
 
 
+def cpu_sizes(
+    config: LensConfig,
+    encoder: int,
+    layer: int,
+    autoencoder: int,
+    channels: tuple[int, ...],
+    tokens: int,
+    images: int,
+    guided: bool,
+    itemsize: int = 2,
+) -> Sizes:
+    """Sizes on a CPU, where the process's own memory counts. encoder: its weights that a prompt touches; layer: those of
+    one of its layers, which are there at a time where it is on demand."""
+    weights, modulation = (itemsize * n for n in transformer_parameters(config))
+    halves = 2 if guided else 1
+    rows, text = tokens * images * halves, 512 * images * halves
+    buffers = step_buffer_bytes(config, rows, text, halves, itemsize=itemsize)
+    return Sizes(
+        encoder, weights, modulation, autoencoder,
+        encode=buffers + cpu_encode_bytes(config, 512, itemsize),
+        denoise=buffers + step_workspace_bytes(config, rows, text, itemsize),
+        decode=buffers + cpu_decode_bytes(channels, 256 * tokens, itemsize),
+        process=HOST_BYTES, visiting=layer,
+    )  # fmt: skip
+
+
 def released_sizes(tokens: int = 4096, images: int = 1, guided: bool = True, packed: bool = True) -> Sizes:
     """The released model in bfloat16, its text encoder's experts ``packed`` in 4 bits, its autoencoder of 84 M weights."""
     config = LensConfig()
@@ -108,7 +149,9 @@ def predict(sizes: Sizes, residency: Residency) -> dict[str, int]:
     weights = {p: getattr(sizes, p) for p in STAGES.values()}
     if residency.modulation == "host":
         weights["transformer"] -= sizes.modulation
-    always = sum(n for part, n in weights.items() if residency.tier(part) == "resident")
+    always = sizes.process + sum(n for part, n in weights.items() if residency.tier(part) == "resident")
+    if sizes.visiting is not None:
+        weights["text_encoder"] = sizes.visiting
     visiting = {stage: 0 if residency.tier(p) == "resident" else weights[p] for stage, p in STAGES.items()}
     return {stage: always + visiting[stage] + getattr(sizes, stage) for stage in STAGES}
 
@@ -143,6 +186,15 @@ def choose(name: str | Residency, sizes: Sizes, free: int | None, fixed: Sequenc
     raise MemoryError(f"residency='auto': no plan fits {free / 2**30:.1f} GiB of free device memory: {plans}")
 
 
+def within(memory: float, sizes: Sizes, names: Iterable[str] = CPU_NAMES) -> Residency:
+    """The fastest of the policies ``names`` whose predicted peak fits ``memory`` GB (10^9 bytes). MemoryError where none does."""
+    for name in names:
+        if fits(sizes, PRESETS[name], int(memory * 1e9)):
+            return PRESETS[name]
+    plans = ", ".join(f"{name} {peak(sizes, PRESETS[name]) / MARGIN / 1e9:.1f} GB" for name in names)
+    raise MemoryError(f"memory: {memory:g} GB are too few, at least needed: {plans}")
+
+
 # ---------------------------------------------------------------------------------------------------- moving
 
 
@@ -150,8 +202,8 @@ class Placement:
     """Carries out a policy: parts on demand are on ``device`` inside ``using(part)`` and in host memory outside.
 
     The host copy is the truth: leaving throws the device's copy away, so weights must not be changed inside. On a CPU the
-    device's memory is the host's, and weights that are mapped from their files are dropped. A part that is used inside its
-    own block stays until the outermost ends.
+    device's memory is the host's, and weights that are mapped from their files are dropped: of a text encoder's layers, which
+    each prompt passes once, as soon as one has run. A part that is used inside its own block stays until the outermost ends.
     """
 
     def __init__(self, residency: Residency, device: torch.device):
@@ -175,6 +227,8 @@ class Placement:
         """Put a part where it lives. ValueError where one that cannot move is wanted on demand."""
         # weights that were left out when loading are on the meta device and stay there
         tensors = {id(t): t for t in (*module.parameters(), *module.buffers()) if not t.is_meta}.values()
+        if isinstance(module, GptOss):
+            module.streamed = self.residency.tier(part) != "resident" and self.device.type == "cpu"
         if self.residency.tier(part) == "resident":
             for tensor in tensors:
                 tensor.data = tensor.data.to(self.device)
@@ -237,10 +291,23 @@ def describe(sizes: Sizes, residency: Residency) -> str:
     return f"{where}; predicted GiB: {stages}"
 
 
-def sizes_of(config: LensConfig, encoder: nn.Module, transformer: nn.Module, vae: Any, **work: Any) -> Sizes:
-    """Sizes of loaded parts; ``work`` as in ``work_bytes``."""
+def sizes_of(
+    config: LensConfig, encoder: nn.Module, transformer: nn.Module, vae: Any, device: torch.device, **work: Any
+) -> Sizes:
+    """Sizes of loaded parts that live on ``device``; ``work`` as in ``work_bytes``."""
     itemsize = next(transformer.parameters()).element_size()
     modulation = transformer_parameters(config)[1] * itemsize
     channels = tuple(vae.config.block_out_channels)
+    if device.type == "cpu" and isinstance(encoder, GptOss):
+
+        def mapped(module: nn.Module) -> int:
+            inside = [t for t in module.parameters() if encoder.pages and t in encoder.pages]
+            return sum(t.numel() * t.element_size() for t in inside)
+
+        pages, rows = mapped(encoder), mapped(encoder.embed_tokens)  # of which a prompt reads few
+        copied = module_bytes(encoder) - pages
+        layer = max(mapped(own) for own in encoder.layers)
+        found = cpu_sizes(config, pages - rows, layer, module_bytes(vae), channels, itemsize=itemsize, **work)
+        return replace(found, process=found.process + copied)
     parts = module_bytes(encoder), module_bytes(transformer), modulation, module_bytes(vae)
     return Sizes(*parts, **work_bytes(config, channels, **work))

@@ -138,6 +138,8 @@ def evict(model: LensTransformer2DModel, device: torch.device | str = "cpu") -> 
     moved = 0
     for block in model.layers():
         for stream in (block.image, block.text):
+            if stream.modulation.weight.is_meta:  # they were left in the files
+                continue
             moved += sum(p.numel() * p.element_size() for p in stream.modulation.parameters())
             stream.modulation.to(device)
     return moved

@@ -529,7 +529,10 @@ def check(adapter: Adapter, model: nn.Module) -> None:
             what = "lora_B @ lora_A of" if isinstance(change, Pair) else "a change of"
             raise CheckpointError(f"{adapter.name}: {module} must adapt a weight of shape {expected}, got {what} {got}")
         if weights[target.weight].is_meta:
-            raise CheckpointError(f"{adapter.name}: the weight of {module} was dropped from this model")
+            raise CheckpointError(
+                f"{adapter.name}: the weight of {module} was dropped from this model, or left in its file: load the model "
+                "with residency='resident'"
+            )
 
 
 @torch.no_grad()

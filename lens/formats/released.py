@@ -135,15 +135,23 @@ def released_index(about: dict[str, Any]) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------ parts
 
 
-def placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
-    """Where to load to, and as what: None means cuda and bfloat16 where usable, else cpu and float32."""
+LARGE = (
+    10**9
+)  # weights of a transformer, from which on a CPU draws in bfloat16 and leaves the modulation's in the files
+
+
+def placement(
+    device: str | torch.device | None, dtype: torch.dtype | None, large: bool = False
+) -> tuple[torch.device, torch.dtype]:
+    """Where to load to, and as what: None means cuda and bfloat16 where usable, else cpu and float32, or bfloat16 for a
+    ``large`` transformer: in float32 one of the released size would fill 16 GB."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is None:
         chosen = torch.device("cuda", torch.cuda.current_device())
     if dtype is None:
-        dtype = torch.bfloat16 if chosen.type == "cuda" else torch.float32
+        dtype = torch.bfloat16 if chosen.type == "cuda" or large else torch.float32
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
             f"dtype must be torch.float32 or torch.bfloat16 (float16 overflows in this model), got {dtype}"
@@ -191,13 +199,7 @@ def load_transformer(
     files; a schedule's table reads them block by block.
     """
     part = Part.of(source)
-    settings = part.settings()
-    if settings is not None:
-        parsed = transformer_config(settings, str(part))
-        tensors = transformer_tensors(part)
-    else:
-        tensors = transformer_tensors(part)
-        parsed = config_of_tensors(tensors, part.weights)
+    parsed, tensors = described_transformer(part)
     if parsed.num_layers > max(100, len(tensors)):  # seen before so many blocks are built
         raise CheckpointError(f"{part}: num_layers is {parsed.num_layers}, more than the keys stored in {part.weights}")
     with torch.device("meta"):
@@ -209,6 +211,16 @@ def load_transformer(
         model.stored_modulation = StoredModulation(tensors, dtype, device)
     model.batch_invariant = model.device.type == "cpu"  # as one that was made there
     return model.eval()
+
+
+def described_transformer(part: Part) -> tuple[LensConfig, dict[str, Stored]]:
+    """A transformer's configuration, from its settings, else from its tensors; and the tensors."""
+    settings = part.settings()
+    if settings is not None:
+        config = transformer_config(settings, str(part))
+        return config, transformer_tensors(part)
+    tensors = transformer_tensors(part)
+    return config_of_tensors(tensors, part.weights), tensors
 
 
 def config_of_tensors(tensors: Mapping[str, Stored], where: Path) -> LensConfig:

@@ -195,12 +195,18 @@ class Pages:
 
     def __init__(self, shards: Iterable[Shard] = ()):
         self._maps = [shard.lasting for shard in shards if shard.lasting is not None]
+        begins = [(torch.frombuffer(own, dtype=torch.uint8).data_ptr(), len(own)) for own in self._maps]
+        self._spans = [range(begin, begin + length) for begin, length in begins]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Pages, ()
 
     def __bool__(self) -> bool:
         return bool(self._maps)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in one of the files."""
+        return any(tensor.data_ptr() in span for span in self._spans)
 
     def drop(self) -> None:
         """Give all pages back; the next use reads them again. What was written to them is lost."""

@@ -69,6 +69,13 @@ def _diffusers_names(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
     return renamed
 
 
+def vae_channels(source: Path | Part) -> tuple[int, ...]:
+    """Channels of its levels, by the tensors."""
+    tensors = vae_tensors(source)
+    keys = (f"encoder.down_blocks.{k}.resnets.0.conv1.weight" for k in range(16))
+    return tuple(tensors[key].shape[0] for key in keys if key in tensors and tensors[key].shape)
+
+
 def load_vae(source: Path | Part, dtype: torch.dtype, device: torch.device | str) -> nn.Module:
     """``vae/``, or a file, -> diffusers' AutoencoderKLFlux2 in eval mode."""
     from diffusers import AutoencoderKLFlux2

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from typer.testing import CliRunner
 
 from bench import __main__ as command
 from bench import full_size
 from bench.result import parse, table
 from bench.work import checkpoint
+from lens import LensPipeline, pipeline
+from lens.cli import __main__ as cli
 from lens.cost import transformer_parameters
 from lens.formats.files import CheckpointError
+from lens.formats.gpt_oss import load_gpt_oss
 from lens.formats.released import load_transformer
 from lens.formats.safetensors import Streamed, open_shards, stream_tensors
+from lens.image_file import read_recipe
 
 SCALE = 4096
 
@@ -56,20 +64,57 @@ def test_it_is_drawn_with_and_every_stage_is_measured(folder, tmp_path, capsys):
     made = json.loads(out.read_text())
     rows = {case.rsplit("/", 1)[1]: row for (case, _), row in parse(out, made).rows.items()}
     parts = {"load_transformer", "load_vae", "load_text_encoder"}
-    assert rows.keys() == parts | {"table", "prompt", "denoise", "step", "decode"}
+    assert rows.keys() == parts | {"table", "prompt", "prompt_again", "denoise", "step", "decode"}
     assert all(row.more["read"]["files"] > 0 for name, row in rows.items() if name in parts)
     assert all(row.more["memory"]["peak"] > 1 << 20 for name, row in rows.items() if name != "step")
     full = made["bench"]["full_size"]
     assert (full["layers"], full["width"], full["text_encoder"]) == (3, 128, True)
     assert full["errors"]["decode"] <= 1.1 * full["errors"]["decode by diffusers"]
     assert max(error for name, error in full["errors"].items() if name.startswith("block")) < full_size.BLOCK_BOUND
+    layers = {name: error for name, error in full["errors"].items() if re.fullmatch(r"layer \d+", name)}
+    assert layers.keys() == {"layer 0", "layer 1", "layer 3"}
+    for name, error in layers.items():
+        assert error <= 2 * full["errors"][f"{name} by transformers"]
     assert "relative error" in capsys.readouterr().out
     assert "load_transformer" in table(parse(out, made))
 
 
+def test_the_command_draws_with_it(folder, tmp_path, monkeypatch):
+    """As a large model is drawn on a CPU: bfloat16, modulation in the files, within a limit of memory; the same image."""
+    monkeypatch.setattr(pipeline, "LARGE", 1000)
+    image = tmp_path / "image.png"
+    arguments = ["generate", "a red apple", "--model", folder, "--variant", "turbo", "--size", "96x64", "--seed", 1]
+    result = CliRunner().invoke(cli.app, [*map(str, arguments), "--memory", "8", "-o", str(image)])
+    assert result.exit_code == 0, result.stderr
+    assert "modulation host" in result.stderr
+    plain = LensPipeline.from_pretrained(folder, dtype=torch.bfloat16, residency="resident")
+    expected = plain("a red apple", height=64, width=96, seed=1).images[0]
+    assert read_recipe(image).dtype == "bfloat16"
+    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(expected))
+
+
+def test_a_wrong_layer_is_told(folder, monkeypatch, tmp_path):
+    """The comparison with transformers sees one expert's scale that is misread."""
+    model = load_gpt_oss(folder / "text_encoder", torch.bfloat16, "cpu")
+    ids = torch.randint(0, 4096, (40,), generator=torch.Generator().manual_seed(0)).tolist()
+    right, theirs = full_size.layer_errors(folder / "text_encoder", model, ids, 1)
+    assert right <= 2 * theirs
+    model.layers[1].mlp.experts.down_proj_scales[0] += 1
+    wrong, _ = full_size.layer_errors(folder / "text_encoder", model, ids, 1)
+    assert wrong > 4 * theirs
+
+
 def test_random_features_stand_in_for_the_text_encoder(folder, tmp_path):
     options = SimpleNamespace(
-        folder=folder, size=(32, 32), dtype="fp32", variant="lens", steps=1, text=7, keep_cache=True, threads=None
+        folder=folder,
+        size=(32, 32),
+        dtype="fp32",
+        variant="lens",
+        steps=1,
+        text=7,
+        keep_cache=True,
+        threads=None,
+        residency="trimmed",
     )
     made = full_size.measure(options)["bench"]["full_size"]
     assert (made["text_tokens"], made["text_encoder"]) == (7, False)

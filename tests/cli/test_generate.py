@@ -180,6 +180,24 @@ def test_a_broken_lora_is_named(lora, tmp_path):
     assert not (tmp_path / "x.png").exists()
 
 
+def test_a_limit_of_memory_is_kept_or_refused(apple, tmp_path):
+    again = tmp_path / "again.png"
+    call = ["generate", "--like", apple, "--model", DEV, "--device", "cpu", "-o", again]
+    result = run(*call, "--memory", 8)
+    assert result.exit_code == 0
+    assert again.read_bytes() == apple.read_bytes()
+    assert "text_encoder resident" in result.stderr
+    assert "modulation host" in result.stderr
+    result = run(*call, "--memory", 0.2)
+    assert result.exit_code == 1
+    assert "memory: 0.2 GB are too few, at least needed: trimmed" in result.stderr
+    assert run(*call, "--memory", 0).exit_code == 2
+    assert run(*call, "--memory", 8, "--residency", "lean").exit_code == 2
+    result = run(*call, "--memory", 1.2, "--size", "2048x2048")  # larger than what loading foresaw
+    assert result.exit_code == 1
+    assert "memory: 1.2 GB are too few" in result.stderr
+
+
 @pytest.mark.parametrize("residency", ["auto", "lean"])
 def test_residency_is_planned_and_changes_no_pixel(apple, tmp_path, residency):
     again = tmp_path / "again.png"

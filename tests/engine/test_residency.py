@@ -15,7 +15,15 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lens import LensConfig, LensTransformer2DModel, packing, pipeline
-from lens.cost import cpu_peak_bytes, decode_bytes, step_buffer_bytes, step_workspace_bytes, transformer_parameters
+from lens.cost import (
+    HOST_BYTES,
+    cpu_decode_bytes,
+    cpu_peak_bytes,
+    decode_bytes,
+    step_buffer_bytes,
+    step_workspace_bytes,
+    transformer_parameters,
+)
 from lens.engine import residency, run
 from lens.engine.residency import PRESETS, Placement, Residency, Sizes
 from lens.engine.schedule_table import table
@@ -276,7 +284,7 @@ def test_loaded_to_where_it_lives(monkeypatch):
         monkeypatch.setattr(pipeline, name, spy)
     fresh(residency="lean")
     assert asked == dict.fromkeys(parts, "cpu")
-    monkeypatch.setattr(pipeline, "usable_placement", lambda device, dtype: (torch.device("meta"), torch.float32))
+    monkeypatch.setattr(pipeline, "usable_placement", lambda *_: (torch.device("meta"), torch.float32))
     monkeypatch.setattr(Placement, "add", lambda *_: None)
     fresh(residency=Residency(vae="on_demand"))
     assert asked == {"transformer": "meta", "text_encoder": "meta", "vae": "cpu"}
@@ -303,17 +311,115 @@ def test_on_a_cpu_an_encoder_that_visits_gives_its_pages_back(monkeypatch, name,
     monkeypatch.setattr(Pages, "drop", lambda self: (dropped.append(len(self._maps)), drop(self)))
     pipe = fresh(dtype=torch.bfloat16, residency=name)
     features, _ = pipe.encode_text("a red apple")
-    assert dropped == [1] * times
+    passes = len(pipe.text_encoder.model.layers) + 1  # after each layer, and when the prompt is read
+    assert dropped == [1] * times * passes
     assert same_bits(pipe.encode_text("a red apple")[0], features)
+    pipe.set_residency("resident")
+    dropped.clear()
+    assert same_bits(pipe.encode_text("a red apple")[0], features)
+    assert dropped == []
 
 
 def test_sizes_of_a_pipeline():
     sizes = shared().sizes(image_tokens=24, images=2, guided=False)
     assert sizes.transformer == 4 * transformer_parameters(shared().transformer.config)[0]
-    assert sizes.decode == decode_bytes(tuple(shared().codec.vae.config.block_out_channels), 256 * 24)
+    config, channels = shared().transformer.config, tuple(shared().codec.vae.config.block_out_channels)
+    buffers = step_buffer_bytes(config, 48, 1024, 1, itemsize=4)
+    assert sizes.decode == buffers + cpu_decode_bytes(channels, 256 * 24, 4)
     more = shared().sizes(image_tokens=24, images=4, guided=True)
     assert more.denoise > sizes.denoise
-    assert more.decode == sizes.decode  # one picture is decoded at a time
+    on_a_gpu = shared()._sizes(torch.device("cuda"), 24, 2, False)
+    assert on_a_gpu.decode == decode_bytes(channels, 256 * 24)  # one picture is decoded at a time
+
+
+# ------------------------------------------------------------------------------------------------ a limit of memory
+
+RELEASED = dict(encoder=11_445_000_000, layer=477_000_000, autoencoder=168_000_000, channels=(128, 256, 512, 512))
+
+
+@pytest.mark.parametrize(
+    ("memory", "name"), [(24, "trimmed"), (20.2, "trimmed"), (16, "balanced"), (12, "balanced"), (8, "balanced")]
+)
+def test_what_a_limit_of_memory_picks_on_a_cpu(memory, name):
+    """The released model at 512x512: everything but the modulation in 18.3 GB, without the encoder's other layers in 7.2."""
+    sizes = residency.cpu_sizes(LensConfig(), tokens=1024, images=1, guided=False, **RELEASED)
+    assert residency.within(memory, sizes) == PRESETS[name]
+    assert residency.peak(sizes, PRESETS["trimmed"]) == pytest.approx(18.3e9, rel=0.02)
+    assert residency.peak(sizes, PRESETS["balanced"]) == pytest.approx(7.0e9, rel=0.04)
+
+
+def test_a_limit_of_memory_that_nothing_fits():
+    sizes = residency.cpu_sizes(LensConfig(), tokens=1024, images=1, guided=False, **RELEASED)
+    with pytest.raises(
+        MemoryError, match=r"memory: 6 GB are too few, at least needed: trimmed \d+\.\d GB, balanced 7\.\d GB"
+    ):
+        residency.within(6, sizes)
+    large = residency.cpu_sizes(LensConfig(), tokens=90 * 90, images=8, guided=True, **RELEASED)
+    with pytest.raises(MemoryError, match="memory: 8 GB are too few"):
+        residency.within(8, large)
+
+
+def test_a_limit_of_memory_decides_before_anything_is_loaded(monkeypatch):
+    loaded = []
+    monkeypatch.setattr(pipeline, "load_transformer", lambda *_: loaded.append(1))
+    with pytest.raises(MemoryError, match=r"memory: 0\.1 GB are too few"):
+        fresh(memory=0.1)
+    assert loaded == []
+    for wrong in (0, -1, float("nan"), float("inf"), True, "8"):
+        with pytest.raises(ValueError, match="memory must be a positive number of GB"):
+            fresh(memory=wrong)
+    with pytest.raises(ValueError, match="give only one of memory and residency, got 8 and 'lean'"):
+        fresh(memory=8, residency="lean")
+    with pytest.raises(ValueError, match="memory needs encoder='lens'"):
+        fresh(memory=8, encoder="transformers")
+
+
+def test_the_plan_before_loading_is_the_plan_after(monkeypatch):
+    """By the headers of the files what the loaded parts say, in the dtype the files have; and the limits between two plans."""
+    planned = []
+    monkeypatch.setattr(
+        pipeline, "within", lambda memory, sizes: (planned.append(sizes), residency.within(memory, sizes))[1]
+    )
+    pipe = fresh(memory=8, dtype=torch.bfloat16)
+    before, after = planned
+    for field in dataclasses.fields(Sizes):
+        one, other = getattr(before, field.name), getattr(after, field.name)
+        assert one == pytest.approx(other, rel=0.01), field.name
+    assert pipe.placement.residency == PRESETS["trimmed"]
+    ample, least = (residency.peak(after, PRESETS[n]) / residency.MARGIN for n in ("trimmed", "balanced"))
+    call = dict(prompt="a red apple", **SMALL)
+    expected = fresh(dtype=torch.bfloat16)(**call).images
+    assert pipe.set_residency(memory=(ample + 10) / 1e9) == PRESETS["trimmed"]
+    assert same_bits(pipe(**call).images, expected)
+    assert pipe.set_residency(memory=(ample - 10) / 1e9) == PRESETS["balanced"]
+    assert same_bits(pipe(**call).images, expected)
+    with pytest.raises(MemoryError):
+        pipe.set_residency(memory=(least - 10) / 1e9)
+    with pytest.raises(MemoryError):
+        pipe.set_residency(memory=(ample + 10) / 1e9, image_tokens=90 * 90, images=8)
+
+
+def test_weights_that_are_not_in_a_file_stay_counted():
+    """In float32 what is stored in bfloat16 is a copy, which no policy gives back."""
+    sizes = fresh(dtype=torch.float32).sizes()
+    model = fresh(dtype=torch.float32).text_encoder.model
+    copies = sum(p.numel() * p.element_size() for p in model.parameters() if p not in model.pages)
+    assert copies > 0
+    assert sizes.process == HOST_BYTES + copies
+
+
+def test_a_large_transformer_is_bfloat16_and_leaves_its_modulation_in_the_files(monkeypatch):
+    small = fresh()
+    assert (small.dtype, small.placement) == (torch.float32, None)
+    monkeypatch.setattr(pipeline, "LARGE", 1000)
+    large = fresh()
+    assert (large.dtype, large.placement.residency) == (torch.bfloat16, PRESETS["trimmed"])
+    assert all(s.modulation.weight.is_meta for b in large.transformer.layers() for s in b.streams())
+    call = dict(prompt="a red apple", **SMALL)
+    assert same_bits(large(**call).images, fresh(dtype=torch.bfloat16, residency="resident")(**call).images)
+    wide = fresh(dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert same_bits(wide(**call).images, small(**call).images)
 
 
 def test_a_second_thread_finds_all_of_a_part_there(monkeypatch):
@@ -371,6 +477,10 @@ def test_what_a_cpu_needs_in_each_stage():
     assert found["table"] == held + 1010 + buffers + 2 * 6 * 1536 * 1537
     assert found["denoise"] == held + 1010 + buffers + step_workspace_bytes(LensConfig(), 1024, 200)
     assert found["decode"] == held + 1010 + buffers + 3 * 256 * 512 * 512 * 2
+    away = cpu_peak_bytes(LensConfig(), channels, 1024, 200, 4, False, encoder=1000, autoencoder=10, visiting=100)
+    assert {stage: found[stage] - n for stage, n in away.items()} == {
+        "load transformer": 0, "table": 1000, "prompt": 900, "denoise": 1000, "decode": 1000,
+    }  # fmt: skip
     guided = cpu_peak_bytes(LensConfig(), channels, 1024, 200, 4, True, encoder=1000, autoencoder=10)
     assert guided["denoise"] > found["denoise"]
     wide = cpu_peak_bytes(LensConfig(), channels, 1024, 200, 4, False, encoder=1000, autoencoder=10, itemsize=4)

@@ -145,8 +145,8 @@ def test_a_beginning_is_read_again_where_the_weights_were_edited(checkpoint, mon
     """Through torch or behind its back; and only then, also where the weights lie elsewhere in memory since."""
     folder, _ = checkpoint("odd", False)
     model, prompt, begun = load_gpt_oss(folder, torch.float32, "cpu"), tokens(40, 1), []
-    begin = GptOss._begin
-    monkeypatch.setattr(GptOss, "_begin", lambda self, *own: begun.append(self) or begin(self, *own))
+    kept, keep = model._prefixes, type(model._prefixes).keep
+    monkeypatch.setattr(type(kept), "keep", lambda self, *own: begun.append(self) or keep(self, *own))
     weights = dict(model.layers[0].named_parameters())
     edits = [
         lambda: weights["self_attn.q_proj.weight"][1].mul_(3),  # few elements, but counted
@@ -165,7 +165,21 @@ def test_a_beginning_is_read_again_where_the_weights_were_edited(checkpoint, mon
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     assert same_bits(model.features([prompt], (0, 2), 20)[0], before)
-    assert sum(own is model for own in begun) == 1 + len(edits)
+    assert sum(own is kept for own in begun) == 1 + len(edits)
+
+
+def test_every_layer_is_read_once_also_by_the_first_prompt(checkpoint):
+    """The beginning runs in the same pass as what follows it: weights that must be fetched are fetched once."""
+    model = load_gpt_oss(checkpoint("odd", True)[0], torch.float32, "cpu")
+    rows: list[int] = []
+    for layer in model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _, given: rows.append(len(given[0])))
+    first = tokens(40, 1)
+    model.features([first, first[:20] + tokens(5, 2)], (0, 2), 20)
+    assert rows == [20 + 20 + 5] * 3
+    rows.clear()
+    model.features([tokens(40, 1)], (0, 2), 20)
+    assert rows == [20] * 3
 
 
 def test_only_as_many_beginnings_are_kept_as_the_cache_holds(checkpoint):
@@ -293,10 +307,9 @@ def test_the_released_names_of_rope_are_read(checkpoint, tmp_path):
 
 
 def test_keys_grow_in_place():
-    first = Keys(3)
+    first = Keys(2)
+    more = Keys(5, first)  # filled in the same pass, before the layer of those that follow
     held, _ = first.extended(0, torch.ones(2, 1, 4), torch.ones(2, 1, 4))
-    first.length = 2
-    more = Keys(5, first)
     keys, values = more.extended(0, torch.full((1, 1, 4), 7.0), torch.zeros(1, 1, 4))
     assert keys[:, 0, 0].tolist() == [1, 1, 7]
     assert values[:, 0, 0].tolist() == [1, 1, 0]

@@ -1,0 +1,98 @@
+"""The mixture of experts of one GPT-OSS layer: ours on MXFP4, transformers' on the same experts expanded to bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lens import ops
+from lens.cost import gemm_flops
+from lens.ops import reference
+
+from ..case import OURS, Subject, Work, generator, wider
+from ..roofline import moved
+
+SUBJECTS = (OURS, "transformers")
+BOUND = 2e-2
+
+
+@dataclass(frozen=True)
+class Size:
+    rows: int
+    width: int
+    experts: int
+
+
+RELEASED = Size(rows=160, width=2880, experts=32)  # of a prompt, its preamble among them
+SMALL = Size(rows=9, width=64, experts=8)
+
+
+def arguments(size: Size, device: torch.device) -> tuple[Tensor, ...]:
+    """What `ops.moe_mxfp4` takes, bfloat16, experts of about unit gain."""
+    g, e, d = generator(device, "experts"), size.experts, size.width
+
+    def normal(*shape: int, by: float = 1.0) -> Tensor:
+        return (by * torch.randn(shape, generator=g, device=device)).bfloat16()
+
+    def packed(outputs: int) -> tuple[Tensor, Tensor]:
+        blocks = torch.randint(0, 256, (e, outputs, d // 32, 16), generator=g, device=device, dtype=torch.uint8)
+        scales = torch.randint(119, 121, (e, outputs, d // 32), generator=g, device=device, dtype=torch.uint8)
+        return blocks, scales
+
+    return (
+        normal(size.rows, d), normal(e, d, by=d**-0.5), normal(e, by=0.02),
+        *packed(2 * d), normal(e, 2 * d, by=0.02), *packed(d), normal(e, d, by=0.02),
+    )  # fmt: skip
+
+
+def expanded(arguments: tuple[Tensor, ...]) -> Any:
+    """transformers' module of the same weights."""
+    from transformers import GptOssConfig
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
+
+    x, router, router_bias, up, up_scales, up_bias, down, down_scales, down_bias = arguments
+    config = GptOssConfig(
+        hidden_size=x.shape[1], intermediate_size=x.shape[1], num_local_experts=len(router), num_experts_per_tok=4
+    )
+    with torch.device("meta"):
+        module = GptOssMLP(config).eval()
+    values = {
+        "router.weight": router, "router.bias": router_bias, "experts.gate_up_proj_bias": up_bias,
+        "experts.down_proj_bias": down_bias,
+        "experts.gate_up_proj": convert_moe_packed_tensors(up, up_scales, dtype=x.dtype),
+        "experts.down_proj": convert_moe_packed_tensors(down, down_scales, dtype=x.dtype),
+    }  # fmt: skip
+    module.load_state_dict(values, assign=True)
+    return module
+
+
+def prepare(size: Size, device: torch.device) -> Work:
+    """One input, which fills the cache by itself."""
+    inputs = arguments(size, device)
+    theirs = expanded(inputs)
+
+    @torch.no_grad()
+    def by_transformers(x: Tensor, *_: Tensor) -> Tensor:
+        found = theirs(x[None])
+        return (found[0] if isinstance(found, tuple) else found).view_as(x)
+
+    def oracle(*given: Tensor) -> Tensor:
+        wide = [t.to(wider(torch.bfloat16)) if t.is_floating_point() else t for t in given]
+        settings: tuple[Any, ...] = (*wide, 4, 1.702, 7.0)
+        return reference.moe_mxfp4(*settings)
+
+    d, rows = size.width, size.rows
+    flops = gemm_flops(rows, d, size.experts) + 4 * rows * (gemm_flops(1, d, 2 * d) + gemm_flops(1, d, d))
+    return Work(
+        inputs=[inputs],
+        subjects={OURS: Subject(ops.moe_mxfp4), "transformers": Subject(by_transformers)},
+        oracle=oracle,
+        bound=BOUND,
+        flops=flops,
+        bytes=moved(inputs) + moved(inputs[0]),
+        note="all experts hit",
+    )
