@@ -16,7 +16,7 @@ from ..case import OURS, Subject, Work, generator, wider
 from ..roofline import moved
 
 SUBJECTS = (OURS, "transformers")
-BOUND = 2e-2
+BOUND = 5e-2  # transformers rounds gate, up and every product by itself: 3.1e-2 at the released size, ours 0.2e-2
 
 
 @dataclass(frozen=True)
