@@ -10,6 +10,7 @@ both fit. The result is a file as of `python -m bench run`, of one row a stage.
 from __future__ import annotations
 
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -44,6 +45,7 @@ from .case import OURS
 from .machine import card, folder_name, state
 from .work import checkpoint
 from .work.drawing import NoEncoder
+from .work.experts import bfloat16
 
 RESULTS = Path(__file__).parent / "results"
 PROMPT = "a red apple beside two blue keys on a wooden table, a lighthouse at dusk behind them"
@@ -159,7 +161,6 @@ class TransformersLayer:
 
     def __init__(self, folder: Path, layer: int):
         from transformers import GptOssConfig, GptOssModel
-        from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
         settings = json.loads((folder / "config.json").read_text())
         settings |= {"num_hidden_layers": 1, "layer_types": settings["layer_types"][layer : layer + 1], "vocab_size": 8}
@@ -177,7 +178,7 @@ class TransformersLayer:
                 stored.shard.close()
         for name in [name for name in found if name.endswith("_blocks")]:
             whole = name.removesuffix("_blocks")
-            found[whole] = convert_moe_packed_tensors(found.pop(name), found.pop(f"{whole}_scales"))
+            found[whole] = bfloat16(found.pop(name), found.pop(f"{whole}_scales"))
         self.model.layers[0].load_state_dict(found, assign=True)
         self.made: list[Tensor] = []
         self.model.layers[0].register_forward_hook(lambda _module, _inputs, out: self.made.append(out))
@@ -298,6 +299,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     record.memory["predicted"] = {stage: HOST_BYTES + n for stage, n in predicted.items()}
     if written:  # the text encoder alone from here on: a layer in float32 takes 3 GB
         del transformer, pipe
+        gc.collect()
         ids = encoder.tokenizer.encode(PROMPT, 512, "reference", "2026-05-23")
         kinds = encoder.model.config.layer_types
         for layer in sorted({0, kinds.index("full_attention"), len(encoder.model.layers) - 1}):

@@ -48,10 +48,17 @@ def arguments(size: Size, device: torch.device) -> tuple[Tensor, ...]:
     )  # fmt: skip
 
 
+def bfloat16(blocks: Tensor, scales: Tensor) -> Tensor:
+    """MXFP4 [E, N, K / 32, 16], [E, N, K / 32] -> [E, K, N], by transformers; an expert at a time, for each takes it a
+    multiple of its own size."""
+    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+    return torch.cat([convert_moe_packed_tensors(*pair) for pair in zip(blocks.split(1), scales.split(1))])
+
+
 def expanded(arguments: tuple[Tensor, ...]) -> Any:
     """transformers' module of the same weights."""
     from transformers import GptOssConfig
-    from transformers.integrations.mxfp4 import convert_moe_packed_tensors
     from transformers.models.gpt_oss.modeling_gpt_oss import GptOssMLP
 
     x, router, router_bias, up, up_scales, up_bias, down, down_scales, down_bias = arguments
@@ -63,8 +70,8 @@ def expanded(arguments: tuple[Tensor, ...]) -> Any:
     values = {
         "router.weight": router, "router.bias": router_bias, "experts.gate_up_proj_bias": up_bias,
         "experts.down_proj_bias": down_bias,
-        "experts.gate_up_proj": convert_moe_packed_tensors(up, up_scales, dtype=x.dtype),
-        "experts.down_proj": convert_moe_packed_tensors(down, down_scales, dtype=x.dtype),
+        "experts.gate_up_proj": bfloat16(up, up_scales),
+        "experts.down_proj": bfloat16(down, down_scales),
     }  # fmt: skip
     module.load_state_dict(values, assign=True)
     return module
