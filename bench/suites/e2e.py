@@ -101,7 +101,7 @@ def _decode(d: DrawingSetup) -> Work:
         return PixelCodec(copy.deepcopy(d.codec.vae).to(wider(d.scale.dtype))).decode(noise[0], d.grids[0])
 
     eager, fused = PixelCodec(d.codec.vae), PixelCodec(d.codec.vae)
-    eager.vae, fused.vae = _By(d.codec.vae.decode), _By(compiled(d.codec.vae.decode))
+    eager.vae, fused.vae = _By(d.codec.vae, d.codec.vae.decode), _By(d.codec.vae, compiled(d.codec.vae.decode))
     subjects = {OURS: d.codec, "eager": eager, "compiled": fused}
     flops, moves = d.work_of_decode()
     return Work(
@@ -116,10 +116,10 @@ def _decode(d: DrawingSetup) -> Work:
 
 
 class _By:
-    """An autoencoder that is nothing but its decode: diffusers' own, or that compiled."""
+    """An autoencoder of which our decoder sees no module: what decodes is diffusers' own, or that compiled."""
 
-    def __init__(self, decode: Callable[..., Any]):
-        self.decode = decode
+    def __init__(self, vae: Any, decode: Callable[..., Any]):
+        self.decode, self.bn, self.config = decode, vae.bn, vae.config
 
 
 def _total(d: DrawingSetup) -> Work:

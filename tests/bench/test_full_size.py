@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,6 +29,7 @@ from lens.formats.safetensors import Streamed, open_shards, stream_tensors
 from lens.image_file import read_recipe
 
 SCALE = 4096
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -228,9 +232,19 @@ def test_a_size_is_two_multiples_of_sixteen(size, capsys):
 
 @pytest.mark.nightly
 def test_a_sixteenth_of_the_released_size(tmp_path):
-    """The same code on a checkpoint of 1.4 GB: several seconds of drawing, at memory near what is predicted."""
-    made, out = tmp_path / "made", tmp_path / "full_size.json"
+    """The same code on a checkpoint of 1.4 GB: several seconds of drawing, within 12 % of the memory that is predicted."""
+    made = tmp_path / "made"
     assert command.main(["full_size", "make", str(made), "--scale", "16"]) == 0
-    assert command.main(["full_size", "run", str(made), "--size", "256x256", "--out", str(out)]) == 0
-    errors = json.loads(out.read_text())["bench"]["full_size"]["errors"]
-    assert max(error for name, error in errors.items() if name.startswith("block")) < full_size.BLOCK_BOUND
+    for policy in ("trimmed", "balanced"):
+        out = tmp_path / f"{policy}.json"
+        arguments = ["full_size", "run", str(made), "--size", "256x256", "--residency", policy, "--out", str(out)]
+        # a process of its own: what others left in this one is not the command's
+        subprocess.run([sys.executable, "-m", "bench", *arguments], cwd=ROOT, check=True)
+        result = json.loads(out.read_text())
+        full = result["bench"]["full_size"]
+        errors, predicted = full["errors"], full["memory"]["predicted"]
+        assert max(error for name, error in errors.items() if name.startswith("block")) < full_size.BLOCK_BOUND
+        assert all(errors[f"layer {n}"] <= 2 * errors[f"layer {n} by transformers"] for n in (0, 1, 5))
+        peaks = {b["name"].rsplit("/", 1)[1]: b["extra_info"]["memory"] for b in result["benchmarks"]}
+        for stage in ("prompt", "denoise", "decode"):
+            assert peaks[stage]["peak"] == pytest.approx(predicted[stage], rel=0.12), (policy, stage)
