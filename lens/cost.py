@@ -156,7 +156,7 @@ def cpu_decode_bytes(channels: tuple[int, ...], pixels: int, itemsize: int = 2) 
     return 3 * channels[min(1, len(channels) - 1)] * pixels * itemsize
 
 
-HOST_BYTES = 650_000_000  # of a process that has imported what drawing needs, before a model is loaded
+HOST_BYTES = 500_000_000  # of a process that has imported what drawing needs, before a model is loaded
 
 
 def cpu_encode_bytes(config: LensConfig, text: int, itemsize: int = 2) -> int:

@@ -78,7 +78,7 @@ def test_it_is_drawn_with_and_every_stage_is_measured(folder, tmp_path, capsys):
     layers = {name: error for name, error in full["errors"].items() if re.fullmatch(r"layer \d+", name)}
     assert layers.keys() == {"layer 0", "layer 1", "layer 3"}
     for name, error in layers.items():
-        assert error <= 2 * full["errors"][f"{name} by transformers"]
+        assert error <= 1.2 * full["errors"][f"{name} by transformers"]
     assert "relative error" in capsys.readouterr().out
     assert "load_transformer" in table(parse(out, made))
 
@@ -98,12 +98,12 @@ def test_the_command_draws_with_it(folder, tmp_path, monkeypatch):
 
 
 def test_a_wrong_layer_is_told(folder, monkeypatch, tmp_path):
-    """The comparison with transformers sees one expert's scale that is misread."""
+    """The comparison with transformers sees scales that are misread."""
     model = load_gpt_oss(folder / "text_encoder", torch.bfloat16, "cpu")
     ids = torch.randint(0, 4096, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     right, theirs = full_size.layer_errors(folder / "text_encoder", model, ids, 1)
-    assert right <= 2 * theirs
-    model.layers[1].mlp.experts.down_proj_scales[0] += 1
+    assert right <= 1.2 * theirs
+    model.layers[1].mlp.experts.down_proj_scales[:, ::9] += 1
     wrong, _ = full_size.layer_errors(folder / "text_encoder", model, ids, 1)
     assert wrong > 4 * theirs
 
@@ -244,7 +244,7 @@ def test_a_sixteenth_of_the_released_size(tmp_path):
         full = result["bench"]["full_size"]
         errors, predicted = full["errors"], full["memory"]["predicted"]
         assert max(error for name, error in errors.items() if name.startswith("block")) < full_size.BLOCK_BOUND
-        assert all(errors[f"layer {n}"] <= 2 * errors[f"layer {n} by transformers"] for n in (0, 1, 5))
+        assert all(errors[f"layer {n}"] <= 1.2 * errors[f"layer {n} by transformers"] for n in (0, 1, 5))
         peaks = {b["name"].rsplit("/", 1)[1]: b["extra_info"]["memory"] for b in result["benchmarks"]}
         for stage in ("prompt", "denoise", "decode"):
             assert peaks[stage]["peak"] == pytest.approx(predicted[stage], rel=0.12), (policy, stage)
