@@ -46,8 +46,9 @@ from .formats import diffusers_calls
 from .formats import parts as locations
 from .formats.fingerprint import fingerprint as fingerprint_of
 from .formats.gpt_oss import load_gpt_oss
-from .formats.lora import Adapters
+from .formats.lora import Adapter, Adapters
 from .formats.lora import merge as merge_adapter
+from .formats.lora import parts_of as adapted_weights
 from .formats.lora import read as read_adapter
 from .formats.mxfp4 import warn_expanded, why_expanded
 from .formats.names import released_names
@@ -60,6 +61,7 @@ from .formats.released import (
     load_scheduler,
     load_transformer,
     read_defaults,
+    recall_modulation,
     transformer_tensors,
 )
 from .formats.released import placement as usable_placement
@@ -208,7 +210,7 @@ class LensPipeline:
         denoiser = load_transformer(files.transformer, dtype, host("transformer"), read)
         adapter = None if files.adapter is None else read_adapter(files.adapter, denoiser)
         if adapter is not None:
-            merge_adapter(adapter, denoiser)
+            merge_adapter(_changeable(adapter, denoiser), denoiser)
         layers = denoiser.config.selected_layer_index
         depth = max(layers) + 1
         model: Any
@@ -332,7 +334,7 @@ class LensPipeline:
         a scale that is no finite number. All or nothing: after an error or Ctrl-C the weights are those of before.
         """
         factor = finite("load_lora: scale", scale)
-        self._adapters.add(read_adapter(path, self.transformer), factor)
+        self._adapters.add(_changeable(read_adapter(path, self.transformer), self.transformer), factor)
 
     def unload_lora(self) -> None:
         """The weights as they were before the first ``load_lora``, bit for bit."""
@@ -755,6 +757,13 @@ class LensPipeline:
                 more = f" and {len(names) - 4} more" if len(names) > 4 else ""
                 blame = f"; so do the weights {', '.join(names[:4])}{more}" if names else "; no weight does"
                 raise FloatingPointError(f"picture {k}: the {what} hold NaN or infinity{blame}")
+
+
+def _changeable(adapter: Adapter, transformer: LensTransformer2DModel) -> Adapter:
+    """Modulation weights that were left in the files are read where the adapter changes some."""
+    if any(".modulation." in name for name in adapted_weights(transformer, [(adapter, 1.0)])):
+        recall_modulation(transformer)
+    return adapter
 
 
 def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:

@@ -528,11 +528,8 @@ def check(adapter: Adapter, model: nn.Module) -> None:
         if got != expected:
             what = "lora_B @ lora_A of" if isinstance(change, Pair) else "a change of"
             raise CheckpointError(f"{adapter.name}: {module} must adapt a weight of shape {expected}, got {what} {got}")
-        if weights[target.weight].is_meta:
-            raise CheckpointError(
-                f"{adapter.name}: the weight of {module} was dropped from this model, or left in its file: load the model "
-                "with residency='resident'"
-            )
+        if weights[target.weight].is_meta and getattr(model, "stored_modulation", None) is None:
+            raise CheckpointError(f"{adapter.name}: the weight of {module} was dropped from this model")
 
 
 @torch.no_grad()

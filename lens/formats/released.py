@@ -21,7 +21,7 @@ from lens.formats.contents import of_names
 from lens.formats.files import CheckpointError, is_there, read_json, write_json
 from lens.formats.names import released_names, without_prefix
 from lens.formats.parts import Part
-from lens.formats.safetensors import Stored, load_parameters, open_shards, save_tensors
+from lens.formats.safetensors import Stored, assign, load_parameters, open_shards, save_tensors
 from lens.model import LensTransformer2DModel
 from lens.sampler import Scheduler
 
@@ -188,6 +188,18 @@ class StoredModulation:
         stored.read(keep)
         stored.shard.close()
         return made
+
+
+def recall_modulation(model: LensTransformer2DModel) -> None:
+    """Read the modulation weights that stayed in the files, as where something is to change them."""
+    stored = model.stored_modulation
+    if stored is None:
+        return
+    for index, block in enumerate(model.layers()):
+        for stream, part in enumerate(block.streams()):
+            for name, value in zip(("weight", "bias"), stored(index, stream)):
+                assign(part.modulation, name, value.to(model.device, model.dtype), True)
+    model.stored_modulation = None
 
 
 def load_transformer(

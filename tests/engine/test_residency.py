@@ -27,7 +27,7 @@ from lens.cost import (
 from lens.engine import residency, run
 from lens.engine.residency import PRESETS, Placement, Residency, Sizes
 from lens.engine.schedule_table import table
-from lens.formats.released import load_transformer
+from lens.formats.released import load_transformer, recall_modulation
 from lens.formats.safetensors import Pages
 from lens.modulation import Modulation
 from lens.ops import backend
@@ -466,6 +466,16 @@ def test_modulation_weights_may_stay_in_the_files():
     assert torch.equal(made.blocks, expected.blocks)
     assert torch.equal(made.final, expected.final)
     assert len(read) == len(set(read)) == 2 * rest.config.num_layers
+
+
+@torch.no_grad()
+def test_modulation_weights_are_read_when_something_is_to_change_them():
+    whole = load_transformer(FOLDER / "transformer", torch.float32, "cpu")
+    rest = load_transformer(FOLDER / "transformer", torch.float32, "cpu", modulation=False)
+    recall_modulation(rest)
+    assert same_bits(list(rest.state_dict().values()), list(whole.state_dict().values()))
+    assert rest.stored_modulation is None
+    recall_modulation(whole)  # where none was left
 
 
 def test_what_a_cpu_needs_in_each_stage():
