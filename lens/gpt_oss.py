@@ -361,7 +361,7 @@ class GptOss(nn.Module):
 
         for begin in dict.fromkeys(tuple(own[:prefix]) for own in ids):
             # of the table the rows that are read, which a glance at all of it would hardly meet
-            made_of = seen, content(table[list(begin)].unbind())
+            made_of: Hashable = (seen, content(table[list(begin)].unbind()))
             known = self._prefixes.get(key(begin), made_of)
             if known is None:
                 known = Keys(len(begin))

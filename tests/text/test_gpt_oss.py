@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from lens.formats.files import CheckpointError
 from lens.formats.gpt_oss import load_gpt_oss, load_lm_head
-from lens.gpt_oss import GptOss, Keys, attend
+from lens.gpt_oss import Keys, attend
 from lens.ops import reference
 from tests.small_pipeline import same_bits
 
