@@ -153,14 +153,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        mode = stat.S_IMODE(path.stat().st_mode) if path.exists() else None
-        if mode is not None:  # before anything is in it, so that nobody reads what the old file hid
-            os.fchmod(handle, mode | stat.S_IRUSR | stat.S_IWUSR)
+        mode = stat.S_IMODE((path.stat() if path.exists() else os.fstat(handle)).st_mode)
+        # before anything is in it, so that nobody reads what the old file hid
+        os.fchmod(handle, mode | stat.S_IRUSR | stat.S_IWUSR)
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-            if mode is not None:
-                os.fchmod(file.fileno(), mode)
+            os.fchmod(file.fileno(), mode)  # safetensors puts a file of its own in its place, which only the owner reads
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)

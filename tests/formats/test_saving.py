@@ -75,9 +75,18 @@ def test_modes_follow_the_umask_and_a_replaced_file_keeps_its_own(tmp_path, umas
                 temporary.write_text("new")
                 seen.append(temporary.stat().st_mode & 0o777)
 
-            write_atomic(path, write)
             expected = 0o666 & ~umask if kept is None else kept
+            write_atomic(path, write)
             assert [path.stat().st_mode & 0o777, *seen] == [expected, expected]
+
+            def put_another(temporary):  # as safetensors does
+                temporary.unlink()
+                os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+
+            if kept is None:
+                path.unlink()
+            write_atomic(path, put_another)
+            assert path.stat().st_mode & 0o777 == expected
     finally:
         os.umask(before)
 
