@@ -26,7 +26,7 @@ INNER_STEPS = 1  # optimiser steps a rollout; with 1 and ETA 0 beta and the nega
 NFT_BETA = 1.0
 Z_SCALE = 5.0
 ADAPTIVE, RECENTRE, MASK_DEGENERATE = True, False, False
-KL_WEIGHT = 0.3  # arms 1e-4, .1, 1: 1e-4 was seen to do nothing
+KL_WEIGHT = 0.1  # arms 1e-4, .3, 1: 1e-4 was seen to do nothing
 ETA: float | Literal["nft"] = 0.0  # old <- eta old + (1 - eta) theta; "nft": min(.001 i, .5)
 DIVERSITY_WEIGHT = 0.25  # of the groupwise reward: backdrops and places that differ within a group
 MOST_FAILURES = 0.05  # share of judgements that may fail in a step
@@ -40,7 +40,7 @@ JUDGE_CONCURRENCY, JUDGE_TIMEOUT = 8, 120.0  # calls at once of a process; secon
 # ---- optimiser
 LORA = "r=8,alpha=16,targets=all"  # 0.6 MB in bfloat16 at width 192
 STEPS, WARMUP, DECAY, COSINE = 25, 1, 25, True
-LR = 3e-4
+LR = 1e-3
 BETAS: tuple[float, float] = (0.9, 0.999)
 EPS, WEIGHT_DECAY, CLIP = 1e-8, 1e-4, 1.0
 EMA = 0.9
