@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import lens
 from lens import LensConfig, LensTransformer2DModel
 from lens.formats.files import CheckpointError
+from lens.formats.hub import EMBEDDED
 from lens.formats.names import PREFIXES
 from lens.formats.parts import find
 from lens.formats.released import config_of_tensors, load_scheduler, load_transformer, released_tensors
@@ -326,3 +329,19 @@ def test_an_adapters_base_is_embedded_or_here(tmp_path, base):
         folder=style,
     )
     refuse("base_model_name_or_path must be", folder=adapter_of(tmp_path / "on it", str(style)))
+
+
+@pytest.mark.parametrize("name", ["mini-rl", "mini-turbo"])
+def test_an_embedded_adapter_draws_on_its_base(name):
+    """By its name alone, with its own defaults, and not as the base does."""
+    if not (Path(lens.__file__).parent / "mini" / EMBEDDED[name] / "model_index.json").is_file():
+        pytest.skip(f"{name} is not part of this version")
+    base, pipe = lens.LensPipeline.from_pretrained("mini"), lens.LensPipeline.from_pretrained(name)
+    own = json.loads((Path(lens.__file__).parent / "mini" / EMBEDDED[name] / "model_index.json").read_text())["lens"]
+    assert pipe.defaults.num_inference_steps == own["num_inference_steps"]
+    assert pipe.defaults.guidance_scale == own["guidance_scale"]
+    call = dict(height=64, width=64, num_inference_steps=2, guidance_scale=1.0, seed=1, output_type="latent")
+    ours, theirs = (p("a red apple", **call).images[0] for p in (pipe, base))
+    assert torch.isfinite(ours).all()
+    apart = (ours - theirs).norm() / theirs.norm()
+    assert 0.001 < apart < 0.5

@@ -44,7 +44,7 @@ def test_signature_is_the_published_one():
     expected = {"source": "mini", "variant": None, "device": None, "dtype": None, "residency": None}
     expected["torch_dtype"] = None  # dtype by diffusers' name
     expected |= dict.fromkeys(
-        ("transformer", "text_encoder", "vae", "tokenizer", "weights_variant", "revision", "encoder")
+        ("transformer", "text_encoder", "vae", "tokenizer", "weights_variant", "revision", "encoder", "memory")
     )
     assert {n: p.default for n, p in load.items()} == expected
 

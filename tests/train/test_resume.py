@@ -127,6 +127,7 @@ def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, mo
     assert max(drift) < 1e-5  # from the freeze on the average stands still on the weights in use
 
 
+@pytest.mark.nightly  # the first stage's test crosses windows too, and a minute and a half is much
 def test_mixed_resolution_across_a_window_from_a_shipped_folder(tmp_path, monkeypatch):
     """7 steps over two windows of 4 batches of several sizes, from released weights; stopped after 2 and 5."""
     config = recipe("mixed_resolution", WINDOW=4, WARMUP=2, VALIDATION=4)
