@@ -159,7 +159,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode)  # safetensors puts a file of its own in its place, which only the owner reads
+            os.fchmod(
+                file.fileno(), mode
+            )  # safetensors puts a file of its own in its place, which only the owner reads
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
