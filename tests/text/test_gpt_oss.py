@@ -168,6 +168,20 @@ def test_a_beginning_is_read_again_where_the_weights_were_edited(checkpoint, mon
     assert sum(own is kept for own in begun) == 1 + len(edits)
 
 
+@torch.no_grad()
+def test_streamed_weights_are_watched_without_reading_them(checkpoint, monkeypatch):
+    """torch's counts tell of an edit; a glance at pages that were given back would read them from their file again."""
+    model, prompt = load_gpt_oss(checkpoint("odd", False)[0], torch.float32, "cpu"), tokens(40, 1)
+    model.streamed = True
+    monkeypatch.setattr("lens.gpt_oss.glance", lambda weights: pytest.fail("streamed weights were read"))
+    before = model.features([prompt], (0, 2), 20)[0]
+    assert same_bits(model.features([prompt], (0, 2), 20)[0], before)
+    model.layers[0].self_attn.q_proj.weight.mul_(3)
+    made = model.features([prompt], (0, 2), 20)[0]
+    assert not same_bits(made, before)
+    assert same_bits(made, copy.deepcopy(model).features([prompt], (0, 2), 20)[0])
+
+
 def test_every_layer_is_read_once_also_by_the_first_prompt(checkpoint):
     """The beginning runs in the same pass as what follows it: weights that must be fetched are fetched once."""
     model = load_gpt_oss(checkpoint("odd", True)[0], torch.float32, "cpu")
