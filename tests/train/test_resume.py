@@ -17,6 +17,7 @@ from tests.train.clocks import FOREVER, StopAfter
 from train import configs, pretrain, vae
 from train import export as shipping
 from train import text_encoder as encoder
+from train.__main__ import main
 from train.loop.checkpoints import folder_tensors, load_state, save_state
 from train.loop.clock import Clock, duration
 from train.loop.ema import Ema
@@ -27,6 +28,7 @@ from train.networks.codec import VALIDATION_SEED, Latents
 from train.networks.generator import Mini
 
 ROOT = Path(__file__).parents[2]
+NARROW = {"block_out_channels": (8, 8, 8, 8), "decoder_block_out_channels": (8, 8, 8, 8)}  # of the VAE's halves
 
 
 def recipe(stage, **changes):
@@ -41,7 +43,7 @@ def recipe(stage, **changes):
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     out = tmp_path_factory.mktemp("vae")
-    config = recipe("vae", CODEC={"scenes": 500, "steps": 3, "batch": 8}, STATISTICS_SCENES=500)
+    config = recipe("vae", CODEC={"scenes": 64, "steps": 3, "batch": 8}, STATISTICS_SCENES=64)
     vae.train_codec(config, out, FOREVER)
     return out
 
@@ -65,7 +67,13 @@ def assert_same_state(one, two, stage):
 
 @pytest.mark.parametrize("part", ["decoder", "encoder"])
 def test_vae_halves(codec, tmp_path, part):
-    config = recipe("vae", DECODER={"batch": 2, "detail_from": 0, "detail_full": 3}, ENCODER={"batch": 2})
+    config = recipe(
+        "vae",
+        MODEL=NARROW,
+        DECODER={"batch": 2, "detail_from": 0, "detail_full": 3},
+        ENCODER={"batch": 2},
+        VALIDATION=4,
+    )
     for name, stops in (("whole", [4]), ("parts", [1, 4])):
         out = tmp_path / name
         out.mkdir()
@@ -95,7 +103,11 @@ def text_state(tmp_path_factory):
 
 def test_pretrain_across_a_window_and_the_freeze(codec, text_state, tmp_path, monkeypatch):
     """12 steps: windows of 4 batches of 8, joint until step 6; stopped after 1, 5 and 7."""
-    config = recipe("pretrain", WINDOW=32, BATCHES=((0, 8),), WARMUP=2)
+    config = recipe(
+        "pretrain", MODEL={"num_layers": 2, "num_attention_heads": 2}, WINDOW=32, BATCHES=((0, 8),), WARMUP=2
+    )
+    # every stop draws a sheet, every end also validates: pictures that nothing here looks at
+    config.SHEET, config.PROMPTS, config.VALIDATION = {**config.SHEET, "steps": 1}, config.PROMPTS[:2], 4
 
     def run(out, stop):
         monkeypatch.setattr(pretrain, "Clock", lambda _limit: StopAfter(stop))
@@ -209,9 +221,7 @@ def test_stop_after_saves_and_exits_zero(codec, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
     (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
-    command = [sys.executable, "-m", "train", "vae", "--out", str(out), "--part", "encoder", "--stop-after", "1s"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    assert main(["vae", "--out", str(out), "--part", "encoder", "--stop-after", "1s"]) == 0
     assert load_state(out / "encoder.pt", "vae encoder")["step"] < configs.load("mini", "vae").ENCODER["steps"]
 
 
@@ -322,7 +332,7 @@ def test_every_stage_starts_from_the_shipped_weights(codec):
     out = codec / "from-shipped"
     out.mkdir()
     (out / "codec.pt").write_bytes((codec / "codec.pt").read_bytes())
-    config = recipe("vae", DECODER={"batch": 2})
+    config = recipe("vae", DECODER={"batch": 2}, VALIDATION=4)
     vae.train_half(config, "decoder", out, FOREVER, shipped, 1)
     first = load_state(out / "decoder.pt", "vae decoder")["model"]["body.conv_in.weight"]
     assert (first - folder_tensors(shipped / "vae")["decoder.conv_in.weight"]).abs().max() < 0.01  # one small step away
