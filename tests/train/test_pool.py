@@ -168,10 +168,10 @@ def train(out, steps, **changes):
         [
             "COMPILED=False",
             "GEMM=float32",
-            "VALIDATION=8",
+            "VALIDATION=4",
             "VALIDATE_EVERY=4",
             "LOG_EVERY=2",
-            "BATCH=4",
+            "BATCH=2",
             "STRAIGHTEN=64",
         ],
     )
