@@ -8,7 +8,8 @@ import socket
 from train.loop.ranks import join
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["train.pretrain_on_shards", "tests.train.processes"])
+# torch._dynamo: what every process with an optimiser loads, in half a second
+_CONTEXT.set_forkserver_preload(["torch._dynamo", "train.pretrain_on_shards", "tests.train.processes"])
 
 
 def _free_port():
