@@ -39,9 +39,9 @@ demo: build
 gallery: build
 	$(BIN)/python -m train gallery
 
-# ---- tests: those that compare running times go alone and first, the rest in parallel
+# ---- tests: those that compare running times (tests/bench has them) go alone and first, the rest in parallel
 test: build
-	$(PYTEST) -q -m 'timing and not nightly'
+	$(PYTEST) -q -m 'timing and not nightly' tests/bench
 	$(PYTEST) -q -n $(JOBS) -m 'not timing and not nightly'
 
 nightly: build

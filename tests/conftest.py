@@ -1,9 +1,12 @@
 """What every test can rely on: gpu tests skip without a device, one thread count, no backend forced; large ones last."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+
+TIMED = Path(__file__).parent / "bench"
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -13,6 +16,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # `make test` looks for them there alone: to collect every test takes longer than to run these
+    if elsewhere := [i.nodeid for i in items if i.get_closest_marker("timing") and TIMED not in i.path.parents]:
+        raise pytest.UsageError(f"tests marked `timing` lie in tests/bench: {', '.join(elsewhere)}")
     if torch.cuda.is_available():
         items.sort(key=lambda item: item.get_closest_marker("large") is not None)
         return
