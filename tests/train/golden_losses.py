@@ -41,6 +41,7 @@ CHANGES = {
         "STEPS": 8,
         "DECAY": 3,
         "SHEET": {"steps": 1},
+        "PROMPTS": ("a red apple", "a blue car"),
         "VALIDATION": 2,
     },
     "mixed_resolution": {
@@ -51,6 +52,7 @@ CHANGES = {
         "STEPS": 6,
         "DECAY": 2,
         "SHEET": {"steps": 1},
+        "PROMPTS": ("a red apple", "a blue car"),
         "VALIDATION": 2,
     },
     "detector": {

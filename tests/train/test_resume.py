@@ -43,7 +43,7 @@ def recipe(stage, **changes):
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
     out = tmp_path_factory.mktemp("vae")
-    config = recipe("vae", CODEC={"scenes": 64, "steps": 3, "batch": 8}, STATISTICS_SCENES=64)
+    config = recipe("vae", CODEC={"scenes": 64, "steps": 3, "batch": 8}, STATISTICS_SCENES=64, VALIDATION=2)
     vae.train_codec(config, out, FOREVER)
     return out
 

@@ -183,14 +183,14 @@ def tiny_codecs(tmp_path_factory):
     out = {}
     for head in (0.0, 0.05):
         folder = tmp_path_factory.mktemp("codec")
-        config = recipe(CODEC={"scenes": 64, "steps": 3, "batch": 8, "head": head}, STATISTICS_SCENES=32)
+        config = recipe(CODEC={"scenes": 64, "steps": 3, "batch": 8, "head": head}, STATISTICS_SCENES=32, VALIDATION=2)
         codec_part.train_codec(config, folder, FOREVER)
         out[head] = folder
     return out
 
 
 def test_a_codec_stopped_on_the_way_goes_on_bit_for_bit(tiny_codecs, tmp_path):
-    config = recipe(CODEC={"scenes": 64, "steps": 3, "batch": 8, "head": 0.05}, STATISTICS_SCENES=32)
+    config = recipe(CODEC={"scenes": 64, "steps": 3, "batch": 8, "head": 0.05}, STATISTICS_SCENES=32, VALIDATION=2)
     assert not codec_part.train_codec(config, tmp_path, StopAfter(2))
     assert load_state(tmp_path / "codec_part.pt", "vae codec part")["step"] == 2
     assert not (tmp_path / "codec.pt").exists()

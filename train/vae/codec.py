@@ -48,8 +48,9 @@ class TrainCodec(Method):
     def __init__(self, config: ModuleType):
         self.config, self.recipe = config, config.CODEC
         self.pictures, self.labels = labelled(range(self.recipe["scenes"]), config.SIDE)
-        pictured, self.held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + 512), config.SIDE)
-        self.held, self.pictured = held_out_images(config.SIDE), to_model(pictured)
+        read, seen = min(512, 4 * config.VALIDATION), min(256, 2 * config.VALIDATION)  # a small recipe renders few
+        pictured, self.held_labels = labelled(range(VALIDATION_SEED, VALIDATION_SEED + read), config.SIDE)
+        self.held, self.pictured = held_out_images(config.SIDE, seen), to_model(pictured)
         with torch.random.fork_rng():
             torch.manual_seed(keyed(config.SEED, "codec init").initial_seed())
             kernels = self.recipe["encode_kernel"], self.recipe["decode_kernel"]
