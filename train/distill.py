@@ -9,9 +9,9 @@
     python -m train distill --config released --dry-run
     torchrun --nproc-per-node 8 -m train distill --config released --init CHECKPOINT --data SHARDS --device cuda
 
-Student and fake score start from the weights of --init, which frozen are the teacher and keep text encoder and VAE. An
-optimiser step is one turn: FAKE_UPDATES of fake score and heads, then one of the student, after which the fake score is pulled
-towards it; a state may be saved after any, and resumes bit for bit on a CPU. OUT holds checkpoints/, best/ (the averaged
+Student and fake score start from the weights of --init, which frozen are the teacher and keep text encoder and VAE. GUIDED_STEPS of the
+student alone come first. Then an optimiser step is one turn: FAKE_UPDATES of fake score and heads, then one of the student, after
+which the fake score is pulled towards it; a state may be saved after any, and resumes bit for bit on a CPU. OUT holds checkpoints/, best/ (the averaged
 student of the highest held-out score, less what it is outside of BARS), log.jsonl and sheets. Numbers that leave their range
 end the training (RULES). Adapters that are resumed go on beside the weights of --init, which may have been trained further.
 """
@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from lens import sampler
 from lens.formats.files import read_json, write_json
 from lens.formats.hub import resolve
+from lens.formats.lora import CONFIG
 from lens.formats.released import (
     load_scheduler,
     read_defaults,
@@ -58,13 +59,14 @@ from .data.small_world.scene import Scene
 from .data.small_world.world import World
 from .evaluate import distillation as watch
 from .loop import ranks
+from .loop.adapter_model import base_of, is_adapter, joined, made_whole
 from .loop.checkpoints import Checkpoints, read_state, step_of, write_text
 from .loop.clock import Clock, duration, positive
 from .loop.ema import Ema
 from .loop.keys import keyed
 from .loop.lean_adamw import LeanAdamW
 from .loop.log import read_log
-from .loop.lora import attach_lora, lora_of, merge_lora, parse_lora, round_lora, save_lora
+from .loop.lora import Lora, attach_lora, lora_of, merge_lora, parse_lora, round_lora, save_lora, write_lora
 from .loop.method import About, Losses, Method, Network, Plan
 from .loop.ranks import Ranks, local_shard
 from .loop.sheets import released_decoder
@@ -107,11 +109,12 @@ def check(recipe: ModuleType) -> None:
     ):
         if getattr(recipe, name) < 1:
             raise ValueError(f"{name}: expected 1 or more, got {getattr(recipe, name)}")
-    for name in ("LR", "FAKE_LR", "HEADS_LR", "CLIP", "HEADS_CLIP", "LAMBDA_D", "NORMALISER_FLOOR"):
+    for name in ("LR", "GUIDED_LR", "FAKE_LR", "HEADS_LR", "CLIP", "HEADS_CLIP", "LAMBDA_D", "NORMALISER_FLOOR"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
-    if recipe.FAKE_WARMUP % (recipe.FAKE_UPDATES + 1):
-        raise ValueError(f"FAKE_WARMUP: expected a multiple of {recipe.FAKE_UPDATES + 1}, got {recipe.FAKE_WARMUP}")
+    for name in ("GUIDED_STEPS", "FAKE_WARMUP"):
+        if getattr(recipe, name) % (recipe.FAKE_UPDATES + 1):
+            raise ValueError(f"{name}: expected a multiple of {recipe.FAKE_UPDATES + 1}, got {getattr(recipe, name)}")
     if recipe.GROUP < 2 or recipe.GROUPS < 1:
         raise ValueError(
             f"GROUP, GROUPS: expected at least 2 pictures of 1 caption, got {recipe.GROUP}, {recipe.GROUPS}"
@@ -127,7 +130,7 @@ def check(recipe: ModuleType) -> None:
 
 def turns_of(recipe: ModuleType, student_steps: int) -> int:
     """Optimiser steps up to so many of the student."""
-    return recipe.FAKE_WARMUP + student_steps * (recipe.FAKE_UPDATES + 1)
+    return recipe.GUIDED_STEPS + recipe.FAKE_WARMUP + student_steps * (recipe.FAKE_UPDATES + 1)
 
 
 # ------------------------------------------------------------------------------------------------ networks
@@ -317,18 +320,32 @@ class Distil(Method):
     # -------------------------------------------------------------------------------------------- the turns
 
     def student_step(self, step: int) -> int:
-        """Student steps taken before an optimiser step."""
-        return max(0, step - self.recipe.FAKE_WARMUP) // (self.recipe.FAKE_UPDATES + 1)
+        """Student steps taken before an optimiser step, those of GUIDED_STEPS left out."""
+        return max(0, step - turns_of(self.recipe, 0)) // (self.recipe.FAKE_UPDATES + 1)
+
+    def guided(self, step: int) -> bool:
+        """Whether the student learns guidance at this step, before all turns."""
+        return step < self.recipe.GUIDED_STEPS
 
     def students_turn(self, step: int) -> bool:
-        after, cycle = step - self.recipe.FAKE_WARMUP, self.recipe.FAKE_UPDATES + 1
+        after, cycle = step - turns_of(self.recipe, 0), self.recipe.FAKE_UPDATES + 1
         return after >= 0 and after % cycle == self.recipe.FAKE_UPDATES
 
     def turn(self, step: int) -> tuple[str, ...]:
-        return ("student",) if self.students_turn(step) else tuple(n for n in self.networks if n != "student")
+        if self.guided(step) or self.students_turn(step):
+            return ("student",)
+        return tuple(name for name in self.networks if name != "student")
+
+    def rate(self, name: str, step: int) -> float:
+        """GUIDED_LR falls to zero over its steps."""
+        left = 1 - step / max(1, self.recipe.GUIDED_STEPS)
+        return self.recipe.GUIDED_LR / self.recipe.LR * left if self.guided(step) else 1.0
 
     def losses(self, batch: ShardBatch, step: int) -> dict[str, Losses]:
-        compute = self.objective.student if self.students_turn(step) else self.objective.fake_and_heads
+        if self.guided(step):
+            compute = self.objective.guided
+        else:
+            compute = self.objective.student if self.students_turn(step) else self.objective.fake_and_heads
         found = compute(self.modules, self.teacher, batch)
         for own in found.values():
             for name, value in own.terms.items():
@@ -400,6 +417,8 @@ class Distil(Method):
         means = {name: total / count for name, (total, count) in self.sums.items()}
         self.sums = {}
         found = {name: means[name] for name in ("heads_accuracy",) if name in means}
+        if "from_guided" in means:
+            found["unguided"] = means["from_guided"] / max(means["guided_from_c"], 1e-12)
         if "applied_dm" in means:
             found["ca_over_dm"] = means["applied_ca"] / max(means["applied_dm"], 1e-12)
         if "fake" in means:
@@ -484,7 +503,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", default="mini", help="recipe in train/configs, mini or released, or a file .py (default: mini)"
     )
-    parser.add_argument("--init", type=Path, metavar="CHECKPOINT", help="the teacher: a folder in the released layout")
+    parser.add_argument(
+        "--init",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="the teacher: a folder in the released layout, an adapter's folder, or an embedded model's name",
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/turbo"), help="states, log, sheets (default: runs/turbo)"
     )
@@ -519,8 +543,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def as_given(options: argparse.Namespace) -> ModuleType:
     """The recipe with the MMDiT of the checkpoint and the LoRA asked for. Errors: ValueError."""
     recipe: Any = configs.override(configs.load(options.config, STAGE), options.set)
+    options.adapter = None  # the one that the teacher is, if it is one
     if options.init is not None:
+        options.init = resolve(options.init)
         path = options.init / "transformer" / "config.json"
+        if is_adapter(options.init):
+            options.adapter, options.init = options.init, options.out / "teacher"
+            path = base_of(options.adapter) / "transformer" / "config.json"
         if not path.is_file():
             raise ValueError(f"distill --init {options.init}: expected a checkpoint folder in the released layout")
         recipe.MODEL = vars(transformer_config(read_json(path), str(path)))
@@ -542,9 +571,13 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("distill: expected --init CHECKPOINT, the teacher's folder in the released layout")
     torch.set_num_threads(options.threads)
     if options.export:
+        make_whole(options)
         export(options, recipe)
         return 0
     with ranks.join(options.device, options.shard, most=recipe.SHARD) as group:
+        if group.main:
+            make_whole(options)
+        group.barrier()
         if options.sweep:
             sweep(options, recipe, group)
         elif options.ablate:
@@ -552,6 +585,12 @@ def run(options: argparse.Namespace) -> int:
         else:
             train(options, recipe, group, options.out, options.steps or recipe.STEPS, options.stop_after)
     return 0
+
+
+def make_whole(options: argparse.Namespace) -> None:
+    """OUT/teacher, where the teacher is an adapter and its sum with the base is not there yet."""
+    if options.adapter is not None and not (options.init / "model_index.json").is_file():
+        made_whole(options.adapter, options.init)
 
 
 def stream_of(
@@ -791,6 +830,12 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     if lora:
         round_lora(model, torch.bfloat16)
         save_lora(model, lora, folder / "lora", torch.bfloat16, base_name(options.init))
+        if options.adapter is not None:  # the base has neither: both as one
+            both = joined(options.adapter, folder / "lora")
+            rank = len(next(iter(both.values()))[0])
+            targets = "all" if any("_mlp." in module for module in both) else "attention"
+            base = read_json(options.adapter / CONFIG)["base_model_name_or_path"]
+            write_lora(both, Lora(rank, rank, targets), folder / "lora", torch.bfloat16, base)
         merge_lora(model)
     if folder.resolve() != options.init.resolve():
         shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))

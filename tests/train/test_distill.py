@@ -22,7 +22,7 @@ from train.loop import ranks
 from train.loop.checkpoints import Checkpoints
 from train.loop.keys import keyed
 from train.loop.lean_adamw import LeanAdamW
-from train.loop.lora import attach_lora, lora_layers, lora_of
+from train.loop.lora import attach_lora, lora_layers, lora_of, parse_lora, save_lora
 from train.loop.trainer import ALONE, Trainer
 from train.networks.denoiser import Denoiser
 from train.networks.discriminator import Heads
@@ -85,6 +85,69 @@ def test_a_warm_up_teaches_the_fake_score_alone():
     turns = ["student" in method.turn(step) for step in range(20)]
     assert turns == [*[False] * 14, True, *[False] * 4, True]
     assert [method.student_step(step) for step in (9, 14, 15, 20)] == [0, 0, 1, 2]
+
+
+def test_the_student_learns_guidance_before_all_turns():
+    method = distill.Distil.__new__(distill.Distil)
+    method.recipe = recipe(GUIDED_STEPS=5, FAKE_WARMUP=5, GUIDED_LR=1e-3, LR=1e-4)
+    method.networks = dict.fromkeys(("student", "fake", "heads"))
+    turns = ["student" in method.turn(step) for step in range(20)]
+    assert turns == [*[True] * 5, *[False] * 9, True, *[False] * 4, True]
+    assert [method.student_step(step) for step in (5, 14, 15, 20)] == [0, 0, 1, 2]
+    assert distill.turns_of(method.recipe, 2) == 20
+    assert [method.rate("student", step) for step in (0, 4, 5)] == [pytest.approx(10), pytest.approx(2), 1]
+
+
+@pytest.mark.parametrize("kind", ["euler", "renoise"])
+def test_the_velocity_to_learn_is_that_of_the_samplers_guided_step(folder, kind):
+    """At the start the student is the teacher, so that its state after k steps is the sampler's; the loss is then what guidance
+    changes, and nothing is left of it where the student says what the guided step does."""
+    own = recipe(STUDENT_SAMPLER=kind, TEACHER_GUIDANCE=3.0)
+    method = method_on(folder, own)
+    objective, teacher = method.objective, method.teacher
+    for step in range(4):  # several places k
+        batch = micro(step, 1)
+        real, given = objective.given(batch)
+        k, sigmas = objective.place(step), objective.sigmas(batch.bucket.tokens, step)
+        noises = [objective.normal(f"renoise {j}", batch, real) for j in range(k)] if kind == "renoise" else []
+        x = objective.simulate(teacher, given, objective.normal("start", batch, real), sigmas, k, noises)
+        t = sigmas[k].expand(len(x))
+
+        def velocities(x, t, given=given):
+            return given.velocity(teacher, x, t), given.without_text().velocity(teacher, x, t)
+
+        with torch.no_grad():
+            after = walk(velocities, x, sigmas[k : k + 2], 3.0)  # one Euler step
+            target = (after - x) / (sigmas[k + 1] - sigmas[k])
+            wanted = (given.velocity(teacher, x, t) - target).square().mean((1, 2))
+        found = objective.guided(method.modules, teacher, batch)["student"]
+        torch.testing.assert_close(found.values, wanted, rtol=1e-3, atol=1e-7)
+        torch.testing.assert_close(found.terms["from_guided"], found.terms["guided_from_c"], rtol=1e-5, atol=0)
+        assert wanted.min() > 1e-6
+        assert torch.autograd.grad(found.values.sum(), next(p for p in method.modules["student"].parameters()))
+    assert len({objective.place(step) for step in range(4)}) > 1
+
+
+def test_guidance_is_learned_and_then_resumed_bit_for_bit(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(watch, "score_of", lambda text: lambda pictures, captions: float(np.mean(pictures)))
+    changes = {"GUIDED_STEPS": 40, "GUIDED_LR": 3e-3}
+
+    def run(out, *stops):
+        for stop in stops:
+            trainer = trainer_in(out, folder, watched=True, steps=1, RULES={}, **changes)
+            if (latest := trainer.states.latest()) is not None:
+                trainer.resume(latest)
+            trainer.run(batches(trainer.step), StopAfter(stop))
+        return trainer
+
+    whole, parts = run(tmp_path / "whole", 99), run(tmp_path / "parts", 7, 99)
+    assert whole.step == parts.step == 45
+    assert same(weights(whole), weights(parts)) == []
+    rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    found = [row["unguided"] for row in rows if "unguided" in row]
+    assert found[-1] < 0.5 * found[0]
+    rates = {row["step"]: row["lr"] for row in rows if "lr" in row}
+    assert (rates[20], rates[40], rates[45]) == tuple(pytest.approx(r) for r in (3e-3 * 21 / 40, 3e-3 / 40, 1e-3))
 
 
 def test_the_masters_move_at_the_released_rate(tmp_path, folder):
@@ -361,6 +424,7 @@ def test_the_released_recipe_is_the_papers():
         ({"TAPS": (2, 1)}, "TAPS: expected rising numbers of blocks in 1 .. 2"),
         ({"TAPS": (3,)}, "TAPS: expected rising numbers of blocks in 1 .. 2"),
         ({"FAKE_WARMUP": 7}, "FAKE_WARMUP: expected a multiple of 5, got 7"),
+        ({"GUIDED_STEPS": 7}, "GUIDED_STEPS: expected a multiple of 5, got 7"),
         ({"FAKE_LR": 0.0}, "FAKE_LR: expected a positive number, got 0.0"),
     ],
 )
@@ -403,7 +467,7 @@ def test_an_export_says_how_its_student_draws(tmp_path):
     best = Checkpoints(tmp_path / "best", ALONE, 1)
     best.save(10, {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"stage": "distill", "settings": {}})
     best.wait()
-    options = argparse.Namespace(out=tmp_path, init=FOLDER, export=tmp_path / "turbo")
+    options = argparse.Namespace(out=tmp_path, init=FOLDER, adapter=None, export=tmp_path / "turbo")
     own = recipe(STUDENT_SAMPLER="renoise")
     own.MODEL = vars(model.config)
     distill.export(options, own)
@@ -431,7 +495,7 @@ def test_exported_adapters_are_a_model_beside_their_base(tmp_path):
     best = Checkpoints(tmp_path / "best", ALONE, 1)
     best.save(10, {f"model.{n}": p.detach() for n, p in model.named_parameters()}, {"stage": "distill", "settings": {}})
     best.wait()
-    distill.export(argparse.Namespace(out=tmp_path, init=FOLDER, export=tmp_path / "turbo"), own)
+    distill.export(argparse.Namespace(out=tmp_path, init=FOLDER, adapter=None, export=tmp_path / "turbo"), own)
     adapted, whole = (LensPipeline.from_pretrained(tmp_path / name) for name in ("turbo/lora", "turbo"))
     assert adapted.defaults == whole.defaults
     assert (adapted.defaults.num_inference_steps, adapted.defaults.distilled.steps) == (4, 4)
@@ -439,6 +503,52 @@ def test_exported_adapters_are_a_model_beside_their_base(tmp_path):
     for name, value in theirs.items():
         torch.testing.assert_close(ours[name], value, rtol=2**-8, atol=1e-6)
     assert sum(not torch.equal(ours[name], plain[name]) for name in ours) == layers
+
+
+def test_a_student_of_an_adapter_is_one_adapter_of_the_base(tmp_path, capsys):
+    """The teacher is base and first adapter; what is exported is both as one, which draws as the whole checkpoint does."""
+    base = load_transformer(FOLDER / "transformer", torch.float32, "cpu")
+    first, second = parse_lora("r=3,alpha=6,targets=attention"), parse_lora("r=2,alpha=4,targets=all")
+
+    def drawn(model, lora, seed):
+        attach_lora(model, lora)
+        with torch.no_grad():
+            for _, layer in lora_layers(model):
+                for i, p in enumerate((*layer.down, *layer.up)):
+                    p.copy_((torch.randn(p.shape, generator=keyed(seed, str(i))) * 0.05).bfloat16())
+        return model
+
+    save_lora(drawn(Denoiser(base.config), first, 1), first, tmp_path / "rl", torch.bfloat16, str(FOLDER))
+    options = argparse.ArgumentParser()
+    distill.add_arguments(options)
+    given = ["--init", str(tmp_path / "rl"), "--out", str(tmp_path), "--lora", str(second), "--set", "TAPS=(1,2)"]
+    options = options.parse_args([*given, "--export", str(tmp_path / "turbo")])
+    own = distill.as_given(options)
+    assert (options.adapter, options.init) == (tmp_path / "rl", tmp_path / "teacher")
+    distill.make_whole(options)
+    teacher = load_transformer(options.init / "transformer", torch.float32, "cpu")
+    adapted = LensPipeline.from_pretrained(tmp_path / "rl", dtype=torch.float32).transformer.state_dict()
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(adapted[name], value, rtol=1e-6, atol=1e-7)
+
+    student = Denoiser(teacher.config)
+    student.load_state_dict(teacher.state_dict())
+    drawn(student, second, 2)
+    best = Checkpoints(tmp_path / "best", ALONE, 1)
+    tensors = {f"model.{n}": p.detach() for n, p in student.named_parameters()}
+    best.save(10, tensors, {"stage": "distill", "settings": {}})
+    best.wait()
+    distill.export(options, own)
+    config = json.loads((tmp_path / "turbo" / "lora" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (5, 5, str(FOLDER))
+    assert "img_mlp.w2" in config["target_modules"]
+    joined, whole = (LensPipeline.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("turbo/lora", "turbo"))
+    assert joined.defaults.distilled == whole.defaults.distilled
+    apart = 0
+    for name, value in whole.transformer.state_dict().items():
+        torch.testing.assert_close(joined.transformer.state_dict()[name], value, rtol=2**-7, atol=1e-4)
+        apart += not torch.equal(value, adapted[name])
+    assert apart >= len(list(lora_layers(student)))
 
 
 def test_resumed_adapters_go_on_beside_the_weights_of_init(tmp_path, folder):

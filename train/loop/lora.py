@@ -12,7 +12,7 @@ that read `weight` instead of calling the layer must find the adapter in it. Key
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -229,17 +229,28 @@ def save_lora(
     base: the model that is adapted, an embedded one's name or a folder; `LensPipeline.from_pretrained(folder)` then is that
     model with the adapter.
     """
+    matrices = {
+        module: (down, up)
+        for _, layer in lora_layers(model)
+        for module, down, up in zip(layer.modules_adapted, layer.down, layer.up)
+    }
+    write_lora(matrices, lora, folder, dtype, base)
+
+
+def write_lora(
+    matrices: Mapping[str, tuple[Tensor, Tensor]], lora: Lora, folder: Path, dtype: torch.dtype, base: str | None
+) -> None:
+    """`save_lora` of module -> (down [r, in], up [out, r])."""
     from safetensors.torch import save_file
 
     tensors: dict[str, Tensor] = {}
     comfyui: dict[str, Tensor] = {}
-    for _, layer in lora_layers(model):
-        for module, down, up in zip(layer.modules_adapted, layer.down, layer.up):
-            for side, way, value in (("A", "down", down), ("B", "up", up)):
-                kept = value.detach().to("cpu", dtype).contiguous()
-                tensors[f"base_model.model.{module}.lora_{side}.weight"] = kept
-                comfyui[f"diffusion_model.{module}.lora_{way}.weight"] = kept
-            comfyui[f"diffusion_model.{module}.alpha"] = torch.tensor(float(lora.alpha))
+    for module, (down, up) in matrices.items():
+        for side, way, value in (("A", "down", down), ("B", "up", up)):
+            kept = value.detach().to("cpu", dtype).contiguous()
+            tensors[f"base_model.model.{module}.lora_{side}.weight"] = kept
+            comfyui[f"diffusion_model.{module}.lora_{way}.weight"] = kept
+        comfyui[f"diffusion_model.{module}.alpha"] = torch.tensor(float(lora.alpha))
     write_atomic(folder / COMFYUI, lambda temporary: save_file(comfyui, temporary, {"format": "pt"}))
     write_atomic(folder / WEIGHTS, lambda temporary: save_file(tensors, temporary, {"format": "pt"}))
     config = {

@@ -144,6 +144,10 @@ class Method:
         """Who learns at this step. The others ask for no gradient in it, and nothing of them changes."""
         return tuple(name for name, network in self.networks.items() if network.optimizer is not None)
 
+    def rate(self, name: str, step: int) -> float:
+        """Factor of a network's learning rate at this step, beside the plan's schedule."""
+        return 1.0
+
     def losses(self, batch: Any, step: int) -> dict[str, Losses]:
         """name -> losses, of some or all of those whose turn it is. Every method has its own."""
         raise TypeError(f"{type(self).__name__} does not say its losses")

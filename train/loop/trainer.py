@@ -223,9 +223,9 @@ class Trainer:
             if own and factor != 1:
                 ranks.scale_(own, torch.tensor(factor, dtype=torch.float32, device=self.group.device))
         for name in learners:
-            network = self.networks[name]
+            network, factor = self.networks[name], self.method.rate(name, self.step)
             for group, base in zip(network.groups, network.base_rates):
-                group["lr"] = learning_rate(self.step, base, plan.warmup, plan.steps, plan.decay, plan.cosine)
+                group["lr"] = factor * learning_rate(self.step, base, plan.warmup, plan.steps, plan.decay, plan.cosine)
             network.step()
         found["lr"] = self.networks[learners[0]].groups[0]["lr"]
         self.skipped_in_a_row = 0

@@ -108,9 +108,9 @@ class Distillation:
     def mu(self, batch: Batch) -> float:
         return flow_matching.mu_of(self.recipe.MU, batch.bucket.tokens)
 
-    def times(self, purpose: str, batch: Batch, count: int) -> Tensor:
-        """Logit-normal times of the fake score and of the heads, float32 [count]."""
-        return flow_matching.logit_normal(self.uniform(purpose, batch, count), self.mu(batch))
+    def times(self, purpose: str, batch: Batch, count: int, mu: float | None = None) -> Tensor:
+        """Logit-normal times of the fake score and of the heads, float32 [count]; mu: that of the training unless given."""
+        return flow_matching.logit_normal(self.uniform(purpose, batch, count), self.mu(batch) if mu is None else mu)
 
     # -------------------------------------------------------------------------------------------- the student
 
@@ -187,6 +187,9 @@ class Distillation:
         values = dmd.fake_loss(given.velocity(networks["fake"], x_t, t), picture, noise)
         losses = {"fake": Losses(values, times=t, terms={"fake": values.mean()})}
         if "heads" in networks:
+            if recipe.HEADS_MU is not None:  # times of their own, at the same noise
+                t = self.times("heads time", batch, len(real), recipe.HEADS_MU).to(real.device)
+                x_t, _ = flow_matching.noised(picture, noise, t)
             real_t, _ = flow_matching.noised(real, self.normal("real noise", batch, real), t)
             seen = [real_t, x_t]
             if recipe.R1_GAMMA:
@@ -202,6 +205,25 @@ class Distillation:
                 own, terms["r1"] = own + penalty, penalty.mean()
             losses["heads"] = Losses(own, times=t, terms=terms)
         return losses
+
+    def guided(self, networks: Mapping[str, nn.Module], teacher: nn.Module, batch: Batch) -> dict[str, Losses]:
+        """Of the student before all turns: mean |v_theta - v_w|^2 at the state x_tk of its own steps, where v_w is what the sampler
+        makes of the teacher's v_c and v_u by TEACHER_GUIDANCE. Guidance distillation (arXiv 2210.03142, section 3.1), on the grid of
+        the student: its minimum draws in STUDENT_STEPS unguided steps what the teacher draws in as many guided ones."""
+        recipe, (real, given) = self.recipe, self.given(batch)
+        k, sigmas = self.place(batch.step), self.sigmas(batch.bucket.tokens, batch.step)
+        noises = []
+        if recipe.STUDENT_SAMPLER == "renoise":
+            noises = [self.normal(f"renoise {j}", batch, real) for j in range(k)]
+        x = self.simulate(networks["student"], given, self.normal("start", batch, real), sigmas, k, noises)
+        t = self.told(sigmas[k].to(x.device).expand(len(x)))
+        offsets = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * x.shape[1]
+        with torch.no_grad():
+            c, u = given.velocity(teacher, x, t), given.without_text().velocity(teacher, x, t)
+            rows = sampler.guided(c.flatten(0, 1), u.flatten(0, 1), recipe.TEACHER_GUIDANCE, offsets)
+        apart = (given.velocity(networks["student"], x, t) - rows.view_as(x)).square().mean((1, 2))
+        terms = {"from_guided": apart.detach().mean(), "guided_from_c": (c - rows.view_as(x)).square().mean()}
+        return {"student": Losses(apart, times=t, terms=terms)}
 
     @torch.no_grad()
     def gradient(
@@ -236,7 +258,7 @@ class Distillation:
         terms["deviation"] = (deviations[0] / deviations[1]).mean()
         beside = None
         if "heads" in networks:
-            t = self.times("generator time", batch, len(real)).to(real.device)
+            t = self.times("generator time", batch, len(real), recipe.HEADS_MU).to(real.device)
             x_t, _ = flow_matching.noised(picture, self.normal("generator noise", batch, real), t)
             logits = networks["heads"](given.streams(teacher, x_t, t, recipe.TAPS), given.grid)
             terms["generator"] = adversarial.generator_loss(logits).mean()

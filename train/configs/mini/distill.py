@@ -35,6 +35,7 @@ NORMALISER_FLOOR = 0.1
 MU = ((16, 0.5), (64, 0.74))
 TAPS = (2, 4, 5)  # of six blocks
 HEAD_WIDTH = 128
+GUIDED_STEPS, GUIDED_LR = 250, 1e-3
 FAKE_WARMUP = 50  # before: the fake score is the teacher, DM says nothing, CA would act alone
 STEPS = 300
 LR, FAKE_LR, HEADS_LR = 1e-4, 5e-4, 1e-3

@@ -38,14 +38,17 @@ NORMALISER_FLOOR = 1e-6
 MU: float | tuple[tuple[int, float], ...] = ((256, 1.0), (4096, 1.3))
 TAPS: tuple[int, ...] = (12, 24, 36)  # blocks behind which the heads look; the other arm is (24, 36, 47)
 HEAD_WIDTH = 512
+HEADS_MU: float | None = None  # of the times at which the heads look; None: MU
 R1_GAMMA, R1_ALPHA = 1.0, 0.1  # R1_GAMMA = 0: no penalty
 IDA = 0.03
 FAKE_UPDATES = 4  # of fake score and heads before each student step
-FAKE_WARMUP = 0  # of these alone at the start
+GUIDED_STEPS = 0  # before all turns: the student alone learns the guided teacher's velocity at its own states
+FAKE_WARMUP = 0  # then: of fake score and heads alone
 
 # ---- optimiser: AdamW without first moment on float32 masters
 STEPS = 1_000  # of the student
 LR, FAKE_LR, HEADS_LR = 5e-7, 5e-7, 1e-4
+GUIDED_LR = 1e-5  # in GUIDED_STEPS, over which it falls to zero
 BETA2, EPS, WEIGHT_DECAY = 0.9, 1e-8, 0.0
 CLIP, HEADS_CLIP = 1.0, 10.0
 EMA = 0.98
@@ -97,6 +100,9 @@ OPEN = {
     "MU": "the training's line: times of DM, CA, fake score and heads are shifted by it",
     "TAPS": "blocks not given; a quarter, a half and three quarters of 48",
     "HEAD_WIDTH": "not given",
+    "HEADS_MU": "not given; None: real and drawn are looked at where the fake score is trained",
+    "GUIDED_STEPS": "ours: 0, the student starts from the teacher's weights; with more, from its guided steps as well as they can be learned",
+    "GUIDED_LR": "ours",
     "FAKE_WARMUP": "not mentioned; the four fake updates before the first student step are all",
     "EPS": "torch's default; `near_eps` in the log says whether it matters at gradients this small",
     "WEIGHT_DECAY": "not given; a thousand steps at 5e-7 need none",
