@@ -9,11 +9,12 @@
     python -m train distill --config released --dry-run
     torchrun --nproc-per-node 8 -m train distill --config released --init CHECKPOINT --data SHARDS --device cuda
 
-Student and fake score start from the weights of --init, which frozen are the teacher and keep text encoder and VAE. GUIDED_STEPS of the
-student alone come first. Then an optimiser step is one turn: FAKE_UPDATES of fake score and heads, then one of the student, after
-which the fake score is pulled towards it; a state may be saved after any, and resumes bit for bit on a CPU. OUT holds checkpoints/, best/ (the averaged
-student of the highest held-out score, less what it is outside of BARS), log.jsonl and sheets. Numbers that leave their range
-end the training (RULES). Adapters that are resumed go on beside the weights of --init, which may have been trained further.
+Student and fake score start from the weights of --init, which frozen are the teacher and keep text encoder and VAE; an
+adapter's folder is made whole in OUT/teacher. GUIDED_STEPS of the student alone come first. Then an optimiser step is one turn:
+FAKE_UPDATES of fake score and heads, then one of the student, after which the fake score is pulled towards it; a state may be
+saved after any, and resumes bit for bit on a CPU. OUT holds checkpoints/, best/ (the averaged student of the highest held-out
+score, less what it is outside of BARS), log.jsonl and sheets. Numbers that leave their range end the training (RULES). Adapters
+that are resumed go on beside the weights of --init, which may have been trained further.
 """
 
 from __future__ import annotations

@@ -101,7 +101,7 @@ OPEN = {
     "TAPS": "blocks not given; a quarter, a half and three quarters of 48",
     "HEAD_WIDTH": "not given",
     "HEADS_MU": "not given; None: real and drawn are looked at where the fake score is trained",
-    "GUIDED_STEPS": "ours: 0, the student starts from the teacher's weights; with more, from its guided steps as well as they can be learned",
+    "GUIDED_STEPS": "ours: with 0 the student starts from the teacher's weights, with more from its guided steps",
     "GUIDED_LR": "ours",
     "FAKE_WARMUP": "not mentioned; the four fake updates before the first student step are all",
     "EPS": "torch's default; `near_eps` in the log says whether it matters at gradients this small",
