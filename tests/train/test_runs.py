@@ -60,13 +60,15 @@ def test_turbo_scores_what_it_exports(recorder, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     stages, seen = parsed(calls(), monkeypatch)
     assert stages == ["distill"] * 4 + ["evaluate"] * 9
-    assert {(*one.set, one.lora) for one in seen[:4]} == {("COMPUTE=bfloat16", "SEED=9", "r=16,alpha=32,targets=all")}
+    given = ("GUIDANCE=2.0", "TEACHER_GUIDANCE=2.0", "COMPUTE=bfloat16", "SEED=9", "r=16,alpha=32,targets=all")
+    assert {(*one.set, one.lora) for one in seen[:4]} == {given}
     assert [one.sweep for one in seen[:4]] == [True, False, False, False]
     assert [one.ablate for one in seen[:4]] == [False, True, False, False]
     student = str(seen[3].export)
     assert [(one.steps, one.guidance) for one in seen[4:9]] == [(n, [1.0]) for n in (4, 2, 3, 6, 8)]
     assert {one.model for one in (*seen[4:9], *seen[11:])} == {student}
-    assert [one.size for one in seen[11:]] == [(64, 64), (128, 128)]
+    assert [(one.size, one.guidance) for one in seen[11:]] == [((64, 64), 2.0), ((128, 128), 2.0)]
+    assert [one.guidance for one in seen[9:11]] == [[2.0], [2.0]]
     assert {one.teacher for one in seen[11:]} == {str(seen[3].init)} == {one.model for one in seen[9:11]}
 
 

@@ -4,16 +4,16 @@
 #     bash train/runs/mini_turbo.sh                     # distil, export, score and bars: what lens/mini/turbo was made by
 #     bash train/runs/mini_turbo.sh sweep ablate        # the tables first
 #
-# INIT (lens/mini/base; best the weights of RL, whole), RUN (runs/turbo), LORA (r=16,alpha=32,targets=all; "" trains every
+# INIT (mini-rl), GUIDANCE of the teacher (2.0; of mini-base 3.0), RUN (runs/turbo), LORA (r=16,alpha=32,targets=all; "" trains every
 # weight), FIELDS of the recipe (COMPUTE=bfloat16 is faster on a CPU with bfloat16 units, elsewhere far slower), LIMIT (30m of a
 # stage), SIZES (128x128), COUNT (2000 pictures of the bars) and PYTHON (python3) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-INIT=${INIT:-lens/mini/base} RUN=${RUN:-runs/turbo} LORA=${LORA-r=16,alpha=32,targets=all} LIMIT=${LIMIT:-30m} PY=${PYTHON:-python3}
+INIT=${INIT:-mini-rl} GUIDANCE=${GUIDANCE:-2.0} RUN=${RUN:-runs/turbo} LORA=${LORA-r=16,alpha=32,targets=all} LIMIT=${LIMIT:-30m} PY=${PYTHON:-python3}
 SIZES=${SIZES:-128x128} COUNT=${COUNT:-2000}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 changes=()
-for field in ${FIELDS:-}; do changes+=(--set "$field"); done
+for field in "GUIDANCE=$GUIDANCE" "TEACHER_GUIDANCE=$GUIDANCE" ${FIELDS:-}; do changes+=(--set "$field"); done
 [ -z "$LORA" ] || changes+=(--lora "$LORA")
 train() { "$PY" -m train distill --config mini --init "$INIT" --out "$RUN" "${changes[@]}" "$@"; }
 bench() { "$PY" -m train evaluate mini-bench --ceilings none --sizes $SIZES "$@"; }
@@ -30,13 +30,13 @@ for stage in "${@:-distil export score bars}"; do
           bench --model "$RUN/mini-turbo" --steps $steps --guidance 1 --out "$RUN/score_student_$steps"
         done
         for steps in 4 20; do
-          bench --model "$INIT" --steps $steps --guidance 3 --out "$RUN/score_teacher_$steps"
+          bench --model "$INIT" --steps $steps --guidance "$GUIDANCE" --out "$RUN/score_teacher_$steps"
         done
         ;;
       bars)
         for size in $SIZES; do
           "$PY" -m train evaluate student --model "$RUN/mini-turbo" --teacher "$INIT" --size "$size" --count "$COUNT" \
-            --out "$RUN/bars_$size"
+            --guidance "$GUIDANCE" --out "$RUN/bars_$size"
         done
         ;;
       *) echo "mini_turbo.sh: no stage $one; sweep ablate distil export score bars" >&2; exit 2 ;;
