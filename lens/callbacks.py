@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import sampler
+from .arguments import shortened
 from .packing import expect_tensors, pad_features
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds", "noise
 def check_names(names: Any) -> tuple[str, ...]:
     """The tensors a callback asks for; ValueError for one that there is not."""
     if not isinstance(names, Sequence) or not all(name in CALLBACK_TENSORS for name in names):
-        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {names!r}")
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {CALLBACK_TENSORS}, got {shortened(names)}")
     return tuple(names)
 
 
@@ -45,7 +46,9 @@ def copied(value: Any) -> Any:
 def replaced(returned: Any, shown: dict[str, Any]) -> dict[str, Any]:
     """What a callback's answer changes; returning what was shown, as it was, changes nothing."""
     if not isinstance(returned, dict | None) or set(returned or {}) - set(CALLBACK_TENSORS):
-        raise ValueError(f"callback_on_step_end must return a dict of {CALLBACK_TENSORS} or None, got {returned!r}")
+        raise ValueError(
+            f"callback_on_step_end must return a dict of {CALLBACK_TENSORS} or None, got {shortened(returned)}"
+        )
     return {k: v for k, v in (returned or {}).items() if v is not None and not _same(shown.get(k), v)}
 
 

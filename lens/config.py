@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-import warnings
 from dataclasses import dataclass, fields, replace
 from typing import Any
+
+from . import notices
+from .arguments import shortened
 
 
 @dataclass(frozen=True)
@@ -148,9 +150,7 @@ class Defaults:
         chosen = variant or said or variant_of_name(name)
         if chosen is None:
             chosen = "lens"
-            warnings.warn(
-                f"nothing tells which Lens {name!r} is; assuming variant='lens' (20 steps, guidance 5)", stacklevel=5
-            )
+            notices.warn(f"nothing tells which Lens {name!r} is; assuming variant='lens' (20 steps, guidance 5)")
         if variant is not None and variant != said:
             own.pop("num_inference_steps", None)
             own.pop("guidance_scale", None)
@@ -189,9 +189,9 @@ class Defaults:
 
 def expect_variant(variant: str | None) -> None:
     """ValueError for what is no variant, such as diffusers' of the weights."""
-    if variant is not None and variant not in VARIANTS:
+    if variant is not None and not (isinstance(variant, str) and variant in VARIANTS):
         raise ValueError(
-            f"variant must be one of {sorted(VARIANTS)} or None, got {variant!r}; which of several weights are read is "
+            f"variant must be one of {sorted(VARIANTS)} or None, got {shortened(variant)}; which of several weights are read is "
             "weights_variant"
         )
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .arguments import count
 from .ops.attention.layout import DeviceLayout
 from .rope import image_positions, rope_table, text_positions
 
@@ -226,12 +227,8 @@ class TokenQueue(Generic[Item]):
     """
 
     def __init__(self, max_tokens: int, max_images: int = 64, same_size: bool = False):
-        if max_tokens < 1 or max_images < 1:
-            raise ValueError(
-                f"lens.TokenQueue: max_tokens and max_images must be positive, got {max_tokens} and {max_images}"
-            )
-        self.max_tokens = max_tokens
-        self.max_images = max_images
+        self.max_tokens = count("max_tokens", max_tokens)
+        self.max_images = count("max_images", max_images)
         self.same_size = same_size
         self._waiting: list[Waiting[Item]] = []
 

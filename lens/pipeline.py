@@ -20,7 +20,8 @@ from torch import Tensor
 
 from . import callbacks, sampler
 from . import vae as pixels
-from .config import Defaults, LensConfig
+from .arguments import count, finite, shortened
+from .config import MAX_STEPS, Defaults, LensConfig
 from .engine.batch_invariance import default as default_invariance
 from .engine.graphs import marked
 from .engine.job import Job, Text
@@ -72,7 +73,7 @@ from .model import LensTransformer2DModel
 from .modulation import Modulation, concatenate
 from .packing import expect_tensors, offsets_of, pad_features, split_features
 from .reasoner import PromptsRefused, Reasoner, Refined
-from .request import Request, finite
+from .request import Request
 from .sampler import Scheduler
 from .serving import stream
 from .text_encoder import DEFAULT_CHAT_DATE, ChatTokenizer, TextEncoder, prompt_list
@@ -150,8 +151,8 @@ class LensPipeline:
         encoder: str | None = None,
         memory: float | None = None,
     ) -> LensPipeline:
-        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, an adapter's folder
-        that names its base, a hub id, a transformer's .safetensors file.
+        """Load a checkpoint: "mini", "mini-base", "mini-rl", a folder in the released layout, an adapter's folder that names
+        its base, a hub id, a transformer's .safetensors file.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32, or bfloat16 for a
@@ -173,7 +174,7 @@ class LensPipeline:
         if torch_dtype is not None and dtype not in (None, torch_dtype):
             raise ValueError(f"give only one of dtype and torch_dtype, got {dtype} and {torch_dtype}")
         if encoder is not None and encoder not in ENCODERS:
-            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {encoder!r}")
+            raise ValueError(f"encoder must be one of {', '.join(ENCODERS)}, got {shortened(encoder)}")
         if device is not None:
             device = _usable(device, "from_pretrained")
         asked = dtype or torch_dtype
@@ -253,6 +254,9 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ as diffusers has it
 
+    from_single_file = from_pretrained  # which takes a transformer's file as its source
+
+    @diffusers_calls.known_arguments("LensPipeline.to")
     def to(self, *where: Any, device: Any = None, dtype: torch.dtype | None = None) -> LensPipeline:
         """The parts on a device and in a floating-point type, as ``torch.nn.Module.to``; returns the pipeline.
 
@@ -303,6 +307,7 @@ class LensPipeline:
         """The parts by the names of their folders."""
         return {**self.parts(), "tokenizer": self.tokenizer, "scheduler": self.scheduler}
 
+    @diffusers_calls.known_arguments("LensPipeline.set_progress_bar_config")
     def set_progress_bar_config(self, disable: bool = False) -> None:
         """Steps are counted on stderr, where it is a terminal and a call takes longer than two seconds; or never."""
         self._progress = not disable
@@ -326,6 +331,7 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ adapters
 
+    @diffusers_calls.known_arguments("LensPipeline.load_lora")
     def load_lora(self, path: str | os.PathLike[str], scale: float = 1.0) -> None:
         """Merge a LoRA (LoKr, LoHa, DoRA), a folder or a safetensors file, into the transformer: W + scale * alpha / r * up @
         down, rounded once. Further ones add to it. Not while a picture is being drawn.
@@ -360,11 +366,14 @@ class LensPipeline:
         return self._sizes(self.device, image_tokens, images, guided)
 
     def _sizes(self, device: torch.device, image_tokens: int | None, images: int, guided: bool) -> Sizes:
-        tokens = image_tokens or (self.defaults.base_resolution // 16) ** 2
+        tokens = (
+            (self.defaults.base_resolution // 16) ** 2 if image_tokens is None else count("image_tokens", image_tokens)
+        )
         encoder, transformer, autoencoder = self.parts().values()
-        work = {"tokens": tokens, "images": images, "guided": guided}
+        work = {"tokens": tokens, "images": count("images", images), "guided": guided}
         return sizes_of(self.transformer.config, encoder, transformer, autoencoder, device, **work)
 
+    @diffusers_calls.known_arguments("LensPipeline.set_residency")
     def set_residency(
         self,
         residency: str | Residency = "auto",
@@ -448,6 +457,7 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ text
 
+    @diffusers_calls.known_arguments("LensPipeline.tokenize")
     def tokenize(
         self,
         prompts: str | Sequence[str],
@@ -458,6 +468,7 @@ class LensPipeline:
         """Whole rendered sequences: ids int64 [B, S], right padded, and mask bool [B, S]."""
         return self.text_encoder.tokenize(prompt_list("prompt", prompts), max_sequence_length, truncation, chat_date)
 
+    @diffusers_calls.known_arguments("LensPipeline.encode_text")
     def encode_text(
         self,
         prompts: str | Sequence[str],
@@ -556,6 +567,8 @@ class LensPipeline:
         """
         reasoned: list[Refined] | None = None
         if reason is not None:
+            if not callable(reason):
+                raise TypeError(f"reason must be a lens.reasoner.Reasoner, got {shortened(reason)}")
             answers = reason(prompt_list("prompt", prompt))
             reasoned = [answer for answer in answers if isinstance(answer, Refined)]
             if len(reasoned) < len(answers):
@@ -598,9 +611,17 @@ class LensPipeline:
     ) -> LensPipelineOutput:
         """A call whose arguments are a `Request`."""
         shown = callbacks.check_names(callback_on_step_end_tensor_inputs)
+        if not isinstance(request, Request):
+            raise TypeError(f"request must be a lens.request.Request, got {shortened(request)}")
+        if not isinstance(self.scheduler, Scheduler):
+            raise TypeError(f"pipe.scheduler must be a lens.sampler.Scheduler, got {shortened(self.scheduler)}")
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise TypeError(f"callback_on_step_end must be callable, got {shortened(callback_on_step_end)}")
         request = request.resolved(self.defaults)
         if self.scheduler.stochastic_sampling and request.solver != "euler":
-            raise ValueError(f"solver must be 'euler' where the scheduler adds noise to steps, got {request.solver!r}")
+            raise ValueError(
+                f"solver must be 'euler' where the scheduler adds noise to steps, got {shortened(request.solver)}"
+            )
         if self.placement is None or self.placement.residency.transformer == "resident":
             with threads_for(self._width("denoise"), self.device):
                 self._tables.watch(self.transformer)
@@ -638,10 +659,15 @@ class LensPipeline:
 
     # ------------------------------------------------------------------------------------------------ denoise
 
+    @diffusers_calls.known_arguments("LensPipeline.prepare")
     def prepare(self, image_tokens: int, num_inference_steps: int) -> None:
         """Make and keep the modulation table of a schedule, so that ``lens.engine.schedule_table.evict`` may drop its weights."""
+        tokens, steps = (
+            count("image_tokens", image_tokens),
+            count("num_inference_steps", num_inference_steps, MAX_STEPS),
+        )
         with self.stage("denoise"):
-            self._schedules([image_tokens], num_inference_steps, prepared=True)
+            self._schedules([tokens], steps, prepared=True)
 
     def _schedules(self, lengths: list[int], steps: int, prepared: bool = False) -> tuple[Tensor, Tensor, Modulation]:
         """Sigmas float32 [B, steps + 1], each sample's first table row [B], one table of the distinct schedules."""
@@ -778,7 +804,7 @@ def _not_finite(parts: Mapping[str, torch.nn.Module]) -> Iterator[str]:
 def _expect_memory(memory: Any, residency: Any, device: torch.device, encoder: str | None) -> None:
     """Errors: ValueError for a limit that is none, and for one beside what it would decide."""
     if isinstance(memory, bool) or not isinstance(memory, int | float) or not 0 < memory < math.inf:
-        raise ValueError(f"memory must be a positive number of GB, got {memory!r}")
+        raise ValueError(f"memory must be a positive number of GB, got {shortened(memory)}")
     if residency not in (None, "auto"):
         raise ValueError(f"give only one of memory and residency, got {memory:g} and {residency!r}")
     if encoder == "transformers" and device.type == "cpu":

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import resolution, sampler
+from . import notices, resolution, sampler
+from .arguments import count, finite, shortened
 from .config import MAX_STEPS, Defaults, Distilled
 from .packing import Grid, expect_tensors
 from .resolution import TOKEN_PIXELS
@@ -55,29 +53,27 @@ class Request:
     def resolved(self, defaults: Defaults) -> Request:
         """The same with every default filled in and one text and size per prompt. ValueError for every mistake."""
         steps = defaults.num_inference_steps if self.num_inference_steps is None else self.num_inference_steps
-        steps = sampler.count("num_inference_steps", steps)
-        if steps > MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be at most {MAX_STEPS}, got {shortened(steps)}")
-        each = sampler.count("num_images_per_prompt", self.num_images_per_prompt)
-        length = sampler.count("max_sequence_length", self.max_sequence_length)
+        steps = count("num_inference_steps", steps, MAX_STEPS)
+        each = count("num_images_per_prompt", self.num_images_per_prompt)
+        length = count("max_sequence_length", self.max_sequence_length)
         guidance = finite(
             "guidance_scale", defaults.guidance_scale if self.guidance_scale is None else self.guidance_scale, 0
         )
         sampler.expect_solver(self.solver)
         if self.output_type not in OUTPUT_TYPES:
-            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {self.output_type!r}")
+            raise ValueError(f"output_type must be one of {OUTPUT_TYPES}, got {shortened(self.output_type)}")
         if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {self.truncation!r}")
+            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {shortened(self.truncation)}")
         for name in ("prompt", "negative_prompt"):
             if getattr(self, f"{name}_mask") is not None and getattr(self, f"{name}_embeds") is None:
                 raise ValueError(f"{name}_mask belongs to {name}_embeds, which are missing")
-        prompts, count = self._prompts()
-        if each * count > MAX_IMAGES:
+        prompts, asked = self._prompts()
+        if each * asked > MAX_IMAGES:
             raise ValueError(
                 f"num_images_per_prompt times the prompts must be at most {MAX_IMAGES} images, got "
-                f"{shortened(each)} times {count}"
+                f"{shortened(each)} times {asked}"
             )
-        negatives = negative_list(self.negative_prompt, count)
+        negatives = negative_list(self.negative_prompt, asked)
         self._notice(guidance, negatives)
         if self.negative_prompt_embeds is not None and any(n is not None for n in negatives):
             raise ValueError("give only one of negative_prompt and negative_prompt_embeds")
@@ -86,12 +82,12 @@ class Request:
         if self.size is not None and self.sizes is not None:
             raise ValueError("give only one of size and sizes")
         grids = resolution.request_grids(
-            count,
+            asked,
             self.height,
             self.width,
             self.base_resolution,
             self.aspect_ratio,
-            self.sizes if self.size is None else [self.size] * count,
+            self.sizes if self.size is None else [self.size] * asked,
             defaults.base_resolution,
             defaults.max_resolution,
         )
@@ -115,13 +111,12 @@ class Request:
         """Say what is drawn otherwise than it was probably meant."""
         if guidance < 1:
             text = "without the prompt" if guidance == 0 else "partly without the prompt"
-            warnings.warn(
+            notices.warn(
                 f"guidance_scale {guidance:g} is below 1, so images are drawn {text}: 1 draws by the prompt alone, "
-                "more pulls towards it",
-                stacklevel=6,
+                "more pulls towards it"
             )
         if guidance == 1 and (self.negative_prompt_embeds is not None or any(negatives)):
-            warnings.warn("the negative prompt is not read at guidance_scale 1, only above it", stacklevel=6)
+            notices.warn("the negative prompt is not read at guidance_scale 1, only above it")
 
     def _prompts(self) -> tuple[list[str] | None, int]:
         """(P prompts, or None where features stand in for them, P)."""
@@ -196,25 +191,4 @@ def _beside_the_training(
     if request.solver != "euler":
         said.append(f"solver {request.solver!r}: it was trained on the steps of 'euler'")
     if said:
-        warnings.warn(f"this checkpoint is distilled; {'; '.join(said)}", stacklevel=6)
-
-
-def finite(name: str, value: Any, least: float = -math.inf) -> float:
-    """A finite number, numpy's too, but neither True nor "5"."""
-    try:
-        number = math.nan if isinstance(value, bool | str | bytes) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not (math.isfinite(number) and number >= least):
-        bound = "" if least == -math.inf else f" >= {least:g}"
-        raise ValueError(f"{name} must be a finite number{bound}, got {shortened(value)}")
-    return number
-
-
-def shortened(value: Any) -> str:
-    """A value as an error shows it, which may be a number of 5,000 digits."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no int of more than 4,300 digits
-        return f"an integer of {value.bit_length()} bits"
-    return text if len(text) <= 80 else f"{text[:60]}... ({len(text)} characters)"
+        notices.warn(f"this checkpoint is distilled; {'; '.join(said)}")

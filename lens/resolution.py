@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import operator
-import warnings
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
+
+from . import notices
+from .arguments import shortened
 
 TOKEN_PIXELS = 16  # the VAE's factor 8 times the 2x2 patch
 MAX_SIDE = 65_536  # pixels: the tokens of one image must be countable in int32, with room for a batch
@@ -37,9 +39,9 @@ def parse_ratio(aspect_ratio: str) -> Fraction:
         w, h = aspect_ratio.split(":")
         ratio = Fraction(w.strip()) / Fraction(h.strip())
     except (ValueError, ZeroDivisionError, AttributeError):
-        raise ValueError(f'aspect_ratio must be "W:H", such as "16:9", got {aspect_ratio!r}') from None
+        raise ValueError(f'aspect_ratio must be "W:H", such as "16:9", got {shortened(aspect_ratio)}') from None
     if not Fraction(1, 2) <= ratio <= 2:
-        raise ValueError(f"aspect_ratio must lie between 1:2 and 2:1, got {aspect_ratio!r}")
+        raise ValueError(f"aspect_ratio must lie between 1:2 and 2:1, got {shortened(aspect_ratio)}")
     return ratio
 
 
@@ -51,7 +53,7 @@ def bucket_size(base_resolution: int, aspect_ratio: str) -> tuple[int, int]:
     if base_resolution not in RELEASED_BASES + MINI_BASES:
         raise ValueError(
             f"base_resolution must be one of {RELEASED_BASES} (released) or {MINI_BASES} (Mini), "
-            f"got {base_resolution!r}"
+            f"got {shortened(base_resolution)}"
         )
     ratio = parse_ratio(aspect_ratio)
     for (w, h), (height, width) in zip(_TALL, _PORTRAIT.get(base_resolution, ())):
@@ -83,7 +85,7 @@ def _pixels(name: str, value: Any) -> int:
         below = pixels // TOKEN_PIXELS * TOKEN_PIXELS
         near = [n for n in (below, below + TOKEN_PIXELS) if TOKEN_PIXELS <= n <= MAX_SIDE] if pixels > 0 else []
         offer = f": {' or '.join(map(str, near))} is nearest" if near else ""
-        raise ValueError(f"{name} must be a positive multiple of {TOKEN_PIXELS} pixels, got {value!r}{offer}")
+        raise ValueError(f"{name} must be a positive multiple of {TOKEN_PIXELS} pixels, got {shortened(value)}{offer}")
     return pixels
 
 
@@ -92,18 +94,16 @@ def check_size(height: int, width: int, max_resolution: int) -> tuple[int, int]:
     warning too, from there down to the largest trained bucket. No Lens was trained between 1024^2 and 1440^2."""
     height, width = _pixels("height", height), _pixels("width", width)
     if not 0.5 <= height / width <= 2.0:
-        warnings.warn(f"height {height}, width {width} lies outside the trained aspect ratios 1:2 to 2:1", stacklevel=8)
+        notices.warn(f"height {height}, width {width} lies outside the trained aspect ratios 1:2 to 2:1")
     if height * width > max_resolution**2:
-        warnings.warn(
+        notices.warn(
             f"height {height}, width {width} is larger than the largest size this model is shown to work at "
-            f"({max_resolution} by {max_resolution}); composition may repeat or drift",
-            stacklevel=8,  # the caller of the pipeline
+            f"({max_resolution} by {max_resolution}); composition may repeat or drift"
         )
     elif height * width > TRAINED_PIXELS:
-        warnings.warn(
+        notices.warn(
             f"{height}x{width} is above {TRAINED_BASE}x{TRAINED_BASE}, the largest base Lens was trained at; it is shown to work "
-            f"up to {max_resolution}x{max_resolution}",
-            stacklevel=8,
+            f"up to {max_resolution}x{max_resolution}"
         )
     return height, width
 
@@ -130,7 +130,7 @@ def request_grids(
         except (TypeError, ValueError):
             pairs = []
         if len(pairs) != count:
-            raise ValueError(f"sizes must be one (height, width) per prompt ({count}), got {sizes!r}")
+            raise ValueError(f"sizes must be one (height, width) per prompt ({count}), got {shortened(sizes)}")
     elif base is not None and ratio is not None:
         pairs = [bucket_size(base, ratio)] * count
     elif height is not None and width is not None:

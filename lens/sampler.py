@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .arguments import count, shortened
 from .packing import expect_tensors
 
 # Empirical fit of the released scheduler: mu is linear in the tokens at 10 and at 200 steps, interpolated in between.
@@ -29,17 +30,6 @@ _LARGE = 4300  # tokens above which only the 200-step line holds
 
 MIN_SEED, MAX_SEED = -(2**63), 2**64 - 1  # as torch.manual_seed takes them; -1 is 2^64 - 1
 SOLVERS = ("euler", "dpm2m")  # first order, and second order for as many velocities
-
-
-def count(name: str, value: Any) -> int:
-    """A positive whole number, numpy's too, but neither True nor 2.0."""
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    return number
 
 
 def mu(image_tokens: int, steps: int) -> float:
@@ -89,7 +79,7 @@ def conditioning_time(sigma: Tensor, dtype: torch.dtype, time_dtype: str = "refe
     if time_dtype == "float32":
         return sigma.float()
     if time_dtype != "reference":
-        raise ValueError(f"time_dtype must be 'reference' or 'float32', got {time_dtype!r}")
+        raise ValueError(f"time_dtype must be 'reference' or 'float32', got {shortened(time_dtype)}")
     return ((1000.0 * sigma.float()).to(dtype) / 1000).float()
 
 
@@ -192,7 +182,7 @@ def walk(
 def expect_solver(name: Any) -> str:
     """One of SOLVERS; else ValueError."""
     if name not in SOLVERS:
-        raise ValueError(f"solver must be one of {SOLVERS}, got {name!r}")
+        raise ValueError(f"solver must be one of {SOLVERS}, got {shortened(name)}")
     return str(name)
 
 
@@ -256,7 +246,9 @@ def plan_noise(
         generators = list(generator) if isinstance(generator, Sequence) else []
         if len(generators) != batch or not all(isinstance(g, torch.Generator) for g in generators):
             what = generator if len(generators) in (0, batch) else len(generators)
-            raise ValueError(f"generator must be one torch.Generator or one per picture ({batch}), got {what!r}")
+            raise ValueError(
+                f"generator must be one torch.Generator or one per picture ({batch}), got {shortened(what)}"
+            )
         each = [_draw(s, g) for s, g in zip(shapes, generators)]
         return lambda: each, unseeded
     seeds = _seeds(secrets.randbelow(2**31) if seed is None else seed, batch)
@@ -270,12 +262,12 @@ def _draw(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
 def _seeds(seed: int | Sequence[int], batch: int) -> list[int]:
     """One int counts up from picture to picture; B ints stand as they are."""
     try:
-        seeds = [operator.index(seed) + k for k in range(batch)]  # type: ignore[arg-type]
+        seeds = [] if isinstance(seed, bool) else [operator.index(seed) + k for k in range(batch)]  # type: ignore[arg-type]
     except TypeError:
         try:
             seeds = [operator.index(s) for s in seed]  # type: ignore[union-attr]
         except TypeError:
             seeds = []
     if len(seeds) != batch or not all(MIN_SEED <= s <= MAX_SEED for s in seeds):
-        raise ValueError(f"seed must be an int or one per picture ({batch}), each of 64 bits, got {seed!r}")
+        raise ValueError(f"seed must be an int or one per picture ({batch}), each of 64 bits, got {shortened(seed)}")
     return seeds

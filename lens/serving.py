@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lens import vae
+from lens.arguments import shortened
 from lens.engine.overlap import Lane, lane_for, overlapped
 from lens.packing import TokenQueue
 from lens.request import Request, joined
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # fields that only a call of its own can have
 ONE_CALL = ("generator", "latents", "prompt_embeds", "prompt_mask", "negative_prompt_embeds", "negative_prompt_mask")
+ENCODING = ("max_sequence_length", "truncation", "chat_date")
 
 
 def stream(
@@ -34,7 +36,14 @@ def stream(
     """See ``LensPipeline.stream``. lane: where batches are decoded; None: a second stream on CUDA, else here."""
     finishers = {"pil": vae.to_pil, "np": vae.to_numpy, "latent": lambda rows: rows}
     if output_type not in finishers:
-        raise ValueError(f"output_type must be one of {tuple(finishers)}, got {output_type!r}")
+        raise ValueError(f"output_type must be one of {tuple(finishers)}, got {shortened(output_type)}")
+    if unknown := [name for name in encoding if name not in ENCODING]:
+        raise TypeError(
+            f"LensPipeline.stream has no argument {unknown[0]!r}; of the text it takes {', '.join(ENCODING)}"
+        )
+    for k, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise TypeError(f"request {k} of a queue must be a lens.request.Request, got {shortened(request)}")
     asked = [_line(pipe, k, replace(r, output_type="latent", **encoding)) for k, r in enumerate(requests)]
     seeds: list[Any] = [secrets.randbelow(2**31) if r.seed is None else r.seed for r in requests]
     queue: TokenQueue[int] = TokenQueue(max_tokens, max_images, same_size=pipe.device.type == "cuda")
@@ -62,6 +71,6 @@ def _line(pipe: LensPipeline, k: int, request: Request) -> Request:
     """Request k of a queue, resolved: one picture of one prompt."""
     given = {name: getattr(request, name) for name in ONE_CALL if getattr(request, name) is not None}
     if given or not isinstance(request.prompt, str) or request.num_images_per_prompt != 1:
-        what = f"it gives {', '.join(given)}" if given else f"got {request.prompt!r}"
+        what = f"it gives {', '.join(given)}" if given else f"got {shortened(request.prompt)}"
         raise ValueError(f"request {k} of a queue must be one picture of one prompt, from a seed: {what}")
     return request.resolved(pipe.defaults)

@@ -10,8 +10,7 @@ from __future__ import annotations
 import datetime
 import re
 import threading
-import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import notices
+from .arguments import count, shortened
 from .formats.chat_template import render
 from .formats.files import CheckpointError
 from .formats.tokenizer import read_tokenizer
@@ -56,12 +57,12 @@ HARMONY_TEMPLATE = """\
 
 def prompt_list(name: str, value: str | Sequence[str] | None) -> list[str]:
     """A call's argument ``name`` as a non-empty list of strings, or ValueError."""
-    values = [value] if isinstance(value, str) else list(value) if value is not None else []
+    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Iterable) else []
     if not values or not all(isinstance(v, str) for v in values):
-        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {value!r}")
+        raise ValueError(f"{name} must be a string or a non-empty list of strings, got {shortened(value)}")
     for v in values:
         if re.search("[\ud800-\udfff]", v):  # also how Python spells bytes of the command line that are not UTF-8
-            raise ValueError(f"{name} must be Unicode text, got characters that stand for none: {v!r}")
+            raise ValueError(f"{name} must be Unicode text, got characters that stand for none: {shortened(v)}")
     return values
 
 
@@ -72,7 +73,7 @@ def parse_date(text: Any) -> datetime.date:
             return datetime.date.fromisoformat(text)
     except (TypeError, ValueError):
         pass
-    raise ValueError(f'chat_date must be "YYYY-MM-DD" or None, got {text!r}')
+    raise ValueError(f'chat_date must be "YYYY-MM-DD" or None, got {shortened(text)}')
 
 
 def negative_list(value: str | Sequence[str] | None, count: int) -> list[str | None]:
@@ -157,7 +158,8 @@ class ChatTokenizer:
         encoded as ordinary text.
         """
         if truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {truncation!r}")
+            raise ValueError(f"truncation must be one of {TRUNCATIONS}, got {shortened(truncation)}")
+        max_length = count("max_sequence_length", max_length)
         before, after = self.frame(chat_date)
         if not self._marker.search(prompt):
             whole = self._encode(before + prompt + after)
@@ -184,7 +186,7 @@ class ChatTokenizer:
 
 def _notice_cut(tokens: int, kept: int) -> None:
     if kept < tokens:
-        warnings.warn(f"the prompt has {tokens} tokens; only the first {max(0, kept)} are kept", stacklevel=5)
+        notices.warn(f"the prompt has {tokens} tokens; only the first {max(0, kept)} are kept")
 
 
 class _Capture(threading.local):

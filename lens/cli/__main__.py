@@ -21,7 +21,7 @@ from rich.markup import escape
 
 from .. import __version__, image_file
 from ..formats.files import CheckpointError
-from ..formats.hub import EMBEDDED
+from ..formats.hub import EMBEDDED, shipped
 from ..reasoner import Refused
 from ..request import MAX_IMAGES, MAX_STEPS, joined
 from ..text_encoder import DEFAULT_CHAT_DATE
@@ -115,7 +115,7 @@ TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "pro
 OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
 NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {image_file.DEFAULT_NAME})."
 SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
-MODEL = "mini, a folder in the released layout, a hub id, or a transformer's .safetensors file (default: mini)."
+MODEL = f"{', '.join(shipped())}, a folder in the released layout, a hub id, or a transformer's .safetensors file (default: mini)."
 TRANSFORMER = "The transformer from another place: a .safetensors file or a folder."
 TEXT_ENCODER = "The text encoder from another place, with the tokenizer beside it or inside."
 VAE = "The VAE from another place."

@@ -27,6 +27,7 @@ from lens.cost import (
     transformer_parameters,
 )
 
+from ..arguments import shortened
 from ..config import LensConfig
 from ..formats.mxfp4 import packed_modules
 from ..gpt_oss import GptOss
@@ -51,7 +52,7 @@ class Residency:
         for field in fields(self):
             known = ("resident", "host") if field.name == "modulation" else TIERS
             if (value := getattr(self, field.name)) not in known:
-                raise ValueError(f"Residency: {field.name} must be one of {', '.join(known)}, got {value!r}")
+                raise ValueError(f"Residency: {field.name} must be one of {', '.join(known)}, got {shortened(value)}")
         if self.modulation == "host" and self.transformer != "resident":
             raise ValueError("Residency: modulation='host' needs a resident transformer; on demand it moves with it")
 
@@ -172,10 +173,10 @@ def choose(name: str | Residency, sizes: Sizes, free: int | None, fixed: Sequenc
     """
     if isinstance(name, Residency):
         return name
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         return PRESETS[name]
     if name != "auto":
-        raise ValueError(f"residency must be a Residency or one of {', '.join(NAMES)}, got {name!r}")
+        raise ValueError(f"residency must be a Residency or one of {', '.join(NAMES)}, got {shortened(name)}")
     if free is None:
         return PRESETS["resident"]
     able = {n: r for n, r in PRESETS.items() if all(r.tier(part) == "resident" for part in fixed)}

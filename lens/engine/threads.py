@@ -11,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import warnings
 from collections.abc import Iterator
 
 import torch
+
+from lens import notices
 
 SMALL_WIDTH = 256  # of activations, up to which one thread is enough
 
@@ -58,10 +59,9 @@ def threads_for(width: int, device: torch.device) -> Iterator[None]:
         return
     if _forked:
         _forked = False
-        warnings.warn(
+        notices.warn(
             "this process was forked from one that had drawn: OpenMP's threads do not survive a fork, so one is used; "
-            "start workers with multiprocessing's 'spawn' or load the pipeline in each",
-            stacklevel=5,
+            "start workers with multiprocessing's 'spawn' or load the pipeline in each"
         )
     _parallel = _parallel or torch.get_num_threads() > 1
     yield

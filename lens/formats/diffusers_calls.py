@@ -19,10 +19,18 @@ METHODS = {
     **dict.fromkeys(
         ("enable_vae_tiling", "enable_vae_slicing", "enable_attention_slicing"), "images are decoded one by one"
     ),
+    **dict.fromkeys(("cuda", "cpu", "half", "float", "bfloat16"), "to('cuda', torch.bfloat16) moves and casts"),
+    **dict.fromkeys(
+        ("enable_xformers_memory_efficient_attention", "enable_flash_attention", "set_attention_backend"),
+        "the fastest library that can serve is chosen, and `lens doctor` says which",
+    ),
+    "compile": "the kernels are compiled already",
+    "eval": "it never trains",
     "encode_prompt": "encode_text(prompts) gives (features, mask) for prompt_embeds and prompt_mask",
     "set_adapters": "load_lora(path, scale) merges one, unload_lora() takes all out",
     "fuse_lora": "load_lora merges into the weights at once",
     "save_pretrained": "lens.formats.released.save_transformer writes the transformer",
+    **dict.fromkeys(("get_active_adapters", "get_list_adapters"), "loras lists what is in force"),
     "image_processor": "output_type gives 'pil', 'np', 'pt' or 'latent'",
 }
 
@@ -71,7 +79,8 @@ def known_arguments(name: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A method whose unknown keyword arguments are a TypeError that says what there is instead, called ``name`` in it."""
 
     def of(method: Callable[P, R]) -> Callable[P, R]:
-        parameters = list(inspect.signature(method).parameters)
+        kinds = inspect.signature(method).parameters
+        parameters = [name for name, p in kinds.items() if p.kind is not p.VAR_POSITIONAL]
 
         @functools.wraps(method)
         def checked(*arguments: P.args, **keywords: P.kwargs) -> R:

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import os
 import re
-import warnings
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from lens import notices
+from lens.arguments import location
 from lens.formats.files import CheckpointError, is_there, read_json
 from lens.formats.safetensors import shards_of, weights_name
 
-EMBEDDED = {"mini": "base", "mini-base": "base", "mini-rl": "rl", "mini-turbo": "turbo"}
+EMBEDDED = {
+    "mini": "base",
+    "mini-base": "base",
+    "mini-rl": "rl",
+    "mini-turbo": "turbo",
+}  # a release may hold some of them alone: `shipped`
+_MINI = Path(__file__).parents[1] / "mini"
 WEIGHTS = ("transformer", "text_encoder", "vae")  # the parts that have weights
 _FILES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".sft")  # endings that no hub id has
+
+
+def shipped() -> list[str]:
+    """The names of the models that are inside this package."""
+    return [name for name, folder in EMBEDDED.items() if (_MINI / folder / "model_index.json").is_file()]
 
 
 def resolve(source: str | os.PathLike[str], weights_variant: str | None = None, revision: str | None = None) -> Path:
     """ "mini..." -> the embedded weights; an existing folder or file -> itself; else a hub id, fetched by huggingface_hub.
 
     revision: a branch, tag or commit of the hub's; a warning where the source is here, which has none."""
-    name = os.fspath(source)
+    name = location("source", source)
     if revision is not None and (name in EMBEDDED or is_there(Path(name))):
-        warnings.warn(f"revision {revision!r} is not read: {name!r} is no hub id, but lies here", stacklevel=5)
+        notices.warn(f"revision {revision!r} is not read: {name!r} is no hub id, but lies here")
     if name in EMBEDDED:
-        folder = Path(__file__).parents[1] / "mini" / EMBEDDED[name]
+        folder = _MINI / EMBEDDED[name]
         if not (folder / "model_index.json").is_file():
-            shipped = [n for n, f in EMBEDDED.items() if (folder.parent / f / "model_index.json").is_file()]
-            raise CheckpointError(f"{name!r} is not part of this version of Lens; embedded models: {shipped}")
+            raise CheckpointError(f"{name!r} is not part of this version of Lens; embedded models: {shipped()}")
         return folder
     if name and is_there(Path(name)):
         return Path(name)
@@ -36,7 +47,7 @@ def resolve(source: str | os.PathLike[str], weights_variant: str | None = None, 
         raise CheckpointError(f"{name!r}: file not found")
     if is_hub_id(name):
         return _fetch(name, weights_variant, revision)
-    known = f"one of {sorted(EMBEDDED)}, a folder in the released layout, a .safetensors file or a hub id"
+    known = f"one of {shipped()}, a folder in the released layout, a .safetensors file or a hub id"
     raise CheckpointError(f"{name if len(name) < 300 else name[:300] + '...'!r}: expected {known}")
 
 

@@ -13,7 +13,6 @@ import functools
 import hashlib
 import math
 import os
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lens import notices
+from lens.arguments import location
 from lens.formats.interrupts import held_back
 
 from . import contents
@@ -151,7 +152,7 @@ def read(path: str | os.PathLike[str], model: nn.Module | None = None) -> Adapte
 
     CheckpointError names the file, the key, what was expected and what came. A warning tells what is left out.
     """
-    where = Path(path)
+    where = Path(location("path", path))
     file = _file(where)
     shard = Shard(file)
     config = file.parent / CONFIG
@@ -166,9 +167,7 @@ def read(path: str | os.PathLike[str], model: nn.Module | None = None) -> Adapte
     found, others = _sorted(shard, names)
     shard.close()
     if others:
-        warnings.warn(
-            f"{file}: {others} keys of a text encoder are left out; only the transformer is adapted", stacklevel=3
-        )
+        notices.warn(f"{file}: {others} keys of a text encoder are left out; only the transformer is adapted")
     if not found:
         raise CheckpointError(f"{file}: holds no LoRA; {contents.of_names(shard.entries)}")
     _note_base(shard, settings, source)
@@ -374,9 +373,8 @@ def _note_base(shard: Shard, settings: Mapping[str, Any], source: Path) -> None:
     told = {key: value for key, value in said.items() if value not in (None, "", "None")}
     if told and not any("lens" in str(value).lower() for value in told.values()):
         (where, key), value = next(iter(told.items()))
-        warnings.warn(
-            f"{where}: {key} names {str(value)[:80]!r}, another model than this Lens, into which it is merged all the same",
-            stacklevel=4,
+        notices.warn(
+            f"{where}: {key} names {str(value)[:80]!r}, another model than this Lens, into which it is merged all the same"
         )
 
 
@@ -397,10 +395,9 @@ def _header_alpha(shard: Shard) -> tuple[float, int | None] | None:
         except ValueError:
             number = math.nan
         if number is not None and not abs(number) < _LARGEST_NUMBER:
-            warnings.warn(
+            notices.warn(
                 f"{shard.path}: {key} in its header must be a number, got {text[:40]!r}: not used, "
-                + ("alpha is taken as the rank" if key == HEADER_ALPHA else f"{HEADER_ALPHA} is taken for any rank"),
-                stacklevel=4,
+                + ("alpha is taken as the rank" if key == HEADER_ALPHA else f"{HEADER_ALPHA} is taken for any rank")
             )
             number = None
         numbers.append(number)
@@ -442,10 +439,9 @@ def _factor(
         if header[1] in (None, rank):
             alpha = header[0]
         else:
-            warnings.warn(
+            notices.warn(
                 f"{source}: {HEADER_ALPHA} = {header[0]:g} in its header is for rank {header[1]}, but {module} has rank {rank}: "
-                "not used",
-                stacklevel=5,
+                "not used"
             )
     number: Any = alpha
     if number is None:

@@ -7,11 +7,12 @@ them is missing it expands the experts to bfloat16 with one line in a log: 38 Gi
 from __future__ import annotations
 
 import functools
-import warnings
 from pathlib import Path
 from typing import Any
 
 from torch import nn
+
+from lens import notices
 
 _TRITON = "3.4.0"  # that transformers asks for on CUDA
 
@@ -66,11 +67,9 @@ def wanted() -> list[str]:
     return [requirement for requirement, there in checks.items() if not there()]
 
 
-def warn_expanded(folder: Path, why: str, stacklevel: int = 3) -> None:
+def warn_expanded(folder: Path, why: str) -> None:
     """Say that the experts of a checkpoint become bfloat16 on a GPU."""
-    warnings.warn(
-        f"{folder}: its MXFP4 experts are expanded, to about four times their size: {why}", stacklevel=stacklevel
-    )
+    notices.warn(f"{folder}: its MXFP4 experts are expanded, to about four times their size: {why}")
 
 
 def packed_modules(model: nn.Module) -> list[nn.Module]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lens.arguments import location
 from lens.formats import contents
 from lens.formats.files import CheckpointError, is_there, read_json
 from lens.formats.hub import EMBEDDED, WEIGHTS, is_hub_id, resolve, variant_hint
@@ -79,6 +80,9 @@ def find(
     CheckpointError names what is missing and where it was looked for.
     """
     given = {"transformer": transformer, "text_encoder": text_encoder, "vae": vae}
+    for name, value in (("source", source), *given.items(), ("tokenizer", tokenizer)):
+        if value is not None or name == "source":
+            location(name, value)
     root: Path | None = None
     adapter: Path | None = None
     if any(value is None for value in given.values()) or os.fspath(source) != "mini":

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lens.arguments import shortened
 from lens.config import Defaults, LensConfig, expect_variant
 from lens.formats.contents import of_names
 from lens.formats.files import CheckpointError, is_there, read_json, write_json
@@ -154,7 +155,7 @@ def placement(
         dtype = torch.bfloat16 if chosen.type == "cuda" or large else torch.float32
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
-            f"dtype must be torch.float32 or torch.bfloat16 (float16 overflows in this model), got {dtype}"
+            f"dtype must be torch.float32 or torch.bfloat16 (float16 overflows in this model), got {shortened(dtype)}"
         )
     return chosen, dtype
 

@@ -280,7 +280,7 @@ def _load_mxfp4(part: Part, config: Any, dtype: torch.dtype, device: torch.devic
     except Exception as error:
         raise CheckpointError(f"{folder}: transformers cannot load this GPT-OSS checkpoint: {error}") from error
     if torch.device(device).type != "cpu" and not packed_modules(model):  # whatever was foretold: its class decides
-        warn_expanded(folder, why or "transformers does not say why", 4)
+        warn_expanded(folder, why or "transformers does not say why")
         model = model.to(device)
     return model
 

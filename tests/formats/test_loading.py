@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lens
-from lens import LensConfig, LensTransformer2DModel
+from lens import LensConfig, LensPipeline, LensTransformer2DModel
+from lens.cli.__main__ import MODEL
 from lens.formats.files import CheckpointError
-from lens.formats.hub import EMBEDDED, resolve, variant_hint
+from lens.formats.hub import EMBEDDED, resolve, shipped, variant_hint
 from lens.formats.names import released_names
 from lens.formats.released import load_transformer, released_config, save_transformer, transformer_config
 from lens.formats.safetensors import open_shards, save_tensors
@@ -627,6 +628,27 @@ def test_embedded_names_come_first(monkeypatch, tmp_path):
                 CheckpointError, match=f"'{name}' is not part of this version of Lens; embedded models:"
             ):
                 resolve(name)
+
+
+def test_no_model_is_offered_that_is_not_shipped():
+    """A name may be kept for later; help, docstrings, errors and documents speak of what can be had."""
+    with pytest.raises(CheckpointError) as refused:
+        resolve("mini-nonsense")
+    texts = {
+        "error": str(refused.value).partition("expected")[2],
+        "help": MODEL,
+        "call": LensPipeline.from_pretrained.__doc__,
+    }
+    assert re.search(r"\bmini-rl\b", texts["help"])
+    root = Path(lens.__file__).parents[1]
+    asked = re.compile(r"""(?:--model |-m |from_pretrained\(")(mini[\w-]*)(?![\w/-])""")
+    documents = [root / "README.md", *(root / "docs").glob("*.md")]
+    offered = {
+        (name, found) for name, text in texts.items() for found in re.findall(r"(?<![\w/.])mini(?:-\w+)?\b", text)
+    }
+    offered |= {(file.name, found) for file in documents for found in asked.findall(file.read_text())}
+    assert {"error", "help", "call", "README.md"} <= {where for where, _ in offered}
+    assert {(where, name) for where, name in offered if name not in shipped()} == set()
 
 
 def test_folder_before_hub(monkeypatch, tmp_path):

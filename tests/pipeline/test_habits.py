@@ -7,13 +7,16 @@ import io
 import pickle
 import re
 import sys
+import warnings
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from lens import LensPipeline
+from lens import CheckpointError, LensPipeline
 from lens.engine import progress
+from lens.request import Request
 from tests.small_pipeline import FOLDER, fresh, same_bits, shared
 
 CALL = dict(prompt="a red apple", height=32, width=48, num_inference_steps=2, seed=1)
@@ -23,6 +26,15 @@ def test_torch_dtype_is_dtype():
     assert fresh(torch_dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="only one of dtype and torch_dtype"):
         fresh(torch_dtype=torch.bfloat16, dtype=torch.float32)
+
+
+def test_a_single_file_is_the_transformer(tmp_path):
+    (file,) = (FOLDER / "transformer").glob("*.safetensors")
+    with pytest.raises(CheckpointError, match="a single file is taken as the transformer"):
+        LensPipeline.from_single_file(file)
+    parts = {part: FOLDER / part for part in ("text_encoder", "vae")}
+    pipe = LensPipeline.from_single_file(file, "lens", "cpu", **parts)
+    assert same_bits(pipe(**CALL, output_type="np").images, shared()(**CALL, output_type="np").images)
 
 
 def test_to_moves_and_casts_and_returns_the_pipeline():
@@ -70,7 +82,13 @@ def test_parts_by_their_names():
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [("enable_model_cpu_offload", "set_residency"), ("encode_prompt", "encode_text"), ("set_adapters", "load_lora")],
+    [
+        ("enable_model_cpu_offload", "set_residency"),
+        ("encode_prompt", "encode_text"),
+        ("set_adapters", "load_lora"),
+        ("cuda", r"to\('cuda'"),
+        ("compile", "compiled already"),
+    ],
 )
 def test_other_names_say_ours(name, way):
     with pytest.raises(AttributeError, match=rf"LensPipeline has no '{name}'; .*{way}"):
@@ -99,6 +117,83 @@ def test_arguments_of_loading_there_are_not_say_what_there_is():
         LensPipeline.from_pretrained(FOLDER, cache_dir="x")
     with pytest.raises(TypeError, match="load_lora_weights has no argument 'weight_name'; name the file itself"):
         shared().load_lora_weights("x", weight_name="y.safetensors")
+
+
+HUGE = 10**5000  # Python does not write it out
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda p: p(3), "prompt must be a string or a non-empty list of strings, got 3"),
+        (lambda p: p("a", 64, 64), "negative_prompt must be a string or a non-empty list of strings, got 64"),
+        (lambda p: p.encode_text(3), "prompt must be a string"),
+        (lambda p: p("a", callback_on_step_end=3), "callback_on_step_end must be callable, got 3"),
+        (lambda p: p("a", reason=3), "reason must be a lens.reasoner.Reasoner, got 3"),
+        (lambda p: p("a", seed=True), "seed must be an int or one per picture (1), each of 64 bits, got True"),
+        (lambda p: p.draw("a"), "request must be a lens.request.Request, got 'a'"),
+        (lambda p: list(p.stream(["a"])), "request 0 of a queue must be a lens.request.Request, got 'a'"),
+        (lambda p: list(p.stream([], seed=1)), "LensPipeline.stream has no argument 'seed'; of the text it takes"),
+        (lambda p: list(p.stream([], max_tokens="x")), "max_tokens must be a positive integer, got 'x'"),
+        (lambda p: p.to(where="cpu"), "LensPipeline.to has no argument 'where'"),
+        (lambda p: p.load_lora("x", adapter_name="y"), "LensPipeline.load_lora has no argument 'adapter_name'; load_lora(path"),
+        (lambda p: p.encode_text("x", device="cpu"), "LensPipeline.encode_text has no argument 'device'; it has prompts"),
+        (lambda p: p.load_lora(3), "path must be a str or a path, got 3"),
+        (lambda p: p.prepare(16, 10**6), "num_inference_steps must be at most 1000, got 1000000"),
+        (lambda p: p.prepare(0, 4), "image_tokens must be a positive integer, got 0"),
+        (lambda p: p.set_residency("lean", image_tokens="x"), "image_tokens must be a positive integer, got 'x'"),
+        (lambda p: p.set_residency([]), "residency must be a Residency or one of"),
+        (lambda p: p.tokenize("a", "x"), "max_sequence_length must be a positive integer, got 'x'"),
+        (lambda p: LensPipeline.from_pretrained(None), "source must be a str or a path, got None"),
+        (lambda p: LensPipeline.from_pretrained(FOLDER, vae=p.vae), "vae must be a str or a path, got AutoencoderKLFlux2("),
+        (lambda p: LensPipeline.from_pretrained(FOLDER, variant=[]), "variant must be one of"),
+        (lambda p: LensPipeline.from_pretrained(FOLDER, dtype="bfloat16"), "overflows in this model), got 'bfloat16'"),
+        *((lambda p, name=name: p("a", **{name: HUGE}), "got an integer of 16610 bits") for name in
+          ("chat_date", "seed", "output_type", "truncation", "solver", "guidance_scale", "num_inference_steps")),
+        (lambda p: p("a", base_resolution=HUGE, aspect_ratio="1:1"), "got an integer of 16610 bits"),
+        (lambda p: p("a", base_resolution=64, aspect_ratio="1" * 5000), "... (5002 characters)"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments_are_named_with_what_came(call, message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)) as raised:
+        call(shared())
+    assert len(str(raised.value)) < 600
+
+
+def test_every_notice_is_at_the_callers_line(tmp_path):
+    """Else Python, which shows a warning once for a line, would show the first alone and name a line of ours."""
+    key = "transformer_blocks.0.attn.to_out.0"
+    tensors = {f"{key}.lora_A.weight": torch.zeros(4, 128), f"{key}.lora_B.weight": torch.zeros(128, 4)}
+    save_file(
+        tensors,
+        tmp_path / "style.safetensors",
+        {"base_model": "another", "ss_network_alpha": "2", "ss_network_dim": "8"},
+    )
+    pipe, small = fresh(), dict(CALL, output_type="latent")
+    calls = [
+        lambda: pipe(**small, guidance_scale=0.5),
+        lambda: pipe(**small, guidance_scale=1, negative_prompt="x"),
+        lambda: pipe(**dict(small, prompt="a " * 600)),
+        lambda: pipe(**dict(small, height=16)),
+        lambda: pipe.encode_text("a " * 600),
+        lambda: list(pipe.stream([Request("a " * 600, guidance_scale=0.5, size=(32, 32), num_inference_steps=1)])),
+        lambda: pipe.load_lora(tmp_path / "style.safetensors"),
+        lambda: LensPipeline.from_pretrained("mini", revision="x"),
+        lambda: LensPipeline.from_pretrained(FOLDER, device="cpu"),
+    ]
+    for call in calls:
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            call()
+        assert told, "nothing is said"
+        assert {(w.filename, w.lineno) for w in told} == {(__file__, call.__code__.co_firstlineno)}
+
+
+def test_another_scheduler_is_refused_before_anything_is_drawn():
+    pipe = fresh()
+    pipe.scheduler = object()
+    with pytest.raises(TypeError, match=r"pipe.scheduler must be a lens.sampler.Scheduler, got <object"):
+        pipe(**CALL)
 
 
 def test_lora_by_diffusers_names(monkeypatch):

@@ -95,7 +95,7 @@ def test_a_batch_may_fill_the_budget_exactly():
 
 def test_wrong_arguments():
     for wrong in ((0,), (5, 0)):
-        with pytest.raises(ValueError, match="max_tokens and max_images must be positive"):
+        with pytest.raises(ValueError, match=r"max_(tokens|images) must be a positive integer"):
             TokenQueue(*wrong)
     with pytest.raises(ValueError, match="tokens must be positive, got 0"):
         TokenQueue(5).add("x", (1, 1), 0)
