@@ -560,7 +560,7 @@ def read_transcript(path: Path) -> dict[str, list[Reply | ChatError]]:
             error = values["error"]
             made = Reply.of(values["reply"]) if error is None else ChatError(error["kind"], error["message"])
             found.setdefault(values["key"], []).append(made)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if line and not (number == raw.count(b"\n") + 1 and not raw.endswith(b"\n")):
                 raise ValueError(f"{path}, line {number}: not of a transcript: {error!r}") from None
     return found
@@ -583,7 +583,7 @@ def _read_reply(path: Path) -> Reply | None:
         return None
     try:
         return Reply.of(json.loads(path.read_text(encoding="utf-8"))["reply"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ChatError("replay", f"{path}: not an entry of this cache, delete it: {error!r}") from None
 
 

@@ -147,7 +147,7 @@ class Cache:
                 said = row["caption"]
                 caption = Caption(**{**said, "text": tuple((a, b) for a, b in said["text"])})
                 self.known[row["image"], row["question"], row["model"]] = caption
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise ValueError(f"{path}, line {number}: not of a cache of captions: {error!r}") from None
         if len(whole) < len(raw):
             with path.open("r+b") as file:

@@ -30,6 +30,7 @@ from lens.chat_client import BadAnswer, Chat, ChatClient, ChatError, Reply
 from lens.formats.files import read_json, write_json
 from lens.reasoner import PROMPTS, SYSTEMS, Reasoner, Refused, ServerReasoner
 
+from .data.tables import json_lines
 from .image_client import ImageClient
 from .loop.checkpoints import write_text
 from .loop.keys import keyed
@@ -79,11 +80,8 @@ class Candidate:
 def read_items(path: Path) -> list[Item]:
     """Errors: ValueError naming file and line."""
     items = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, values in json_lines(path):
         try:
-            values = json.loads(line)
             items.append(Item(str(values["id"]), values["prompt"], tuple(values["rubrics"])))
             if not isinstance(values["prompt"], str) or not items[-1].rubrics:
                 raise ValueError("a prompt and at least one rubric are needed")

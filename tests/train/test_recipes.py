@@ -124,12 +124,15 @@ def test_a_recipe_is_a_file_anywhere(tmp_path, capsys):
     assert main(["pretrain", "--config", str(path), "--dry-run"]) == 0
     assert str(path) in capsys.readouterr().out
     for text, message in (
-        ("LR = ", "SyntaxError"),
-        ("from train.nothing import x", "ModuleNotFound"),
-        ("", "no field"),
+        ("LR = ", ": SyntaxError"),
+        ("from train.nothing import x", ", line 1: ModuleNotFound"),
+        ("LR = 1\n\nSLOTS = {}['a']\n", ", line 3: KeyError: 'a'"),
+        ("raise SystemExit(3)", ", line 1: SystemExit: 3"),
+        ("LR = 10**5000", ".*: ValueError: Exceeds the limit"),
+        ("", ": no field"),
     ):
         path.write_text(text)
-        with pytest.raises(ValueError, match=rf"--config .*my_recipe\.py: {message}"):
+        with pytest.raises(ValueError, match=rf"--config .*my_recipe\.py{message}"):
             configs.load(str(path), "pretrain")
     with pytest.raises(ValueError, match=r"--config .*gone\.py: no such file"):
         configs.load(str(tmp_path / "gone.py"), "pretrain")

@@ -218,7 +218,7 @@ def test_the_command_writes_a_list_and_says_what_is_short(tmp_path, capsys):
 
 def test_rows_that_are_none_are_named(tmp_path):
     (tmp_path / "r.jsonl").write_text('{"key": "a"}\nno\n')
-    with pytest.raises(ValueError, match=r"r.jsonl, line 2: no JSON"):
+    with pytest.raises(ValueError, match=r"r.jsonl, line 2: not valid JSON"):
         main(["select", "--rows", str(tmp_path / "r.jsonl"), "--subset", "1", "--out", str(tmp_path / "o.jsonl")])
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"holds no .jsonl and no .parquet"):

@@ -258,7 +258,7 @@ def test_captions_from_one_file(photos, tmp_path):
     got = {json.loads(m.read("json"))["source"]: m.read("txt").decode() for _, m in members(ShardSet(tmp_path / "out"))}
     assert got == {line["file"]: line["caption"] for line in lines}
     captions.write_bytes(json.dumps({"file": "mute.png", "caption": "größer"}, ensure_ascii=False).encode("latin-1"))
-    with pytest.raises(ValueError, match=r"captions.jsonl: is not UTF-8"):
+    with pytest.raises(ValueError, match=r"captions.jsonl, line 1: not valid JSON: .utf-8. codec"):
         build("--images", photos, "--captions", captions, "--out", tmp_path / "other", "--bases", 64)
     captions.write_text('{"file": "a.png"}\n')
     with pytest.raises(ValueError, match=r"captions.jsonl, line 1: expected"):

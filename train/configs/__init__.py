@@ -12,12 +12,15 @@ import ast
 import difflib
 import importlib
 import importlib.util
+import traceback
 import types
 import typing
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from lens.arguments import shortened
 
 if TYPE_CHECKING:
     from ..data.small_world.world import World
@@ -51,8 +54,11 @@ def _of_file(path: Path) -> ModuleType:
     recipe = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(recipe)
-    except (SyntaxError, ImportError, NameError, UnicodeError) as error:
-        raise ValueError(f"--config {path}: {type(error).__name__}: {error}") from error
+        repr(fields(recipe))  # an integer of 5,000 digits is none that can be written down
+    except (Exception, SystemExit) as error:  # whatever that code does
+        steps = traceback.extract_tb(error.__traceback__)
+        line = next((f", line {step.lineno}" for step in reversed(steps) if step.filename == str(path)), "")
+        raise ValueError(f"--config {path}{line}: {type(error).__name__}: {error}") from error
     if not fields(recipe):
         raise ValueError(f"--config {path}: no field there; expected names in capitals, such as LR = 1e-4")
     return recipe
@@ -146,7 +152,7 @@ def override(recipe: ModuleType, changes: Sequence[str]) -> ModuleType:
         if not equals or name not in fields(recipe):
             close = difflib.get_close_matches(name, fields(recipe), 3, 0.5)
             near = f"; did you mean {' or '.join(close)}?" if close else f"; fields: {', '.join(fields(recipe))}"
-            raise ValueError(f"--set {change}: {'no value' if not equals else f'no field {name!r}'}{near}")
+            raise ValueError(f"--set {_told(change)}: {'no value' if not equals else f'no field {name!r}'}{near}")
         value, old = _value(text.strip()), getattr(copy, name)
         if keys:
             table, key = old, _value(".".join(keys))
@@ -156,7 +162,7 @@ def override(recipe: ModuleType, changes: Sequence[str]) -> ModuleType:
                 continue
             if not isinstance(table, dict) or key not in table:
                 known = ", ".join(map(str, table)) if isinstance(table, dict) else "no table"
-                raise ValueError(f"--set {change}: {name} has no entry {key!r}; it has {known}")
+                raise ValueError(f"--set {_told(change)}: {name} has no entry {key!r}; it has {known}")
             setattr(copy, name, {**table, key: _typed(change, value, type(table[key]))})
         else:
             kind = hints.get(name, type(old))
@@ -174,14 +180,24 @@ def _value(text: str) -> Any:
     """A Python literal, or else the text itself."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (
+        ValueError,
+        SyntaxError,
+        TypeError,
+        RecursionError,
+        MemoryError,
+    ):  # as literal_eval's own documentation has it
         return text
+
+
+def _told(change: str) -> str:
+    return change if len(change) <= 200 else f"{change[:200]}..."
 
 
 def _typed(change: str, value: Any, kind: Any) -> Any:
     if not fits(value, kind):
         expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        raise ValueError(f"--set {change}: expected {expected}, got {type(value).__name__} {value!r}")
+        raise ValueError(f"--set {_told(change)}: expected {expected}, got {type(value).__name__} {shortened(value)}")
     return _as(value, kind)
 
 

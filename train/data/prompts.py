@@ -12,6 +12,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from lens.arguments import shortened
+
+from .tables import json_lines
+
+_LISTS = ("dimensions", "rubrics", "subsets")
 SUBSETS = {"full": 1.0, "half": 0.5, "quarter": 0.25}
 
 
@@ -50,14 +55,14 @@ def read_prompts(path: Path, subset: str = "full", without: Sequence[str] = (), 
     if subset not in SUBSETS:
         raise ValueError(f"--subset: {subset!r}, expected one of {', '.join(SUBSETS)}")
     names, found, seen = {field.name for field in fields(Prompt)}, [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON, {error}") from None
-        if not isinstance(row, dict) or set(row) != names:
-            keys = sorted(row) if isinstance(row, dict) else type(row).__name__
-            raise ValueError(f"{path}, line {number}: {keys}, expected the keys {sorted(names)}")
+    for number, row in json_lines(path):
+        if set(row) != names:
+            raise ValueError(f"{path}, line {number}: {shortened(sorted(row))}, expected the keys {sorted(names)}")
+        for name, value in row.items():
+            texts = value if name in _LISTS and isinstance(value, list) else [value]
+            if (name in _LISTS) != isinstance(value, list) or not all(isinstance(text, str) for text in texts):
+                kind = "a list of texts" if name in _LISTS else "a text"
+                raise ValueError(f"{path}, line {number}: {name} must be {kind}, got {shortened(value)}")
         if len(row["rubrics"]) != rubrics or row["id"] in seen:
             what = "id is there twice" if row["id"] in seen else f"{len(row['rubrics'])} rubrics, expected {rubrics}"
             raise ValueError(f"{path}, line {number} ({row['id']}): {what}")

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lens.formats.files import read_json, write_atomic, write_json
+from lens.formats.files import CheckpointError, read_json, write_atomic, write_json
 
 from ..loop.checkpoints import write_text
 from ..loop.clock import Interrupted
@@ -147,7 +147,7 @@ def read_index(path: Path) -> dict[str, Any]:
     """An index. Errors: ValueError naming a file that is none, or of another format."""
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not an index of a shard: {error}") from None
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path}: not an index of a shard of format {FORMAT}")
@@ -180,9 +180,12 @@ class Member:
 
     @property
     def picture(self) -> str:
-        """The part that is the picture."""
+        """The part that is the picture. Errors: Unusable where there is none."""
         known = (TEXT, META, LATENTS, IDS, FEATURES)
-        return next(part for part in self.parts if part not in known)
+        for part in self.parts:
+            if part not in known:
+                return part
+        raise Unusable("no picture beside it")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -192,7 +195,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no finished shards here; `python -m train shards` writes them")
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a manifest of shards: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{path}: not a manifest of shards of format {FORMAT}")
@@ -309,12 +312,18 @@ class ShardSet:
         """What a training reads of the manifest: mapped from its table, which all processes of a node share, where that was made
         from this manifest; else from the manifest itself."""
         if mark := mark_of(self.folder):
-            head = read_json(self.folder / HEAD)
-            table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
+            head: dict[str, Any] = {}
+            with contextlib.suppress(CheckpointError):  # a damaged one is made anew from the manifest
+                head = read_json(self.folder / HEAD)
             if _is_of_its_manifest(self.folder, head, mark):
                 self._mark = mark
-                return head, table
-        return table_of(self.manifest)
+                return head, np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
+        try:
+            return table_of(self.manifest)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.folder / MANIFEST}: not a manifest of shards, or a damaged one: {error!r}"
+            ) from None
 
     def _check_sizes(self, head: Mapping[str, Any]) -> None:
         """Refuse pictures chosen, or latents computed, for sizes that the buckets' names do not stand for."""
@@ -352,7 +361,10 @@ class ShardSet:
     def _index(self, path: Path) -> tuple[list[str], dict[str, np.ndarray]]:
         if path not in self._indexes:
             index = read_index(path.with_suffix(".json"))
-            parts = {name: np.array([row or (-1, 0, 0) for row in rows]) for name, rows in index["parts"].items()}
+            parts = {
+                name: np.array([row or (-1, 0, 0) for row in rows], dtype=np.int64).reshape(len(index["keys"]), 3)
+                for name, rows in index["parts"].items()
+            }
             self._indexes[path] = index["keys"], parts
             if len(self._indexes) > OPEN_INDEXES:
                 self._indexes.popitem(last=False)

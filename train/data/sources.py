@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lens.arguments import shortened
+
 from .. import configs
 from .buckets import Bucket, eligible, nearest_aspect
 from .images import SUFFIXES, Unusable, decoded, oriented_size
 from .shards import Sample
+from .tables import json_lines
 
 
 @dataclass(frozen=True)
@@ -143,20 +146,10 @@ def captions_of(path: Path) -> dict[str, str]:
     out: dict[str, str] = {}
     if path.suffix == ".parquet":
         return _captions_of_parquet(path)
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # splitlines would cut at U+2028 inside a caption
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            out[str(Path(entry["file"]))] = str(entry["caption"])
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(
-                f'{path}, line {number}: expected {{"file": ..., "caption": ...}}, got {line[:60]!r} ({error!r})'
-            ) from None
+    for number, entry in json_lines(path):
+        if not all(isinstance(entry.get(name), str) for name in ("file", "caption")):
+            raise ValueError(f'{path}, line {number}: expected {{"file": ..., "caption": ...}}, got {shortened(entry)}')
+        out[str(Path(entry["file"]))] = entry["caption"]
     return out
 
 
@@ -186,7 +179,7 @@ def caption_beside(path: Path) -> str:
             caption = json.loads(text.read_text(encoding="utf-8-sig"))["caption"]
         else:
             raise Unusable("no caption")
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise error if isinstance(error, Unusable) else Unusable(f"no caption: {text.name}: {error!r}") from None
     if not isinstance(caption, str) or not caption.strip():
         raise Unusable("no caption")
@@ -288,7 +281,7 @@ def _pictures_of_tar(
                     height, width = oriented_size(read(picture))
                 except Unusable as error:
                     yield picture.name, str(error)
-                except (ValueError, TypeError, KeyError) as error:
+                except (ValueError, TypeError, KeyError, RecursionError) as error:
                     yield picture.name, f"no caption: {error!r}"
                 else:
                     yield picture.name, picture.offset_data, picture.size, caption.strip(), height, width

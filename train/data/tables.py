@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+
+from lens.formats.files import parse_json
 
 _BATCH = 8192  # rows of a Parquet file that are read at once
 
@@ -23,17 +24,17 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[dict
     if path.suffix == ".parquet":
         yield from _parquet(path, columns)
         return
-    with path.open(encoding="utf-8-sig", newline="\n") as file:  # no other separator ends a line of JSON
+    for _, row in json_lines(path):
+        yield row
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, object) of every line that holds more than space. Errors: ValueError naming file and line, for whatever is no
+    object of JSON in UTF-8; OSError."""
+    with path.open("rb") as file:  # no other separator ends a line of JSON
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: no JSON, {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: expected an object, got {type(row).__name__}")
-            yield row
+            if line.strip():
+                yield number, parse_json(line, f"{path}, line {number}")
 
 
 def _parquet(path: Path, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:

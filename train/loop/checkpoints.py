@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import warnings
 import zipfile
@@ -32,6 +33,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lens.arguments import shortened
 from lens.formats.files import CheckpointError, read_json, write_atomic, write_json
 from lens.formats.safetensors import open_shards
 
@@ -40,6 +42,7 @@ from .ranks import Ranks
 
 FORMAT = 1
 Found = TypeVar("Found")
+_STATE = re.compile(r"step_[0-9]{1,18}")
 RENAMED = {"eye": "detector"}  # stages and their networks by the names that older states have
 
 
@@ -59,10 +62,15 @@ def load_state(path: Path, expect: str) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no training state here; `python -m train {expect.split()[0]}` writes one")
     if not zipfile.is_zipfile(path):  # whose table comes last, so half a file is none
         raise ValueError(f"{path}: not a training state, or only the first part of one")
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # torch's own, of a table that is whole and what it speaks of is not
+        raise ValueError(f"{path}: not a training state that can be read: {str(error).splitlines()[0][:200]}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected the training state of {expect!r}")
-    if state.get("stage") in RENAMED:
+    if isinstance(state.get("stage"), str) and state["stage"] in RENAMED:
         state["stage"] = RENAMED[state["stage"]]
         if isinstance(updates := state.get("ema_updates"), dict):
             state["ema_updates"] = {RENAMED.get(name, name): count for name, count in updates.items()}
@@ -117,9 +125,15 @@ class StateFile:
         Errors: those of `load_state`; ValueError for tensors that are missing or of another shape.
         """
         state = load_state(where, expect)
-        optimizer, average = state.pop("optimizer"), state.pop("ema")
-        stored = {f"model.{n}": v for n, v in state.pop("model").items()}
-        stored |= {f"ema.{n}": v for n, v in average["average"].items()}
+        try:
+            optimizer, average = state.pop("optimizer"), state.pop("ema")
+            stored = {f"model.{n}": v for n, v in state.pop("model").items()}
+            stored |= {f"ema.{n}": v for n, v in average["average"].items()}
+            named = {} if "param_groups" in optimizer else {key: dict(own) for key, own in optimizer.items()}
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{where}: a state without tensors of a model, an average and an optimizer: {error!r}"
+            ) from None
         if "param_groups" in optimizer:  # as torch numbers them, in files of before the moments had names
             order = dict.fromkeys(n.split(".", 2)[2] for n in tensors if n.startswith("optimizer."))
             for place, name in enumerate(order):
@@ -128,8 +142,15 @@ class StateFile:
             stored = {n: torch.zeros_like(v) for n, v in tensors.items() if n.startswith("optimizer.")} | stored
             state["ema_updates"] = average["updates"]
         else:
-            stored |= {f"optimizer.{key}.{n}": v for key, own in optimizer.items() for n, v in own.items()}
-        _refuse(_unlike(where, tensors, {name: value.shape for name, value in stored.items()}))
+            stored |= {f"optimizer.{key}.{n}": v for key, own in named.items() for n, v in own.items()}
+        _refuse(_unlike(where, tensors, {name: getattr(value, "shape", ()) for name, value in stored.items()}))
+        _refuse(
+            [
+                f"{where}: {n} is a {type(stored[n]).__name__}, expected a tensor"
+                for n in tensors
+                if not isinstance(stored[n], Tensor)
+            ]
+        )
         for name, value in tensors.items():
             value.copy_(stored[name])
         return state
@@ -301,8 +322,13 @@ class Checkpoints:
 
     def states(self) -> list[Path]:
         """All that were published and not removed, of whatever branch, the highest step first."""
-        found = [path for path in self.folder.glob("step_*") if path.name.removeprefix("step_").isdecimal()]
+        found = [path for path in self.folder.glob("step_*") if _STATE.fullmatch(path.name)]
         return sorted(found, key=step_of, reverse=True)
+
+    def _named(self) -> str:
+        """What `latest` names; "" where there is none. One that is damaged names no state, but is not passed over in silence."""
+        pointer = self.folder / "latest"
+        return pointer.read_bytes().decode("utf-8", "replace").strip() if pointer.is_file() else ""
 
     def branch(self) -> list[Path]:
         """The state that `latest` names and those that it came from, newest first; [] where there is none.
@@ -310,8 +336,8 @@ class Checkpoints:
         One that is not there any more is passed over; where none is named, the next lower step stands for it.
         """
         there = self.states()
-        pointer = self.folder / "latest"
-        place = self.folder / pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else None
+        pointed = self._named()
+        place = self.folder / pointed if _STATE.fullmatch(pointed) else None
         at, found = place if place is not None else next(iter(there), None), []
         while at is not None:
             if at in there:
@@ -331,11 +357,10 @@ class Checkpoints:
 
         say: told of every state that is passed over, and why. Errors: Damaged where none is whole; those of `take`.
         """
-        pointer = self.folder / "latest"
-        named = pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+        named = self._named()
         candidates = [forced] if forced is not None else self.branch()
-        if forced is None and named and not (self.folder / named).is_dir():
-            say(f"{self.folder / named}: the newest state is missing")
+        if forced is None and named and not (_STATE.fullmatch(named) and (self.folder / named).is_dir()):
+            say(f"{self.folder / shortened(named)[1:-1]}: the newest state is missing")
         for place, state in enumerate(candidates):
             try:
                 found = take(state)
@@ -357,18 +382,30 @@ class Checkpoints:
             state, sums = read_state(folder), read_json(folder / "checksums.json")
         except (FileNotFoundError, CheckpointError) as error:
             raise Damaged(str(error)) from error
-        if expect is not None and state["stage"] != expect:
+        if expect is not None and state.get("stage") != expect:
             raise ValueError(
-                f"{folder}: a state of stage {state['stage']!r}, expected {expect!r}; --init takes its weights"
+                f"{folder}: a state of stage {state.get('stage')!r}, expected {expect!r}; --init takes its weights"
             )
         mine = sorted(sums)[self.group.rank :: self.group.world]
         damaged = [f"{folder / n}: not the file that was saved" for n in mine if not _intact(folder / n, sums[n])]
         _refuse([line for own in self.group.gather(damaged) for line in own], Damaged)
         reader = dcp.FileSystemReader(folder)
-        held = reader.read_metadata().state_dict_metadata
+        try:
+            held = reader.read_metadata().state_dict_metadata
+        except Exception as error:  # whatever a pickle of PyTorch's raises where it is none
+            raise Damaged(f"{folder / '.metadata'}: not PyTorch's table of a state: {error!r}") from error
         stored = {name: found.size for name, found in held.items() if isinstance(found, TensorStorageMetadata)}
         _refuse(_unlike(folder, tensors, stored))
-        dcp.load(dict(tensors), storage_reader=reader, process_group=self.group.writers, no_dist=self.group.world == 1)
+        try:
+            dcp.load(
+                dict(tensors),
+                storage_reader=reader,
+                process_group=self.group.writers,
+                no_dist=self.group.world == 1,
+            )
+        except CheckpointException as error:  # on all processes
+            first = next(iter(error.failures.values()), (error,))[0]
+            raise Damaged(f"{folder}: the tensors cannot be read: {first!r}") from error
         return state
 
     def go_on_from(self, folder: Path) -> bool:
@@ -410,6 +447,8 @@ def read_state(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"{folder}: no state of a training here, or only the first part of one")
     state = read_json(path)
+    if type(state.get("step")) is not int:
+        raise CheckpointError(f"{path}: step must be an integer, got {str(state.get('step'))[:80]!r}")
     if state.get("format") != FORMAT:
         raise ValueError(f"{path}: format {state.get('format')!r}, expected {FORMAT}")
     return state

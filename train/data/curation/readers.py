@@ -133,7 +133,7 @@ def _members(root: Path, name: str) -> Iterator[Item]:
                     caption = read(parts["txt"]).decode("utf-8-sig").strip() or None
                 elif "json" in parts:
                     caption = _caption(json.loads(read(parts["json"])))
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, RecursionError):
                 caption = None  # an image without a caption is still an image
             for part, member in parts.items():
                 if is_image(f".{part}"):

@@ -13,13 +13,13 @@ divide by in the published code; here it is left out and counted. "mean of image
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ...data.tables import json_lines
 from . import chat_judges, command
 from .chat_judges import Reader, reader_of
 from .drawing import Ask, Calls
@@ -34,11 +34,8 @@ IMAGES, SEED, TOKENS = 4, 42, 1024
 def prompts_of(path: Path) -> list[dict[str, Any]]:
     """Errors: ValueError naming file and line."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, values in json_lines(path):
         try:
-            values = json.loads(line)
             values["prompt_id"] = int(values["prompt_id"])
             if not isinstance(values["prompt"], str) or not all(isinstance(t, str) for t in values["text"]):
                 raise ValueError("prompt must be text, and text a list of texts")

@@ -34,6 +34,7 @@ import numpy as np
 
 from lens.formats.files import read_json
 
+from ...data.tables import json_lines
 from . import chat_judges, command
 from .chat_judges import Answerer, ChatJudge, Reader, as_jpeg, judge_of, reader_of
 from .drawing import Ask, Calls, read_image, write_image
@@ -148,9 +149,8 @@ def targets_of(folder: Path, language: str) -> dict[str, str]:
 def judged_elsewhere(path: Path | None) -> dict[str, dict[str, list[float]]]:
     """Dimension -> id -> one value an image. Errors: ValueError naming file and line."""
     out: dict[str, dict[str, list[float]]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path else [], 1):
+    for number, values in json_lines(path) if path else ():
         try:
-            values = json.loads(line)
             if values["dimension"] not in ELSEWHERE:
                 raise ValueError(f"dimension must be one of {', '.join(ELSEWHERE)}")
             out.setdefault(values["dimension"], {})[str(values["id"])] = [float(v) for v in values["values"]]

@@ -68,9 +68,9 @@ def read(path: Path) -> dict[str, dict]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             values = json.loads(line)
-        except ValueError:
+            found[values["wish"]] = values
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-        found[values["wish"]] = values
     return found
 
 
