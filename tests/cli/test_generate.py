@@ -23,8 +23,8 @@ from typer.testing import CliRunner
 
 from lens import LensPipeline, __version__, image_file
 from lens.cli import __main__ as cli
+from lens.cli import main, terminal
 from lens.cli import request as cli_request
-from lens.cli import terminal
 from lens.doctor.findings import Finding
 from lens.formats import parts, released
 from lens.formats.hub import EMBEDDED
@@ -847,6 +847,42 @@ def test_help_is_complete():
         if parameter != "prompts":
             line = options[f"--{parameter.replace('_', '-')}"]
             assert re.search(r"  [A-Z\"m].*\.\s*│$", line), f"no help text: {line}"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "a", "--steps", "0"], "error: Invalid value for '--steps': must be greater than or equal to 1"),
+        (["generate", "a", "-n", "x"], "error: Invalid value for '--images-per-prompt' / '-n': "),
+        (["generate", "a", "--dtype", "float16"], "error: Invalid value for '--dtype': 'float16' is not one of 'float32', 'bf"),
+        (["generate", "a", "--num-inference-steps", "3"], "error: No such option: --num-inference-steps: here it is --steps"),
+        (["generate", "a", "--cfg", "3"], "here it is --guidance"),
+        (["generate", "a", "--stepz", "3"], "error: No such option: --stepz"),
+        (["paint"], "error: No such command 'paint'"),
+    ],
+)  # fmt: skip
+def test_the_command_tells_mistakes_of_its_line_as_all_others(args, message, monkeypatch, capsys):
+    """One line, no box: by what `lens` itself calls, and not by the application alone."""
+    monkeypatch.setattr(sys, "argv", ["lens", *args])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    told = capsys.readouterr()
+    assert (ended.value.code, told.out) == (2, "")
+    assert message in told.err
+    assert told.err.count("\n") == 1
+
+
+def test_the_command_alone_is_its_help_and_its_codes_reach_the_shell(monkeypatch, capsys):
+    for args, code, text in (
+        ([], 2, "generate"),
+        (["--version"], 0, f"lens {__version__}"),
+        (["generate"], 2, "nothing to draw"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["lens", *args])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        assert ended.value.code == code
+        assert text in "".join(capsys.readouterr())
 
 
 def test_version():
