@@ -20,7 +20,7 @@ import typer
 from rich.markup import escape
 
 from .. import __version__, image_file
-from ..formats.files import CheckpointError
+from ..formats.files import CheckpointError, is_there
 from ..formats.hub import EMBEDDED, shipped
 from ..reasoner import Refused
 from ..request import MAX_IMAGES, MAX_STEPS, joined
@@ -187,6 +187,8 @@ def generate(
     """
     saved: list[Path] = []
     with terminal.clean_exits(saved), terminal.notices(quiet):
+        if like is not None and not is_there(like):  # as for --file: a mistake in the line, not a broken picture
+            raise UsageError(f"--like {terminal.printable(str(like))}: file not found")
         recipe = image_file.read_recipe(like) if like is not None else None
         lines = cli_request.parse(
             prompts, file, negative, recipe, images_per_prompt, seed, (size, height, width, base, aspect)

@@ -694,6 +694,7 @@ MISTAKES = [
     (["a", "--name", "up/{seed}"], "names a folder"),
     (["a", "a", "--name", "{prompt}"], "several pictures the same name"),
     (["--file", "missing.txt"], "--file missing.txt: No such file"),
+    (["--like", "missing.png"], "--like missing.png: file not found"),
     (["--file", "."], "--file .: Is a directory"),
     (["a", "--nonsense"], "--nonsense"),
 ]
@@ -726,7 +727,6 @@ def test_files_of_prompts_that_hold_none_or_no_text(tmp_path):
     [
         (["a", "--model", "no-such-model"], "no-such-model"),
         (["a", "--model", "."], "transformer: folder not found, expected the released layout"),
-        (["--like", "missing.png"], "missing.png: file not found"),
         (["--like", "text.png"], "not a readable PNG"),
         (["--like", "plain.png"], "carries no recipe"),
         (["--like", "photo.jpg"], "not a readable PNG"),
