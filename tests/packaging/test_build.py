@@ -294,6 +294,9 @@ def test_sdist_alone_builds_a_wheel_of_lens_alone(tmp_path):
     assert {n.split("/")[0].split("-")[0] for n in names} == {"lens", "lens_t2i"}
     assert expected <= set(names), f"missing from the wheel: {sorted(expected - set(names))}"
     assert sum(n.endswith(".so") for n in names) == 1
+    assert not [n for n in names if n.endswith((".jsonl", ".log", ".pt"))], (
+        "what a training wrote stays in the checkout"
+    )
 
     run([python, "-m", "pip", "install", "--no-deps", str(wheel)], tmp_path, env)
     (module,) = (tmp_path / "venv").glob("lib/python*/site-packages/lens/_C*.so")
