@@ -454,7 +454,9 @@ class ChatClient:
                     for t in listed
                 ),
             )
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+            for text in (reply.text, reply.refusal or ""):
+                text.encode()  # half of a character cannot be shown, sent or stored
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             said = self._clean(raw[:200].decode("utf-8", "replace"))
             raise ChatError("malformed", f"{self.url}: no chat completion ({error!r}): {said!r}", again=True) from None
         return reply

@@ -97,6 +97,10 @@ BAD = {
     "not JSON": chat_server.raw(b"<html>busy</html>"),
     "JSON, but no completion": chat_server.raw(b'{"choices": []}'),
     "text that is no text": chat_server.raw(b'{"choices": [{"message": {"content": 3}}]}'),
+    "a count that is none": chat_server.raw(
+        b'{"choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 1e999}}'
+    ),
+    "half of a character": chat_server.raw(b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
     "half a reply": chat_server.raw(chat_server.completion("yes")[:40], length=2000),
     "cut JSON": chat_server.raw(chat_server.completion("yes")[:-9]),
     "reset": chat_server.reset,

@@ -108,6 +108,21 @@ def test_a_damaged_manifest_is_named(shards, change):
         ShardSet(shards)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h["rows"].update({"64_1x1": 1}),
+        lambda h: h["rows"].update({"64_1x1": [0, 2**63]}),
+        lambda h: h.update(sizes={"64_1x1": "x"}),
+        lambda h: h.pop("max_upscale"),
+    ],
+)
+def test_a_head_of_another_form_is_not_believed_whatever_its_hashes_say(shards, change):
+    sizes = ShardSet(shards).sizes
+    changed(shards / HEAD, change)
+    assert ShardSet(shards).sizes == sizes
+
+
 @pytest.mark.parametrize("name", [HEAD, TABLE])
 @pytest.mark.parametrize("data", [b"", b"{", b"\x93NUMPY\x01\x00\x76\x00{'descr'"])
 def test_a_damaged_table_is_made_anew_from_the_manifest(shards, name, data):
@@ -120,6 +135,7 @@ def test_a_damaged_table_is_made_anew_from_the_manifest(shards, name, data):
     "change",
     [
         lambda x: x["parts"]["png"][0].__setitem__(1, {}),
+        lambda x: x["parts"]["png"][0].__setitem__(1, float("inf")),
         lambda x: x["parts"]["png"].append([1, 2, 3]),
         lambda x: x["parts"].update(png=None),
         lambda x: x.update(keys=3),

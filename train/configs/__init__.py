@@ -191,7 +191,9 @@ def _value(text: str) -> Any:
 
 
 def _told(change: str) -> str:
-    return change if len(change) <= 200 else f"{change[:200]}..."
+    """As an error repeats it."""
+    told = change if len(change) <= 200 else f"{change[:200]}..."
+    return told if told.isprintable() else told.encode("unicode_escape").decode("ascii")
 
 
 def _typed(change: str, value: Any, kind: Any) -> Any:

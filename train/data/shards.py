@@ -272,6 +272,21 @@ def check_once_per_node(folders: Sequence[Path], group: Ranks) -> None:
     _checked.update(group.once_per_node(checked))
 
 
+def _sound(head: Mapping[str, Any], table: np.ndarray) -> bool:
+    """Whether head and table are of the form that `table_of` makes, whatever their hashes say."""
+
+    def pairs(values: Any, most: int) -> bool:
+        rows = values.values() if isinstance(values, dict) else [None]
+        return all(
+            isinstance(p, list | tuple) and len(p) == 2 and all(type(n) is int and 0 <= n <= most for n in p)
+            for p in rows
+        )
+
+    texts = isinstance(head.get("fingerprint"), str) and isinstance(head.get("precomputed"), dict)
+    grown = isinstance(head.get("max_upscale"), int | float)
+    return texts and grown and pairs(head.get("rows"), len(table)) and pairs(head.get("sizes"), 1 << 20)
+
+
 def _opened(folder: Path, mark: Mark | None) -> ShardSet:
     """A folder in another process of the same node, which need not hash what the first one has."""
     if mark:
@@ -316,11 +331,16 @@ class ShardSet:
             with contextlib.suppress(CheckpointError):  # a damaged one is made anew from the manifest
                 head = read_json(self.folder / HEAD)
             if _is_of_its_manifest(self.folder, head, mark):
-                self._mark = mark
-                return head, np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
+                table = np.load(self.folder / TABLE, mmap_mode="r", allow_pickle=False)
+                if _sound(head, table):
+                    self._mark = mark
+                    return head, table
         try:
-            return table_of(self.manifest)
-        except (KeyError, TypeError, AttributeError) as error:
+            head, table = table_of(self.manifest)
+            if not _sound(head, table):
+                raise TypeError("sizes must hold height and width of every bucket")
+            return head, table
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(
                 f"{self.folder / MANIFEST}: not a manifest of shards, or a damaged one: {error!r}"
             ) from None
@@ -354,7 +374,7 @@ class ShardSet:
             keys, parts = self._index(path)
             own = {name: tuple(table[place].tolist()) for name, table in parts.items() if table[place, 0] >= 0}
             return Member(keys[place], own, path, self._pread)
-        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
             why = error.strerror if isinstance(error, OSError) else "not the index that was written"
             raise Interrupted(f"{path.with_suffix('.json')}: {why}, asked for member {place} of {path.name}") from error
 
@@ -392,7 +412,7 @@ class ShardSet:
                 for file, key in ((path, "sha256"), (path.with_suffix(".json"), "index_sha256")):
                     if not file.is_file():
                         found.append(f"{file}: missing")
-                    elif digest_of(file) != shard[key]:
+                    elif digest_of(file) != shard.get(key):
                         found.append(f"{file}: not the file that was written")
         return found
 

@@ -60,14 +60,19 @@ def load_state(path: Path, expect: str) -> dict[str, Any]:
     """Read what `save_state` wrote. Errors: missing file, no or half a state file, another stage's file, another format."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no training state here; `python -m train {expect.split()[0]}` writes one")
-    if not zipfile.is_zipfile(path):  # whose table comes last, so half a file is none
+    try:
+        archive = zipfile.is_zipfile(path)  # whose table comes last, so half a file is none
+    except zipfile.BadZipFile:
+        archive = False
+    if not archive:
         raise ValueError(f"{path}: not a training state, or only the first part of one")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # torch's own, of a table that is whole and what it speaks of is not
-        raise ValueError(f"{path}: not a training state that can be read: {str(error).splitlines()[0][:200]}") from None
+        # not its words, which advise to read what could run any code
+        raise ValueError(f"{path}: not a training state that can be read: {type(error).__name__}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, expected the training state of {expect!r}")
     if isinstance(state.get("stage"), str) and state["stage"] in RENAMED:
