@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -20,20 +19,13 @@ from rich.text import Text
 from .. import image_file, resolution
 from ..chat_client import ChatError
 from ..formats.files import CheckpointError
+from ..notices import printable
 from .request import UsageError, batched, flag_names
 
 if TYPE_CHECKING:
     from ..pipeline import LensPipeline
 
 _PLAIN_PROGRESS_SECONDS = 10.0  # between lines of progress where stderr is no terminal
-
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
-def printable(text: str) -> str:
-    """Text as a terminal may show it: control characters, which could drive the terminal, and those that turn the
-    direction of what follows are spelled out. Names in files come from strangers."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class Terminal(Console):

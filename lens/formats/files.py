@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lens.notices import printable
+
 _LONGEST_MESSAGE = 2000  # characters; paths may have 4,096 bytes, but hardly do
 
 
@@ -26,7 +28,7 @@ class CheckpointError(ValueError):
     def __init__(self, message: str):
         if len(message) > _LONGEST_MESSAGE:
             message = f"{message[: _LONGEST_MESSAGE // 2]} ... {message[-_LONGEST_MESSAGE // 4 :]}"
-        super().__init__(message)
+        super().__init__(printable(message))  # what came may hold what drives a terminal
 
 
 # ------------------------------------------------------------------------------------------------ reading

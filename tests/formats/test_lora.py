@@ -423,6 +423,14 @@ def test_a_lora_of_another_model_is_told_with_both_names(factors, tmp_path, head
         assert len(found[0]) < 400
 
 
+def test_nothing_of_a_file_drives_a_terminal(factors, tmp_path):
+    """Not from Python either, whose traceback prints an error as it is."""
+    save_file(keys(factors), tmp_path / lora.WEIGHTS)
+    (tmp_path / lora.CONFIG).write_text(json.dumps({"r": 4, "alpha_pattern": "\x1b[2J\x9b1m"}))
+    with pytest.raises(CheckpointError, match=r"got \\x1b\[2J\\x9b1m"):
+        lora.read(tmp_path)
+
+
 def test_alpha_of_the_file_stands_before_the_configurations(factors, tmp_path):
     settings = {"r": 4, "lora_alpha": 4, "alpha_pattern": {"img_qkv": 12}}
     header = {lora.METADATA: json.dumps(settings), "ss_network_alpha": "40"}
