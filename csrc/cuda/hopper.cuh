@@ -1,5 +1,6 @@
 // What Hopper (sm_90a) adds to CUDA C++: barriers with byte counts, tile copies by the TMA unit,
-// matrix products of a warpgroup (wgmma). The only file with inline PTX;
+// matrix products of a warpgroup (wgmma); and, from sm_80 on, copies by threads (cp.async), matrix
+// products of a warp (mma) and byte permutations. The only file with inline PTX;
 // csrc/emulation/cuda/hopper.cuh stands in for it on the host, with the same names and the same
 // demands. A thread is one of 128 of its warpgroup; "warp" marks what all 32 lanes, "warpgroup"
 // what all 128 threads must call together.
@@ -42,6 +43,23 @@
 //   elect_one()                          warp: true in exactly one lane
 //   exp2_approx(x)                       2^x, 2 ulp, denormals are zero
 //   max_or_nan(x, y)                     the larger, NaN where one of them is: fmaxf drops it
+//
+// From sm_80 on:
+//
+//   cp_async_16(to, from, there)         16 bytes from global to shared memory, both on 16-byte
+//                                        boundaries; zeros, and nothing is read, unless `there`.
+//                                        Seen by its thread after a wait, by others after a barrier
+//   cp_async_commit()                    closes a group of the thread's copies, which may be none
+//   cp_async_wait<n>()                   all but the n newest groups have arrived
+//   mma(d, a, b)                         warp: d [16, 8] += A [16, 16] B [16, 8], bf16 in
+//                                        registers, float accumulators
+//   byte_permute(x, y, selector)         four bytes: nibble i of the selector names byte i of the
+//                                        result, of x (0 to 3) or y (4 to 7); with the nibble's top
+//                                        bit set, all its bits are that byte's top bit
+//
+// mma: with g = lane / 4, t = lane % 4, a[2 c + h] holds columns 8 c + 2 t + {0, 1} of row 8 h + g
+// of A, b[c] rows 8 c + 2 t + {0, 1} of column g of B, lower one in the lower half; d[2 h + e] is
+// row 8 h + g, column 2 t + e.
 //
 // Accumulators: d[4 j + 2 h + e] of thread t is row 16 (t / 32) + 8 h + (t % 32) / 4, column
 // 8 j + 2 (t % 4) + e. A in registers: a[2 c + h] holds columns 8 c + 2 (t % 4) + {0, 1} of row
@@ -236,6 +254,30 @@ LENS_PTX void wgmma(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) 
 template <int N, Major kB = Major::kK>
 LENS_PTX void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   Wgmma<N, kB>::registers(d, a, b, accumulate);
+}
+
+// ---- from sm_80 on
+LENS_PTX void cp_async_16(void* to, const void* from, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+               "r"(there ? 16 : 0)
+               : "memory");
+}
+LENS_PTX void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+LENS_PTX void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+LENS_PTX void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+LENS_PTX uint32_t byte_permute(uint32_t x, uint32_t y, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(x), "r"(y), "r"(selector));
+  return bytes;
 }
 
 // ---- the rest

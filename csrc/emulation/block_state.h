@@ -53,10 +53,20 @@ struct Issue {
   int n;
 };
 
+// ---- copies by threads
+struct ThreadCopy {
+  unsigned char* to;
+  const void* from;  // null: zeros
+  bool done;
+};
+
 struct Thread {
-  std::deque<Wgmma> wgmmas;     // not yet waited for, oldest first
-  std::deque<uint64_t> groups;  // of each committed group the number of the wgmma after it
-  uint64_t issued = 0;          // wgmmas so far
+  std::deque<ThreadCopy> copies;   // not yet waited for, oldest first
+  std::deque<size_t> copy_groups;  // how many of them each committed group holds
+  size_t open_copies = 0;          // of the group that is not committed
+  std::deque<Wgmma> wgmmas;        // not yet waited for, oldest first
+  std::deque<uint64_t> groups;     // of each committed group the number of the wgmma after it
+  uint64_t issued = 0;             // wgmmas so far
   std::vector<Accumulator> flying;
   bool fenced = false;
   uint64_t cluster_arrived = 0, cluster_waited = 0;  // at the cluster's barrier so far

@@ -1,5 +1,6 @@
-// The copies that tensor maps describe, under way until they are delivered.
+// The copies that tensor maps describe, under way until they are delivered; and those of threads.
 #include <cstring>
+#include <utility>
 
 #include "emulation/block_state.h"
 #include "emulation/tensor_maps.h"
@@ -105,6 +106,47 @@ void tma_load(void* to, const CUtensorMap* raw, uint64_t* bar, uint32_t mask, in
     part.shared = static_cast<char*>(in_block(block, to));
     part.bar = static_cast<uint64_t*>(in_block(block, bar));
     find_barrier(block, part.bar, "copies for");
+  }
+}
+
+// ---- copies by threads
+
+namespace {
+
+void move(ThreadCopy& copy) {
+  if (std::exchange(copy.done, true)) return;
+  if (copy.from) {
+    std::memcpy(copy.to, copy.from, 16);
+  } else {
+    std::memset(copy.to, 0, 16);
+  }
+}
+
+}  // namespace
+
+void cp_async(void* to, const void* from, bool there) {
+  need_shared(to, 16, "a copy");
+  const auto unaligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 != 0; };
+  if (unaligned(to) || (there && unaligned(from))) fail("a copy that is not on 16-byte boundaries");
+  Thread& t = here().threads[current_thread()];
+  t.copies.push_back({static_cast<unsigned char*>(to), there ? from : nullptr, false});
+  ++t.open_copies;
+  if (seed() && random_below(2)) move(t.copies.back());
+}
+
+void cp_async_commit() {
+  Thread& t = here().threads[current_thread()];
+  t.copy_groups.push_back(std::exchange(t.open_copies, 0));
+}
+
+void cp_async_wait(int pending) {
+  Thread& t = here().threads[current_thread()];
+  while (t.copy_groups.size() > size_t(pending)) {
+    for (size_t left = t.copy_groups.front(); left; --left) {
+      move(t.copies.front());
+      t.copies.pop_front();
+    }
+    t.copy_groups.pop_front();
   }
 }
 

@@ -18,11 +18,15 @@
 // or whose barriers no cluster barrier stands behind, copies under way to a block that returns,
 // masks and ranks beyond the cluster, static __shared__ arrays (one for all blocks) in a cluster.
 //
+// From sm_80 on: a copy by a thread arrives when its thread waits for it, or (seeds but 0) when it
+// is issued, whichever is drawn; one that is not waited for is an error. An mma is a warp operation
+// like a shuffle.
+//
 // Not seen: a missing fence_async_shared(); memory order between threads; what the hardware makes
 // of other descriptor bits, swizzles and layouts than the PTX description (one reading serves
 // kernel and emulation alike; CuTe's agrees, tests/emulation/test_cute.py); A registers that
-// change before the wait; setmaxnreg that waits; rounding inside wgmma; bank conflicts, registers,
-// time; which launch bounds and how many clusters a device takes.
+// change before the wait; setmaxnreg that waits; rounding inside wgmma and mma; bank conflicts,
+// registers, time; which launch bounds and how many clusters a device takes.
 #pragma once
 
 #include <cstddef>
@@ -57,6 +61,11 @@ void tma_prefetch(const CUtensorMap* map);
 // mask: a bit for each block of the cluster that it lands in, at the same place
 void tma_load(void* to, const CUtensorMap* map, uint64_t* bar, uint32_t mask, int rank,
               const int* at);
+
+void cp_async(void* to, const void* from, bool there);  // 16 bytes by the running thread
+void cp_async_commit();
+void cp_async_wait(int pending);
+void mma(float* d, const uint32_t* a, const uint32_t* b, int line);
 
 // a: four registers, or null and then a descriptor
 void wgmma(float* d, int n, const uint32_t* a, uint64_t a_bits, uint64_t b_bits, bool b_transposed,

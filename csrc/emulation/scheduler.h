@@ -38,7 +38,15 @@ inline dim3 blockDim, gridDim;
 
 namespace lens::emulation {
 
-enum class WarpOp : int { kShuffle, kShuffleXor, kShuffleDown, kShuffleUp, kBallot, kSync };
+enum class WarpOp : int {
+  kShuffle,
+  kShuffleXor,
+  kShuffleDown,
+  kShuffleUp,
+  kBallot,
+  kSync,
+  kProduct
+};
 
 // Called from device code, through the stand-ins of cuda_runtime.h.
 void block_barrier(int line);

@@ -57,6 +57,7 @@ void begin_block(unsigned rank, size_t shared_bytes) {
 
 void end_thread() {
   const Thread& t = here().threads[current_thread()];
+  if (!t.copies.empty()) fail("returned before its %zu copies were waited for", t.copies.size());
   if (!t.wgmmas.empty()) fail("returned before its wgmmas were waited for");
   leave_cluster_barrier();
 }

@@ -1,12 +1,15 @@
-// What the threads of a warp and of a block do together: shuffles, votes, __syncthreads().
+// What the threads of a warp and of a block do together: shuffles, votes, matrix products,
+// __syncthreads().
 #include "emulation/fibers.h"
+#include "emulation/hopper.h"
+#include "math/types.h"
 
 namespace lens::emulation {
 namespace {
 
 uint64_t receive(const Fiber* warp, unsigned lane) {
   const Fiber& f = warp[lane];
-  if (f.op == WarpOp::kSync) return 0;
+  if (f.op == WarpOp::kSync || f.op == WarpOp::kProduct) return 0;
   if (f.op == WarpOp::kBallot) {
     uint64_t votes = 0;
     for (unsigned i = 0; i < kWarp; ++i) {
@@ -39,7 +42,39 @@ uint64_t receive(const Fiber* warp, unsigned lane) {
   return warp[from].sent;
 }
 
+// The registers of one lane, which stay where they are until the whole warp has come.
+struct Operands {
+  float* d;
+  const uint32_t *a, *b;
+};
+
+float half_of(uint32_t word, unsigned h) {
+  return lens::bits_to_float(h ? word & 0xffff0000u : word << 16);
+}
+
+// d += A B, of all lanes.
+void multiply(const Fiber* warp) {
+  const auto lane = [&](unsigned i) { return reinterpret_cast<const Operands*>(warp[i].sent); };
+  for (unsigned i = 0; i < kWarp; ++i) {
+    for (unsigned e = 0; e < 4; ++e) {
+      const unsigned row = i / 4, upper = e / 2, column = 2 * (i % 4) + e % 2;
+      float sum = 0.0f;
+      for (unsigned k = 0; k < 16; ++k) {
+        const unsigned t = k % 8 / 2, c = k / 8;
+        sum += half_of(lane(4 * row + t)->a[2 * c + upper], k % 2) *
+               half_of(lane(4 * column + t)->b[c], k % 2);
+      }
+      lane(i)->d[e] += sum;
+    }
+  }
+}
+
 }  // namespace
+
+void mma(float* d, const uint32_t* a, const uint32_t* b, int line) {
+  const Operands own{d, a, b};
+  warp_operation(WarpOp::kProduct, ~0u, reinterpret_cast<uint64_t>(&own), 0, 32, line);
+}
 
 void block_barrier(int line) {
   Block& b = block();
@@ -86,6 +121,7 @@ uint64_t warp_operation(WarpOp op, uint32_t mask, uint64_t bits, int argument, i
       return own.received;
     }
   }
+  if (op == WarpOp::kProduct) multiply(warp);
   for (unsigned i = 0; i < kWarp; ++i) {
     if (mask >> i & 1) warp[i].received = receive(warp, i);
   }

@@ -73,6 +73,28 @@ inline void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool
   host::wgmma(d, N, a, 0, b, kB == Major::kMN, accumulate);
 }
 
+inline void cp_async_16(void* to, const void* from, bool there) { host::cp_async(to, from, there); }
+inline void cp_async_commit() { host::cp_async_commit(); }
+template <int kPending>
+inline void cp_async_wait() {
+  host::cp_async_wait(kPending);
+}
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                int line = __builtin_LINE()) {
+  host::mma(d, a, b, line);
+}
+inline uint32_t byte_permute(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t both = uint64_t(y) << 32 | x;
+  uint32_t bytes = 0;
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t chosen = selector >> 4 * i & 15;
+    uint32_t byte = uint32_t(both >> 8 * (chosen & 7)) & 255;
+    if (chosen & 8) byte = byte & 128 ? 255 : 0;
+    bytes |= byte << 8 * i;
+  }
+  return bytes;
+}
+
 template <int kRegisters>
 inline void registers_down(int line = __builtin_LINE()) {
   host::set_registers(kRegisters, false, line);
