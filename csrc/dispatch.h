@@ -182,8 +182,11 @@ LENS_FOR_EACH_HOST_KERNEL(LENS_DEFINE_RUN)
   inline void run(const Params& p, int device) {                                               \
     static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \
                                                          avx512bf16::stem, amx::stem};         \
-    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                       \
-    kernels[current_isa()](p);                                                                 \
+    if (device < 0) {                                                                          \
+      kernels[current_isa()](p);                                                               \
+    } else {                                                                                   \
+      LENS_RUN_CUDA(stem);                                                                     \
+    }                                                                                          \
   }
 LENS_FOR_EACH_BF16_KERNEL(LENS_DEFINE_RUN)
 #undef LENS_DEFINE_RUN

@@ -217,7 +217,7 @@ class LensPipeline:
         model: Any
         if (
             encoder is None
-        ):  # until moe_mxfp4 has a CUDA kernel, transformers' kernels are faster where they are and may stay
+        ):  # until moe_mxfp4's CUDA kernel is measured, transformers' serve where they are and may stay
             theirs = device.type == "cuda" and packed_experts(files.text_encoder) and not why_expanded()
             stays = parked is None or parked.residency.tier("text_encoder") == "resident"
             encoder = "transformers" if theirs and stays else "lens"

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
 #include <cstdint>
 #include <initializer_list>
 #include <type_traits>
@@ -63,6 +64,20 @@ bool chunks_fit(int64_t width, std::initializer_list<View> views) {
     fit &= view.row_elements * int64_t(sizeof(T)) % 16 == 0;
   }
   return fit;
+}
+
+// Lets `kernel` ask for `bytes` of dynamic shared memory, once per kernel and device.
+template <auto kernel>
+int allow_shared(int bytes) {
+  static std::atomic<uint64_t> allowed{0};
+  int device = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return int(error);
+  const uint64_t bit = uint64_t(1) << (device & 63);
+  if (device < 64 && allowed.load() & bit) return int(cudaSuccess);
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) allowed.fetch_or(bit);
+  return int(error);
 }
 
 // ---- from run-time values to template arguments: the launch ladders

@@ -60,20 +60,6 @@ inline int hopper_multiprocessors() {
   return count;
 }
 
-// Lets `kernel` ask for `bytes` of dynamic shared memory, once per kernel and device.
-template <auto kernel>
-int allow_shared(int bytes) {
-  static std::atomic<uint64_t> allowed{0};
-  int device = 0;
-  if (const cudaError_t error = cudaGetDevice(&device)) return int(error);
-  const uint64_t bit = uint64_t(1) << (device & 63);
-  if (device < 64 && allowed.load() & bit) return int(cudaSuccess);
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) allowed.fetch_or(bit);
-  return int(error);
-}
-
 // Clusters of `kernel` that run at the same time; 0 where none can. The driver is asked once per
 // kernel, device and number of multiprocessors, of which a process may be given a part.
 template <auto kernel>

@@ -67,4 +67,5 @@ class Layout {
     return text.c_str();                                                                         \
   }
 LENS_FOR_EACH_KERNEL(LENS_ENTRY_POINT)
+LENS_FOR_EACH_BF16_KERNEL(LENS_ENTRY_POINT)
 LENS_FOR_EACH_HOPPER_KERNEL(LENS_ENTRY_POINT)

@@ -29,8 +29,10 @@ struct MoeMxfp4Params {
   const void* down_bias;          // [E, D]
   void* y;                        // [R, D]
   void* hidden;                   // workspace, acc [R K + kSpareRows, F]: hidden rows by expert
-  void* parts;  // workspace, acc [R K + kSpareRows, D]: what each expert of each row adds
-  void* wide;   // workspace, acc [R, D]: x where its products need it wider
+  void* parts;    // workspace, acc [R K + kSpareRows, D]: what each expert of each row adds
+  void* wide;     // workspace, acc [R, D]: x where its products need it wider (CPU)
+  int32_t* plan;  // workspace [2 R K + 2 (E + 1)]: who reads which expert (GPU, see its kernels)
+  void* shares;   // workspace, acc [R K]: of a row's experts (GPU)
   int64_t R, D, F, E, K;
   double alpha, limit;
   DType dtype;
@@ -60,6 +62,8 @@ void fields(MoeMxfp4Params& p, V& v) {
   v.array("hidden", p.hidden, (p.R * p.K + kSpareRows) * p.F);
   v.array("parts", p.parts, (p.R * p.K + kSpareRows) * p.D);
   v.array("wide", p.wide, p.R * p.D);
+  v.array("plan", p.plan, 2 * (p.R * p.K + p.E + 1));
+  v.array("shares", p.shares, p.R * p.K);
   v.number("alpha", p.alpha);
   v.number("limit", p.limit);
 }

@@ -31,7 +31,8 @@ def report(device: str | None = None) -> list[tuple[str, str, str]]:
     rows = []
     for op in OPS:
         try:
-            chosen = backend.choose(op, torch.empty(0, device=device))
+            dtype = torch.bfloat16 if device == "cuda" else torch.float32  # what each computes in by default
+            chosen = backend.choose(op, torch.empty(0, device=device, dtype=dtype))
             reason = _reason(op, chosen, device)
         except RuntimeError as error:
             chosen, reason = "none", str(error)
@@ -59,7 +60,7 @@ def _reason(op: str, chosen: str, device: str) -> str:
     if (forced := backend.override()) is not None:
         return f"forced to {forced}"
     if chosen == "reference":
-        return backend.unavailable(device) or backend.NO_CUDA.get(op) or backend.no_target(torch.cuda.current_device())
+        return backend.unavailable(device) or backend.no_target(torch.cuda.current_device())
     if op == "joint_attention":
         if chosen == "cpu":
             return "torch's flash attention, per sample or group of equal samples"

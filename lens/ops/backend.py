@@ -32,7 +32,7 @@ from lens.ops.checks import dense_rows
 from lens.ops.reference import arithmetic_dtype
 
 CHOICES = ("auto", "reference", "compiled", "cpu", "cuda")
-NO_CUDA = {"moe_mxfp4": "no CUDA kernel is written for it; the reference decodes one expert at a time"}
+_BF16_ON_CUDA = ("moe_mxfp4",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -93,6 +93,13 @@ def covers(targets: str, capability: tuple[int, int]) -> bool:
     return False
 
 
+def no_kernel(op: str, dtype: torch.dtype) -> str:
+    """Why `op` has no CUDA kernel for tensors of `dtype`; "" if it has."""
+    if op in _BF16_ON_CUDA and dtype != torch.bfloat16:
+        return f"its CUDA kernel multiplies bfloat16 alone, not {str(dtype).removeprefix('torch.')}"
+    return ""
+
+
 def without(kernel: str) -> str:
     """Why this build has no `kernel`; "" if it has."""
     return "" if hasattr(_extension, kernel) else f"lens._C was built without {kernel}"
@@ -112,8 +119,8 @@ def choose(op: str, x: Tensor) -> str:
     elif _extension is not None and device == "cpu":
         reason = ""
     elif _with_cuda and device == "cuda":
-        reason = NO_CUDA.get(op) or no_target(x.device.index)
-        if reason and op not in NO_CUDA and _choice == "auto":
+        reason = no_kernel(op, x.dtype) or no_target(x.device.index)
+        if reason and not no_kernel(op, x.dtype) and _choice == "auto":
             warnings.warn(f"lens.ops: the cuda ops run their PyTorch reference: {reason}", stacklevel=3)
     else:
         reason = unavailable(device)

@@ -34,7 +34,8 @@ def moe_mxfp4(
     router_weight: [E, D], router_bias: [E], gate_up_bias: [E, 2 F], down_bias: [E, D], of the dtype of x
     gate_up_blocks: uint8 [E, 2 F, D / 32, 16], down_blocks: uint8 [E, D, F / 32, 16]: two E2M1 values a byte, low half first
     gate_up_scales: uint8 [E, 2 F, D / 32], down_scales: uint8 [E, D, F / 32]: 2^(s - 127) for 32 values; 255 is NaN
-    A row's bits depend neither on the other rows nor on the number of threads (CPU).
+    A row's bits depend neither on the other rows nor on the number of threads. On a GPU so for bfloat16, which its kernel
+    multiplies, with up to 1024 experts and D and F up to 26,000; other dtypes run the specification there.
     Raises ValueError for shapes, dtypes or devices that do not fit, D or F that are no multiple of 32, K not in 1 to E;
     RuntimeError if a gradient is asked for.
     """
@@ -109,6 +110,8 @@ def _forward(
         hidden=x.new_empty(pairs, hidden, dtype=wide),
         parts=x.new_empty(pairs, width, dtype=wide),
         wide=x.new_empty(rows, width, dtype=wide),
+        plan=x.new_empty(2 * (rows * top_k + experts + 1), dtype=torch.int32),
+        shares=x.new_empty(rows * top_k, dtype=wide),
         R=rows,
         D=width,
         F=hidden,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lens.ops import backend
-from tests.emulation import emulator, test_linear_fused_kernels
+from tests.emulation import emulator, test_linear_fused_kernels, test_moe_mxfp4_kernels
 from tests.emulation.test_kernels import aligned
 from tests.ops import harness, test_gated_residual, test_qk_norm_rope, test_rms_norm_modulate, test_swiglu
 from tests.ops.harness import Inputs
@@ -231,6 +231,70 @@ PRODUCT_INPUTS = {
 }
 
 
+_MOE = "moe_mxfp4.cuh"
+MOE_FAULTS = {
+    "the products do not wait for the copies": Fault(
+        "moe_mxfp4", _MOE, "cp_async_wait<Tile::kStages - 2>()", "cp_async_wait<Tile::kStages - 1>()",
+        "before its .* copies",
+    ),
+    "a stage read before all threads have copied": Fault(
+        "moe_mxfp4", _MOE, "    __syncthreads();  // this stage has arrived", "    // this stage has arrived", NUMBERS
+    ),
+    "a stage overwritten while it is read": Fault(
+        "moe_mxfp4", _MOE, "copy(stage ? stage - 1 : Tile::kStages - 1, next", "copy(stage, next", NUMBERS
+    ),
+    "copies that belong to no group": Fault(
+        "moe_mxfp4", _MOE, "kStageGroups);\n    cp_async_commit();\n  }\n", "kStageGroups);\n  }\n",
+        "numbers|before its .* copies",
+    ),
+    "inputs swizzled and read plain": Fault(
+        "moe_mxfp4", _MOE, "Tile::input_at(8 * j + quad, 4 * g + place)", "(8 * j + quad) * Tile::kInputBytes + (4 * g + place) * 16",
+        NUMBERS,
+    ),
+    "the nibbles of a byte exchanged": Fault("moe_mxfp4", _MOE, "0x5140)", "0x4051)", NUMBERS),
+    "no sign": Fault("moe_mxfp4", _MOE, "spread << 1 & 0x80808080", "spread & 0u", NUMBERS),
+    "the sign as a part of the size": Fault("moe_mxfp4", _MOE, "four & 0x7777", "four", NUMBERS),
+    "the scale of the column beside": Fault("moe_mxfp4", _MOE, "scale[i][h / 2]", "scale[i][h % 2]", NUMBERS),
+    "the group before's scale": Fault(
+        "moe_mxfp4", _MOE, "scales[n * groups + group]", "scales[n * groups + group / 2]", NUMBERS
+    ),
+    "gate and up exchanged": Fault(
+        "moe_mxfp4", _MOE, "gate * sigmoid(float(p.alpha) * gate) * (up + 1.0f)", "up * sigmoid(float(p.alpha) * up) * (gate + 1.0f)",
+        NUMBERS,
+    ),
+    "no limit": Fault("moe_mxfp4", _MOE, "gate = gate > limit ? limit : gate;", "", NUMBERS),
+    "the bias of the first expert": Fault(
+        "moe_mxfp4", _MOE, "(Layer::bias(p)) + weight_row", "(Layer::bias(p)) + column", NUMBERS
+    ),
+    "rows of the next expert": Fault("moe_mxfp4", _MOE, "if (row < rows) {", "if (row < kRows) {", "numbers|past the end"),
+    "inputs behind the last": Fault("moe_mxfp4", _MOE, "i < rows ? Layer", "true ? Layer", "past the end of|before 'x'"),
+    "columns behind the last": Fault("moe_mxfp4", _MOE, "    if (n >= count) break;\n", "", "numbers|past the end"),
+    "weights behind the last column": Fault("moe_mxfp4", _MOE, "n < count && group + g", "group + g", "past the end of"),
+    "weights behind the last group": Fault("moe_mxfp4", _MOE, "n < count && group + g < groups", "n < count", "past the end of"),
+    "tiles that no block takes": Fault(
+        "moe_mxfp4", "moe_mxfp4.cu", "pairs / kRows + (pairs < p.E ? pairs : p.E)", "(pairs + kRows - 1) / kRows", NUMBERS
+    ),
+    "pairs in another order": Fault(
+        "moe_mxfp4", _MOE, "__popc(votes & ((1u << lane) - 1))", "__popc(votes & (1u << lane))", "numbers|beside"
+    ),
+    "experts counted before they are": Fault(
+        "moe_mxfp4", _MOE, "  __syncthreads();\n  if (threadIdx.x == 0) {", "  if (threadIdx.x == 0) {", "numbers|past the end|before"
+    ),
+    "logits read before they are": Fault(
+        "moe_mxfp4", _MOE, "  __syncthreads();\n  if (warp > 0) return;", "  if (warp > 0) return;", NUMBERS
+    ),
+    "an expert taken twice": Fault("moe_mxfp4", _MOE, "if (taken >> i & 1) continue;", "", NUMBERS),
+    "shares of all that come before": Fault("moe_mxfp4", _MOE, "shares[k] /= total", "shares[k] /= total + k", NUMBERS),
+    "the part of the first expert": Fault("moe_mxfp4", _MOE, "part + k * p.D + 4", "part + 4", NUMBERS),
+}  # fmt: skip
+
+
+def _held_with_experts() -> None:
+    """Tiles of 64 rows and of 8, not all full; more groups than either ring holds, and some left over."""
+    for shape in ((40, 19 * 32, 96, 3, 2), (5, 37 * 32, 96, 3, 2)):
+        test_moe_mxfp4_kernels.held_to_the_spec(test_moe_mxfp4_kernels.made(shape))
+
+
 def _assert_noticed(fault: Fault, mutant: emulator.Emulator, check: Callable[[], None]) -> None:
     noticed = []
     for mutant.seed in (0, 1, 2, 4):  # some order of the threads gives a race away
@@ -266,6 +330,14 @@ def test_fault_in_a_product_is_noticed(name, tmp_path):
     )
 
 
+@pytest.mark.parametrize("name", MOE_FAULTS)
+def test_fault_in_the_experts_is_noticed(name, tmp_path, monkeypatch):
+    fault = MOE_FAULTS[name]
+    mutant = emulator.mutant(tmp_path, fault.op, fault.file, fault.old, fault.new)
+    monkeypatch.setattr(backend, "launch", mutant.launch)
+    _assert_noticed(fault, mutant, _held_with_experts)
+
+
 def test_inputs_pass_without_a_fault(emulated):
     """The same inputs and orders of threads, nothing planted."""
     for op, made in INPUTS.items():
@@ -273,3 +345,5 @@ def test_inputs_pass_without_a_fault(emulated):
             harness.against_spec(op, made(), torch.bfloat16, None)
     for kernel, made in PRODUCT_INPUTS.items():
         test_linear_fused_kernels.against_spec(emulated, kernel, made(), (0, 1, 2, 4))
+    for emulated.seed in (0, 1, 2, 4):
+        _held_with_experts()

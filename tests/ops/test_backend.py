@@ -216,7 +216,7 @@ def test_a_device_beside_the_targets_gets_the_reference_and_a_reason(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: [(9, 0), (8, 6)][index])
     backend.no_target.cache_clear()
-    there, other = (types.SimpleNamespace(device=torch.device("cuda", i)) for i in range(2))
+    there, other = (types.SimpleNamespace(device=torch.device("cuda", i), dtype=torch.float32) for i in range(2))
     try:
         assert backend.choose("swiglu", there) == "cuda"
         with pytest.warns(
