@@ -1,8 +1,8 @@
 """Every op of `lens.ops` against its specification, eager and compiled by Inductor; forward and backward.
 
 ops/<stem>/<shape>/<dtype>/<forward | backward>. Shapes: "1024cfg" is a guided pair of 1024 x 1024 with 415 text tokens in
-one half; "pair" two samples of 2048 image tokens, for a CPU; "mini" Lens-Mini's eight 64 x 64 pictures; "prompt" the
-mixture of experts of a GPT-OSS-20B layer on a prompt's tokens, on a CPU, beside transformers', which expands the experts.
+one half; "pair" two samples of 2048 image tokens, for a CPU; "mini" Lens-Mini's eight 64 x 64 pictures; "prompt" and "token"
+the mixture of experts of a GPT-OSS-20B layer on a prompt's tokens and on one, beside transformers', which expands the experts.
 """
 
 from __future__ import annotations
@@ -222,7 +222,10 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
 
                     id = f"{scale.prefix}ops/{stem}/{shape}/{name}/{'backward' if backward else 'forward'}"
                     found.append(Case(id, SUBJECTS, make))
-    if not gpu:
-        id, size = f"{scale.prefix}ops/moe_mxfp4/prompt/bf16/forward", experts.SMALL if scale.tiny else experts.RELEASED
-        found.append(Case(id, experts.SUBJECTS, lambda device: experts.prepare(size, device)))
+    for name, size in (experts.SMALL if scale.tiny else experts.RELEASED).items():
+
+        def layer(device: torch.device, size: experts.Size = size) -> Work:
+            return experts.prepare(size, device)
+
+        found.append(Case(f"{scale.prefix}ops/moe_mxfp4/{name}/bf16/forward", experts.SUBJECTS, layer))
     return found
