@@ -37,6 +37,7 @@ from .engine.residency import (
     cpu_sizes,
     free_bytes,
     immovable,
+    named,
     sizes_of,
     within,
 )
@@ -186,7 +187,7 @@ class LensPipeline:
         scheduler = load_scheduler(files.scheduler)
         check_sampler(files.scheduler, defaults, scheduler)
         chat = ChatTokenizer(files.tokenizer, vocab_size(files.text_encoder))
-        policy = PRESETS[residency] if isinstance(residency, str) and residency in PRESETS else residency
+        policy = named(residency, device)
         described, headers = described_transformer(files.transformer)
         large = sum(math.prod(stored.shape) for stored in headers.values()) > LARGE
         if asked is None:
@@ -384,8 +385,8 @@ class LensPipeline:
         guided: bool | None = None,
     ) -> Residency:
         """Place the parts: "resident", "trimmed" (modulation weights on the host), "balanced" (the text encoder visits
-        the device, too), "lean" (all parts visit it), or "auto": the first of these whose predicted peak fits the free
-        memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
+        the device, too), "lean" (all parts visit it; on a CPU, which they cannot leave, "balanced"), or "auto": the first of
+        these whose predicted peak fits the free memory; or a policy of your own. Returns it. Tables that were prepared are made again where weights visit.
 
         memory: GB (10^9 bytes) that "auto" may fill, also on a CPU, where the process as a whole counts and only the text
         encoder leaves, layer by layer, to be read again with the next prompt; for ``images`` of ``image_tokens`` at once
@@ -417,7 +418,7 @@ class LensPipeline:
             free = free_bytes(device, parts.values())
             if memory is not None:
                 free = min(int(memory * 1e9), free or int(memory * 1e9))
-            policy = choose(residency, sizes, free, fixed)
+            policy = choose(named(residency, device), sizes, free, fixed)
         if device != self.device:
             self._set_batch_invariance(device)
         placement = Placement(policy, device)

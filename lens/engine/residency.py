@@ -72,6 +72,13 @@ NAMES = ("auto", *PRESETS)
 CPU_NAMES = ("trimmed", "balanced")
 
 
+def named(residency: Any, device: torch.device) -> Any:
+    """The policy of a preset's name on a device; what names none as it is. On a CPU "lean" is "balanced", than which nothing
+    is smaller there: parts that visit the memory they are in would only keep modulation weights in it."""
+    name = "balanced" if residency == "lean" and device.type == "cpu" else residency
+    return PRESETS[name] if isinstance(name, str) and name in PRESETS else residency
+
+
 @dataclass(frozen=True)
 class Sizes:
     """Bytes: of each part's weights, and of what each stage needs besides."""
@@ -84,7 +91,9 @@ class Sizes:
     denoise: int
     decode: int
     process: int = 0  # besides all of them, always
-    visiting: int | None = None  # of a text encoder on demand, at once; None: all of it
+    visiting: int | None = (
+        None  # of a text encoder on demand, at once, where no other part leaves; None: all of it, and of others
+    )
 
 
 def module_bytes(module: nn.Module) -> int:
@@ -150,10 +159,12 @@ def predict(sizes: Sizes, residency: Residency) -> dict[str, int]:
     weights = {p: getattr(sizes, p) for p in STAGES.values()}
     if residency.modulation == "host":
         weights["transformer"] -= sizes.modulation
-    always = sizes.process + sum(n for part, n in weights.items() if residency.tier(part) == "resident")
+    leaves = STAGES.values() if sizes.visiting is None else ["text_encoder"]
+    stays = {part for part in weights if residency.tier(part) == "resident" or part not in leaves}
+    always = sizes.process + sum(weights[part] for part in stays)
     if sizes.visiting is not None:
         weights["text_encoder"] = sizes.visiting
-    visiting = {stage: 0 if residency.tier(p) == "resident" else weights[p] for stage, p in STAGES.items()}
+    visiting = {stage: 0 if part in stays else weights[part] for stage, part in STAGES.items()}
     return {stage: always + visiting[stage] + getattr(sizes, stage) for stage in STAGES}
 
 

@@ -230,7 +230,7 @@ def test_what_cannot_move_is_said():
 def test_pictures_are_the_same_wherever_parts_live(visits, name):
     pipe = fresh()
     bytes_of = {part: residency.module_bytes(m) for part, m in pipe.parts().items()}
-    assert pipe.set_residency(name) == PRESETS[name]
+    assert pipe.set_residency(PRESETS[name]) == PRESETS[name]
     assert type(pipe).live is type(pipe).set_residency  # the earlier name still serves
     inside = []
 
@@ -346,6 +346,26 @@ def test_what_a_limit_of_memory_picks_on_a_cpu(memory, name):
     assert residency.within(memory, sizes) == PRESETS[name]
     assert residency.peak(sizes, PRESETS["trimmed"]) == pytest.approx(18.06e9, rel=0.01)
     assert residency.peak(sizes, PRESETS["balanced"]) == pytest.approx(6.9e9, rel=0.01)
+
+
+@pytest.mark.parametrize(("tokens", "gigabytes"), [(1024, 6.9), (4096, 7.83), (8100, 9.41)])
+def test_lean_is_balanced_on_a_cpu(tokens, gigabytes):
+    """Which has nothing smaller: under the 12 GB that it is to need, at 512, 1024 and 1440 pixels a side."""
+    cpu = torch.device("cpu")
+    assert residency.named("lean", cpu) == PRESETS["balanced"]
+    assert residency.named("lean", torch.device("cuda")) == PRESETS["lean"]
+    own = Residency(vae="on_demand")
+    assert [residency.named(x, cpu) for x in ("auto", "trimmed", own, None)] == ["auto", PRESETS["trimmed"], own, None]
+    sizes = residency.cpu_sizes(LensConfig(), tokens=tokens, images=1, guided=False, **RELEASED)
+    assert residency.peak(sizes, PRESETS["balanced"]) == pytest.approx(gigabytes * 1e9, rel=0.01)
+    # a policy of one's own is carried out, and predicted as it is: transformer, modulation and VAE are always there
+    moving = residency.predict(sizes, PRESETS["lean"])
+    kept = residency.predict(sizes, PRESETS["balanced"])
+    assert {stage: n - kept[stage] for stage, n in moving.items()} == dict.fromkeys(kept, sizes.modulation)
+    pipe = fresh(residency="lean")
+    assert pipe.placement.residency == PRESETS["balanced"]
+    assert pipe.set_residency("resident") == PRESETS["resident"]
+    assert pipe.set_residency("lean") == PRESETS["balanced"]
 
 
 def test_a_limit_of_memory_that_nothing_fits():

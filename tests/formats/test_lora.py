@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lens import LensPipeline
+from lens.engine.residency import PRESETS
 from lens.formats import lora
 from lens.formats.files import CheckpointError
 from lens.formats.patterns import fullmatch
@@ -569,7 +570,7 @@ def draw(pipe):
     ).images
 
 
-@pytest.mark.parametrize("residency", [None, "trimmed", "lean"])
+@pytest.mark.parametrize("residency", [None, "trimmed", PRESETS["lean"]], ids=["none", "trimmed", "lean"])
 def test_a_picture_is_that_of_merged_weights_and_the_old_one_after_unloading(folder, tmp_path, residency):
     """Modulation included: tables made before must not be used after, wherever the weights live."""
     model, found = lens(), lora.read(folder)

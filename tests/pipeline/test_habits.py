@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from lens import CheckpointError, LensPipeline
 from lens.engine import progress
+from lens.engine.residency import PRESETS
 from lens.request import Request
 from tests.small_pipeline import FOLDER, fresh, same_bits, shared
 
@@ -229,7 +230,7 @@ def test_a_copy_draws_the_same_and_shares_nothing(way):
 
 
 def test_a_pipeline_whose_parts_visit_says_why_it_does_not_copy():
-    pipe = fresh(residency="lean")
+    pipe = fresh(residency=PRESETS["lean"])
     with pytest.raises(TypeError, match="text_encoder, transformer, vae on demand cannot be copied or pickled"):
         pickle.dumps(pipe)
     pipe.set_residency("resident")
