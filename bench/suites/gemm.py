@@ -3,6 +3,9 @@
 Rows are image rows of one sample or of a guided pair, "+text": with the text stream's own weights on its rows, which is
 what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows. The GEMMs with
 the row op behind them are in work/linear.py and come first.
+
+On a CPU the four of a block at 512x512 with 200 text tokens, and all of them ("block"): `ours` is torch's F.linear, which calls
+oneDNN; `matmul` the product with the bias added after, `packed` oneDNN on weights in a layout of its own choice.
 """
 
 from __future__ import annotations
@@ -20,12 +23,16 @@ from ..work import linear
 from ..work.scale import Scale
 
 SUBJECTS = (OURS, "matmul")
+PACKED = "packed"
+BLOCK = ("qkv", "out", "w13", "w2")
 BOUND = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 Layer = tuple[int, int, int, bool]  # rows, inputs, outputs, bias
 
 
 def layers_of(scale: Scale, what: str, rows: tuple[int, ...]) -> list[Layer]:
-    """The GEMMs of one case, one for each stream."""
+    """The GEMMs of one case, one for each stream; "block": of all that a block has."""
+    if what == "block":
+        return [layer for part in BLOCK for layer in layers_of(scale, part, rows)]
     c = scale.config
     d, f = c.inner_dim, c.mlp_hidden_dim
     sizes = {
@@ -66,6 +73,23 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
         results = [(x @ w.t(), b) for x, stream in zip(xs, weights) for w, b in stream]
         return [y if b is None else y + b for y, b in results]
 
+    subjects, left_out = {OURS: Subject(ours), "matmul": Subject(matmul)}, dict[str, str]()
+    if device.type == "cpu" and not scale.tiny:
+        try:
+            ordered = [
+                [(torch.ops.mkldnn._reorder_linear_weight(w, m), b) for w, b in stream]
+                for (m, *_), stream in zip(layers, weights)
+            ]
+        except (AttributeError, NotImplementedError, RuntimeError) as error:  # torch's own, of no stable name
+            left_out[PACKED] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        else:
+
+            def packed(*xs: Tensor) -> list[Tensor]:
+                call = torch.ops.mkldnn._linear_pointwise
+                return [call(x, w, b, "none", [], "") for x, stream in zip(xs, ordered) for w, b in stream]
+
+            subjects[PACKED] = Subject(packed)
+
     def oracle(*xs: Tensor) -> list[Tensor]:
         wide = wider(dtype)
         return [
@@ -76,7 +100,8 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
 
     return Work(
         inputs=inputs,
-        subjects={OURS: Subject(ours), "matmul": Subject(matmul)},
+        subjects=subjects,
+        left_out=left_out,
         oracle=oracle,
         bound=BOUND[dtype],
         flops=times * sum(gemm_flops(m, k, n) for m, k, n, _ in layers),
@@ -85,10 +110,16 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
     )
 
 
+def _on_a_cpu(scale: Scale, what: str) -> Case:
+    rows = scale.tokens(512), scale.texts[1]
+    id = f"gemm/{what}/{rows[0]}+text{rows[1]}/{scale.dtype_name}"
+    return Case(id, (*SUBJECTS, PACKED), lambda device: prepare(scale, what, rows, device))
+
+
 def cases(scale: Scale, gpu: bool) -> list[Case]:
     """The GEMMs with their row ops; then alone, image rows of a pair and of one sample at the main size."""
     if not gpu and not scale.tiny:
-        return []
+        return [_on_a_cpu(scale, what) for what in ("block", *BLOCK)]
     one, longest = scale.tokens(scale.main), scale.texts[-1]
     rows = [(2 * one, longest), (2 * one,), (one, scale.texts[-2]), (one,)]
     wanted: list[tuple[str, tuple[int, ...], str]] = []
