@@ -1,10 +1,13 @@
-"""`python -m bench full_size make DIR` and `run DIR`: Lens at its released size, end to end, on a machine without a GPU.
+"""`python -m bench full_size make | run | compare DIR`: Lens at its released size, end to end, on a machine without a GPU.
 
 `make` writes a checkpoint with random weights (work/checkpoint.py). `run` loads it as `LensPipeline.from_pretrained` does,
 draws, and measures every stage: seconds, peak memory with the pages of mapped files counted, beside what lens/cost.py
 predicts, and bytes read from the disk beside the files' size. Images are noise, numbers are not: blocks are held against
 their specification, the decoder against diffusers, layers of the text encoder against transformers', one at a time, so that
 both fit. The result is a file as of `python -m bench run`, of one row a stage.
+
+`compare` draws with the same pipeline made of diffusers' and transformers' parts as well (work/parts.py), stage by stage in
+turns. Its parts expand the experts, 38 GB at the released size: a sixteenth of it fits everywhere.
 """
 
 from __future__ import annotations
@@ -41,9 +44,9 @@ from lens.packing import plan
 from lens.text_encoder import ChatTokenizer, TextEncoder
 from lens.vae import PixelCodec
 
-from .case import OURS
+from .case import OURS, LeftOut
 from .machine import card, folder_name, state
-from .work import checkpoint
+from .work import checkpoint, parts
 from .work.drawing import NoEncoder
 from .work.experts import bfloat16
 
@@ -323,14 +326,7 @@ def _result(
             "processor_seconds": record.processor.get(stage),
         }
         more |= {"memory": record.memory.get(stage), "read": record.read.get(stage)}
-        stats = {
-            "min": min(data),
-            "max": max(data),
-            "median": statistics.median(data),
-            "rounds": len(data),
-            "data": data,
-        }
-        benchmarks.append({"group": case, "name": case, "fullname": case, "extra_info": more, "stats": stats})
+        benchmarks.append({"group": case, "name": case, "fullname": case, "extra_info": more, "stats": _stats(data)})
     cpu = torch.device("cpu")
     return {
         "machine_info": card(cpu),
@@ -345,6 +341,11 @@ def _result(
             },
         },
     }  # fmt: skip
+
+
+def _stats(data: list[float]) -> dict[str, Any]:
+    middle = statistics.median(data)
+    return {"min": min(data), "max": max(data), "median": middle, "rounds": len(data), "data": data}
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -368,8 +369,8 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """`full_size make` and `full_size run`."""
-    kinds = parser.add_subparsers(required=True, metavar="make | run")
+    """`full_size make`, `full_size run` and `full_size compare`."""
+    kinds = parser.add_subparsers(required=True, metavar="make | run | compare")
     make = kinds.add_parser("make", help="write a checkpoint of the released size, 22 or 30 GB, with random weights")
     make.add_argument("folder", type=Path, help="new, or begun by this command and then finished")
     make.add_argument("--dtype", choices=["bf16", "fp32"], default="bf16", help="of the transformer (default: bf16)")
@@ -398,6 +399,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     run.add_argument("--out", type=Path, help="default: bench/results/<device>/full_size.json")
     run.set_defaults(do=_run)
+    compare = kinds.add_parser(
+        "compare", help="draw with it and with diffusers' and transformers' parts; writes full_size_parts.json"
+    )
+    compare.add_argument("folder", type=Path)
+    compare.add_argument("--variant", choices=list(VARIANTS), default="turbo")
+    compare.add_argument("--size", type=_size, default=(512, 512), metavar="WIDTHxHEIGHT", help="default: 512x512")
+    compare.add_argument("--rounds", type=int, default=3, help="that count, after one that does not (default: 3)")
+    compare.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    compare.add_argument("--out", type=Path, help="default: bench/results/<device>/full_size_parts.json")
+    compare.set_defaults(do=_compare)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -420,6 +431,44 @@ def _make(options: argparse.Namespace) -> int:
         print(f"bench full_size make: {error}", file=sys.stderr)
         return 1
     print(f"{options.folder}: {written / 1e9:.2f} GB in {time.perf_counter() - began:.0f} s")
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    cpu = torch.device("cpu")
+    before = state(cpu)
+    try:
+        turns = parts.compare(options.folder, options.variant, options.size, options.rounds)
+    except (OSError, ValueError, LeftOut) as error:
+        print(f"bench full_size compare: {error}", file=sys.stderr)
+        return 1
+    identity, side = card(cpu), f"{options.size[0]}x{options.size[1]}"
+    benchmarks = []
+    for (stage, subject), seconds in turns.wall.items():
+        case = f"full_size/{options.variant}/{side}/bf16/{stage}"
+        used = turns.processor[stage, subject]
+        more = {"case": case, "subject": subject, "band": max(used) / min(used) - 1, "processor_seconds": min(used)}
+        benchmarks.append({"group": case, "name": case, "fullname": case, "extra_info": more, "stats": _stats(seconds)})
+    result = {
+        "machine_info": identity,
+        "benchmarks": benchmarks,
+        "bench": {
+            "before": before, "after": state(cpu), "asked": {"cases": [b["name"] for b in benchmarks], "subjects": None},
+            "left_out": {}, "failed": {},
+            "full_size": {"apart": turns.apart, "encoder_bytes": turns.encoder_bytes, "rounds": options.rounds},
+        },
+    }  # fmt: skip
+    out = options.out or RESULTS / folder_name(identity["identity"]) / "full_size_parts.json"
+    write_json(out, json.loads(json.dumps(result)))
+    print(f"{'stage':12}{'ours':>9}{'parts':>9}{'ratio':>8}{'apart':>10}   seconds of the processor, best round")
+    for stage in (*parts.STAGES, "whole"):
+        own, other = (turns.best(name, parts.STAGES if stage == "whole" else (stage,)) for name in (OURS, parts.PARTS))
+        apart = f"{turns.apart[stage]:10.1e}" if stage in turns.apart else ""
+        print(f"{stage:12}{own:9.2f}{other:9.2f}{other / own:8.2f}{apart}")
+    print(f"text encoder: {', '.join(f'{name} {n / 1e9:.2f} GB' for name, n in turns.encoder_bytes.items())}")
+    print(out)
     return 0
 
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from bench import __main__ as command
 from bench import full_size
 from bench.result import parse, table
-from bench.work import checkpoint
+from bench.work import checkpoint, parts
 from lens import LensPipeline, pipeline
 from lens.cli import __main__ as cli
 from lens.cost import transformer_parameters
@@ -81,6 +81,26 @@ def test_it_is_drawn_with_and_every_stage_is_measured(folder, tmp_path, capsys):
         assert error <= 1.2 * full["errors"][f"{name} by transformers"]
     assert "relative error" in capsys.readouterr().out
     assert "load_transformer" in table(parse(out, made))
+
+
+def test_it_is_drawn_with_by_the_parts_of_others_as_well(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "parts.json"
+    arguments = ["full_size", "compare", str(folder), "--size", "96x64", "--rounds", "2", "--out", str(out)]
+    assert command.main(arguments) == 0
+    made = json.loads(out.read_text())
+    rows = parse(out, made).rows
+    assert {(case.rsplit("/", 1)[1], subject) for case, subject in rows} == {
+        (stage, subject) for stage in ("prompt", "denoise", "decode") for subject in ("ours", "parts")
+    }
+    full = made["bench"]["full_size"]
+    bounds = {"prompt": 5e-2, "denoise": 5e-2, "decode": 5e-2}  # bfloat16 against bfloat16
+    assert all(full["apart"][stage] <= bound for stage, bound in bounds.items()), full["apart"]
+    foreseen = parts.expanded_bytes(folder / "text_encoder", 4)  # but for buffers and the last norm
+    assert full["encoder_bytes"]["parts"] == pytest.approx(foreseen, rel=1e-3)
+    assert "whole" in capsys.readouterr().out
+    monkeypatch.setattr(parts, "available_bytes", lambda: 1000)
+    assert command.main(arguments) == 1
+    assert "with its experts in bfloat16, 0.0 GB are free" in capsys.readouterr().err
 
 
 def test_the_command_draws_with_it(folder, tmp_path, monkeypatch):
