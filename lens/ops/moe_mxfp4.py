@@ -35,7 +35,8 @@ def moe_mxfp4(
     gate_up_blocks: uint8 [E, 2 F, D / 32, 16], down_blocks: uint8 [E, D, F / 32, 16]: two E2M1 values a byte, low half first
     gate_up_scales: uint8 [E, 2 F, D / 32], down_scales: uint8 [E, D, F / 32]: 2^(s - 127) for 32 values; 255 is NaN
     A row's bits depend neither on the other rows nor on the number of threads. On a GPU so for bfloat16, which its kernel
-    multiplies, with up to 1024 experts and D and F up to 26,000; other dtypes run the specification there.
+    multiplies, with up to 1024 experts, D and F up to 26,000 and arrays on 16-byte boundaries (else RuntimeError); other dtypes
+    run the specification there.
     Raises ValueError for shapes, dtypes or devices that do not fit, D or F that are no multiple of 32, K not in 1 to E;
     RuntimeError if a gradient is asked for.
     """
