@@ -33,7 +33,7 @@ ifeq ($(wildcard /dev/nvidiactl),)
 demo gallery: export LENS_CUDA ?= OFF
 endif
 demo: build
-	$(BIN)/lens generate --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png --seed 1
+	$(BIN)/lens generate --model mini-turbo --file lens/mini/demo_prompts.txt -o demo/ --sheet demo/sheet.png --seed 1
 	@echo 'Look at demo/sheet.png'
 
 gallery: build

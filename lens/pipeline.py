@@ -152,8 +152,8 @@ class LensPipeline:
         encoder: str | None = None,
         memory: float | None = None,
     ) -> LensPipeline:
-        """Load a checkpoint: "mini", "mini-base", "mini-rl", a folder in the released layout, an adapter's folder that names
-        its base, a hub id, a transformer's .safetensors file.
+        """Load a checkpoint: "mini", "mini-base", "mini-rl", "mini-turbo", a folder in the released layout, an adapter's
+        folder that names its base, a hub id, a transformer's .safetensors file.
 
         variant: "lens" | "turbo" | "base" sets default steps and guidance; None reads our metadata, else the id's or
         folder's name. device, dtype: None means cuda and bfloat16 where usable, else cpu and float32, or bfloat16 for a

@@ -33,9 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+import lens
 from lens import sampler
 from lens.formats.files import read_json, write_json
-from lens.formats.hub import resolve
+from lens.formats.hub import EMBEDDED, resolve
 from lens.formats.lora import CONFIG
 from lens.formats.released import (
     load_scheduler,
@@ -846,8 +847,10 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     )
     about = dict(read_index(options.init).get("lens", {}))
     about |= {"variant": "turbo", "num_inference_steps": recipe.STUDENT_STEPS, "guidance_scale": 1.0}
+    name = str(about.get("name", "Lens"))
+    about["name"] = f"{name.removesuffix('-RL')}-Turbo"
     about["distilled"] = {"sampler": recipe.STUDENT_SAMPLER, "steps": recipe.STUDENT_STEPS, "grid": recipe.GRID}
-    made = configs.fields(recipe) | {"INIT": base_name(options.init), "STEP": step_of(found)}
+    made = configs.fields(recipe) | {"INIT": base_name(options.adapter or options.init), "STEP": step_of(found)}
     earlier = read_json(options.init / "recipe.json") if (options.init / "recipe.json").is_file() else {}
     for place in (folder, folder / "lora") if lora else (folder,):
         write_json(place / "model_index.json", released_index(about))
@@ -858,5 +861,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
 
 
 def base_name(folder: Path) -> str:
-    """What an adapter calls the model it adapts: the shipped one by its name, any other by its folder."""
-    return "mini-base" if folder.resolve() == resolve("mini-base").resolve() else str(folder)
+    """What a model is called that another was made of: a shipped one by its name, any other by its folder."""
+    inside = Path(lens.__file__).parent / "mini"
+    names = {inside / part: name for name, part in EMBEDDED.items() if name != "mini"}
+    return names.get(folder.resolve(), str(folder))

@@ -124,9 +124,11 @@ def test_the_python_example_runs(tmp_path, monkeypatch):
 def test_its_picture_is_what_these_weights_draw(tmp_path):
     """The sheet's first picture, redrawn. Other CPUs round otherwise, so it is held to be alike, not equal."""
     command = next(c for c in COMMANDS if "docs/images/mini_sheet.png" in c)
-    assert "--file lens/mini/demo_prompts.txt --seed 1 " in command
+    assert "generate --model mini-turbo --file lens/mini/demo_prompts.txt --seed 1 " in command
     first = next(line for line in (ROOT / "lens/mini/demo_prompts.txt").read_text().splitlines() if line[0] != "#")
-    result = CliRunner().invoke(cli.app, ["generate", first, "--seed", "1", "-o", str(tmp_path / "x.png")])
+    result = CliRunner().invoke(
+        cli.app, ["generate", first, "--model", "mini-turbo", "--seed", "1", "-o", str(tmp_path / "x.png")]
+    )
     assert result.exit_code == 0, result.output
     with Image.open(tmp_path / "x.png") as image, Image.open(ROOT / "docs/images/mini_sheet.png") as sheet:
         again = np.asarray(image.convert("RGB"), dtype=float)

@@ -471,6 +471,7 @@ def test_an_export_says_how_its_student_draws(tmp_path):
     own = recipe(STUDENT_SAMPLER="renoise")
     own.MODEL = vars(model.config)
     distill.export(options, own)
+    assert json.loads((tmp_path / "turbo" / "model_index.json").read_text())["lens"]["name"].endswith("-Turbo")
     defaults = read_defaults(tmp_path / "turbo", None, "turbo")
     assert (defaults.num_inference_steps, defaults.guidance_scale, defaults.distilled.sampler) == (4, 1.0, "renoise")
     assert load_scheduler(tmp_path / "turbo" / "scheduler").stochastic_sampling
@@ -541,6 +542,8 @@ def test_a_student_of_an_adapter_is_one_adapter_of_the_base(tmp_path, capsys):
     distill.export(options, own)
     config = json.loads((tmp_path / "turbo" / "lora" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (5, 5, str(FOLDER))
+    made = json.loads((tmp_path / "turbo" / "lora" / "recipe.json").read_text())["distill"]
+    assert (made["INIT"], made["STEP"]) == (str(tmp_path / "rl"), 10)
     assert "img_mlp.w2" in config["target_modules"]
     joined, whole = (LensPipeline.from_pretrained(tmp_path / n, dtype=torch.float32) for n in ("turbo/lora", "turbo"))
     assert joined.defaults.distilled == whole.defaults.distilled

@@ -48,10 +48,10 @@ TASKS = {
     "row": 0.09,
     "text": 0.02,
 }
-FIRST_SEED = pretrain_128.FIRST_SEED + 50_000_000  # scenes that no stage before has seen
+FIRST_SEED = pretrain_128.FIRST_SEED + 80_000_000  # scenes that no stage before has seen
 # shares of the scenes: a base's square, and what its other sizes have together (several ratios share a size)
-SQUARES = {64: 0.07, 96: 0.04, 128: 0.64}
-OTHERS = {64: 0.06, 96: 0.04, 128: 0.15}
+SQUARES = {64: 0.06, 96: 0.05, 128: 0.49}
+OTHERS = {64: 0.05, 96: 0.07, 128: 0.28}
 
 
 def _sizes() -> dict[tuple[int, int], float]:
