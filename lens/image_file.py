@@ -109,8 +109,9 @@ class Recipe:
     def machine(self) -> Machine:
         return Machine(self.threads, self.hardware, self.torch_version)
 
-    def to_json(self) -> str:
-        values = {name: value for name, value in asdict(self).items() if value or name not in _UNWRITTEN}
+    def to_json(self, **beside: Any) -> str:
+        """One line; `beside` comes first: what is no part of the recipe."""
+        values = beside | {name: value for name, value in asdict(self).items() if value or name not in _UNWRITTEN}
         return json.dumps(values, ensure_ascii=False)
 
     def parameters(self) -> str:

@@ -115,13 +115,14 @@ TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "pro
 OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
 NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {image_file.DEFAULT_NAME})."
 SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
-MODEL = f"{', '.join(shipped())}, a folder in the released layout, a hub id, or a transformer's .safetensors file (default: mini)."
+MODEL = f"{', '.join(shipped())}, a folder in the released layout, a hub id or a .safetensors file (default: mini)."
 TRANSFORMER = "The transformer from another place: a .safetensors file or a folder."
 TEXT_ENCODER = "The text encoder from another place, with the tokenizer beside it or inside."
 VAE = "The VAE from another place."
 TOKENIZER = "The tokenizer from another place: a folder or a tokenizer.json."
 WEIGHTS_VARIANT = "Which weights, where a folder has several, as diffusers names files, fp16 (default: those without)."
 REVISION = "Branch, tag or commit of a hub id (default: its main branch)."
+JSON = "Print a line of JSON for every picture, its path and recipe, in place of the path."
 LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; repeatable."
 LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
 VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
@@ -177,6 +178,7 @@ def generate(
     residency: Annotated[Residence | None, _where("--residency", help=RESIDENCY)] = None,
     memory: Annotated[float | None, _where("--memory", metavar="GB", help=MEMORY)] = None,
     batch_size: Annotated[int | None, _where("--batch-size", min=1, help=BATCH)] = None,
+    as_json: Annotated[bool, _files("--json", help=JSON)] = False,
     quiet: Annotated[bool, _where("--quiet", "-q", help="Print the pictures' paths only.")] = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -288,14 +290,15 @@ def generate(
                     )
                     image_file.save_png(image, paths[k], made)
                     saved.append(paths[k])
-                    typer.echo(paths[k])
+                    typer.echo(made.to_json(path=str(paths[k])) if as_json else paths[k])
                     if sheet is not None:
                         drawn.append(image)
         seconds = time.perf_counter() - loaded
         if sheet is not None:
             captions = [f"{wish or text}\nseed {number}" for wish, text, number in zip(wishes, texts, seeds)]
             image_file.save_png(image_file.contact_sheet(drawn, captions, scale), sheet)
-            typer.echo(sheet)
+            if not as_json:
+                typer.echo(sheet)
         if not quiet:
             terminal.summary(pipe, sizes, n_steps, strength, machine.threads, seconds, loaded - began)
         if refused:

@@ -333,6 +333,19 @@ def test_today_is_written_into_the_recipe_as_a_date(tmp_path):
     assert len(image_file.read_recipe(path).chat_date) == len("2026-05-23")
 
 
+def test_json_tells_path_and_recipe_a_picture_a_line(tmp_path):
+    sheet = tmp_path / "s.png"
+    done = generate("a red apple", "two\nstars", "--seed", "3", "-o", tmp_path, "--json", "--sheet", sheet, "-q")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["a red apple", "two\nstars"]
+    assert [line["seed"] for line in lines] == [3, 4]
+    for line in lines:
+        path = Path(line.pop("path"))
+        assert json.loads(image_file.read_recipe(path).to_json()) == line
+    assert sheet.is_file()
+
+
 def test_quiet_prints_paths_alone(tmp_path):
     result = generate("a dog", "-q", "-o", tmp_path / "x.png")
     assert result.stdout == f"{tmp_path / 'x.png'}\n"
@@ -847,7 +860,7 @@ def test_help_is_complete():
     options = {line.split()[1]: line for line in text.splitlines() if line.startswith("│ --")}
     for parameter in inspect.signature(cli.generate).parameters:
         if parameter != "prompts":
-            line = options[f"--{parameter.replace('_', '-')}"]
+            line = options[f"--{parameter.removeprefix('as_').replace('_', '-')}"]
             assert re.search(r"  [A-Z\"m].*\.\s*│$", line), f"no help text: {line}"
 
 
