@@ -216,7 +216,9 @@ def distillation_dry_run(recipe: ModuleType, world: int, shard: int | None, gpu:
     simulated = (recipe.STUDENT_STEPS - 1) / 2
     fake = simulated + 1 + 3 + tapped * (3 if recipe.R1_GAMMA else 2)
     student = simulated + 3 + 1 + 3 + 2 * tapped
+    guided = simulated + 2 + 3
     cycle = recipe.FAKE_UPDATES * fake + student
+    passes = recipe.STEPS * cycle + recipe.FAKE_WARMUP * fake + recipe.GUIDED_STEPS * guided
     lines = [
         f"{recipe.__name__.removeprefix('train.configs.')} on {world} x {gpu}, {world // shard} x {shard} (replicas x shards)",
         "",
@@ -224,7 +226,7 @@ def distillation_dry_run(recipe: ModuleType, world: int, shard: int | None, gpu:
         f"pictures a turn      {pictures:8.0f}",
         f"a student step       {cycle:8.1f} forward passes of all its pictures, {recipe.FAKE_UPDATES} turns of the fake score included",
         f"FLOPs a student step {cycle * forward / 1e15:8.2f} e15",
-        *hours_of((recipe.STEPS * cycle + recipe.FAKE_WARMUP * fake) * forward, gpu),
+        *hours_of(passes * forward, gpu),
         "",
         f"memory of a GPU, {capacity / 1e9:.0f} GB",
     ]

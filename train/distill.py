@@ -1,11 +1,11 @@
 """Stage "distill": a student of four steps without guidance, from a guided teacher of many: Turbo. docs/distillation.md has why.
 
-    python -m train distill --config mini --init lens/mini/base --out runs/turbo --stop-after 5m
-    python -m train distill --config mini --init lens/mini/base --out runs/turbo --stop-after 5m    # again to resume
-    python -m train distill --config mini --init lens/mini/base --out runs/turbo --sweep            # fake rate x CA weight
-    python -m train distill --config mini --init lens/mini/base --out runs/turbo --ablate           # the recipe's parts
-    python -m train distill --config mini --init lens/mini/base --out runs/turbo --export runs/mini-turbo
-    python -m train distill --config mini --init lens/mini/base --out runs/style --lora r=64        # adapters alone
+    python -m train distill --config mini --init mini-rl --out runs/turbo --stop-after 5m
+    python -m train distill --config mini --init mini-rl --out runs/turbo --stop-after 5m           # again to resume
+    python -m train distill --config mini --init mini-rl --out runs/turbo --sweep                   # fake rate x CA weight
+    python -m train distill --config mini --init mini-rl --out runs/turbo --ablate                  # the recipe's parts
+    python -m train distill --config mini --init mini-rl --out runs/turbo --export runs/mini-turbo
+    python -m train distill --config mini --init mini-rl --out runs/style --lora r=16               # adapters alone
     python -m train distill --config released --dry-run
     torchrun --nproc-per-node 8 -m train distill --config released --init CHECKPOINT --data SHARDS --device cuda
 
@@ -61,7 +61,7 @@ from .data.small_world.scene import Scene
 from .data.small_world.world import World
 from .evaluate import distillation as watch
 from .loop import ranks
-from .loop.adapter_model import base_of, is_adapter, joined, made_whole
+from .loop.adapter_model import MADE_OF, base_of, is_adapter, joined, made_whole
 from .loop.checkpoints import Checkpoints, read_state, step_of, write_text
 from .loop.clock import Clock, duration, positive
 from .loop.ema import Ema
@@ -590,8 +590,8 @@ def run(options: argparse.Namespace) -> int:
 
 
 def make_whole(options: argparse.Namespace) -> None:
-    """OUT/teacher, where the teacher is an adapter and its sum with the base is not there yet."""
-    if options.adapter is not None and not (options.init / "model_index.json").is_file():
+    """OUT/teacher, where the teacher is an adapter: its sum with the base."""
+    if options.adapter is not None:
         made_whole(options.adapter, options.init)
 
 
@@ -840,7 +840,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
             write_lora(both, Lora(rank, rank, targets), folder / "lora", torch.bfloat16, base)
         merge_lora(model)
     if folder.resolve() != options.init.resolve():
-        shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
+        shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", MADE_OF))
     save_transformer(model, folder / "transformer", torch.bfloat16)
     write_json(
         folder / "scheduler" / "scheduler_config.json", released_scheduler(student_scheduler(recipe, options.init))

@@ -91,9 +91,8 @@ class Sizes:
     denoise: int
     decode: int
     process: int = 0  # besides all of them, always
-    visiting: int | None = (
-        None  # of a text encoder on demand, at once, where no other part leaves; None: all of it, and of others
-    )
+    # of a text encoder on demand, at once, where no other part leaves; None: all of it, and of others
+    visiting: int | None = None
 
 
 def module_bytes(module: nn.Module) -> int:

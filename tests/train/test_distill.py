@@ -19,6 +19,7 @@ from train import configs, cost, distill
 from train.__main__ import main
 from train.evaluate import distillation as watch
 from train.loop import ranks
+from train.loop.adapter_model import made_whole
 from train.loop.checkpoints import Checkpoints
 from train.loop.keys import keyed
 from train.loop.lean_adamw import LeanAdamW
@@ -441,6 +442,9 @@ def test_the_dry_run_counts_all_networks(capsys):
     assert (
         "       29 A100 hours by peak: 0.01% of Lens's 192,000, 0.003% of Z-Image's" in told
     )  # as docs/reproduce.md has it
+    more = ["--set", "GUIDED_STEPS=1000"]  # 6.5 forward passes each, beside 41 of a student step
+    assert main(["distill", "--config", "released", "--dry-run", "--gpu", "h200", "--world", "8", *more]) == 0
+    assert "       33 A100 hours by peak" in capsys.readouterr().out
     whole = cost.distillation_memory(RELEASED, LensConfig(), 1, 1000)
     assert whole["student: float32 masters"] == pytest.approx(16.4e9, rel=0.01)
     assert whole["teacher, frozen"] == pytest.approx(8.2e9, rel=0.01)
@@ -531,6 +535,11 @@ def test_a_student_of_an_adapter_is_one_adapter_of_the_base(tmp_path, capsys):
     adapted = LensPipeline.from_pretrained(tmp_path / "rl", dtype=torch.float32).transformer.state_dict()
     for name, value in teacher.state_dict().items():
         torch.testing.assert_close(adapted[name], value, rtol=1e-6, atol=1e-7)
+
+    distill.make_whole(options)  # as a resume does: the same adapter's is kept
+    save_lora(drawn(Denoiser(base.config), first, 5), first, tmp_path / "other", torch.bfloat16, str(FOLDER))
+    with pytest.raises(ValueError, match=r"teacher: made of another adapter than .*other"):
+        made_whole(tmp_path / "other", options.init)
 
     student = Denoiser(teacher.config)
     student.load_state_dict(teacher.state_dict())

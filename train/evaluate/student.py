@@ -1,6 +1,6 @@
 """A student of few steps held against its guided teacher and against true pictures: what its distillation promises.
 
-    python -m train evaluate student --model runs/turbo/mini-turbo --teacher lens/mini/base --size 128x128 --count 2000
+    python -m train evaluate student --model mini-turbo --teacher mini-rl --guidance 2 --size 128x128 --count 2000
 
 Unseen scenes of all tasks, the first of a row of seeds, captions as they are drawn for training; picture i has seed i. Of each scene: the
 true render through the model's own VAE (`truth`), the teacher in --teacher-steps with guidance, the teacher in as many steps

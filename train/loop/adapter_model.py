@@ -15,8 +15,11 @@ import torch
 from torch import Tensor
 
 from lens.formats import lora as files
+from lens.formats.files import read_json, write_json
 from lens.formats.parts import find
 from lens.formats.released import load_transformer, save_transformer
+
+MADE_OF = "made_of.json"  # beside a model that was made whole: the fingerprint of its adapter
 
 
 def is_adapter(folder: Path) -> bool:
@@ -31,17 +34,25 @@ def base_of(adapter: Path) -> Path:
 
 def made_whole(adapter: Path, folder: Path) -> None:
     """The model that an adapter's folder is, with the base that it names, as `folder` in the released layout; the sum is
-    float32, so that nothing of a small adapter is rounded away. model_index.json comes last: it is there where all is.
-    Errors: those of the pipeline's loading."""
-    model = load_transformer(find(adapter).transformer, torch.float32, "cpu")
-    files.merge(files.read(adapter, model), model)
-    left = shutil.ignore_patterns("transformer", "model_index.json", "*.jsonl", "scores.json")
-    shutil.copytree(base_of(adapter), folder, dirs_exist_ok=True, ignore=left)
+    float32, so that nothing of a small adapter is rounded away. One that is there already stays. Errors: those of the
+    pipeline's loading; ValueError where the one that is there was made of another adapter."""
+    base, mark = base_of(adapter), folder / MADE_OF
+    model = load_transformer(base / "transformer", torch.float32, "cpu")
+    change = files.read(adapter, model)
+    if mark.is_file():  # written last: all of it is there
+        if read_json(mark) != {"adapter": change.fingerprint}:
+            raise ValueError(
+                f"{folder}: made of another adapter than {adapter}; expected an empty --out, or that adapter"
+            )
+        return
+    files.merge(change, model)
+    left = shutil.ignore_patterns("transformer", "*.jsonl", "scores.json")
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=left)
     save_transformer(model, folder / "transformer", torch.float32)
     for about in ("recipe.json", "model_index.json"):
-        source = next(f for f in (adapter, base_of(adapter)) if (f / about).is_file() or f != adapter)
-        if (source / about).is_file():
-            shutil.copyfile(source / about, folder / about)
+        if (adapter / about).is_file():
+            shutil.copyfile(adapter / about, folder / about)
+    write_json(mark, {"adapter": change.fingerprint})
 
 
 def pairs_of(adapter: Path) -> Mapping[str, files.Pair]:

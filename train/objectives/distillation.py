@@ -161,13 +161,17 @@ class Distillation:
         t = sigma.to(x.device).expand(len(x))
         return dmd.clean(x, given.velocity(student, x, self.told(t)), t)
 
-    def drawn(self, student: nn.Module, given: Given, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
-        """(picture [B, I, C], t_k) of this step."""
+    def reached(self, student: nn.Module, given: Given, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(x_tk [B, I, C], t_k) of this step: where the student's own steps lead, without a gradient."""
         k, sigmas = self.place(batch.step), self.sigmas(batch.bucket.tokens, batch.step)
         renoise = self.recipe.STUDENT_SAMPLER == "renoise"
         noises = [self.normal(f"renoise {j}", batch, like) for j in range(k)] if renoise else []
-        x = self.simulate(student, given, self.normal("start", batch, like), sigmas, k, noises)
-        return self.picture(student, given, x, sigmas[k]), sigmas[k]
+        return self.simulate(student, given, self.normal("start", batch, like), sigmas, k, noises), sigmas[k]
+
+    def drawn(self, student: nn.Module, given: Given, batch: Batch, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(picture [B, I, C], t_k) of this step."""
+        x, t_k = self.reached(student, given, batch, like)
+        return self.picture(student, given, x, t_k), t_k
 
     def given(self, batch: Batch) -> tuple[Tensor, Given]:
         """The batch's latents, float32, and what its networks are told."""
@@ -210,19 +214,15 @@ class Distillation:
         """Of the student before all turns: mean |v_theta - v_w|^2 at the state x_tk of its own steps, where v_w is what the sampler
         makes of the teacher's v_c and v_u by TEACHER_GUIDANCE. Guidance distillation (arXiv 2210.03142, section 3.1), on the grid of
         the student: its minimum draws in STUDENT_STEPS unguided steps what the teacher draws in as many guided ones."""
-        recipe, (real, given) = self.recipe, self.given(batch)
-        k, sigmas = self.place(batch.step), self.sigmas(batch.bucket.tokens, batch.step)
-        noises = []
-        if recipe.STUDENT_SAMPLER == "renoise":
-            noises = [self.normal(f"renoise {j}", batch, real) for j in range(k)]
-        x = self.simulate(networks["student"], given, self.normal("start", batch, real), sigmas, k, noises)
-        t = self.told(sigmas[k].to(x.device).expand(len(x)))
+        real, given = self.given(batch)
+        x, t_k = self.reached(networks["student"], given, batch, real)
+        t = self.told(t_k.to(x.device).expand(len(x)))
         offsets = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * x.shape[1]
         with torch.no_grad():
             c, u = given.velocity(teacher, x, t), given.without_text().velocity(teacher, x, t)
-            rows = sampler.guided(c.flatten(0, 1), u.flatten(0, 1), recipe.TEACHER_GUIDANCE, offsets)
-        apart = (given.velocity(networks["student"], x, t) - rows.view_as(x)).square().mean((1, 2))
-        terms = {"from_guided": apart.detach().mean(), "guided_from_c": (c - rows.view_as(x)).square().mean()}
+            w = sampler.guided(c.flatten(0, 1), u.flatten(0, 1), self.recipe.TEACHER_GUIDANCE, offsets).view_as(x)
+        apart = (given.velocity(networks["student"], x, t) - w).square().mean((1, 2))
+        terms = {"from_guided": apart.detach().mean(), "guided_from_c": (c - w).square().mean()}
         return {"student": Losses(apart, times=t, terms=terms)}
 
     @torch.no_grad()
