@@ -207,13 +207,26 @@ def gemms(device: torch.device) -> list[Finding]:
     return [Finding(section, name, BROKEN if by == "none" else OK, f"{by}: {why}") for name, by, why in rows]
 
 
+def _available() -> int | None:
+    """Bytes of memory that a process can have without swapping; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
 def memory(device: torch.device) -> list[Finding]:
-    """What the released model would peak at under each residency, one 1024x1024 guided picture at a time."""
+    """What the released model would peak at under each residency, one 1024x1024 guided picture at a time. On a CPU: of those
+    that are a choice there, and of the whole process."""
     section = "Residency of the released model"
-    sizes = residency.released_sizes()
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type == "cuda":
+        sizes, names, free = residency.released_sizes(), tuple(residency.PRESETS), torch.cuda.mem_get_info(device)[0]
+    else:
+        sizes, names, free = residency.released_cpu_sizes(), residency.CPU_NAMES, _available()
     found = []
-    for name, policy in residency.PRESETS.items():
+    for name in names:
+        policy = residency.PRESETS[name]
         fits = free is None or residency.fits(sizes, policy, free)
         detail = residency.describe(sizes, policy)
         if free is not None:

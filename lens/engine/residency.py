@@ -36,6 +36,8 @@ TIERS = ("resident", "on_demand")
 STAGES = {"encode": "text_encoder", "denoise": "transformer", "decode": "vae"}
 ENCODER_BYTES = 12_800_000_000  # GPT-OSS-20B without its output layer, experts in MXFP4
 EXPANDED_BYTES = 40_670_000_000  # the same, all of it in bfloat16
+# of one of its 24 layers: 32 experts of three 2880 x 2880 matrices at 4.25 bits, the attention's matrices in bfloat16
+LAYER_BYTES = 32 * 3 * 2880 * 2880 * 17 // 32 + 2 * 2880 * (2 * 64 * 64 + 2 * 8 * 64)
 MARGIN = 0.92  # share of the free memory a plan may fill: the libraries' own buffers and the allocator's rounding
 
 
@@ -151,6 +153,13 @@ def released_sizes(tokens: int = 4096, images: int = 1, guided: bool = True, pac
     weights, modulation = transformer_parameters(config)
     work = work_bytes(config, (128, 256, 512, 512), tokens, images, guided)
     return Sizes(ENCODER_BYTES if packed else EXPANDED_BYTES, 2 * weights, 2 * modulation, 2 * 84_046_115, **work)
+
+
+def released_cpu_sizes(tokens: int = 4096, images: int = 1, guided: bool = True) -> Sizes:
+    """The same on a CPU, by our own text encoder: rows of its embedding are pages of a file, few of which are read."""
+    layers = max(LensConfig().selected_layer_index) + 1
+    channels = (128, 256, 512, 512)
+    return cpu_sizes(LensConfig(), layers * LAYER_BYTES, LAYER_BYTES, 2 * 84_046_115, channels, tokens, images, guided)
 
 
 def predict(sizes: Sizes, residency: Residency) -> dict[str, int]:

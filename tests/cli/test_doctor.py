@@ -15,7 +15,7 @@ from lens.doctor import ops as doctor_ops
 from lens.doctor import report, selftest
 from lens.doctor.findings import BROKEN, NOTE, OK
 from lens.doctor.ops import OPS
-from lens.engine import batch_invariance, residency
+from lens.engine import batch_invariance
 from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
 from lens.ops.linear import choice as linear_choice
@@ -245,10 +245,13 @@ def test_every_attention_library_is_told_with_its_reason(monkeypatch):
 
 
 def test_the_memory_of_every_residency_is_told(monkeypatch):
-    findings = report.memory(CPU)
-    assert [f.name for f in findings] == list(residency.PRESETS)
-    assert {f.status for f in findings} == {OK}
-    assert "text_encoder resident, transformer resident, vae resident, modulation resident" in findings[0].detail
+    monkeypatch.setattr(report, "_available", lambda: 16 << 30)
+    on_cpu = {f.name: f for f in report.memory(CPU)}
+    assert {name: f.status for name, f in on_cpu.items()} == {"trimmed": NOTE, "balanced": OK}
+    assert "text_encoder on_demand, transformer resident, vae resident, modulation host" in on_cpu["balanced"].detail
+    assert "does not fit 16.0 GiB free" in on_cpu["trimmed"].detail
+    monkeypatch.setattr(report, "_available", lambda: None)
+    assert {f.status for f in report.memory(CPU)} == {OK}, "a system that does not tell"
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (18 << 30, 24 << 30))
     fits = {f.name: f.status for f in report.memory(torch.device("cuda"))}
     assert (fits["resident"], fits["lean"]) == (NOTE, OK)

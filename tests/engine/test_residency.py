@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import threading
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -496,6 +498,16 @@ def test_modulation_weights_are_read_when_something_is_to_change_them():
     assert same_bits(list(rest.state_dict().values()), list(whole.state_dict().values()))
     assert rest.stored_modulation is None
     recall_modulation(whole)  # where none was left
+
+
+@pytest.mark.parametrize(("name", "file"), [("trimmed", "full_size.json"), ("balanced", "full_size_balanced.json")])
+def test_predictions_for_the_released_model_are_near_what_was_measured(name, file):
+    """512x512 without guidance, the process's highest resident bytes: within the 12 % that `--memory` promises."""
+    results = Path(__file__).parents[2] / "bench/results/xeon"
+    runs = json.loads((results / file).read_text(encoding="utf-8"))["benchmarks"]
+    peak = max(run["extra_info"]["memory"]["peak"] for run in runs if run["extra_info"]["memory"])
+    predicted = residency.peak(residency.released_cpu_sizes(1024, guided=False), PRESETS[name])
+    assert abs(predicted - peak) <= 0.12 * peak
 
 
 def test_what_a_cpu_needs_in_each_stage():
