@@ -220,6 +220,7 @@ def memory(device: torch.device) -> list[Finding]:
     """What the released model would peak at under each residency, one 1024x1024 guided picture at a time. On a CPU: of those
     that are a choice there, and of the whole process."""
     section = "Residency of the released model"
+    free: int | None
     if device.type == "cuda":
         sizes, names, free = residency.released_sizes(), tuple(residency.PRESETS), torch.cuda.mem_get_info(device)[0]
     else:
