@@ -6,12 +6,16 @@ STAMP := .venv/.installed
 JOBS ?= $(shell nproc)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+PARALLEL = -n $(JOBS) --dist worksteal  # neighbours stay together, and what a file's tests share is made once
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-# Without a driver nothing here can run on a GPU: one portable target (its PTX serves every later GPU) and Hopper's
-# own prove that the module compiles and links. With a driver, or from pip, the build takes its full list.
+# Without a driver nothing here can run on a GPU: the one target that every kernel has proves that the module compiles and
+# links; cuda-check compiles for the portable one, too. With a driver, or from pip, the build takes its full list.
 ifeq ($(wildcard /dev/nvidiactl),)
-export LENS_CUDA_ARCHS ?= 80 90a
+export LENS_CUDA_ARCHS ?= 90a
+# And nothing but these tools is needed to build. pip's isolated ones lie elsewhere each time, so that `make build` would
+# compile again what was compiled with those.
+TOOLS := 'setuptools>=77' 'pybind11>=2.13' 'cmake>=3.24' 'ninja>=1.10'
 endif
 
 .DEFAULT_GOAL := build
@@ -21,7 +25,8 @@ endif
 $(STAMP): pyproject.toml constraints.txt
 	@echo 'Setting up .venv: PyTorch, the other dependencies, and the kernels (some minutes)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	$(if $(TOOLS),$(PIP) install -q -c constraints.txt $(TOOLS))
+	$(PIP) install -q -c constraints.txt $(if $(TOOLS),--no-build-isolation) -e '.[dev]'
 	@touch $@
 
 # ---- build: lens/_C in place; only what changed in csrc/ is compiled
@@ -42,10 +47,10 @@ gallery: build
 # ---- tests: those that compare running times (tests/bench has them) go alone and first, the rest in parallel
 test: build
 	$(PYTEST) -q -m 'timing and not nightly' tests/bench
-	$(PYTEST) -q -n $(JOBS) -m 'not timing and not nightly'
+	$(PYTEST) -q $(PARALLEL) -m 'not timing and not nightly'
 
 nightly: build
-	$(PYTEST) -q -n $(JOBS) -m nightly
+	$(PYTEST) -q $(PARALLEL) -m nightly
 
 check: $(STAMP)
 	$(BIN)/ruff check .

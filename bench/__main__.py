@@ -12,13 +12,15 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from lens.cli.unread import unread_output_ends
 
-from . import full_size
-from .case import OURS, ConstantData, Disagreement, LeftOut
 from .suites import SUITES, cases
+
+# What imports torch is imported where it is used: --help need not wait for it.
+if TYPE_CHECKING:
+    import torch
 
 
 def _mistake(message: str) -> int:
@@ -27,6 +29,8 @@ def _mistake(message: str) -> int:
 
 
 def _device(name: str | None) -> torch.device:
+    import torch
+
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
@@ -43,6 +47,10 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    import torch
+
+    from .case import ConstantData, Disagreement, LeftOut
+
     device = _device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return _mistake("torch sees no CUDA device")
@@ -89,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _profile(options: argparse.Namespace, chosen: list, device: torch.device) -> int:
+    from .case import OURS
     from .profiling import one_launch, prepared, traced
 
     if len(chosen) != 1:
@@ -130,6 +139,7 @@ def _judge(before: Path, after: Path, subjects: tuple[str, ...] | None) -> int:
 
 def _abba(options: argparse.Namespace) -> int:
     from .abba import abba
+    from .case import OURS
 
     words = [options.suite, "--subject", OURS] if not options.subject else [options.suite]
     for name in ("case", "subject"):
@@ -218,8 +228,8 @@ def _measurement(parser: argparse.ArgumentParser, subjects: str) -> None:
     )
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
+def parser(full_size: bool = True) -> argparse.ArgumentParser:
+    """The command line; the options of `full_size`, whose module takes its time, where they are asked for."""
     top = argparse.ArgumentParser(prog="python -m bench", description="How fast Lens is on this machine.")
     commands = top.add_subparsers(required=True, metavar="list | run | abba | compare | report | full_size | tables")
     listing = commands.add_parser("list", help="ids of all cases this machine can run")
@@ -258,7 +268,10 @@ def parser() -> argparse.ArgumentParser:
     full = commands.add_parser(
         "full_size", help="Lens at its released size with random weights: write it, draw with it"
     )
-    full_size.add_arguments(full)
+    if full_size:
+        from .full_size import add_arguments
+
+        add_arguments(full)
     tables = commands.add_parser("tables", help="committed results into the orders by which lens.ops chooses kernels")
     tables.add_argument("results", type=Path, nargs="*", help="default: all of bench/results")
     tables.add_argument("--check", action="store_true", help="write nothing; exit 1 where a table is stale")
@@ -267,9 +280,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser("full_size" in words).parse_args(words)
     return int(options.do(options))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(unread_output_ends(main))

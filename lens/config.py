@@ -96,6 +96,8 @@ class LensConfig:
 
 
 _LARGEST_SIDE = 1 << 16  # pixels
+DEFAULT_CHAT_DATE = "2026-05-23"  # the template prints a date; frozen so that pictures do not drift from day to day
+MAX_IMAGES = 100_000  # of a call or a command
 MAX_STEPS = 1000  # of a schedule: its modulation table has a row per step, 1.8 MB each of the released model
 VARIANTS = {"lens": (20, 5.0), "turbo": (4, 1.0), "base": (50, 5.0)}  # default steps and guidance
 

@@ -31,7 +31,6 @@ PARAMETERS_KEY = "parameters"  # where other programs and sharing sites look for
 _SAMPLERS = {"euler": "Euler", "dpm2m": "DPM++ 2M"}  # our solvers by the names those know
 MAX_THREADS = 1024  # that a recipe may ask for
 NAME_MAX = 255  # bytes of a file name, of every file system in use
-DEFAULT_NAME = "{index:03d}-{prompt}-{seed}"
 _SLUG = 40  # characters
 _NAME_FIELDS = ("index", "prompt", "seed")
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from . import notices, resolution, sampler
 from .arguments import count, finite, shortened
-from .config import MAX_STEPS, Defaults, Distilled
+from .config import DEFAULT_CHAT_DATE, MAX_IMAGES, MAX_STEPS, Defaults, Distilled
 from .packing import Grid, expect_tensors
 from .resolution import TOKEN_PIXELS
-from .text_encoder import DEFAULT_CHAT_DATE, TRUNCATIONS, negative_list, prompt_list
+from .text_encoder import TRUNCATIONS, negative_list, prompt_list
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-MAX_IMAGES = 100_000  # of a call or a command
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from . import notices
 from .arguments import count, shortened
+from .config import DEFAULT_CHAT_DATE
 from .formats.chat_template import render
 from .formats.files import CheckpointError
 from .formats.tokenizer import read_tokenizer
 from .gpt_oss import GptOss
 
 PREFIX_TOKENS = 97  # a constant of the pipeline, whatever the tokenizer
-DEFAULT_CHAT_DATE = "2026-05-23"  # the template prints a date; frozen so that pictures do not drift from day to day
 SYSTEM = (
     "Describe the image by detailing the color, shape, size, texture, quantity, text, "
     "spatial relationships of the objects and background."

@@ -9,6 +9,8 @@ import sys
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+from lens.cli.unread import unread_output_ends
+
 STAGES = {  # module, what it does
     "world": ("train.world", "draw a labelled contact sheet of the small world"),
     "vae": ("train.vae", "latents <-> pixels"),
@@ -104,4 +106,4 @@ def command() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(unread_output_ends(command))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import fnmatch
 import importlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ..case import Case
-from ..work.scale import RELEASED, TINY, Scale
+if TYPE_CHECKING:
+    from ..case import Case
+    from ..work.scale import Scale
 
 SUITES = ("step", "e2e", "ops", "attention", "gemm", "train", "data")
 
@@ -19,6 +21,8 @@ def cases(
 
     gpu: whether they will run on one; cases that take a CPU minutes, and those of a CPU alone, are parted here.
     """
+    from ..work.scale import RELEASED, TINY  # only now: torch takes its time
+
     scale: Scale = TINY if tiny else RELEASED
     found: list[Case] = []
     for suite in suites:

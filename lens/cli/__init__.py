@@ -3,6 +3,8 @@
 import sys
 from typing import Any, cast
 
+from .unread import unread_output_ends
+
 _OTHER_NAMES = {  # of other programs, for options of `lens generate`
     "--num-inference-steps": "--steps",
     "--num-images-per-prompt": "--images-per-prompt",
@@ -17,7 +19,12 @@ _OTHER_NAMES = {  # of other programs, for options of `lens generate`
 
 
 def main() -> None:
-    """Entry point of the `lens` command: a mistake in its line is told as every other is, in one line, with exit code 2."""
+    """Entry point of the `lens` command."""
+    sys.exit(unread_output_ends(_command))
+
+
+def _command() -> int:
+    """A mistake in the line is told as every other is, in one line, with exit code 2."""
     from .__main__ import app
 
     try:
@@ -25,15 +32,15 @@ def main() -> None:
     except Exception as error:
         # Typer raises its own copy of click's errors, or click's, by its version: known by what they can do
         if type(error).__name__ == "Abort":  # Ctrl-C before a command had begun
-            sys.exit(130)
+            return 130
         if not hasattr(error, "format_message"):
             raise
         if type(error).__name__ == "NoArgsIsHelpError":  # `lens` alone
             cast(Any, error).show()
         else:
             print(f"error: {_told(error)}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 2))
-    sys.exit(code if isinstance(code, int) else 0)
+        return int(getattr(error, "exit_code", 2))
+    return code if isinstance(code, int) else 0
 
 
 def _told(error: Any) -> str:
@@ -46,7 +53,7 @@ def _told(error: Any) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """`app` when it is asked for: it brings torch's import with it."""
+    """`app` when it is asked for: Typer and rich take their time."""
     if name != "app":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .__main__ import app

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -19,18 +18,16 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 from rich.markup import escape
 
-from .. import __version__, image_file
+from .. import __version__
+from ..config import MAX_IMAGES, MAX_STEPS
 from ..formats.files import CheckpointError, is_there
-from ..formats.hub import EMBEDDED, shipped
-from ..reasoner import Refused
-from ..request import MAX_IMAGES, MAX_STEPS, joined
-from ..text_encoder import DEFAULT_CHAT_DATE
-from . import reason as cli_reason
-from . import request as cli_request
-from . import terminal
-from .request import UsageError
+from ..formats.hub import EMBEDDED
+from . import options
+from .options import DType, Residence, Solver, Truncation, Variant
 
+# What imports torch is imported where it is used: --help and --version need not wait for it.
 if TYPE_CHECKING:
+    from .. import image_file
     from ..pipeline import LensPipeline
 
 app = typer.Typer(
@@ -41,45 +38,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-
-
-class Variant(str, Enum):
-    """Which released model the weights are: sets the default steps and guidance."""
-
-    lens = "lens"
-    turbo = "turbo"
-    base = "base"
-
-
-class DType(str, Enum):
-    """Number type of the weights and activations."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Truncation(str, Enum):
-    """What is cut from a prompt that is too long."""
-
-    reference = "reference"
-    prompt = "prompt"
-
-
-class Solver(str, Enum):
-    """How a step follows the velocity."""
-
-    euler = "euler"
-    dpm2m = "dpm2m"
-
-
-class Residence(str, Enum):
-    """Which parts of the model stay on the device."""
-
-    auto = "auto"
-    resident = "resident"
-    trimmed = "trimmed"
-    balanced = "balanced"
-    lean = "lean"
 
 
 def _print_version(wanted: bool) -> None:
@@ -102,83 +60,59 @@ _how = partial(typer.Option, rich_help_panel="How to draw it", show_default=Fals
 _files = partial(typer.Option, rich_help_panel="Files", show_default=False)
 _where = partial(typer.Option, rich_help_panel="Model and machine", show_default=False)
 
-FILE = 'Prompts from a text file, one per line; # starts a comment line; "-" is stdin.'
-LIKE = "Redraw a picture from the recipe inside it; every other option overrides its part of the recipe."
-PER_PROMPT = "Pictures per prompt (default: 1, or as many as --seed lists)."
-SEED = "Starting noise: S gives picture k the seed S + k; a list, one to each (default: random, reported)."
-SIZE = "Width x height in pixels, multiples of 16; once, or once per prompt (default: the model's, square)."
-BASE = "Base resolution: 512, 768, 1024, 1440 (Mini: 64, 96, 128); needs --aspect."
-GUIDANCE = "How strongly the prompt pulls; 1 turns guidance off and halves the work (default: the model's)."
-CHAT_DATE = f'Date written into the text encoder\'s chat, or "today" (default: {DEFAULT_CHAT_DATE}).'
-SOLVER = "Solver: euler, or dpm2m, second order, so that fewer steps do (default: euler, or the recipe's)."
-TRUNCATION = 'Beyond 512 tokens "reference" cuts the end of the whole chat, "prompt" the prompt (default: reference).'
-OUTPUT = "One picture's file, or a folder, made where missing; files of the same name are replaced (default: .)."
-NAME = f"File names in the folder, from {{index}}, {{prompt}}, {{seed}} (default: {image_file.DEFAULT_NAME})."
-SCALE = "Whole factor by which the sheet enlarges pictures, unsmoothed (default: small ones to about 192 pixels)."
-MODEL = f"{', '.join(shipped())}, a folder in the released layout, a hub id or a .safetensors file (default: mini)."
-TRANSFORMER = "The transformer from another place: a .safetensors file or a folder."
-TEXT_ENCODER = "The text encoder from another place, with the tokenizer beside it or inside."
-VAE = "The VAE from another place."
-TOKENIZER = "The tokenizer from another place: a folder or a tokenizer.json."
-WEIGHTS_VARIANT = "Which weights, where a folder has several, as diffusers names files, fp16 (default: those without)."
-REVISION = "Branch, tag or commit of a hub id (default: its main branch)."
-JSON = "Print a line of JSON for every picture, its path and recipe, in place of the path."
-LORA = "LoRA to merge into the weights: a .safetensors file or a peft folder; repeatable."
-LORA_SCALE = "How strongly a LoRA counts; once, or once per --lora (default: 1, or the recipe's)."
-VARIANT = "What the weights are, where the checkpoint does not say: sets default steps and guidance."
-DEVICE = '"cpu", "cuda" or "cuda:1" (default: cuda if usable, else cpu).'
-DTYPE = "Number type of weights and activations (default: bfloat16 on cuda and for a large model, float32 on cpu)."
-RESIDENCY = "Where the parts live: resident, trimmed, balanced or lean, from fast to small; auto: the first that fits."
-MEMORY = "GB that drawing may take, such as 24, 16, 12 or 8: picks the residency by what it is predicted to need."
-BATCH = "Pictures drawn at once (default: up to 8, fewer when they are large)."
-
 
 @app.command()
 def generate(
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT...", help="One or more prompts.")] = None,
-    file: Annotated[str | None, _what("--file", "-f", help=FILE)] = None,
+    file: Annotated[str | None, _what("--file", "-f", help=options.FILE)] = None,
     negative: Annotated[str | None, _what("--negative", help="What the pictures should not show.")] = None,
-    like: Annotated[Path | None, _what("--like", metavar="PICTURE.png", help=LIKE)] = None,
+    like: Annotated[Path | None, _what("--like", metavar="PICTURE.png", help=options.LIKE)] = None,
     images_per_prompt: Annotated[
-        int | None, _what("--images-per-prompt", "-n", min=1, max=MAX_IMAGES, help=PER_PROMPT)
+        int | None, _what("--images-per-prompt", "-n", min=1, max=MAX_IMAGES, help=options.PER_PROMPT)
     ] = None,
-    seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=SEED)] = None,
-    reason: Annotated[bool, _what("--reason", help=cli_reason.REASON)] = False,
-    reasoner: Annotated[str | None, _what("--reasoner", metavar="URL", help=cli_reason.REASONER)] = None,
-    reasoner_model: Annotated[str | None, _what("--reasoner-model", help=cli_reason.REASONER_MODEL)] = None,
-    reasoner_prompt: Annotated[str | None, _what("--reasoner-prompt", help=cli_reason.REASONER_PROMPT)] = None,
-    size: Annotated[list[str] | None, _how("--size", metavar="WxH", help=SIZE)] = None,
+    seed: Annotated[str | None, _what("--seed", "-s", metavar="INT[,INT...]", help=options.SEED)] = None,
+    reason: Annotated[bool, _what("--reason", help=options.REASON)] = False,
+    reasoner: Annotated[str | None, _what("--reasoner", metavar="URL", help=options.REASONER)] = None,
+    reasoner_model: Annotated[str | None, _what("--reasoner-model", help=options.REASONER_MODEL)] = None,
+    reasoner_prompt: Annotated[str | None, _what("--reasoner-prompt", help=options.REASONER_PROMPT)] = None,
+    size: Annotated[list[str] | None, _how("--size", metavar="WxH", help=options.SIZE)] = None,
     height: Annotated[int | None, _how("--height", help="Height in pixels; needs --width.")] = None,
     width: Annotated[int | None, _how("--width", help="Width in pixels; needs --height.")] = None,
-    base: Annotated[int | None, _how("--base", help=BASE)] = None,
+    base: Annotated[int | None, _how("--base", help=options.BASE)] = None,
     aspect: Annotated[str | None, _how("--aspect", metavar="W:H", help="From 1:2 to 2:1; needs --base.")] = None,
     steps: Annotated[
         int | None, _how("--steps", min=1, max=MAX_STEPS, help="Denoising steps (default: the model's).")
     ] = None,
-    guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=GUIDANCE)] = None,
-    solver: Annotated[Solver | None, _how("--solver", help=SOLVER)] = None,
-    chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=CHAT_DATE)] = None,
-    truncation: Annotated[Truncation | None, _how("--truncation", help=TRUNCATION)] = None,
-    output: Annotated[Path | None, _files("--output", "-o", metavar="FILE.png|FOLDER", help=OUTPUT)] = None,
-    name: Annotated[str | None, _files("--name", help=NAME)] = None,
+    guidance: Annotated[float | None, _how("--guidance", "-g", min=0.0, help=options.GUIDANCE)] = None,
+    solver: Annotated[Solver | None, _how("--solver", help=options.SOLVER)] = None,
+    chat_date: Annotated[str | None, _how("--chat-date", metavar="YYYY-MM-DD", help=options.CHAT_DATE)] = None,
+    truncation: Annotated[Truncation | None, _how("--truncation", help=options.TRUNCATION)] = None,
+    output: Annotated[Path | None, _files("--output", "-o", metavar="FILE.png|FOLDER", help=options.OUTPUT)] = None,
+    name: Annotated[str | None, _files("--name", help=options.NAME)] = None,
     sheet: Annotated[Path | None, _files("--sheet", metavar="FILE.png", help="Also write a contact sheet.")] = None,
-    scale: Annotated[int | None, _files("--scale", min=1, max=64, help=SCALE)] = None,
-    model: Annotated[str | None, _where("--model", "-m", help=MODEL)] = None,
-    variant: Annotated[Variant | None, _where("--variant", help=VARIANT)] = None,
-    transformer: Annotated[Path | None, _where("--transformer", metavar="FILE|FOLDER", help=TRANSFORMER)] = None,
-    text_encoder: Annotated[Path | None, _where("--text-encoder", metavar="FILE|FOLDER", help=TEXT_ENCODER)] = None,
-    vae: Annotated[Path | None, _where("--vae", metavar="FILE|FOLDER", help=VAE)] = None,
-    tokenizer: Annotated[Path | None, _where("--tokenizer", metavar="FILE|FOLDER", help=TOKENIZER)] = None,
-    weights_variant: Annotated[str | None, _where("--weights-variant", metavar="NAME", help=WEIGHTS_VARIANT)] = None,
-    revision: Annotated[str | None, _where("--revision", metavar="NAME", help=REVISION)] = None,
-    lora: Annotated[list[Path] | None, _where("--lora", metavar="FILE|FOLDER", help=LORA)] = None,
-    lora_scale: Annotated[list[float] | None, _where("--lora-scale", help=LORA_SCALE)] = None,
-    device: Annotated[str | None, _where("--device", help=DEVICE)] = None,
-    dtype: Annotated[DType | None, _where("--dtype", help=DTYPE)] = None,
-    residency: Annotated[Residence | None, _where("--residency", help=RESIDENCY)] = None,
-    memory: Annotated[float | None, _where("--memory", metavar="GB", help=MEMORY)] = None,
-    batch_size: Annotated[int | None, _where("--batch-size", min=1, help=BATCH)] = None,
-    as_json: Annotated[bool, _files("--json", help=JSON)] = False,
+    scale: Annotated[int | None, _files("--scale", min=1, max=64, help=options.SCALE)] = None,
+    model: Annotated[str | None, _where("--model", "-m", help=options.MODEL)] = None,
+    variant: Annotated[Variant | None, _where("--variant", help=options.VARIANT)] = None,
+    transformer: Annotated[
+        Path | None, _where("--transformer", metavar="FILE|FOLDER", help=options.TRANSFORMER)
+    ] = None,
+    text_encoder: Annotated[
+        Path | None, _where("--text-encoder", metavar="FILE|FOLDER", help=options.TEXT_ENCODER)
+    ] = None,
+    vae: Annotated[Path | None, _where("--vae", metavar="FILE|FOLDER", help=options.VAE)] = None,
+    tokenizer: Annotated[Path | None, _where("--tokenizer", metavar="FILE|FOLDER", help=options.TOKENIZER)] = None,
+    weights_variant: Annotated[
+        str | None, _where("--weights-variant", metavar="NAME", help=options.WEIGHTS_VARIANT)
+    ] = None,
+    revision: Annotated[str | None, _where("--revision", metavar="NAME", help=options.REVISION)] = None,
+    lora: Annotated[list[Path] | None, _where("--lora", metavar="FILE|FOLDER", help=options.LORA)] = None,
+    lora_scale: Annotated[list[float] | None, _where("--lora-scale", help=options.LORA_SCALE)] = None,
+    device: Annotated[str | None, _where("--device", help=options.DEVICE)] = None,
+    dtype: Annotated[DType | None, _where("--dtype", help=options.DTYPE)] = None,
+    residency: Annotated[Residence | None, _where("--residency", help=options.RESIDENCY)] = None,
+    memory: Annotated[float | None, _where("--memory", metavar="GB", help=options.MEMORY)] = None,
+    batch_size: Annotated[int | None, _where("--batch-size", min=1, help=options.BATCH)] = None,
+    as_json: Annotated[bool, _files("--json", help=options.JSON)] = False,
     quiet: Annotated[bool, _where("--quiet", "-q", help="Print the pictures' paths only.")] = False,
 ) -> None:
     """Draw pictures from prompts.
@@ -187,6 +121,14 @@ def generate(
 
     Every picture carries its recipe; [bold]lens generate --like apple.png[/bold] draws it again.
     """
+    from .. import image_file
+    from ..reasoner import Refused
+    from ..request import joined
+    from . import reason as cli_reason
+    from . import request as cli_request
+    from . import terminal
+    from .request import UsageError
+
     saved: list[Path] = []
     with terminal.clean_exits(saved), terminal.notices(quiet):
         if like is not None and not is_there(like):  # as for --file: a mistake in the line, not a broken picture
@@ -248,9 +190,9 @@ def generate(
         kept = recipe if variant is None else None
         n_steps = steps if steps is not None else kept.steps if kept else pipe.defaults.num_inference_steps
         strength = guidance if guidance is not None else kept.guidance if kept else pipe.defaults.guidance_scale
-        options: dict[str, Any] = {"truncation": cut, "chat_date": chat_day, "solver": way}
-        options |= {"num_inference_steps": n_steps, "guidance_scale": strength}
-        requests = [replace(r, **options).resolved(pipe.defaults) for r in lines]
+        common: dict[str, Any] = {"truncation": cut, "chat_date": chat_day, "solver": way}
+        common |= {"num_inference_steps": n_steps, "guidance_scale": strength}
+        requests = [replace(r, **common).resolved(pipe.defaults) for r in lines]
         sizes = [pair for r in requests for pair in r.sizes or ()]
         if not quiet:
             terminal.sizes_drawn(sizes)
@@ -323,7 +265,10 @@ def _load(
 ) -> LensPipeline:
     import torch
 
+    from .. import image_file
     from ..pipeline import LensPipeline
+    from . import terminal
+    from .request import UsageError
 
     source = model
     if source is None:
@@ -354,6 +299,8 @@ def _load(
 
 def _device(text: str | None) -> Any:
     import torch
+
+    from .request import UsageError
 
     if text is None:
         return None
@@ -396,6 +343,8 @@ def _same_machine(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | No
     """Redraw on as many threads as the picture was drawn on, and say what else may change its last bits."""
     import torch
 
+    from .. import image_file
+
     if recipe.threads and pipe.threads != recipe.threads:
         torch.set_num_threads(recipe.threads)
     if differing := recipe.machine.differences(image_file.Machine.here(pipe.device, pipe.threads)):
@@ -408,7 +357,7 @@ def _same_machine(recipe: image_file.Recipe, pipe: LensPipeline, like: Path | No
 @app.command()
 def doctor(
     model: Annotated[str, typer.Option("--model", "-m", help="Weights for the picture of the self-test.")] = "mini",
-    device: Annotated[str | None, typer.Option("--device", help=DEVICE, show_default=False)] = None,
+    device: Annotated[str | None, typer.Option("--device", help=options.DEVICE, show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")] = False,
 ) -> None:
     """Say what runs here, why, and whether it is right.
@@ -418,6 +367,7 @@ def doctor(
     """
     from ..doctor import findings as report
     from ..doctor import report as examination
+    from . import terminal
 
     with terminal.clean_exits([]), warnings.catch_warnings():
         warnings.simplefilter("ignore")

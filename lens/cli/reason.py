@@ -15,11 +15,6 @@ from .terminal import console, nothing
 if TYPE_CHECKING:
     from ..pipeline import LensPipeline
 
-REASON = "Have a reasoner write prompts out and refuse unsafe ones (exit code 3); without it nothing is filtered."
-REASONER = "OpenAI-compatible server that reasons, up to /v1 (default: the model's own text encoder)."
-REASONER_MODEL = "Name of the server's model; a key, where needed, is read from LENS_CHAT_KEY."
-REASONER_PROMPT = "What the reasoner is told: general, geneval, oneig, text, or a text file (default: general)."
-
 
 @dataclass(frozen=True)
 class Asked:

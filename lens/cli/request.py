@@ -17,6 +17,7 @@ from .. import image_file, resolution
 from ..request import MAX_IMAGES, Request, shortened
 from ..sampler import MAX_SEED, MIN_SEED
 from ..text_encoder import DEFAULT_CHAT_DATE, parse_date
+from .options import DEFAULT_NAME
 
 _PATH_MAX = 4095  # bytes, on Linux
 _BATCH, _BATCH_TOKENS = 8, 8192  # pictures, and image tokens, drawn at once unless --batch-size says otherwise
@@ -212,7 +213,7 @@ def paths(output: Path | None, name: str | None, prompts: Sequence[str], seeds: 
         if name is not None:
             raise UsageError(f"--name chooses names inside a folder, but --output {output} is a file")
         return [target]
-    pattern = name if name is not None else image_file.DEFAULT_NAME
+    pattern = name if name is not None else DEFAULT_NAME
     try:
         image_file.check_name(pattern)
     except ValueError as error:

@@ -11,7 +11,6 @@ from typing import Any
 from lens import notices
 from lens.arguments import location
 from lens.formats.files import CheckpointError, is_there, read_json
-from lens.formats.safetensors import shards_of, weights_name
 
 EMBEDDED = {
     "mini": "base",
@@ -104,6 +103,8 @@ def _fetch(name: str, weights_variant: str | None, revision: str | None) -> Path
 
 def _wanted(name: str, names: Collection[str], weights_variant: str | None, download: Any) -> Iterator[str]:
     """The files of a repository that loading it reads."""
+    from lens.formats.safetensors import shards_of, weights_name  # only now: torch takes its time
+
     for file in names:
         folder, _, leaf = file.rpartition("/")
         if file == "model_index.json" or (folder in ("tokenizer", "scheduler") and leaf.endswith((".json", ".jinja"))):

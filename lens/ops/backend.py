@@ -37,6 +37,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
 def _load() -> tuple[ModuleType | None, str]:
+    # torch is imported by now: its bundled OpenMP runtime and the system's share one soname, so whichever is loaded first
+    # serves both. With torch's loaded, torch.set_num_threads also governs the CPU kernels of lens._C.
     try:
         return importlib.import_module("lens._C"), ""
     except ImportError as error:
