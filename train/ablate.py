@@ -71,16 +71,16 @@ def arms_of(options: argparse.Namespace, config: ModuleType, world: ModuleType) 
     return arms
 
 
-def asked(options: argparse.Namespace, config: ModuleType, world: ModuleType) -> list[Asked]:
+def asked(options: argparse.Namespace, config: ModuleType) -> list[Asked]:
     """The prompts of all arms: by style, or of the encoder arms by language."""
     count = options.per_task or config.PER_TASK
     if options.what != "encoder":
-        return [asked_of(style, count, config, world) for style in config.STYLES]
+        return [asked_of(style, count, config) for style in config.STYLES]
     import random
 
     from .data.small_world.captions import can_say, caption
 
-    plain = asked_of("geneval", count, config, world)
+    plain = asked_of("geneval", count, config)
     scenes = [s for s in plain.scenes if can_say(s, "translated")]
     out = [Asked("en", scenes)]
     for language in LANGUAGES:
@@ -140,7 +140,7 @@ def small_world(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     config = configs.override(configs.load(options.config, "ablate"), options.set)
     world = configs.load(options.config, "world")
-    arms, prompts = arms_of(options, config, world), asked(options, config, world)
+    arms, prompts = arms_of(options, config, world), asked(options, config)
     seeds, last = list(range(options.seeds)), options.steps or config.STEPS
     steps = sorted({*range(config.ROUND, last + 1, config.ROUND), last})
     out = options.out or Path("runs") / f"ablate_{options.what}"
@@ -155,7 +155,7 @@ def small_world(options: argparse.Namespace) -> int:
     results, clock = Results(out / "results.json", settings), Clock(options.stop_after)
 
     def make(arm: Arm, seed: int) -> ArmTraining:
-        return ArmTraining(options.config, config, arm, seed, out / f"{arm.name}_s{seed}", clock, options.workers)
+        return ArmTraining(options.config, config, arm, seed, out / f"{arm.name}_s{seed}", clock)
 
     done = run_rounds(make, arms, seeds, steps, prompts, results, clock)
     names, styles = [arm.name for arm in arms], [p.name for p in prompts]
@@ -243,9 +243,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arms of `encoder` (default: the shipped one and random weights)",
     )
     parser.add_argument("--prompts", type=Path, help="prompts of `rl_data`, as `rl_prompts` writes them")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that render scenes ahead of time (default: 0)"
-    )
     parser.add_argument(
         "--text-category",
         default="text",
