@@ -89,8 +89,10 @@ def asked(options: argparse.Namespace, config: ModuleType) -> list[Asked]:
     return out
 
 
-def curves(results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str]) -> str:
-    """A plot for each set of prompts, and one of their mean: over seeds the mean, and the range as a band."""
+def curves(
+    results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str]
+) -> list[tuple[str, str]]:
+    """(SVG, title) of the mean over all sets of prompts, and of each: over seeds the mean, and the range as a band."""
 
     def point(arm: str, step: int, names: Sequence[str]) -> tuple[float, float, float, float] | None:
         found = [r for r in results.rows if r["arm"] == arm and r["step"] == step and r["seed"] in seeds]
@@ -98,11 +100,11 @@ def curves(results: Results, arms: Sequence[str], seeds: Sequence[int], prompts:
         return (float(step), sum(values) / len(values), min(values), max(values)) if values else None
 
     steps = sorted({r["step"] for r in results.rows})
-    drawn = ""
+    drawn = []
     for title, names in {"all prompts": list(prompts), **{f"{name} prompts": [name] for name in prompts}}.items():
         lines = {arm: [p for step in steps if (p := point(arm, step, names)) is not None] for arm in arms}
         if all(lines.values()):
-            drawn += report.bands(f"attribute accuracy, {title}, against steps", lines)
+            drawn.append(report.bands_svg(f"attribute accuracy, {title}, against steps", lines))
     return drawn
 
 
@@ -170,7 +172,8 @@ def small_world(options: argparse.Namespace) -> int:
 def summary(
     results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str], out: Path
 ) -> list[str]:
-    """Write index.html and verdict.json; returns the verdict in words."""
+    """Write index.html, verdict.json (with every score but those of single images) and curves.svg, of all prompts; returns the
+    verdict in words."""
     step = common_step(results, arms, seeds)
     if not step:
         return ["no step yet at which all arms were scored"]
@@ -181,11 +184,20 @@ def summary(
         title = html.escape(f"{arm}, seed {seeds[0]}, step {step}")
         picture = f"{arm}_s{seeds[0]}/{prompts[0]}_{step:06d}.png"
         sheets += f'<figure><img src="{picture}" alt="{title}"><figcaption>{title}</figcaption></figure>'
-    sections = [("Verdict", f"<ul>{lines}</ul>"), ("Curves", curves(results, arms, seeds, prompts))]
+    drawn = curves(results, arms, seeds, prompts)
+    figures = "".join(f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>" for svg, title in drawn)
+    sections = [("Verdict", f"<ul>{lines}</ul>"), ("Curves", figures)]
     sections += [(f"At step {step}", table_at(results, arms, seeds, step)), ("Images", sheets)]
     settings = {k: v for k, v in results.settings.items() if k != "prompts"}
     write_text(out / "index.html", report.page("Ablation", [*sections, ("Settings", report.table(settings))]))
-    write_text(out / "verdict.json", json.dumps({"step": step, "seeds": list(seeds), "lines": told}, indent=1) + "\n")
+    for svg, _ in drawn[:1]:
+        write_text(out / "curves.svg", svg + "\n")
+    rows = [
+        {**row, "scores": {p: {k: v for k, v in own.items() if k != "each"} for p, own in row["scores"].items()}}
+        for row in results.rows
+    ]
+    found = {"step": step, "seeds": list(seeds), "lines": told, "rows": rows}
+    write_text(out / "verdict.json", json.dumps(found, indent=1) + "\n")
     return [*told, str(out / "index.html")]
 
 

@@ -166,7 +166,12 @@ def test_rounds_end_by_the_clock_and_go_on(tmp_path, capsys):
     assert told[0].endswith("better")
     page = (tmp_path / "index.html").read_text()
     assert page.count("<polygon") == 4  # two arms, all prompts and dense ones
-    assert json.loads((tmp_path / "verdict.json").read_text())["step"] == 20
+    found = json.loads((tmp_path / "verdict.json").read_text())
+    assert (found["step"], len(found["rows"])) == (20, 8)
+    assert found["rows"][-1]["scores"]["dense"] == {
+        k: v for k, v in results.rows[-1]["scores"]["dense"].items() if k != "each"
+    }
+    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2
     with pytest.raises(ValueError, match=r"of another ablation \(a differ\)"):
         rounds(tmp_path, [9], {"a": 2})
 
