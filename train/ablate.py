@@ -71,16 +71,16 @@ def arms_of(options: argparse.Namespace, config: ModuleType, world: ModuleType) 
     return arms
 
 
-def asked(options: argparse.Namespace, config: ModuleType, world: ModuleType) -> list[Asked]:
+def asked(options: argparse.Namespace, config: ModuleType) -> list[Asked]:
     """The prompts of all arms: by style, or of the encoder arms by language."""
     count = options.per_task or config.PER_TASK
     if options.what != "encoder":
-        return [asked_of(style, count, config, world) for style in config.STYLES]
+        return [asked_of(style, count, config) for style in config.STYLES]
     import random
 
     from .data.small_world.captions import can_say, caption
 
-    plain = asked_of("geneval", count, config, world)
+    plain = asked_of("geneval", count, config)
     scenes = [s for s in plain.scenes if can_say(s, "translated")]
     out = [Asked("en", scenes)]
     for language in LANGUAGES:
@@ -89,8 +89,10 @@ def asked(options: argparse.Namespace, config: ModuleType, world: ModuleType) ->
     return out
 
 
-def curves(results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str]) -> str:
-    """A plot for each set of prompts, and one of their mean: over seeds the mean, and the range as a band."""
+def curves(
+    results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str]
+) -> list[tuple[str, str]]:
+    """(SVG, title) of the mean over all sets of prompts, and of each: over seeds the mean, and the range as a band."""
 
     def point(arm: str, step: int, names: Sequence[str]) -> tuple[float, float, float, float] | None:
         found = [r for r in results.rows if r["arm"] == arm and r["step"] == step and r["seed"] in seeds]
@@ -98,11 +100,11 @@ def curves(results: Results, arms: Sequence[str], seeds: Sequence[int], prompts:
         return (float(step), sum(values) / len(values), min(values), max(values)) if values else None
 
     steps = sorted({r["step"] for r in results.rows})
-    drawn = ""
+    drawn = []
     for title, names in {"all prompts": list(prompts), **{f"{name} prompts": [name] for name in prompts}}.items():
         lines = {arm: [p for step in steps if (p := point(arm, step, names)) is not None] for arm in arms}
         if all(lines.values()):
-            drawn += report.bands(f"attribute accuracy, {title}, against steps", lines)
+            drawn.append(report.bands_svg(f"attribute accuracy, {title}, against steps", lines))
     return drawn
 
 
@@ -140,7 +142,7 @@ def small_world(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     config = configs.override(configs.load(options.config, "ablate"), options.set)
     world = configs.load(options.config, "world")
-    arms, prompts = arms_of(options, config, world), asked(options, config, world)
+    arms, prompts = arms_of(options, config, world), asked(options, config)
     seeds, last = list(range(options.seeds)), options.steps or config.STEPS
     steps = sorted({*range(config.ROUND, last + 1, config.ROUND), last})
     out = options.out or Path("runs") / f"ablate_{options.what}"
@@ -155,7 +157,7 @@ def small_world(options: argparse.Namespace) -> int:
     results, clock = Results(out / "results.json", settings), Clock(options.stop_after)
 
     def make(arm: Arm, seed: int) -> ArmTraining:
-        return ArmTraining(options.config, config, arm, seed, out / f"{arm.name}_s{seed}", clock, options.workers)
+        return ArmTraining(options.config, config, arm, seed, out / f"{arm.name}_s{seed}", clock)
 
     done = run_rounds(make, arms, seeds, steps, prompts, results, clock)
     names, styles = [arm.name for arm in arms], [p.name for p in prompts]
@@ -170,7 +172,8 @@ def small_world(options: argparse.Namespace) -> int:
 def summary(
     results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str], out: Path
 ) -> list[str]:
-    """Write index.html and verdict.json; returns the verdict in words."""
+    """Write index.html, verdict.json (with every score but those of single images) and curves.svg, of all prompts; returns the
+    verdict in words."""
     step = common_step(results, arms, seeds)
     if not step:
         return ["no step yet at which all arms were scored"]
@@ -181,11 +184,20 @@ def summary(
         title = html.escape(f"{arm}, seed {seeds[0]}, step {step}")
         picture = f"{arm}_s{seeds[0]}/{prompts[0]}_{step:06d}.png"
         sheets += f'<figure><img src="{picture}" alt="{title}"><figcaption>{title}</figcaption></figure>'
-    sections = [("Verdict", f"<ul>{lines}</ul>"), ("Curves", curves(results, arms, seeds, prompts))]
+    drawn = curves(results, arms, seeds, prompts)
+    figures = "".join(f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>" for svg, title in drawn)
+    sections = [("Verdict", f"<ul>{lines}</ul>"), ("Curves", figures)]
     sections += [(f"At step {step}", table_at(results, arms, seeds, step)), ("Images", sheets)]
     settings = {k: v for k, v in results.settings.items() if k != "prompts"}
     write_text(out / "index.html", report.page("Ablation", [*sections, ("Settings", report.table(settings))]))
-    write_text(out / "verdict.json", json.dumps({"step": step, "seeds": list(seeds), "lines": told}, indent=1) + "\n")
+    for svg, _ in drawn[:1]:
+        write_text(out / "curves.svg", svg + "\n")
+    rows = [
+        {**row, "scores": {p: {k: v for k, v in own.items() if k != "each"} for p, own in row["scores"].items()}}
+        for row in results.rows
+    ]
+    found = {"step": step, "seeds": list(seeds), "lines": told, "rows": rows}
+    write_text(out / "verdict.json", json.dumps(found, indent=1) + "\n")
     return [*told, str(out / "index.html")]
 
 
@@ -243,9 +255,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="arms of `encoder` (default: the shipped one and random weights)",
     )
     parser.add_argument("--prompts", type=Path, help="prompts of `rl_data`, as `rl_prompts` writes them")
-    parser.add_argument(
-        "--workers", type=int, default=0, help="processes that render scenes ahead of time (default: 0)"
-    )
     parser.add_argument(
         "--text-category",
         default="text",

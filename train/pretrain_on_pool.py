@@ -52,13 +52,18 @@ def is_pool_recipe(config: ModuleType) -> bool:
 
 
 class PoolReader:
-    """Captions -> features of the frozen encoder of a checkpoint folder."""
+    """Captions -> features of a text encoder that stays as it is. recipe: of the encoder stage."""
 
-    def __init__(self, folder: Path, recipe: ModuleType):
+    def __init__(self, encoder: nn.Module, recipe: ModuleType):
         self.tokenizer = text_path.tokenizer_of(recipe.TOKENIZER)
-        self.encoder = text_path.build(recipe).requires_grad_(False).eval()
-        self.encoder.load_state_dict(text_path.weights_of_folder(recipe, folder))
-        self.layers = recipe.LAYERS
+        self.encoder, self.layers = encoder.requires_grad_(False).eval(), recipe.LAYERS
+
+    @classmethod
+    def of_folder(cls, folder: Path, recipe: ModuleType) -> PoolReader:
+        """The encoder of a checkpoint folder."""
+        encoder = text_path.build(recipe)
+        encoder.load_state_dict(text_path.weights_of_folder(recipe, folder))
+        return cls(encoder, recipe)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> list[Tensor]:
@@ -186,7 +191,9 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
     latents = Latents(folder / "vae")
     world = World("train", config.TASKS, config.CLASSES, config.CAPTIONS, config.PHOTOGRAPHS)
     latents.straighten(world, 64, config.STRAIGHTEN)  # a convolution has no size: small scenes find it
-    made = Encoded(config, world, latents.encode, PoolReader(folder, configs.beside(options.config, "encoder")))
+    made = Encoded(
+        config, world, latents.encode, PoolReader.of_folder(folder, configs.beside(options.config, "encoder"))
+    )
     pool = Pool(config, lambda seeds: made.parts(seeds, lambda: clock.asked))
     gemm = getattr(torch, config.GEMM)
     method = OnPool(config, model, folder, pool, held_out(config, made), config.LR * options.lr_scale, gemm)

@@ -68,8 +68,11 @@ def bars(name: str, counts: Mapping[str, float], mark: str = "") -> str:
     )
 
 
-def bands(title: str, arms: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> str:
-    """A line an arm with a band around it, as an inline SVG. Points: (x, middle, low, high)."""
+def bands_svg(title: str, arms: Mapping[str, Sequence[tuple[float, float, float, float]]]) -> tuple[str, str]:
+    """A line an arm with a band around it, as an SVG that can stand alone, and its title with the ranges of both axes.
+
+    Points: (x, middle, low, high).
+    """
     every = [point for points in arms.values() for point in points]
     xs, lows, highs = ([p[k] for p in every] for k in (0, 2, 3))
     span_x, bottom, span_y = max(xs) - min(xs) or 1, min(lows), max(highs) - min(lows) or 1
@@ -94,10 +97,19 @@ def bands(title: str, arms: Mapping[str, Sequence[tuple[float, float, float, flo
             f'<text x="{wide + 6}" y="{16 + 16 * number}" fill="{colour}" font-size="12">{html.escape(name)}</text>'
         )
     told = f"{title}: x {min(xs):g} to {max(xs):g}, y {bottom:.3g} to {max(highs):.3g}"
+    for x, y, words in (
+        (EDGE, high - 2, f"{min(xs):g}"),
+        (wide - 2 * EDGE, high - 2, f"{max(xs):g}"),
+        (2, high - EDGE - 4, f"{bottom:.2f}"),
+    ):
+        drawn += f'<text x="{x}" y="{y}" fill="#666" font-size="10">{words}</text>'
+    drawn += f'<text x="2" y="{EDGE}" fill="#666" font-size="10">{max(highs):.2f}</text>'
+    size = f'width="{wide + 160}" height="{high}" viewBox="0 0 {wide + 160} {high}"'
+    drawn = f'<rect width="{wide + 160}" height="{high}" fill="#fff"/>{drawn}'
     return (
-        f'<figure><svg width="{wide + 160}" height="{high}" role="img" aria-label="{html.escape(told)}">{drawn}</svg>'
-        f"<figcaption>{html.escape(told)}</figcaption></figure>"
-    )
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" role="img" '
+        f'aria-label="{html.escape(told)}">{drawn}</svg>'
+    ), told
 
 
 def curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> str:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from train import ablate, configs
 from train.ablations import arms as frame
 from train.ablations.arms import Arm, Asked, Results
 from train.ablations.attributes import accuracy, marks
-from train.data.small_world.batches import WorldSource
 from train.data.small_world.scene import Scene, Thing
 from train.data.small_world.world import World
 from train.evaluate.geneval import Detection
@@ -58,17 +58,60 @@ def test_accuracy_by_hand():
     assert found == {"class": 2 / 3, "colour": 0.0, "background": 1.0, "all": (2 / 4 + 2 / 2) / 2}
 
 
+def small(*changes):
+    return configs.override(
+        configs.load("mini", "ablate"), ["POOL.chunk=12", "VALIDATION=4", "COMPILED=False", *changes]
+    )
+
+
+def encoded(config, read=None):
+    """Scenes whose "features" are a caption's letters, and whose "latents" are pixels."""
+    letters = read or (lambda texts: [torch.tensor([[float(ord(c))] for c in text]) for text in texts])
+    return frame.EncodedScenes(config, range(100, 112), lambda pixels: pixels.float().flatten(1)[:, None], letters)
+
+
 def test_arms_see_the_same_images_with_other_captions():
-    seeds = range(40)
-    arms = configs.load("mini", "ablate").ARMS
-    made = {name: WorldSource("mini", tuple(shares.items())).render(seeds, 64, 64) for name, shares in arms.items()}
-    for other in ("detailed", "mixed"):
-        assert np.array_equal(made["brief"].pixels, made[other].pixels)
-    longer = {name: float(found.lengths.mean()) for name, found in made.items()}
-    assert longer["brief"] * 2 < longer["detailed"]
-    assert longer["brief"] < longer["mixed"] < longer["detailed"]
-    plain = WorldSource("mini").render(seeds, 64, 64)  # the recipe's own world
-    assert np.array_equal(plain.pixels, made["brief"].pixels)
+    scenes, arms = encoded(small()), configs.load("mini", "ablate").ARMS
+    parts = {name: scenes.part(shares) for name, shares in arms.items()}
+    brief, detailed, mixed = parts.values()
+    for other in (detailed, mixed):
+        assert torch.equal(brief.latents, other.latents)
+    styles = scenes.styles(arms["mixed"])
+    assert set(styles) == {"brief", "dense"}
+    for row, style in enumerate(styles):  # the very captions of the other arms
+        source, length = (brief if style == "brief" else detailed), mixed.lengths[row]
+        assert length == source.lengths[row]
+        assert torch.equal(mixed.features[row, :length], source.features[row, :length])
+        assert not mixed.features[row, length:].any()
+    assert mixed.features.shape[1] % 8 == 0
+    assert brief.lengths.float().mean() * 2 < detailed.lengths.float().mean()
+    world = World("train", small().TASKS, small().CLASSES, "dense")
+    said = "".join(chr(int(v)) for v in detailed.features[3, : detailed.lengths[3], 0])
+    assert said == world.scene(103, 64, 64).caption
+
+
+def test_a_caption_is_read_once_for_all_arms():
+    read = []
+
+    def letters(texts):
+        read.extend(texts)
+        return [torch.zeros(len(text), 1) for text in texts]
+
+    scenes = encoded(small(), letters)
+    for shares in configs.load("mini", "ablate").ARMS.values():
+        scenes.part(shares)
+    assert len(read) == 2 * 12
+    assert scenes.part({"brief": 1.0}) is scenes.part({"brief": 1.0})
+    assert len(read) == 2 * 12
+
+
+def test_shares_of_captions_are_met():
+    scenes = frame.EncodedScenes(small(), range(4000), None, None)
+    drawn = scenes.styles({"brief": 0.5, "dense": 1.0, "geneval": 0.5})
+    assert [drawn.count(style) / 4000 for style in ("brief", "dense", "geneval")] == pytest.approx(
+        [0.25, 0.5, 0.25], abs=0.03
+    )
+    assert drawn == scenes.styles({"brief": 0.5, "dense": 1.0, "geneval": 0.5})
 
 
 class Fake:
@@ -88,9 +131,6 @@ class Fake:
     def draw(self, scenes):
         good = self.arm.name == "detailed" and self.trainer.step >= 20
         return [World().render(s) if good else np.zeros((64, 64, 3), np.uint8) for s in scenes]
-
-    def close(self):
-        pass
 
 
 def rounds(tmp_path, left, settings=None):
@@ -126,7 +166,12 @@ def test_rounds_end_by_the_clock_and_go_on(tmp_path, capsys):
     assert told[0].endswith("better")
     page = (tmp_path / "index.html").read_text()
     assert page.count("<polygon") == 4  # two arms, all prompts and dense ones
-    assert json.loads((tmp_path / "verdict.json").read_text())["step"] == 20
+    found = json.loads((tmp_path / "verdict.json").read_text())
+    assert (found["step"], len(found["rows"])) == (20, 8)
+    assert found["rows"][-1]["scores"]["dense"] == {
+        k: v for k, v in results.rows[-1]["scores"]["dense"].items() if k != "each"
+    }
+    assert (tmp_path / "curves.svg").read_text().count("<polyline") == 2
     with pytest.raises(ValueError, match=r"of another ablation \(a differ\)"):
         rounds(tmp_path, [9], {"a": 2})
 
@@ -171,7 +216,7 @@ def test_encoder_arms_are_scored_in_five_languages():
     shipped, random = ablate.arms_of(options, config, world)
     assert (shipped.encoder, random.encoder) == (ablate.BASE, None)
     assert set(shipped.captions) == {"brief", "dense"}  # English alone
-    asked = ablate.asked(options, config, world)
+    asked = ablate.asked(options, config)
     assert {a.name for a in asked} == {"en", "zh", "fr", "ja", "es"}
     assert len({tuple(s.seed for s in a.scenes) for a in asked}) == 1  # the same scenes
     assert len({a.scenes[0].caption for a in asked}) == 5
@@ -210,27 +255,35 @@ def test_rl_arms_are_nested_and_one_is_without_text(tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 def test_an_arm_learns_and_resumes(tmp_path):
-    """A real one: 30 steps at once, and with a break; the loss falls."""
-    config = configs.override(
-        configs.load("mini", "ablate"), ["WINDOW=256", "LOG_EVERY=10", "VALIDATE_EVERY=15", "VALIDATION=32"]
-    )
+    """A real one, of one block: 12 steps at once, and with a break; another seed is another training; the loss falls."""
+    config = small(
+        "POOL.chunk=64", "VALIDATION=16", "MODEL.num_layers=1", "MODEL.num_attention_heads=1", "WARMUP=2", "LR=1e-2",
+        "LOG_EVERY=6", "VALIDATE_EVERY=6", "EMA=0.5", "GEMM=float32", "SHEET.steps=2",
+    )  # fmt: skip
     arm = Arm("brief", {"brief": 1.0}, ablate.BASE / "vae", ablate.BASE)
 
-    def training(name):
-        return frame.ArmTraining(
-            "mini", config, arm, 0, tmp_path / name, argparse.Namespace(asked=False, over=False, elapsed=0.0)
-        )
+    def training(name, seed=0):
+        clock = argparse.Namespace(asked=False, over=False, elapsed=0.0)
+        return frame.ArmTraining("mini", config, arm, seed, tmp_path / name, clock)
 
-    whole = training("a")
-    assert whole.advance(30)
-    first = training("b")
-    assert first.advance(15)
+    def weights(one):
+        return torch.cat([p.detach().flatten() for p in one.model.parameters()])
+
+    whole, other = training("a"), training("c", seed=1)
+    assert not torch.equal(weights(whole), weights(other))
+    assert whole.advance(12)
+    assert training("b").advance(6)
     again = training("b")
-    assert again.trainer.step == 15
-    assert again.advance(30)
-    for one, two in zip(whole.model.transformer.parameters(), again.model.transformer.parameters(), strict=True):
-        assert np.array_equal(one.detach().numpy(), two.detach().numpy())
+    assert again.trainer.step == 6
+    assert again.advance(12)
+    assert torch.equal(weights(whole), weights(again))
     rows = [json.loads(line) for line in (tmp_path / "a" / "log.jsonl").read_text().splitlines()]
-    losses = [row["with_text"] for row in rows if "with_text" in row]
+    losses = [row["validation"] for row in rows if "validation" in row]
     assert losses[-1] < losses[0]
-    assert len(whole.draw(scenes_of("colors", 3))) == 3
+    scenes = scenes_of("colors", 3)
+    pictures = whole.draw(scenes)
+    assert [p.shape for p in pictures] == [(64, 64, 3)] * 3
+    assert np.array_equal(pictures, again.draw(scenes))
+    learned = weights(whole)
+    whole.draw(scenes)  # by the averages, which go away again
+    assert torch.equal(weights(whole), learned)

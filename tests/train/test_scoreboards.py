@@ -173,6 +173,8 @@ def test_the_grid_of_sizes_by_hand():
     assert [name.endswith("unseen)") for name in grid.values()] == [False, True, False, True, False]
     small = sizes.grid_of(["6:7", "1:1"], [64])
     assert small == {(64, 64): "64x64 (6:7 1:1)"}  # one size, of which a trained ratio is a part
+    alone = sizes.grid_of(["6:7", "5:4"], [128])  # the sizes of 3:4 and 4:3, though nobody asks for these
+    assert alone == {(144, 112): "144x112 (6:7)", (112, 144): "112x144 (5:4)"}
     assert sizes.pooled(
         {"a": {"score": 0.5, "pictures": 10}, "b": {"score": 1.0, "pictures": 30}, "c": {"pictures": 9}}, "score"
     )[::3] == (

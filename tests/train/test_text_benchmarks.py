@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from lens.chat_client import ChatError
 from tests import chat_server
 from tests.train.published_judges import CARD, options
 from train.evaluate.published import chat_judges, command, cvtg, drawing, longtext, oneig, text_match
@@ -151,6 +152,28 @@ def test_only_yes_is_yes_and_probabilities_are_of_yes_and_no(tmp_path):
         assert plain.answer(image, ["a cat?"]) == [Said(True, None)]
     with pytest.raises(ValueError, match="give --judge-url"):
         chat_judges.judge_of(options(judge_url=None), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("words", "finish"), [(None, "length"), ("", "stop"), (" \n", "stop"), ("a cat", "content_filter")]
+)
+def test_an_empty_answer_is_no_judgement_and_is_asked_for_again(tmp_path, words, finish):
+    mended: list = []
+    image = np.zeros((8, 8, 3), np.uint8)
+    with chat_server.serving(
+        lambda call, number: mended[0] if mended else chat_server.text(words, finish=finish)
+    ) as server:
+        given = options(
+            judge_url=server.url, judge_model="vlm", concurrency=1, max_calls=None, soft=False, rapidocr=False
+        )
+        judge = chat_judges.judge_of(given, tmp_path)
+        for (found,) in (judge.read([image], 9), judge.answer(image, ["a cat?"])):
+            assert isinstance(found, ChatError)
+            assert found.kind == "answer"
+            assert f"finish reason '{finish}'" in str(found)
+        mended.append("Yes")  # it is not in the cache
+        assert judge.read([image], 9) == ["Yes"]
+        assert judge.answer(image, ["a cat?"]) == [Said(True, None)]
 
 
 @dataclass

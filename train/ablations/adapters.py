@@ -1,7 +1,7 @@
 """Networks of the paper's ablations behind the loader's two protocols: FLUX.1's and SD3's autoencoders, Qwen3 text encoders.
 
-FLUX.2's autoencoder and GPT-OSS are the released checkpoint's own (train/data/encoders.py). VTP is not here: its weights come with
-code of their own, which this package does not run.
+FLUX.2's autoencoder and GPT-OSS are the released checkpoint's own (train/data/encoders.py); VTP's autoencoder, which no library has,
+is vtp.py.
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
     python -m train evaluate sizes --model mini --bases 128 --ratios 1:2 6:7 5:4 2:1 --per-task 20
     python -m train evaluate sizes --model DIR --sheet-only --bases 1024 1440 --prompts "a red fox in the snow"
 
-The paper's claim is 1:2 to 2:1 and up to 1440x1440, also at ratios never trained on, 5:4 and 6:7; those are marked "unseen". A size
-is the pipeline's own for a base and a ratio; of a small base several ratios can be the same size, which is then scored once.
+The paper's claim is 1:2 to 2:1 and up to 1440x1440, also at ratios never trained on, 5:4 and 6:7; sizes that none of the nine
+trained ratios has are marked "unseen". A size is the pipeline's own for a base and a ratio; of a small base several ratios can be
+the same size, which is then scored once.
 Prompts and judges are Mini-Bench's. Printed is the share of images right over all tasks with Wilson's interval, by the
 detector (score) and by the shape judge (shape). A released checkpoint has no small world: `--sheet-only` draws it, and
 `evaluate geneval --size HxW` scores it.
@@ -21,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lens.resolution import bucket_size, parse_ratio
+from lens.resolution import bucket_size
 
 from ..data.contact_sheet import contact_sheet
 from ..data.small_world.kinds import CORE, KINDS
@@ -37,21 +38,22 @@ TRAINED = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1))  # width and height, and the
 LEAST = 48  # pixels of a side that the small world can be drawn in
 
 
-def is_trained(ratio: str) -> bool:
-    """Whether a ratio is one of the nine that the paper's buckets have."""
-    return parse_ratio(ratio) in {parse_ratio(f"{w}:{h}") for pair in TRAINED for w, h in (pair, pair[::-1])}
+def trained_sizes(bases: Sequence[int]) -> set[Size]:
+    """Those of the nine ratios that the paper's buckets have."""
+    return {bucket_size(base, f"{w}:{h}") for base in bases for pair in TRAINED for w, h in (pair, pair[::-1])}
 
 
 def grid_of(ratios: Sequence[str], bases: Sequence[int]) -> dict[Size, str]:
-    """Size -> what it is called: base and the ratios that it stands for, "unseen" where none of them is of the trained table."""
+    """Size -> what it is called: base and the ratios that it stands for, "unseen" where it is none of the trained sizes: of a
+    small base 5:4 is rounded to the size of 4:3, whether or not that is asked for as well."""
     names: dict[Size, list[tuple[int, str]]] = {}
     for base in bases:
         for ratio in ratios:
             names.setdefault(bucket_size(base, ratio), []).append((base, ratio))
-    out = {}
+    out, trained = {}, trained_sizes(bases)
     for size, own in names.items():
         ratio = " ".join(dict.fromkeys(r for _, r in own))
-        out[size] = f"{size[0]}x{size[1]} ({ratio}{'' if any(is_trained(r) for _, r in own) else ', unseen'})"
+        out[size] = f"{size[0]}x{size[1]} ({ratio}{'' if size in trained else ', unseen'})"
     return out
 
 

@@ -59,16 +59,12 @@ class Rendered:
 
 @dataclass(frozen=True)
 class WorldSource:
-    """Scenes and captions of a recipe as arrays. A few words long, so that every worker builds the rest for itself.
-
-    captions: (style, share) in place of the recipe's own; the scenes, and hence the pixels, stay the same.
-    """
+    """Scenes and captions of a recipe as arrays. A word long, so that every worker builds the rest for itself."""
 
     recipe: str
-    captions: tuple[tuple[str, float], ...] = ()
 
     def render(self, seeds: Sequence[int], height: int, width: int) -> Rendered:
-        world, encode = _built(self.recipe, self.captions)
+        world, encode = _built(self.recipe)
         scenes, pixels = world.batch(list(seeds), height, width)
         tokens = [encode(scene.caption) for scene in scenes]
         flat = np.fromiter((i for ids in tokens for i in ids), np.int32)
@@ -112,13 +108,11 @@ def bucket_at(config: ModuleType, index: int) -> WorldBucket:
 
 
 @functools.lru_cache(maxsize=4)
-def _built(recipe: str, captions: tuple[tuple[str, float], ...]) -> tuple[World, Callable[[str], list[int]]]:
+def _built(recipe: str) -> tuple[World, Callable[[str], list[int]]]:
     from ...networks.text_path import tokenizer_of
 
-    tokenizer, own = tokenizer_of(configs.beside(recipe, "encoder").TOKENIZER), configs.world(recipe)
-    if captions:
-        own = World(own.split, own.tasks, own.classes, dict(captions), own.photographs)
-    return own, lambda caption: tokenizer.encode(caption)[0]
+    tokenizer = tokenizer_of(configs.beside(recipe, "encoder").TOKENIZER)
+    return configs.world(recipe), lambda caption: tokenizer.encode(caption)[0]
 
 
 def padded(flat: np.ndarray, lengths: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from lens.chat_client import Answer, Chat, ChatClient, ChatError, Reply, same
+from lens.chat_client import Answer, BadAnswer, Chat, ChatClient, ChatError, Reply
 
 from .judging import Card
 
@@ -60,6 +60,14 @@ def as_jpeg(image: np.ndarray) -> np.ndarray:
     return np.asarray(Image.open(buffer).convert("RGB"))
 
 
+def judgement(reply: Reply) -> Reply:
+    """A reply that says something. Errors: BadAnswer for an empty one, which is how servers give what a filter held back or a
+    budget of thinking used up: no judgement, where an image without text would be read as "No text recognized"."""
+    if not reply.text.strip() or reply.finish == "content_filter":
+        raise BadAnswer(f"an empty answer or one held back (finish reason {reply.finish!r}), expected words")
+    return reply
+
+
 def said(reply: Reply) -> Said:
     """What an answer counts as."""
     return Said(reply.text == "Yes", _probability(reply))
@@ -84,7 +92,7 @@ class ChatJudge:
         self.card = Card(client.model, "as its server says", "as its server says", "server", differs)
 
     def _all(self, chats: Sequence[Chat]) -> list[Answer[Reply]]:
-        answers = self.client.ask_all(chats, same)
+        answers = self.client.ask_all(chats, judgement)
         for answer in answers:
             if answer.error is not None and answer.error.kind in ("budget", "replay"):
                 raise answer.error
