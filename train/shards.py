@@ -20,8 +20,9 @@ Interrupted or out of disk, the same command goes on at the first unfinished sha
 whatever `--workers`.
 
 `--precompute` stores the latents (posterior mode, patchified, normalised) and the text features beside each picture, from a checkpoint
-folder (`--model`) or from Mini's stages (`--vae`, `--encoder`). Text features are large: at the released size 46 KB a token in
-float32, so 5 MB for a caption of 110.
+folder (`--model`) or from Mini's stages (`--vae`, `--encoder`), or for an ablation from another network in its own folder, each alone or
+beside `--model`: `--vae kl:FOLDER` (FLUX.1, SD3), `--vae vtp:FOLDER`, `--encoder chat:FOLDER` (Qwen3). Text features are large: at the
+released size 46 KB a token in float32, so 5 MB for a caption of 110.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from typing import Any
 
 import torch
 
+from .ablations.adapters import ChatModelText, ScaledLatents
+from .ablations.vtp import VtpLatents
 from .data import encoders
 from .data.buckets import ASPECTS, BASES, Bucket
 from .data.curation.kept import kept_of
@@ -93,18 +96,41 @@ class Precompute:
         return sample
 
 
+def _foreign(asked: Path | None, kinds: Sequence[str], flag: str) -> tuple[str, Path] | None:
+    """KIND:FOLDER -> both; None for a path of our own. Errors: ValueError for another kind before a colon, or no folder there."""
+    kind, colon, rest = str(asked or "").partition(":")
+    if not colon or Path(str(asked)).exists():
+        return None
+    if kind not in kinds:
+        raise ValueError(f"{flag} {asked}: expected a path, or one of {', '.join(kinds)} before a colon and a folder")
+    if not Path(rest).is_dir():
+        raise ValueError(f"{flag} {asked}: no folder {rest}")
+    return kind, Path(rest)
+
+
 @functools.lru_cache(maxsize=1)
 def _networks(asked: Precompute) -> tuple[Any, Any, Any]:
     device = device_of(asked.device)
-    codec: encoders.LatentCodec
-    text: encoders.TextEncoder
-    if asked.model is not None:
-        tokenizer, codec, text = encoders.released(asked.model, device, DTYPES[asked.dtype])
-    else:
-        if asked.vae is None or asked.encoder is None:
+    tokenizer: Any = None
+    codec: encoders.LatentCodec | None = None
+    text: encoders.TextEncoder | None = None
+    latents, texts = ("latents" in asked.what), ("text" in asked.what)
+    vae = _foreign(asked.vae, ("kl", "vtp"), "--vae")
+    encoder = _foreign(asked.encoder, ("chat",), "--encoder")
+    if latents and vae is not None:
+        codec = (ScaledLatents if vae[0] == "kl" else VtpLatents).of_folder(vae[1], device=device)
+    if texts and encoder is not None:
+        tokenizer, text = ChatModelText.of_folder(encoder[1], device, DTYPES[asked.dtype])
+    if (latents and codec is None) or (texts and text is None):
+        if asked.model is not None:
+            own = encoders.released(asked.model, device, DTYPES[asked.dtype])
+        elif asked.vae is None or asked.encoder is None or vae or encoder:
             raise ValueError("--precompute: expected --model, or --vae and --encoder")
-        tokenizer, codec, text = encoders.mini(asked.recipe, asked.vae, asked.encoder, device)
-    return tokenizer, codec if "latents" in asked.what else None, text if "text" in asked.what else None
+        else:
+            own = encoders.mini(asked.recipe, asked.vae, asked.encoder, device)
+        codec = codec or own[1]
+        tokenizer, text = (own[0], own[2]) if text is None else (tokenizer, text)
+    return tokenizer, codec if latents else None, text if texts else None
 
 
 @dataclass(frozen=True)
@@ -369,10 +395,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precompute", type=parts, default=[], metavar="latents,text", help="what to store beside pictures"
     )
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="--precompute: a checkpoint folder")
-    parser.add_argument("--vae", type=Path, default=Path("runs/vae"), help='--precompute: folder of the stage "vae"')
     parser.add_argument(
-        "--encoder", type=Path, default=Path("runs/encoder/encoder.pt"), metavar="STATE", help="--precompute"
-    )
+        "--vae", type=Path, default=Path("runs/vae"), metavar="[kl:|vtp:]FOLDER",
+        help='--precompute: folder of the stage "vae", or of another autoencoder (kl: FLUX.1 or SD3)',
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoder", type=Path, default=Path("runs/encoder/encoder.pt"), metavar="STATE|chat:FOLDER",
+        help='--precompute: state of the stage "encoder", or a chat model in transformers\' layout (Qwen3)',
+    )  # fmt: skip
     parser.add_argument(
         "--config", default="mini", help="--precompute: recipe of --vae and --encoder, or a file .py (default: mini)"
     )

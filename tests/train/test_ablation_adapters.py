@@ -1,14 +1,18 @@
 """FLUX.1's and SD3's latents, Qwen3's features, Lens-Toy: at shapes small enough for a test."""
 
+import argparse
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lens.config import LensConfig
-from train import configs, cost
+from train import configs, cost, shards
 from train import pretrain_on_shards as flow
 from train.ablations.adapters import ChatModelText, ScaledLatents, TemplateTokens, relative_layers
+from train.data.buckets import Bucket
+from train.data.images import fitted
+from train.data.shards import FEATURES, LATENTS, TEXT, ShardSet, array_of
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +114,58 @@ def test_lens_toy_is_the_papers_size():
     assert flow.model_of(latents_of_16).in_channels == 64
     text = cost.dry_run(toy, 8, None, "a100", 0.4)
     assert "GPU hours" in text
+
+
+def test_shards_hold_what_another_autoencoder_and_encoder_make(vae, tmp_path):
+    """`--vae kl:FOLDER --encoder chat:FOLDER`: numbers of these networks, found again by their fingerprints."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+
+    vae.save_pretrained(tmp_path / "vae")
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1, head_dim=8)
+    Qwen3Model(Qwen3Config(vocab_size=300, num_hidden_layers=4, **sizes)).save_pretrained(tmp_path / "chat")
+    letters = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    letters.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=letters)
+    fast.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+    fast.save_pretrained(tmp_path / "chat")
+    own = {"vae": f"kl:{tmp_path / 'vae'}", "encoder": f"chat:{tmp_path / 'chat'}"}
+
+    def build(out, *more):
+        parser = argparse.ArgumentParser()
+        shards.add_arguments(parser)
+        words = [
+            "--world",
+            "mini",
+            "--bases",
+            "64",
+            "--aspects",
+            "1:1",
+            "--per-bucket",
+            "2",
+            "--out",
+            str(tmp_path / out),
+        ]
+        assert shards.run(parser.parse_args([*words, *more])) == 0
+        return ShardSet(tmp_path / out)
+
+    found = build("both", "--precompute", "latents,text", "--vae", own["vae"], "--encoder", own["encoder"])
+    codec = ScaledLatents(vae)
+    tokens, text = ChatModelText.of_folder(tmp_path / "chat", dtype=torch.float32)
+    assert found.precomputed == {"latents": codec.fingerprint, "text": text.fingerprint}
+    sample = found.member(Bucket(64, "1:1"), 1)
+    pixels = torch.from_numpy(fitted(sample.read("png"), (64, 64)))[None]
+    assert torch.equal(array_of(sample.read(LATENTS)), codec.encode(pixels)[0])
+    ids = tokens(sample.read(TEXT).decode())
+    assert torch.equal(array_of(sample.read(FEATURES)), text.encode([ids]))
+    beside = build("beside", "--precompute", "latents,text", "--model", "lens/mini/base", "--encoder", own["encoder"])
+    assert beside.precomputed["text"] == text.fingerprint
+    assert beside.precomputed["latents"] not in (codec.fingerprint, None)
+    for flags, words in (
+        (["--vae", "sd3:x"], "--vae sd3:x: expected a path, or one of kl, vtp before a colon"),
+        (["--vae", "vtp:nowhere"], "--vae vtp:nowhere: no folder nowhere"),
+        (["--encoder", own["encoder"], "--vae", "none"], "expected --model, or --vae and --encoder"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build("not", "--precompute", "latents,text", *flags)
