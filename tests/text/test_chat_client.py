@@ -2,9 +2,6 @@
 
 import json
 import logging
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -300,19 +297,6 @@ def test_the_key_is_nowhere(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("LENS_CHAT_KEY", "EMPTY")  # what local servers take is no secret, and a word
     with scripted("an EMPTY room") as server, client(server) as ours:
         assert ours.ask(Chat("?"), said) == "an EMPTY room"
-
-
-def test_without_the_extra_one_error_names_it():
-    code = (
-        "import sys; sys.modules['openai'] = None\n"
-        "from lens.chat_client import *\n"
-        "try: ChatClient('http://127.0.0.1:1/v1', 'm').ask(Chat('?'), same)\n"
-        "except ImportError as error: print(error)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2], check=True
-    )
-    assert "lens-t2i[llm]" in done.stdout
 
 
 def test_an_interrupt_cancels_what_is_under_way_and_the_client_goes_on(tmp_path):

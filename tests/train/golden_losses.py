@@ -67,7 +67,8 @@ CHANGES = {
     "pretrain_128": {
         "SIZES": {(64, 64): 0.5, (48, 96): 0.5},
         "BATCH": 4,
-        "POOL": {"chunk": 16, "kept": 2, "reuse": 1},
+        "TEXT_BINS": (160,),  # one: more would leave most of so few scenes without a whole batch
+        "POOL": {"chunk": 8, "kept": 2, "reuse": 1},
         "COMPILED": False,
         "GEMM": "float32",
         "LR": 2e-3,

@@ -131,7 +131,7 @@ def test_the_velocity_to_learn_is_that_of_the_samplers_guided_step(folder, kind)
 
 def test_guidance_is_learned_and_then_resumed_bit_for_bit(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(watch, "score_of", lambda text: lambda pictures, captions: float(np.mean(pictures)))
-    changes = {"GUIDED_STEPS": 40, "GUIDED_LR": 3e-3}
+    changes = {"GUIDED_STEPS": 20, "GUIDED_LR": 6e-3}
 
     def run(out, *stops):
         for stop in stops:
@@ -142,13 +142,13 @@ def test_guidance_is_learned_and_then_resumed_bit_for_bit(tmp_path, folder, monk
         return trainer
 
     whole, parts = run(tmp_path / "whole", 99), run(tmp_path / "parts", 7, 99)
-    assert whole.step == parts.step == 45
+    assert whole.step == parts.step == 25
     assert same(weights(whole), weights(parts)) == []
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     found = [row["unguided"] for row in rows if "unguided" in row]
     assert found[-1] < 0.5 * found[0]
     rates = {row["step"]: row["lr"] for row in rows if "lr" in row}
-    assert (rates[20], rates[40], rates[45]) == tuple(pytest.approx(r) for r in (3e-3 * 21 / 40, 3e-3 / 40, 1e-3))
+    assert (rates[10], rates[20], rates[25]) == tuple(pytest.approx(r) for r in (6e-3 * 11 / 20, 6e-3 / 20, 1e-3))
 
 
 def test_the_masters_move_at_the_released_rate(tmp_path, folder):
