@@ -122,6 +122,7 @@ def _networks(asked: Precompute) -> tuple[Any, Any, Any]:
     if texts and encoder is not None:
         tokenizer, text = ChatModelText.of_folder(encoder[1], device, DTYPES[asked.dtype])
     if (latents and codec is None) or (texts and text is None):
+        own: tuple[encoders.Tokenizer, encoders.LatentCodec, encoders.TextEncoder]
         if asked.model is not None:
             own = encoders.released(asked.model, device, DTYPES[asked.dtype])
         elif asked.vae is None or asked.encoder is None or vae or encoder:
