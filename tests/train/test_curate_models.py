@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.train.small_onnx import MEANS, PIXELS, model, written
 from train.data.curation import classifiers, engine, steps
 from train.data.curation.classifiers import (
     Missing,
@@ -24,6 +23,7 @@ from train.data.curation.classifiers import (
     with_output,
 )
 from train.data.curation.records import Record
+from train.evaluate.small_onnx import MEANS, PIXELS, model, written
 
 
 def photo(seed=0, size=(40, 30)):
