@@ -8,8 +8,8 @@ process and of Ray's workers, their start and imports included) and the memory o
 after each tenth of the images, which must stay flat. The images are drawn from their seeds alone, so the same command
 gives the same images.
 
---colours plants defects of all nine steps: those of models by tints, for models that look at colours; without it none are
-planted for the steps of classifiers. --kill ends a worker of
+--colours plants defects of all nine steps: those of models by tints, for models that look at colours; without it those of
+watermarks are stamps (train/data/stamps.py), and none are planted for nsfw and aesthetic scores. --kill ends a worker of
 Ray by SIGKILL behind the first third of the images. --again curates them once more, in this process, interrupted behind
 the first third and continued: every file must come out the same to the byte. Recall or precision below --at-least, or a file
 that differs, ends with exit code 1.
@@ -27,6 +27,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
+
 from lens.formats.files import write_json
 
 from .data.curation.classifiers import DEFAULTS, Models, loaded
@@ -35,10 +38,17 @@ from .data.curation.engine import run as run_chunks
 from .data.curation.manifest import Curation, write_manifest
 from .data.curation.records import STEPS, Thresholds
 from .data.shards import digest_of
-from .evaluate.planted_defects import AREA, JUDGED, SIDE, Change, planted, settled
+from .data.stamps import stamped
+from .evaluate.planted_defects import AREA, JUDGED, SIDE, Change, encoded, planted, settled
 from .evaluate.planted_defects import plan as names_of
 from .evaluate.small_onnx import COLOUR_THRESHOLDS, colour_judges
 from .loop.clock import positive
+
+
+def watermarked(image: Image.Image) -> bytes:
+    """Under a stamp of any style, drawn from the image itself."""
+    pixels = np.asarray(image)
+    return encoded(Image.fromarray(stamped(pixels, np.random.default_rng(int(pixels.sum())))[0]))
 
 
 def generate(
@@ -194,7 +204,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kill", action="store_true", help="--ray: end a worker by SIGKILL behind the first third")
     parser.add_argument("--again", action="store_true", help="once more, inline and interrupted, and compare all files")
     parser.add_argument("--colours", action="store_true", help="models that look at colours, and defects for them")
-    for use in ("nsfw", "embedding"):
+    for use in ("nsfw", "watermark", "embedding"):
         parser.add_argument(f"--{use}", default=DEFAULTS[use], metavar="MODEL", help="as of curate")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="thresholds", help="as of curate"
@@ -208,7 +218,7 @@ def models_of(options: argparse.Namespace) -> tuple[Models, Thresholds]:
     """Whoever judges, and the thresholds that go with it and with the images' side."""
     words = [f"area_min={round((AREA * options.side) ** 2)}"]
     if not options.colours:
-        models = Models(nsfw=options.nsfw, embedding=options.embedding)
+        models = Models(nsfw=options.nsfw, watermark=options.watermark, embedding=options.embedding)
         return models, Thresholds.of([*words, *options.thresholds])
     folder = options.folder.resolve() / "models"
     folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +231,8 @@ def run(options: argparse.Namespace) -> int:
     begin, source = time.monotonic(), options.folder / "images"
     models, thresholds = models_of(options)
     judges = loaded(models)
-    expected = generate(source, options.images, JUDGED if options.colours else None, options.side)
+    own = {"watermark": watermarked} if "watermark" in judges else {}
+    expected = generate(source, options.images, JUDGED if options.colours else own, options.side)
     print(f"{len(expected)} images generated in {time.monotonic() - begin:.0f} s", flush=True)
     settings = Settings(source, options.folder / "curated", kind="synthetic", licence="none", models=models)
     watch = Watch(len(expected), kill_a_worker if options.kill else None)

@@ -31,7 +31,7 @@ from train.evaluate.planted_defects import JUDGED, planted, settled
 from train.evaluate.small_onnx import COLOUR_THRESHOLDS, colour_judges
 
 ROOT = Path(__file__).resolve().parents[2]
-UNJUDGED = ["--nsfw", "none", "--embedding", "none"]
+UNJUDGED = ["--nsfw", "none", "--watermark", "none", "--embedding", "none"]
 
 
 def curate(source, out, *more):
@@ -128,6 +128,7 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
         "Bild ä 画像 🐱 %20.jpg": (jpeg, None),
         "moves.gif": (animation("GIF"), "animated: 2 frames"),
         "moves.webp": (animation("WEBP"), "animated: 2 frames"),
+        "garbage behind its end.jpg": (jpeg + b"garbage" * 99, None),
         "half.jpg": (jpeg[: len(jpeg) // 2], "not decoded: image file is truncated"),
         "zero tail.png": (png[: len(png) // 2] + bytes(len(png) // 2), "not decoded: "),
         "empty.png": (b"", "empty file"),
@@ -139,6 +140,7 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")  # opened, it would wait for a writer for ever
     (folder / ".hidden.jpg").write_bytes(jpeg)
     (folder / "notes.txt").write_text("no image")
     with open(os.fsencode(folder) + b"/not utf \xff.jpg", "wb") as file:
@@ -148,7 +150,11 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
     curation = Curation(tmp_path / "out")
     records = {record.key: record for record in curation.records()}
     expected = {name: why for name, (_, why) in files.items()}
-    expected |= {"gone.jpg": "cannot be read: no such file", "not utf \\xff.jpg": "its name is not UTF-8"}
+    expected |= {
+        "gone.jpg": "cannot be read: no such file",
+        "pipe.jpg": "cannot be read: not a file",
+        "not utf \\xff.jpg": "its name is not UTF-8",
+    }
     assert set(records) == set(expected)
     for name, why in expected.items():
         if why is None:
@@ -165,7 +171,7 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
     assert curation.manifest["failures"]["animated"] == 2
     printed = capsys.readouterr().out
     assert "nsfw: not judged: --nsfw names none" in printed
-    assert "not judged: 7\n" in printed
+    assert "not judged: 8\n" in printed
 
 
 def test_order_of_a_list_changes_no_record(images, curated, tmp_path, models):
@@ -282,7 +288,7 @@ def test_what_does_not_belong_to_the_folder_is_refused(images, curated, models, 
         (["--set", "clarity_min=much"], "expected a number, got 'much'"),
         (["--require", "aesthetic"], "--require aesthetic: --aesthetic names none; none ships"),
         (["--require", "taste"], "--require taste: expected some of nsfw"),
-        (["--watermark", "opennsfw"], "--watermark opennsfw: it judges nsfw, and embeds"),
+        (["--watermark", "opennsfw"], "expected a model for watermark, opennsfw is one for nsfw and embedding"),
         (["--aesthetic", tmp_path / "no"], "no: no such folder"),
         (["--max-pixels", 10**10], "--max-pixels 10000000000: expected 1 to 178956970"),
     ):

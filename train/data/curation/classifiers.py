@@ -7,6 +7,7 @@ A classifier is named by a word or a place:
                       Freepik; watermark: SigLIP2), CLIP's image side (embedding), or a SigLIP with a head of linear layers in
                       head.safetensors (aesthetic)
     FILE.onnx         any ONNX file, described by FILE.json beside it (`OnnxInput`)
+    lens-watermark    the small net that ships with this project: watermarks (watermark.py)
     none              not judged
 
 Nothing is downloaded. Every model is called on one image at a time on a CPU, so that a score does not depend on what
@@ -33,8 +34,14 @@ from lens.formats.files import read_json
 
 from ..shards import digest_of
 from .records import MODELS
+from .watermark import Marks
 
-DEFAULTS = {"nsfw": "opennsfw", "aesthetic": "none", "watermark": "none", "embedding": "opennsfw"}
+DEFAULTS = {"nsfw": "opennsfw", "aesthetic": "none", "watermark": "lens-watermark", "embedding": "opennsfw"}
+WORDS = {
+    "opennsfw": ("nsfw", "embedding"),
+    "lens-watermark": ("watermark",),
+    "none": MODELS,
+}  # and what each can be used for
 CLIP_DUPLICATES = 0.985  # the paper's, for CLIP ViT-L/14
 OPENNSFW_DUPLICATES = 0.98  # between different drawings (at most .967) and altered copies (at least .997): docs/data.md
 
@@ -436,12 +443,16 @@ class Models:
     def load(self, use: str) -> Classifier | None:
         """The classifier of one of MODELS; None for "none". Errors: Missing, ValueError."""
         word = getattr(self, use)
+        if word in WORDS and use not in WORDS[word]:
+            raise ValueError(
+                f"--{use} {word}: expected a model for {use}, {word} is one for {' and '.join(WORDS[word])}"
+            )
         if word == "none":
             return None
         if word == "opennsfw":
-            if use not in ("nsfw", "embedding"):
-                raise ValueError(f"--{use} opennsfw: it judges nsfw, and embeds")
             return opennsfw(use, self.device)
+        if word == "lens-watermark":
+            return Marks.load(device=self.device)
         path = Path(word)
         if path.suffix == ".onnx":
             if not path.is_file():
@@ -484,6 +495,10 @@ def loaded(models: Models) -> dict[str, Classifier]:
 def why_not_judged(models: Models, use: str) -> str:
     """Why a step has no classifier; "" where it has one."""
     try:
-        return "" if models.load(use) is not None else f"--{use} names none" + ("; none ships" if use != "nsfw" else "")
+        return (
+            ""
+            if models.load(use) is not None
+            else f"--{use} names none" + ("; none ships" if DEFAULTS[use] == "none" else "")
+        )
     except Missing as error:
         return str(error)
