@@ -19,6 +19,7 @@ STAGES = {  # module, what it does
     "curate_report": ("train.curate_report", "the page of a curation: counts, scores, examples"),
     "curate_calibrate": ("train.curate_calibrate", "percentiles and sheets around each threshold of a curation"),
     "curate_check": ("train.curate_check", "generated images with known defects through curate: recall and precision"),
+    "watermark": ("train.watermark", "the judge of watermarks, from stamped pictures"),
     "caption": ("train.caption", "captions, visible text, scenario and category of images, by a vision server"),
     "synthesize_text": ("train.synthesize_text", "rendered text on backgrounds, with strings and boxes"),
     "classify": ("train.classify", "a scenario and a category of images, by CLIP and words"),

@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 
 from .curate_report import counts_in_words, write_report
-from .data.curation.classifiers import DEFAULTS, Models, loaded, why_not_judged
+from .data.curation.classifiers import DEFAULTS, WORDS, Models, loaded, why_not_judged
 from .data.curation.engine import RayOptions, Settings, plan
 from .data.curation.engine import run as run_chunks
 from .data.curation.manifest import Curation, write_manifest
@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     limits.add_argument("--max-pixels", type=positive, default=1 << 26, help="of a decoded image (default: 2^26)")
     limits.add_argument("--max-seconds", type=float, default=30.0, help="of a URL, redirects included (default: 30)")
     limits.add_argument("--allow-private", action="store_true", help="URLs may lead to private and local addresses")
-    models = parser.add_argument_group("classifiers: opennsfw, a checkpoint folder, FILE.onnx with FILE.json, or none")
+    models = parser.add_argument_group(
+        "classifiers: a checkpoint folder, FILE.onnx with FILE.json, " + ", ".join(WORDS)
+    )
     for use in MODELS:
         models.add_argument(f"--{use}", default=DEFAULTS[use], metavar="MODEL", help=f"(default: {DEFAULTS[use]})")
     models.add_argument(
@@ -91,7 +93,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def settings_of(options: argparse.Namespace) -> Settings:
     limits = Limits(options.max_bytes, options.max_pixels, options.max_seconds, options.allow_private)
     words = {use: getattr(options, use) for use in MODELS}
-    words = {use: word if word in ("none", "opennsfw") else str(Path(word).resolve()) for use, word in words.items()}
+    words = {use: word if word in WORDS else str(Path(word).resolve()) for use, word in words.items()}
     classes = {"nsfw_classes": options.nsfw_classes, "watermark_classes": options.watermark_classes}
     models = Models(**words, **classes, device=options.device, dtype=options.dtype)
     source, out = options.source_path.resolve(), options.out.resolve()

@@ -18,7 +18,7 @@ from PIL import Image
 
 pytest.importorskip("pyarrow")
 
-from tests.train.small_onnx import planted_models
+from train import curate_check
 from train.__main__ import main
 from train.curate_check import compared
 from train.data.curation import engine
@@ -27,10 +27,11 @@ from train.data.curation.manifest import Curation, manifests
 from train.data.curation.records import STEPS, Item, Pairs, Record, Thresholds, read_rows, view, write_rows
 from train.data.curation.steps import Limits
 from train.data.shards import ShardSet
-from train.evaluate.planted_defects import planted, settled
+from train.evaluate.planted_defects import JUDGED, planted, settled
+from train.evaluate.small_onnx import COLOUR_THRESHOLDS, colour_judges
 
 ROOT = Path(__file__).resolve().parents[2]
-UNJUDGED = ["--nsfw", "none", "--embedding", "none"]
+UNJUDGED = ["--nsfw", "none", "--watermark", "none", "--embedding", "none"]
 
 
 def curate(source, out, *more):
@@ -55,7 +56,7 @@ def images(tmp_path_factory):
     pytest.importorskip("onnxruntime")
     folder, expected = tmp_path_factory.mktemp("planted"), {}
     for seed in (0, 1, 5, 9, 13, 17, 21, 25, 29, 33, 37, 41, 45):
-        for one in planted(seed, judged=True):
+        for one in planted(seed, JUDGED):
             path = folder / one.name
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(one.data)
@@ -65,7 +66,9 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    return planted_models(tmp_path_factory.mktemp("models"))
+    words = colour_judges(tmp_path_factory.mktemp("models"))
+    options = [word for use, path in words.items() for word in (f"--{use}", path)]
+    return [*options, *(word for threshold in COLOUR_THRESHOLDS for word in ("--set", threshold))]
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +128,7 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
         "Bild ä 画像 🐱 %20.jpg": (jpeg, None),
         "moves.gif": (animation("GIF"), "animated: 2 frames"),
         "moves.webp": (animation("WEBP"), "animated: 2 frames"),
+        "garbage behind its end.jpg": (jpeg + b"garbage" * 99, None),
         "half.jpg": (jpeg[: len(jpeg) // 2], "not decoded: image file is truncated"),
         "zero tail.png": (png[: len(png) // 2] + bytes(len(png) // 2), "not decoded: "),
         "empty.png": (b"", "empty file"),
@@ -136,6 +140,7 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
         (folder / name).write_bytes(data)
     (folder / "gone.jpg").symlink_to(folder / "nowhere.jpg")
     (folder / "folder.jpg").mkdir()
+    os.mkfifo(folder / "pipe.jpg")  # opened, it would wait for a writer for ever
     (folder / ".hidden.jpg").write_bytes(jpeg)
     (folder / "notes.txt").write_text("no image")
     with open(os.fsencode(folder) + b"/not utf \xff.jpg", "wb") as file:
@@ -145,7 +150,11 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
     curation = Curation(tmp_path / "out")
     records = {record.key: record for record in curation.records()}
     expected = {name: why for name, (_, why) in files.items()}
-    expected |= {"gone.jpg": "cannot be read: no such file", "not utf \\xff.jpg": "its name is not UTF-8"}
+    expected |= {
+        "gone.jpg": "cannot be read: no such file",
+        "pipe.jpg": "cannot be read: not a file",
+        "not utf \\xff.jpg": "its name is not UTF-8",
+    }
     assert set(records) == set(expected)
     for name, why in expected.items():
         if why is None:
@@ -162,7 +171,7 @@ def test_odd_files_have_one_reason_each(tmp_path, capsys):
     assert curation.manifest["failures"]["animated"] == 2
     printed = capsys.readouterr().out
     assert "nsfw: not judged: --nsfw names none" in printed
-    assert "not judged: 7\n" in printed
+    assert "not judged: 8\n" in printed
 
 
 def test_order_of_a_list_changes_no_record(images, curated, tmp_path, models):
@@ -279,7 +288,7 @@ def test_what_does_not_belong_to_the_folder_is_refused(images, curated, models, 
         (["--set", "clarity_min=much"], "expected a number, got 'much'"),
         (["--require", "aesthetic"], "--require aesthetic: --aesthetic names none; none ships"),
         (["--require", "taste"], "--require taste: expected some of nsfw"),
-        (["--watermark", "opennsfw"], "--watermark opennsfw: it judges nsfw, and embeds"),
+        (["--watermark", "opennsfw"], "expected a model for watermark, opennsfw is one for nsfw and embedding"),
         (["--aesthetic", tmp_path / "no"], "no: no such folder"),
         (["--max-pixels", 10**10], "--max-pixels 10000000000: expected 1 to 178956970"),
     ):
@@ -558,7 +567,7 @@ def test_shards_take_what_is_kept(tmp_path, images, models):
 
 
 def test_the_check_counts_what_was_planted(tmp_path, capsys):
-    words = ["curate_check", str(tmp_path), "--images", "8", "--nsfw", "none", "--embedding", "none"]
+    words = ["curate_check", str(tmp_path), "--images", "8", *UNJUDGED]
     assert main([*words, "--at-least", "0.99"]) == 0  # seeds 0 to 4: torn, and too small
     told = json.loads((tmp_path / "check.json").read_text())
     assert told["steps"]["broken"] == {"planted": 3, "found": 3, "mistaken": 0, "recall": 1, "precision": 1}
@@ -567,6 +576,58 @@ def test_the_check_counts_what_was_planted(tmp_path, capsys):
     assert json.loads((tmp_path / "check.json").read_text())["steps"]["area"]["mistaken"] == 5
     assert compared({"a": "area", "b": None}, {"a": None, "b": "area"})["area"]["recall"] == 0
     assert "broken           3       3        0 100.00%   100.00%" in capsys.readouterr().out
+
+
+def test_the_check_plants_for_every_step_and_compares_a_second_interrupted_run(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("onnxruntime")
+    words = ["curate_check", str(tmp_path), "--images", "84", "--side", "96", "--colours", "--again", "--at-least", "1"]
+    assert main(words) == 0
+    told = json.loads((tmp_path / "check.json").read_text())
+    assert set(told["steps"]) == set(STEPS)
+    assert told["different"] == []
+    assert [row["images"] for row in told["memory_again"]] == [64, 84]
+    assert all(row["this_process_mb"] > 50 for row in told["memory"] + told["memory_again"])
+    assert "interrupted behind 64 images" in capsys.readouterr().out
+    shutil.rmtree(tmp_path / "again")
+    (tmp_path / "curated" / "parts" / "extra").write_text("")  # what a run wrote twice, say
+    monkeypatch.setattr(curate_check, "planted", lambda *_: pytest.fail("the images are there"))
+    assert main(words) == 1
+    assert json.loads((tmp_path / "check.json").read_text())["different"] == ["parts/extra"]
+    with pytest.raises(ValueError, match="--kill: ends a worker of Ray; expected --ray"):
+        main(["curate_check", str(tmp_path), "--kill"])
+
+
+def test_folders_differ_where_a_byte_does(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "x").mkdir(parents=True)
+        (tmp_path / name / "x" / "same").write_bytes(b"1")
+        (tmp_path / name / "byte").write_bytes(name.encode())
+        (tmp_path / name / f"only {name}").write_bytes(b"")
+    assert curate_check.differing(tmp_path / "a", tmp_path / "b") == ["byte", "only a", "only b"]
+
+
+def test_a_worker_is_known_by_its_name_with_its_memory_and_its_time():
+    if not Path("/proc/self/stat").is_file():
+        pytest.skip("no /proc here")
+    busy = "import time; list(range(10**6)); print(flush=True); time.sleep(1000)"
+    children = [subprocess.Popen([name, "-c", busy], executable=sys.executable, stdout=subprocess.PIPE)
+                for name in ("ray::Map", "other")]  # fmt: skip
+    try:
+        for child in children:
+            child.stdout.readline()
+        assert curate_check.workers() == [children[0].pid]
+        assert curate_check.busiest(curate_check.workers()) == children[0].pid
+        assert 1 < curate_check.megabytes(children[0].pid) < 500
+        assert curate_check.seconds_of(children[0].pid) > 0
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+    assert curate_check.workers() == []
+    assert curate_check.megabytes(children[0].pid) == curate_check.seconds_of(children[0].pid) == 0
+    with pytest.raises(ValueError, match="--kill: no worker of Ray below this process"):
+        curate_check.busiest([])
 
 
 def test_limits_refuse_what_none_can_meet():

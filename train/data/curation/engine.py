@@ -204,12 +204,15 @@ def _stored(settings: Settings, chunk: Chunk, works: list[Work]) -> list[Work]:
 def judge(settings: Settings, works: Sequence[Work]) -> list[Record]:
     """The records with the scores of every classifier that is here, and its name beside each."""
     records = [work.record for work in works]
-    for use, one in loaded(settings.models).items():
+    classifiers = loaded(settings.models)
+    outputs: dict[int, Any] = {}  # of a backbone: one pass for all classifiers that share it
+    for use, one in classifiers.items():
         rows = [i for i, work in enumerate(works) if use in work.inputs]
         if not rows:
             continue
-        scores = one(np.stack([works[i].inputs[use] for i in rows]))
-        for i, value in zip(rows, scores, strict=True):
+        if id(one.backbone) not in outputs:
+            outputs[id(one.backbone)] = one.backbone(np.stack([works[i].inputs[use] for i in rows]))
+        for i, value in zip(rows, one.head(outputs[id(one.backbone)]), strict=True):
             if not np.isfinite(value).all():
                 raise FloatingPointError(f"{one.by}: gave {value} for {records[i].key}")
             stored = np.asarray(value, "<f2").tobytes() if use == "embedding" else float(value)

@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +27,12 @@ from lens.ops import image_scores
 
 from ..images import Unusable, decoded
 from ..sources import caption_beside
+from .classifiers import Classifier
 from .fetch import FetchLimits, Unreachable, fetch
 from .records import Item, Record
 
 MOST_PIXELS = 178_956_970  # Pillow refuses more by itself
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")  # in which a second frame is another image; an MPO's is a preview
-
-
-class Prepares(Protocol):
-    """What `prepare` needs of a classifier."""
-
-    def prepare(self, image: Any) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
@@ -167,7 +162,10 @@ def score(work: Work) -> Work:
     return work.with_(clarity=found.clarity, entropy=found.entropy, luminance=found.luminance)
 
 
-def prepare(work: Work, classifiers: Mapping[str, Prepares]) -> Work:
-    """What each classifier looks at, and no longer the image."""
-    inputs = {} if work.image is None else {name: one.prepare(work.image) for name, one in classifiers.items()}
-    return Work(work.record, work.data, None, inputs)
+def prepare(work: Work, classifiers: Mapping[str, Classifier]) -> Work:
+    """What each classifier looks at, once for those that share a backbone, and no longer the image."""
+    if work.image is None:
+        return work
+    seen = {id(one.backbone): one.backbone for one in classifiers.values()}
+    prepared = {key: backbone.prepare(work.image) for key, backbone in seen.items()}
+    return Work(work.record, work.data, None, {use: prepared[id(one.backbone)] for use, one in classifiers.items()})

@@ -1,10 +1,13 @@
-"""ONNX files of a few nodes, written byte by byte: no package that makes them is needed."""
+"""ONNX files of a few nodes, written byte by byte: no package that makes them is needed. And judges of colours, made of them."""
+
+from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def varint(n):
+def varint(n: int) -> bytes:
     out = bytearray()
     while n > 127:
         out.append(n & 127 | 128)
@@ -12,21 +15,21 @@ def varint(n):
     return bytes([*out, n])
 
 
-def text(number, content):
+def text(number: int, content: str | bytes) -> bytes:
     content = content.encode() if isinstance(content, str) else content
     return varint(number << 3 | 2) + varint(len(content)) + content
 
 
-def number(place, value):
+def number(place: int, value: int) -> bytes:
     return varint(place << 3) + varint(value)
 
 
-def value(name, *dims):
+def value(name: str, *dims: int | str) -> bytes:
     shape = b"".join(text(1, number(1, d) if isinstance(d, int) else text(2, d)) for d in dims)
     return text(1, name) + text(2, text(1, number(1, 1) + text(2, shape)))
 
 
-def model(nodes, output, *dims):
+def model(nodes: Sequence[tuple[str, str, str]], output: str, *dims: int | str) -> bytes:
     """nodes: (op, input, output); one float input x [N, 3, S, S]."""
     graph = b"".join(text(1, text(1, x) + text(2, y) + text(4, op)) for op, x, y in nodes)
     graph += text(2, "small") + text(11, value("x", "N", 3, "S", "S")) + text(12, value(output, "N", *dims))
@@ -35,9 +38,10 @@ def model(nodes, output, *dims):
 
 MEANS = model([("GlobalAveragePool", "x", "pool"), ("Flatten", "pool", "y")], "y", 3)  # of R, G, B
 PIXELS = model([("Flatten", "x", "y")], "y", "E")
+COLOUR_THRESHOLDS = ("nsfw_max=0.8", "watermark_max=0.8", "aesthetic_min=0.02")  # of `colour_judges`
 
 
-def written(folder: Path, name: str, content: bytes, **about) -> str:
+def written(folder: Path, name: str, content: bytes, **about: object) -> str:
     """FILE.onnx and FILE.json; the path as a word of the command line."""
     path = folder / f"{name}.onnx"
     path.write_bytes(content)
@@ -45,20 +49,8 @@ def written(folder: Path, name: str, content: bytes, **about) -> str:
     return str(path)
 
 
-def planted_models(folder: Path) -> list[str]:
-    """Words of the command line: nsfw is red, a watermark green, beauty blue, near-duplicates the same 16 x 16 pixels."""
-    words = []
-    for use, channel in (("nsfw", 0), ("watermark", 1), ("aesthetic", 2)):
-        words += [f"--{use}", written(folder, use, MEANS, index=channel)]
-    embedding = written(folder, "embedding", PIXELS, mean=[0.5, 0.5, 0.5], duplicate_above=0.985)
-    return [
-        *words,
-        "--embedding",
-        embedding,
-        "--set",
-        "nsfw_max=0.8",
-        "--set",
-        "watermark_max=0.8",
-        "--set",
-        "aesthetic_min=0.02",
-    ]
+def colour_judges(folder: Path) -> dict[str, str]:
+    """Words of the command line by use: nsfw is red, a watermark green, beauty blue, near-duplicates the same 16 x 16 pixels."""
+    channels = {"nsfw": 0, "watermark": 1, "aesthetic": 2}
+    words = {use: written(folder, use, MEANS, index=channel) for use, channel in channels.items()}
+    return words | {"embedding": written(folder, "embedding", PIXELS, mean=[0.5] * 3, duplicate_above=0.985)}
