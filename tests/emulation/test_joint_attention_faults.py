@@ -46,7 +46,8 @@ FAULTS = {
         SOFTMAX, "  sum += __shfl_xor_sync(kFullWarp, sum, 2);\n", "", NUMBERS
     ),
     "image rows where text rows belong": Fault(
-        KERNEL, "tile.text_row + query - tile.images", "tile.text_row + query", "in no buffer|past the end"
+        KERNEL, "tile.text_row + query - tile.images", "tile.text_row + query",
+        f"in no buffer|past the end|{NUMBERS}",  # by where the buffers happen to lie
     ),
     "a fixed range that overflows": Fault(SOFTMAX, "kFixedRange = 60", "kFixedRange = 200", NUMBERS, "fixed"),
 }  # fmt: skip

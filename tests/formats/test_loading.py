@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import lens
 from lens import LensConfig, LensPipeline, LensTransformer2DModel
-from lens.cli.__main__ import MODEL
+from lens.cli.options import MODEL
 from lens.formats.files import CheckpointError
 from lens.formats.hub import EMBEDDED, resolve, shipped, variant_hint
 from lens.formats.names import released_names
