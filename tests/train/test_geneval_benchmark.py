@@ -309,6 +309,16 @@ def test_shares_and_their_intervals_by_hand():
     assert judging.averaged([Figure(0.5), Figure(None, note="why")]).note == "why"
 
 
+def test_progress_is_told_now_and_then(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(judging.time, "monotonic", lambda: now[0])
+    progress = judging.Progress("text", 8, lines.append)
+    for seconds in (4.0, 8.0, 12.0, 16.0, 24.0):
+        now[0] = seconds
+        progress()
+    assert lines == ["text: 3 of 8 prompts judged, 20 s left", "text: 5 of 8 prompts judged, 14 s left"]
+
+
 def test_the_total_is_the_mean_of_six_tasks():
     column = Column("c", [CARD])
     verdicts = {task: [[1.0, 0.0]] * (k + 1) for k, task in enumerate(geneval_prompts.TASKS)}

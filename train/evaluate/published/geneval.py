@@ -32,7 +32,7 @@ from . import command
 from .drawing import Ask, Calls, read_image
 from .geneval_languages import LANGUAGES, prompt
 from .geneval_prompts import TASKS, Entry, entries
-from .judging import MAX_MISSING, Column, Figure, averaged, share
+from .judging import MAX_MISSING, Column, Figure, Progress, averaged, share
 from .models import CLIP, DETECTOR, Clip, ColourClassifier, Found, Mask2Former, ObjectDetector, crop_of
 
 COUNTING = 0.9  # confidence from above which a box counts where objects are counted
@@ -141,7 +141,7 @@ class Geneval:
         assert self.painter is not None, "prepared"
         column = Column(name, [self.detector.card, self.painter.card])
         verdicts: dict[str, list[list[float]]] = {}
-        expected = sum(len(ask.files) for ask in asks)
+        expected, progress = sum(len(ask.files) for ask in asks), Progress("geneval", len(asks))
         for ask in asks:
             if column.missing > MAX_MISSING * expected:  # no total can come of it: judge no more
                 break
@@ -161,6 +161,7 @@ class Geneval:
                     column.missing += 1
                     row |= {"right": None, "reasons": [f"not judged: {error}"]}
                 images.append(row)
+            progress()
             verdicts.setdefault(ask.task, []).append(right)
             known = sum(right) / len(right) if right else None
             column.rows.append(

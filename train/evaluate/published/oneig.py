@@ -35,10 +35,12 @@ import numpy as np
 from lens.formats.files import read_json
 
 from ...data.tables import json_lines
-from . import chat_judges, command
-from .chat_judges import Answerer, ChatJudge, Reader, as_jpeg, judge_of, reader_of
+from . import chat_judges, command, judge_choice
+from .chat_judges import Answerer, ChatJudge, Reader, as_jpeg
 from .drawing import Ask, Calls, read_image, write_image
-from .judging import Card, Column, Figure, averaged, bootstrapped, mean
+from .judge_choice import judge_of, reader_of
+from .judging import Card, Column, Figure, Progress, averaged, bootstrapped, mean
+from .qwen_judge import QwenJudge
 from .reading import read_all
 from .text_match import Match, oneig_match, oneig_text, without_hallucinations
 
@@ -225,7 +227,9 @@ class OneIG:
         if "alignment" in options.dimensions:
             self.answerer = self.answerer or judge_of(options, options.out)
         if "text" in options.dimensions:
-            shared = self.answerer if isinstance(self.answerer, ChatJudge) and not options.rapidocr else None
+            shared = (
+                self.answerer if isinstance(self.answerer, ChatJudge | QwenJudge) and not options.rapidocr else None
+            )
             self.reader = self.reader or shared or reader_of(options, options.out)
         if "diversity" in options.dimensions and options.dreamsim:
             self.distance = self.distance or DreamSim(options.device)
@@ -325,10 +329,10 @@ class OneIG:
             c: questions_of(options.prompts, c, language) for c in dict.fromkeys(a.task for a in asks) if c in ALIGNED
         }
         hard, soft, per_category = [], [], dict[str, list[float]]()
-        for ask in (a for a in asks if a.task in known):
-            questions = known[ask.task].get(ask.id.partition("/")[2])
-            if questions is None:
-                continue
+        asked = [(a, known[a.task].get(a.id.partition("/")[2])) for a in asks if a.task in known]
+        pairs = [(ask, questions) for ask, questions in asked if questions is not None]
+        progress = Progress("alignment", len(pairs))
+        for ask, questions in pairs:
             images, chances = [], []
             numbers = list(questions.texts)
             cells = self.cells(options, ask, folder)
@@ -356,12 +360,13 @@ class OneIG:
                 rows[ask.id]["score"] = value
             if (value := mean(chances)) is not None:
                 soft.append(value)
+            progress()
         column.figures["alignment"] = bootstrapped(hard, mean)
         column.figures |= {f"alignment, {category}": bootstrapped(own, mean) for category, own in per_category.items()}
         if options.soft:
             figure = bootstrapped(soft, mean)
             column.figures["alignment, soft"] = (
-                figure if soft else Figure(None, note="the server tells no probabilities")
+                figure if soft else Figure(None, note="the judge tells no probabilities")
             )
 
     def _text(
@@ -432,7 +437,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--judged", type=Path, metavar="FILE", help="JSON lines: dimension, id, values of reasoning, style, diversity"
     )
-    chat_judges.add_arguments(parser)
+    judge_choice.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
