@@ -146,6 +146,16 @@ def test_relations_are_of_the_shrunk_offset():
     assert not right(right_of, Found("cat", 0.9, LEFT), Found("dog", 0.9, (4, 40, 24, 60)))
 
 
+def test_presence_is_soft_by_hand():
+    both = ask("two_object", CAT, DOG)
+    found = [Found("cat", 0.2, LEFT), Found("cat", 0.7, RIGHT), Found("tv", 0.9, LEFT)]
+    assert geneval.presence(both, found) == pytest.approx((0.7 + 0.0) / 2)  # below a threshold counts as well
+    two = ask("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}])
+    assert geneval.presence(two, found) == pytest.approx(0.2)
+    assert geneval.presence(two, [*found, Found("cat", 0.15, LEFT)]) == pytest.approx(0.2 * (1 - 0.15))
+    assert geneval.presence(two, found[1:]) == 0.0
+
+
 def test_what_is_outside_of_a_mask_is_grey():
     mask = np.zeros((100, 100), bool)
     mask[40:60, :10] = True
@@ -225,9 +235,9 @@ def test_both_judges_run_on_random_weights(tmp_path):
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     small = {
-        "feature_size": 16,
-        "mask_feature_size": 16,
-        "hidden_dim": 16,
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "hidden_dim": 32,
         "encoder_feedforward_dim": 16,
         "dim_feedforward": 16,
     }
@@ -403,6 +413,11 @@ def test_a_folder_is_scored_and_a_page_written(tmp_path, capsys):
     }
     assert {task: scores["figures"][task]["value"] for task in expected} == expected
     assert scores["figures"]["total"]["value"] == pytest.approx(2 / 6)
+    # 0.95 of each object; of two, three or four of a kind one alone is there
+    single = [
+        len(entry["include"]) for a in asks if (entry := geneval_prompts.entries()[int(a.id)])["tag"] != "counting"
+    ]
+    assert scores["figures"]["presence, soft"]["value"] == pytest.approx(0.95 * len(single) / len(asks))
     assert scores["judges"][0]["judge"] == "stand-in"
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Lens (20-step), paper" in page
