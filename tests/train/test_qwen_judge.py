@@ -111,7 +111,7 @@ def test_answers_are_kept_by_content(folder, tmp_path, monkeypatch):
 def test_who_judged_is_on_the_card(folder, judge):
     assert judge.card.judge == "Qwen2.5-VL small"
     assert judge.card.revision == f"local {judge.weights}"
-    assert (judge.card.dtype, judge.card.device) == ("float32", "cpu")
+    assert (judge.card.dtype, judge.card.device) == ("float32, TF32 off", "cpu")
     assert "Qwen2.5-VL-7B-Instruct, 2 layers of width 32 here" in judge.card.differs
     assert "published in bfloat16, float32 here" in judge.card.differs
     other = QwenJudge(folder, dtype="bfloat16")

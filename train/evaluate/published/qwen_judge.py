@@ -32,6 +32,7 @@ from .models import complete, device_name, exact_matmul, load
 
 KIND = "qwen2_5_vl"  # of config.json
 PUBLISHED = (28, 3584)  # layers and width of MODEL's language model
+DTYPES = {"bfloat16": "bfloat16", "float32": "float32, TF32 off"}  # as the card says it
 PLACE = "<|image_pad|>"  # where the chat template puts an image
 TOGETHER = 8  # calls of a batch
 
@@ -75,7 +76,7 @@ class QwenJudge:
         )
         differs += [] if self.dtype == "bfloat16" else [f"published in bfloat16, {self.dtype} here"]
         self.card = Card(
-            f"Qwen2.5-VL {folder.name}", f"local {self.weights}", self.dtype, device_name(self.device), "; ".join(differs)
+            f"Qwen2.5-VL {folder.name}", f"local {self.weights}", DTYPES[self.dtype], device_name(self.device), "; ".join(differs)
         )  # fmt: skip
         self.words = {word: self.ids_of(word) for word in ("Yes", "No")}
 
