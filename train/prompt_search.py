@@ -40,7 +40,7 @@ from .image_client import ImageClient
 from .rewards.judge import Judge
 from .rewards.rubric_judge import MODEL, JudgeStopped, RubricJudge
 from .search import by_gepa, small_world
-from .search.loop import Candidate, Generate, Item, Search, Writer, mean, read_items, rise
+from .search.loop import FULFILLED, Candidate, Generate, Item, Search, Writer, mean, read_items, rise
 
 SHEET, COLUMNS = 16, 8  # held-out prompts on the sheet, and in a row of it
 
@@ -109,13 +109,14 @@ class Parts:
     judge: Judge
     writer: Writer
     clients: Sequence[ChatClient] = ()
+    fulfilled: float = FULFILLED
 
 
 def parts_of(options: argparse.Namespace) -> Parts:
     """Errors: ValueError naming the option that is missing."""
     if options.small_world is not None:
         items, judge = small_world.wishes(options.small_world), small_world.local_judge()
-        return Parts(items, small_world.LiteralWriter, judge, small_world.ScriptedRewriter())
+        return Parts(items, small_world.LiteralWriter, judge, small_world.ScriptedRewriter(), (), small_world.FULFILLED)
     if not options.url or not options.reasoner_model:
         raise ValueError("--prompts needs --url and --reasoner-model; --small-world needs no server")
     common: dict[str, Any] = {
@@ -172,7 +173,7 @@ def run(options: argparse.Namespace) -> int:
     clients += parts.clients
     search = Search(
         parts.items, start_of(options), parts.reasoner, generate or generator(options.generator), parts.judge, parts.writer,
-        options.out, options.held, options.seed,
+        options.out, options.held, options.seed, parts.fulfilled,
     )  # fmt: skip
 
     def tell(line: str) -> None:

@@ -64,7 +64,8 @@ def test_the_rewriter_adds_what_the_failures_speak_for():
     failed.append("Verify that the image shows no object but apples.: 0.20")
     first = ask(ScriptedRewriter(), START, failed, 1)
     assert first["prompt"] == f"{START}\n- {BACKGROUND}"
-    assert first["diagnosis"] == f"2 of 3 failed rubrics speak for: {BACKGROUND}"
+    assert first["diagnosis"] == f"1.8 of 2.6 lost speak for: {BACKGROUND}"
+    assert ask(ScriptedRewriter(), START, [*failed, "refused by the generator"], 1) == first
     others = [ask(ScriptedRewriter(), START, failed, k)["prompt"] for k in range(1, len(RULES) + 1)]
     assert len(set(others)) == len(RULES)
     assert others[1] == f"{START}\n- {STARS}"  # the other one that is about backgrounds
@@ -99,7 +100,7 @@ def test_the_loop_finds_what_the_generator_draws_better(tmp_path):
     final = search.run(4, lambda line: None)
     assert final.text == f"{START}\n- {BACKGROUND}"
     assert [c.accepted for c in search.archive] == [True, True, False, False, False]
-    assert "speak for: Name a plain background" in search.archive[1].diagnosis
+    assert "lost speak for: Name a plain background" in search.archive[1].diagnosis
     assert np.mean(final.held) > np.mean(search.archive[0].held) + 0.2
 
 

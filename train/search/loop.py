@@ -27,7 +27,7 @@ from ..rewards.judge import Judge
 T = TypeVar("T")
 
 WRITER = Path(__file__).parents[1] / "rewards" / "assets" / "prompt_writer.v1.md"
-FULFILLED = 0.5  # a rubric's value from which it is not shown to the writer as failed
+FULFILLED = 0.5  # of a judge that says yes or no
 RESAMPLES = 2000  # of the paired bootstrap
 GENERATOR_REFUSED = "refused by the generator"
 SHOWN = 12  # failures that the writer sees
@@ -160,11 +160,13 @@ class Search:
         out: Path,
         held: float = 0.3,
         seed: int = 0,
+        fulfilled: float = FULFILLED,
     ):
-        """reasoner: a file with a system prompt -> what writes prompts by it. ValueError where ``out`` holds another search."""
+        """reasoner: a file with a system prompt -> what writes prompts by it. fulfilled: a rubric's value from which it is not shown to
+        the writer as failed. ValueError where ``out`` holds another search."""
         self.dev, self.kept = split(items, held)
         self.reasoner, self.generate, self.judge, self.writer = reasoner, generate, judge, writer
-        self.out, self.seed, self.archive = out, seed, list[Candidate]()
+        self.out, self.seed, self.fulfilled, self.archive = out, seed, fulfilled, list[Candidate]()
         told = json.dumps([start, seed, held, [asdict(item) for item in items]], sort_keys=True)
         self.name = hashlib.sha256(told.encode()).hexdigest()
         self.start, self.file = start, out / "search.json"
@@ -254,7 +256,7 @@ class Search:
             ill = [
                 f"{rubric}: {reason}"
                 for rubric, value, reason in zip(items[k].rubrics, judged.per_rubric[row], judged.reasons[row])
-                if value < FULFILLED
+                if value < self.fulfilled
             ]
             found[k] = Outcome(float(judged.score[row]), drawn[k][0], tuple(ill))
         return found

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,10 @@ from ..rewards.judge import Scores
 from ..rewards.small_world import SmallWorldJudge
 from ..rewards.small_world_rubrics import GLOBAL, rubrics_of, sentence
 from ..rl_prompts import TASKS, VALIDATION_SEED, scenes
-from .loop import Item
+from .loop import GENERATOR_REFUSED, Item
 
 T = TypeVar("T")
+FULFILLED = 0.9  # below it a rubric is shown to the rewriter: the judge is soft, and hardly ever says 1
 START = "You turn a wish for a picture into a prompt.\n\n- Repeat the wish as it stands."
 _NOUN = {word: name for name, kind in KINDS.items() for word in (kind.noun, kind.plural)}
 
@@ -91,7 +91,7 @@ RULES = (
     Rule(
         "Name a plain background of a colour that none of the objects has.",
         lambda wish: f"The background is a plain {backdrop(wish)} wall.",
-        ("background", "stands out"),
+        ("background", "stands out", "outline"),
     ),
     Rule("Say that nothing else is in view.", lambda wish: "Nothing else is in view.", ("no object but",)),
     Rule(
@@ -138,22 +138,24 @@ class LiteralWriter:
 
 
 class ScriptedRewriter:
-    """`Writer` by script: of the rules that are not in the system prompt the one that most failures speak for, and in later
-    attempts the ones after it."""
+    """`Writer` by script: of the rules that are not in the system prompt the one that most is lost for, and in later attempts the
+    ones after it. Lost is 1 - value of every rubric shown that a rule is about."""
 
     def ask(self, chat: Chat, parse: Callable[[Reply], T]) -> T:
         told = json.loads(chat.user)
-        failed = [text for failure in told["failures"] for text in failure["failed"]]
+        texts = [text for failure in told["failures"] for text in failure["failed"] if text != GENERATOR_REFUSED]
+        failed = [text.rpartition(": ") for text in texts]
         absent = [rule for rule in RULES if rule.instruction not in told["system_prompt"]]
-        votes = Counter(
-            {k: sum(any(w in text for w in rule.about) for text in failed) for k, rule in enumerate(absent)}
-        )
         if not absent:
             return parse(Reply(json.dumps({"diagnosis": "no rule is left", "prompt": told["system_prompt"]})))
-        order = sorted(range(len(absent)), key=lambda k: -votes[k])
-        rule = absent[order[(chat.sample - 1) % len(order)]]
-        votes_of = votes[absent.index(rule)]
-        diagnosis = f"{votes_of} of {len(failed)} failed rubrics speak for: {rule.instruction}"
+
+        def lost(rule: Rule) -> float:
+            return sum(1 - float(value) for text, _, value in failed if any(words in text for words in rule.about))
+
+        rule = sorted(absent, key=lost, reverse=True)[(chat.sample - 1) % len(absent)]
+        diagnosis = (
+            f"{lost(rule):.1f} of {sum(1 - float(v) for *_, v in failed):.1f} lost speak for: {rule.instruction}"
+        )
         prompt = f"{told['system_prompt'].rstrip()}\n- {rule.instruction}"
         return parse(Reply(json.dumps({"diagnosis": diagnosis, "prompt": prompt})))
 
