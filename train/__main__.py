@@ -68,7 +68,7 @@ def mistake(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename:
         paths = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError, FileExistsError)
         return f"{error.filename}: {error.strerror}" if isinstance(error, paths) else None
-    if not isinstance(error, ValueError | FileNotFoundError):
+    if not isinstance(error, ValueError | FileNotFoundError | ImportError):
         return None
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

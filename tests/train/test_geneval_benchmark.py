@@ -146,6 +146,16 @@ def test_relations_are_of_the_shrunk_offset():
     assert not right(right_of, Found("cat", 0.9, LEFT), Found("dog", 0.9, (4, 40, 24, 60)))
 
 
+def test_presence_is_soft_by_hand():
+    both = ask("two_object", CAT, DOG)
+    found = [Found("cat", 0.2, LEFT), Found("cat", 0.7, RIGHT), Found("tv", 0.9, LEFT)]
+    assert geneval.presence(both, found) == pytest.approx((0.7 + 0.0) / 2)  # below a threshold counts as well
+    two = ask("counting", {"class": "cat", "count": 2}, exclude=[{"class": "cat", "count": 3}])
+    assert geneval.presence(two, found) == pytest.approx(0.2)
+    assert geneval.presence(two, [*found, Found("cat", 0.15, LEFT)]) == pytest.approx(0.2 * (1 - 0.15))
+    assert geneval.presence(two, found[1:]) == 0.0
+
+
 def test_what_is_outside_of_a_mask_is_grey():
     mask = np.zeros((100, 100), bool)
     mask[40:60, :10] = True
@@ -225,9 +235,9 @@ def test_both_judges_run_on_random_weights(tmp_path):
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )
     small = {
-        "feature_size": 16,
-        "mask_feature_size": 16,
-        "hidden_dim": 16,
+        "feature_size": 32,
+        "mask_feature_size": 32,
+        "hidden_dim": 32,
         "encoder_feedforward_dim": 16,
         "dim_feedforward": 16,
     }
@@ -307,6 +317,16 @@ def test_shares_and_their_intervals_by_hand():
     assert both.low == pytest.approx(0.7 - np.hypot(0.2, 0.1) / 2)
     assert both.high == pytest.approx(0.7 + np.hypot(0.2, 0.04) / 2)
     assert judging.averaged([Figure(0.5), Figure(None, note="why")]).note == "why"
+
+
+def test_progress_is_told_now_and_then(monkeypatch):
+    now, lines = [0.0], []
+    monkeypatch.setattr(judging.time, "monotonic", lambda: now[0])
+    progress = judging.Progress("text", 8, lines.append)
+    for seconds in (4.0, 8.0, 12.0, 16.0, 24.0):
+        now[0] = seconds
+        progress()
+    assert lines == ["text: 3 of 8 prompts judged, 20 s left", "text: 5 of 8 prompts judged, 14 s left"]
 
 
 def test_the_total_is_the_mean_of_six_tasks():
@@ -393,6 +413,11 @@ def test_a_folder_is_scored_and_a_page_written(tmp_path, capsys):
     }
     assert {task: scores["figures"][task]["value"] for task in expected} == expected
     assert scores["figures"]["total"]["value"] == pytest.approx(2 / 6)
+    # 0.95 of each object; of two, three or four of a kind one alone is there
+    single = [
+        len(entry["include"]) for a in asks if (entry := geneval_prompts.entries()[int(a.id)])["tag"] != "counting"
+    ]
+    assert scores["figures"]["presence, soft"]["value"] == pytest.approx(0.95 * len(single) / len(asks))
     assert scores["judges"][0]["judge"] == "stand-in"
     page = (tmp_path / "out" / "index.html").read_text()
     assert "Lens (20-step), paper" in page

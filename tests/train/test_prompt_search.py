@@ -11,14 +11,14 @@ from PIL import Image
 pytest.importorskip("openai")
 pytest.importorskip("tenacity")
 
-from lens.chat_client import ChatClient, ChatError
+from lens.chat_client import Chat, ChatClient, ChatError
 from lens.reasoner import ServerReasoner
 from tests import chat_server
 from tests.chat_server import serving
 from train import prompt_search
 from train.image_client import ImageClient
-from train.prompt_search import Item, Search, read_items, rise, split
 from train.rewards.rubric_judge import RubricJudge
+from train.search.loop import Item, Search, read_items, rise, split
 
 ITEMS = [Item(f"item {k}", f"wish {k}", ("is red", "is there")) for k in range(16)]
 START, NOTHING, WORSE, FIX = "Write well.", "Write very well.", "Be brief.", "Name the colour."
@@ -217,7 +217,7 @@ def test_a_server_draws_each_prompt_once_and_keeps_it(tmp_path):
 def test_openai_s_own_models_are_sent_what_they_take(tmp_path):
     own = ImageClient("https://api.openai.com/v1", "gpt-image-1", tmp_path)
     old = ImageClient("https://api.openai.com/v1", "dall-e-3", tmp_path)
-    chat = prompt_search.Chat("a cat", seed=3)
+    chat = Chat("a cat", seed=3)
     assert own._body(chat) == {"model": "gpt-image-1", "prompt": "a cat", "n": 1}
     assert old._body(chat)["response_format"] == "b64_json"
 

@@ -9,7 +9,7 @@ import pytest
 from lens.chat_client import ChatError
 from tests import chat_server
 from tests.train.published_judges import CARD, options
-from train.evaluate.published import chat_judges, command, cvtg, drawing, longtext, oneig, text_match
+from train.evaluate.published import chat_judges, command, cvtg, drawing, judge_choice, longtext, oneig, text_match
 from train.evaluate.published.chat_judges import ChatJudge, Said
 from train.evaluate.published.judging import Card, Figure
 from train.evaluate.published.oneig import Questions
@@ -137,7 +137,7 @@ def test_only_yes_is_yes_and_probabilities_are_of_yes_and_no(tmp_path):
         given = options(
             judge_url=server.url, judge_model="vlm", concurrency=2, max_calls=None, soft=True, rapidocr=False
         )
-        judge = chat_judges.judge_of(given, tmp_path)
+        judge = judge_choice.judge_of(given, tmp_path)
         assert judge.answer(image, ["a cat?", "a hat?", "a dog?"]) == [
             Said(True, near(0.75)),
             Said(False, near(0.75)),
@@ -151,7 +151,7 @@ def test_only_yes_is_yes_and_probabilities_are_of_yes_and_no(tmp_path):
         plain = ChatJudge(chat_judges.ChatClient(server.url, "vlm"))
         assert plain.answer(image, ["a cat?"]) == [Said(True, None)]
     with pytest.raises(ValueError, match="give --judge-url"):
-        chat_judges.judge_of(options(judge_url=None), tmp_path)
+        judge_choice.judge_of(options(judge_url=None, judge_model="vlm"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_an_empty_answer_is_no_judgement_and_is_asked_for_again(tmp_path, words,
         given = options(
             judge_url=server.url, judge_model="vlm", concurrency=1, max_calls=None, soft=False, rapidocr=False
         )
-        judge = chat_judges.judge_of(given, tmp_path)
+        judge = judge_choice.judge_of(given, tmp_path)
         for (found,) in (judge.read([image], 9), judge.answer(image, ["a cat?"])):
             assert isinstance(found, ChatError)
             assert found.kind == "answer"
@@ -300,6 +300,8 @@ def oneig_options(tmp_path, **given):
         dimensions=list(oneig.DIMENSIONS),
         dreamsim=True,
         judged=None,
+        csd=None,
+        style_encoder=None,
     )
     return options(**values, soft=True, rapidocr=False, **given)
 

@@ -1,4 +1,4 @@
-"""Readers and answerers of images: Qwen2.5-VL, or whatever an OpenAI-compatible server has, and RapidOCR in a reader's place.
+"""Readers and answerers of images: what an OpenAI-compatible server has, and RapidOCR in a reader's place.
 
 The questions are the benchmarks' own words. An answer counts as it stands, whatever else it may mean: only "Yes" is yes. Where
 the server tells probabilities, the soft score beside it is p(Yes) / (p(Yes) + p(No)) of the first token.
@@ -6,12 +6,10 @@ the server tells probabilities, the soft score beside it is p(Yes) / (p(Yes) + p
 
 from __future__ import annotations
 
-import argparse
 import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +25,7 @@ READ = (
     "If no text is recognized, please reply with 'No text recognized'."
 )
 ASK = "{}. Please answer 'Yes' or 'No' only."
+ANSWER_TOKENS = 128  # written at most, of a question
 QUESTION_TOKENS = (1_400, 4)  # of a call with a 1024-pixel image, read and written, assumed by the estimate
 _ALTERNATIVES = 20
 
@@ -104,7 +103,7 @@ class ChatJudge:
 
     def answer(self, image: np.ndarray, questions: Sequence[str]) -> list[Said | Exception]:
         top = _ALTERNATIVES if self.soft else 0
-        chats = [Chat(ASK.format(q), images=(image,), max_tokens=128, top_logprobs=top) for q in questions]
+        chats = [Chat(ASK.format(q), images=(image,), max_tokens=ANSWER_TOKENS, top_logprobs=top) for q in questions]
         return [
             said(a.reply) if a.reply is not None else a.error or ChatError("answer", "none") for a in self._all(chats)
         ]
@@ -127,34 +126,3 @@ class RapidReader:
             except Exception as error:  # a missing judgement, whatever it is
                 found.append(error)
         return found
-
-
-def add_arguments(parser: argparse.ArgumentParser, reads: bool = True) -> None:
-    parser.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible server with a vision model, up to /v1")
-    parser.add_argument("--judge-model", default=MODEL, metavar="NAME", help=f"at that server (default: {MODEL})")
-    parser.add_argument("--soft", action="store_true", help="ask the server for probabilities as well")
-    parser.add_argument("--concurrency", type=int, default=8, help="calls at once (default: 8)")
-    parser.add_argument("--max-calls", type=int, help="calls of this run (default: no bound)")
-    if reads:
-        parser.add_argument(
-            "--rapidocr", action="store_true", help="read with RapidOCR instead: a variant, labelled as such"
-        )
-
-
-def judge_of(options: argparse.Namespace, out: Path) -> ChatJudge:
-    """Errors: ValueError without an address."""
-    if not options.judge_url:
-        raise ValueError("no judge: give --judge-url, the address of a server with a vision model, up to /v1")
-    client = ChatClient(
-        options.judge_url,
-        options.judge_model,
-        concurrency=options.concurrency,
-        cache=out / "judge_cache",
-        transcript=out / "judge_calls.jsonl",
-        max_calls=options.max_calls,
-    )
-    return ChatJudge(client, options.soft)
-
-
-def reader_of(options: argparse.Namespace, out: Path) -> Reader:
-    return RapidReader() if options.rapidocr else judge_of(options, out)

@@ -24,9 +24,10 @@ import numpy as np
 
 from lens.formats.files import read_json
 
-from . import chat_judges, command
-from .chat_judges import Reader, reader_of
+from . import command, judge_choice
+from .chat_judges import Reader
 from .drawing import Ask, Calls, read_image
+from .judge_choice import reader_of
 from .judging import Card, Column, Figure, bootstrapped, mean
 from .models import CLIP, Clip, ClipScorer
 from .reading import read_all
@@ -139,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip", default=CLIP, metavar="SOURCE", help=f"hub id or folder (default: {CLIP})")
     parser.add_argument("--no-clip", action="store_true", help="leave CLIPScore out")
-    chat_judges.add_arguments(parser)
+    judge_choice.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,7 +11,8 @@ Source: djghosh13/geneval, commit af4902f. A box counts above a confidence of 0.
 object asked for the `count` most confident boxes are taken: too few are wrong, each must have the colour that CLIP sees in its
 box (grey outside of its mask), and each must lie as asked from each box of the object before. Counting means exactly n.
 
-Besides the published total, "any of 4" is the share of prompts with at least one right image. Intervals are over prompts.
+Besides the published total, "any of 4" is the share of prompts with at least one right image, and "presence, soft" the mean over
+prompts of what the detector's confidences say of the objects asked for, whatever the thresholds (`presence`). Intervals are over prompts.
 Before anything is judged the detector must see what is in three shipped photographs.
 """
 
@@ -32,7 +33,7 @@ from . import command
 from .drawing import Ask, Calls, read_image
 from .geneval_languages import LANGUAGES, prompt
 from .geneval_prompts import TASKS, Entry, entries
-from .judging import MAX_MISSING, Column, Figure, averaged, share
+from .judging import MAX_MISSING, Column, Figure, Progress, averaged, bootstrapped, mean, share
 from .models import CLIP, DETECTOR, Clip, ColourClassifier, Found, Mask2Former, ObjectDetector, crop_of
 
 COUNTING = 0.9  # confidence from above which a box counts where objects are counted
@@ -70,6 +71,22 @@ def judged(entry: Entry, image: np.ndarray, found: Sequence[Found], painter: Col
             colours |= dict(zip(taken, said, strict=True))
     seen = [Detection(f.kind, float(np.float32(f.score)), f.box, colours.get(k)) for k, f in enumerate(found)]
     return rule.judge(asked(entry), seen, threshold)
+
+
+def presence(entry: Entry, found: Sequence[Found]) -> float:
+    """The soft form of "enough of each, and not too many": of each object asked for the confidence of its class's count-th surest
+    box (0 where there are fewer), times 1 - that of the first box too many; the mean over objects. Colour and place are not in it.
+    """
+
+    def surest(kind: str, number: int) -> float:
+        own = sorted((f.score for f in found if f.kind == kind), reverse=True)
+        return own[number - 1] if len(own) >= number else 0.0
+
+    total = 0.0
+    for want in entry["include"]:
+        too_many = [surest(e["class"], e["count"]) for e in entry.get("exclude", ()) if e["class"] == want["class"]]
+        total += surest(want["class"], want["count"]) * (1 - max(too_many, default=0.0))
+    return total / len(entry["include"])
 
 
 def expect_sight(detector: ObjectDetector) -> None:
@@ -141,11 +158,12 @@ class Geneval:
         assert self.painter is not None, "prepared"
         column = Column(name, [self.detector.card, self.painter.card])
         verdicts: dict[str, list[list[float]]] = {}
-        expected = sum(len(ask.files) for ask in asks)
+        soft: list[float] = []  # of each prompt
+        expected, progress = sum(len(ask.files) for ask in asks), Progress("geneval", len(asks))
         for ask in asks:
             if column.missing > MAX_MISSING * expected:  # no total can come of it: judge no more
                 break
-            entry, right, images = entries()[int(ask.id)], list[float](), list[dict[str, Any]]()
+            entry, right, sure, images = entries()[int(ask.id)], list[float](), list[float](), list[dict[str, Any]]()
             expect_entry(folder / ask.id / "metadata.jsonl", entry)
             for file in files_of(folder, ask):
                 column.judged += 1
@@ -154,14 +172,18 @@ class Geneval:
                     image = read_image(folder / file)
                     if image is None:
                         raise ValueError("no such image")
-                    verdict = judged(entry, image, self.detector.detect(image), self.painter)
+                    found = self.detector.detect(image)
+                    verdict = judged(entry, image, found, self.painter)
                     right.append(float(verdict.right))
-                    row |= {"right": verdict.right, "reasons": list(verdict.reasons)}
+                    sure.append(presence(entry, found))
+                    row |= {"right": verdict.right, "reasons": list(verdict.reasons), "presence": sure[-1]}
                 except Exception as error:  # whatever a judge dies of, the judgement is missing, not wrong
                     column.missing += 1
                     row |= {"right": None, "reasons": [f"not judged: {error}"]}
                 images.append(row)
+            progress()
             verdicts.setdefault(ask.task, []).append(right)
+            soft += [sum(sure) / len(sure)] if sure else []
             known = sum(right) / len(right) if right else None
             column.rows.append(
                 {
@@ -174,6 +196,7 @@ class Geneval:
                 }
             )
         summarised(column, verdicts)
+        column.figures["presence, soft"] = bootstrapped(soft, mean)
         return column
 
     def shown(self, options: argparse.Namespace, ask: Ask, folder: Path) -> np.ndarray | None:

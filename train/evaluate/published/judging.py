@@ -7,6 +7,7 @@ of different judges do not stand side by side: `expect_same_judges` refuses them
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from ...loop.keys import keyed
 MAX_MISSING = 0.05  # share of the judgements
 RESAMPLES = 2000  # of a bootstrap over prompts
 Z = 1.96  # of a 95 % interval
+EVERY = 10.0  # seconds between two lines of progress
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,24 @@ def expect_same_judges(columns: Sequence[Column]) -> None:
             raise ValueError(
                 f"{columns[0].name} was judged by {ours}, {other.name} by {theirs}: scores of different judges do not compare"
             )
+
+
+class Progress:
+    """Says how far a run's judging is, at most once in EVERY seconds: "text: 40 of 200 prompts judged, 61 s left"."""
+
+    def __init__(self, what: str, of: int, tell: Callable[[str], None] = print):
+        self.what, self.of, self.tell = what, of, tell
+        self.done, self.began = 0, time.monotonic()
+        self.told = self.began
+
+    def __call__(self) -> None:
+        """One more prompt is judged."""
+        self.done += 1
+        now = time.monotonic()
+        if now - self.told >= EVERY:
+            self.told = now
+            left = (now - self.began) / self.done * (self.of - self.done)
+            self.tell(f"{self.what}: {self.done} of {self.of} prompts judged, {left:.0f} s left")
 
 
 # ------------------------------------------------------------------------------------------------ numbers

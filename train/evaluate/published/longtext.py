@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ...data.tables import json_lines
-from . import chat_judges, command
-from .chat_judges import Reader, reader_of
+from . import command, judge_choice
+from .chat_judges import Reader
 from .drawing import Ask, Calls
+from .judge_choice import reader_of
 from .judging import Column, Figure, bootstrapped, mean
 from .reading import read_all
 from .text_match import longtext_clean, longtext_matches, without_hallucinations
@@ -132,7 +133,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="the benchmark's JSON lines, your own copy"
     )
-    chat_judges.add_arguments(parser)
+    judge_choice.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

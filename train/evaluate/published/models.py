@@ -106,6 +106,21 @@ def load(cls: Any, source: str, **more: Any) -> Any:
         ) from None
 
 
+def complete(cls: Any, folder: Path, **more: Any) -> Any:
+    """`from_pretrained` of a folder whose files hold every weight: transformers draws missing ones at random and goes on.
+
+    Errors: ValueError naming folder and key, what was expected and what is there.
+    """
+    more |= {"output_loading_info": True, "ignore_mismatched_sizes": True, "local_files_only": True}
+    model, told = load(cls, str(folder), **more)
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"judge {folder}: no {cls.__name__}: {len(missing)} keys missing, first {missing[0]!r}")
+    if told["mismatched_keys"]:
+        key, got, expected = min(told["mismatched_keys"])
+        raise ValueError(f"judge {folder}: no {cls.__name__}: {key} must have shape {list(expected)}, got {list(got)}")
+    return model
+
+
 # ------------------------------------------------------------------------------------------------ Mask2Former
 
 

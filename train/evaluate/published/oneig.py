@@ -11,8 +11,10 @@ see the cells as JPEG, as there.
 alignment   yes/no questions to a vision model, only "Yes" is yes. A question counts as no where any of its parents was
             answered no; parents of parents do not count. Mean over questions, images, prompts.
 text        1 - min(M, ED) (1 - CR) (1 - WAC) / M over all images, see text_match.oneig_text; M = 100, Chinese 50
-reasoning   cosine of image and reference answer (LLM2CLIP), style: mean of max(0, best cosine) to reference embeddings of CSD and
-            OneIG's own encoder: no loaders here, their values come by --judged, a line an id and dimension
+reasoning   cosine of image and reference answer by LLM2CLIP, whose text half is code inside its folder: no loader here, values
+            come by --judged, a line an id and dimension
+style       of the anime prompts that name one: mean over CSD and OneIG's own encoder (--csd FILE --style-encoder DIR) of
+            max(0, best cosine) to the reference vectors in the repository, over images, over prompts; or by --judged
 diversity   mean distance of a prompt's images by DreamSim (--dreamsim, needs the package dreamsim), or by --judged
 total       the plain mean of the five, as published tables have it; the repository itself prints no total
 
@@ -35,11 +37,14 @@ import numpy as np
 from lens.formats.files import read_json
 
 from ...data.tables import json_lines
-from . import chat_judges, command
-from .chat_judges import Answerer, ChatJudge, Reader, as_jpeg, judge_of, reader_of
+from . import chat_judges, command, judge_choice
+from .chat_judges import Answerer, ChatJudge, Reader, as_jpeg
 from .drawing import Ask, Calls, read_image, write_image
-from .judging import Card, Column, Figure, averaged, bootstrapped, mean
+from .judge_choice import judge_of, reader_of
+from .judging import Card, Column, Figure, Progress, averaged, bootstrapped, mean
+from .qwen_judge import QwenJudge
 from .reading import read_all
+from .styles import Csd, OneigStyle, Styles
 from .text_match import Match, oneig_match, oneig_text, without_hallucinations
 
 LANGUAGES = ("en", "zh")
@@ -51,11 +56,12 @@ CATEGORIES = {
     "Knowledge_Reasoning": "reasoning",
     "Multilingualism": "multilingualism",
 }
+STYLED = "anime"  # the category whose prompts name styles
 ALIGNED = ("anime", "human", "object", "multilingualism")  # categories with questions; the last is Chinese alone
 DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
 ELSEWHERE = {
     "reasoning": "not measured: LLM2CLIP's values by --judged",
-    "style": "not measured: both style encoders' values by --judged",
+    "style": "not measured: --csd and --style-encoder, or values by --judged",
     "diversity": "not measured: --dreamsim, or values by --judged",
 }
 LIMITS = {"en": 100, "zh": 50}  # of the edit distance
@@ -146,6 +152,15 @@ def targets_of(folder: Path, language: str) -> dict[str, str]:
     return {row["id"]: row["text_content"] for row in rows_of(path)}
 
 
+def styles_of(folder: Path) -> dict[str, str]:
+    """Id -> style of the prompts that name one, as the reference vectors are called. Errors: FileNotFoundError, ValueError."""
+    path = folder / "scripts" / "style" / "style.csv"
+    rows = rows_of(path)
+    if any(not {"id", "class"} <= set(row) for row in rows):
+        raise ValueError(f"{path}: expected columns id and class, got {', '.join(rows[0])}")
+    return {row["id"]: row["class"].lower().replace(" ", "_") for row in rows if row["class"]}
+
+
 def judged_elsewhere(path: Path | None) -> dict[str, dict[str, list[float]]]:
     """Dimension -> id -> one value an image. Errors: ValueError naming file and line."""
     out: dict[str, dict[str, list[float]]] = {}
@@ -207,10 +222,14 @@ class OneIG:
     name = "oneig"
 
     def __init__(
-        self, answerer: Answerer | None = None, reader: Reader | None = None, distance: Distance | None = None
+        self,
+        answerer: Answerer | None = None,
+        reader: Reader | None = None,
+        distance: Distance | None = None,
+        styles: Styles | None = None,
     ):
         """In place of what the options name (tests)."""
-        self.answerer, self.reader, self.distance = answerer, reader, distance
+        self.answerer, self.reader, self.distance, self.styles = answerer, reader, distance, styles
 
     def asks(self, options: argparse.Namespace, language: str) -> list[Ask]:
         number = options.grid**2
@@ -225,10 +244,22 @@ class OneIG:
         if "alignment" in options.dimensions:
             self.answerer = self.answerer or judge_of(options, options.out)
         if "text" in options.dimensions:
-            shared = self.answerer if isinstance(self.answerer, ChatJudge) and not options.rapidocr else None
+            shared = (
+                self.answerer if isinstance(self.answerer, ChatJudge | QwenJudge) and not options.rapidocr else None
+            )
             self.reader = self.reader or shared or reader_of(options, options.out)
         if "diversity" in options.dimensions and options.dreamsim:
             self.distance = self.distance or DreamSim(options.device)
+        if "style" in options.dimensions and (options.csd or options.style_encoder):
+            if not (options.csd and options.style_encoder):
+                raise ValueError("style needs both: --csd FILE and --style-encoder DIR")
+            known = options.prompts / "scripts" / "style"
+            self.styles = self.styles or Styles(
+                [
+                    (Csd(options.csd, options.device), known / "CSD_embed.pt"),
+                    (OneigStyle(options.style_encoder, options.device), known / "SE_embed.pt"),
+                ]
+            )
 
     def grid_path(self, options: argparse.Namespace, ask: Ask, folder: Path) -> Path:
         """CATEGORY/NAME/ID*: the one file that begins with the id, as the published code looks for it."""
@@ -302,6 +333,8 @@ class OneIG:
                 )
             elif dimension == "diversity" and options.dreamsim and "diversity" in options.dimensions:
                 self._diversity(options, asks, folder, column)
+            elif dimension == "style" and self.styles is not None and "style" in options.dimensions:
+                self._style(options, asks, folder, column, rows)
             else:
                 column.figures[dimension] = Figure(None, note=why)
         order = {d: column.figures.get(d, Figure(None, note="not asked for")) for d in DIMENSIONS}
@@ -325,10 +358,10 @@ class OneIG:
             c: questions_of(options.prompts, c, language) for c in dict.fromkeys(a.task for a in asks) if c in ALIGNED
         }
         hard, soft, per_category = [], [], dict[str, list[float]]()
-        for ask in (a for a in asks if a.task in known):
-            questions = known[ask.task].get(ask.id.partition("/")[2])
-            if questions is None:
-                continue
+        asked = [(a, known[a.task].get(a.id.partition("/")[2])) for a in asks if a.task in known]
+        pairs = [(ask, questions) for ask, questions in asked if questions is not None]
+        progress = Progress("alignment", len(pairs))
+        for ask, questions in pairs:
             images, chances = [], []
             numbers = list(questions.texts)
             cells = self.cells(options, ask, folder)
@@ -356,12 +389,13 @@ class OneIG:
                 rows[ask.id]["score"] = value
             if (value := mean(chances)) is not None:
                 soft.append(value)
+            progress()
         column.figures["alignment"] = bootstrapped(hard, mean)
         column.figures |= {f"alignment, {category}": bootstrapped(own, mean) for category, own in per_category.items()}
         if options.soft:
             figure = bootstrapped(soft, mean)
             column.figures["alignment, soft"] = (
-                figure if soft else Figure(None, note="the server tells no probabilities")
+                figure if soft else Figure(None, note="the judge tells no probabilities")
             )
 
     def _text(
@@ -405,6 +439,30 @@ class OneIG:
             f"text, {name}": Figure(measured(matches, name), of=len(matches)) for name in ("ED", "CR", "WAC")
         }
 
+    def _style(
+        self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, column: Column, rows: dict[str, Any]
+    ) -> None:
+        judge = self.styles
+        assert judge is not None, "prepared"
+        column.cards += judge.cards
+        known, found = styles_of(options.prompts), []
+        own = [(a, known[key]) for a in asks if a.task == STYLED and (key := a.id.partition("/")[2]) in known]
+        progress = Progress("style", len(own))
+        for ask, style in own:
+            cells = self.cells(options, ask, folder)
+            column.judged += len(cells) or 1
+            try:
+                if not cells:
+                    raise ValueError("no such image, or none that can be read")
+                values = judge.scores(cells, style)
+                found.append(sum(values) / len(values))
+                rows[ask.id]["images"] += [{"style": style, "style_score": value} for value in values]
+            except Exception as error:  # a missing judgement, whatever it is
+                column.missing += len(cells) or 1
+                rows[ask.id]["images"].append({"style": style, "not_judged": [str(error)]})
+            progress()
+        column.figures["style"] = bootstrapped(found, mean)
+
     def _diversity(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, column: Column) -> None:
         judge = self.distance
         assert judge is not None, "prepared"
@@ -429,10 +487,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dimensions", nargs="+", choices=DIMENSIONS, default=list(DIMENSIONS), help="default: all five"
     )
     parser.add_argument("--dreamsim", action="store_true", help="diversity by DreamSim (package dreamsim)")
+    parser.add_argument("--csd", type=Path, metavar="FILE", help="style: CSD's checkpoint.pth")
+    parser.add_argument("--style-encoder", type=Path, metavar="DIR", help="style: OneIG-StyleEncoder's folder")
     parser.add_argument(
         "--judged", type=Path, metavar="FILE", help="JSON lines: dimension, id, values of reasoning, style, diversity"
     )
-    chat_judges.add_arguments(parser)
+    judge_choice.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:

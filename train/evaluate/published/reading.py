@@ -9,7 +9,7 @@ import numpy as np
 
 from .chat_judges import Reader
 from .drawing import Ask, read_image
-from .judging import MAX_MISSING, Column
+from .judging import MAX_MISSING, Column, Progress
 
 TOGETHER = 16  # prompts whose images are read in one call
 
@@ -28,7 +28,7 @@ def read_all(
 
     images_of: file and image of each of a prompt's images (default: its files). limit: tokens of a prompt's texts.
     """
-    expected = sum(len(ask.files) for ask in asks)
+    expected, progress = sum(len(ask.files) for ask in asks), Progress("text", len(asks))
 
     def files(ask: Ask) -> list[tuple[str, np.ndarray | None]]:
         out: list[tuple[str, np.ndarray | None]] = []
@@ -53,4 +53,5 @@ def read_all(
                     column.judged += 1
                     column.missing += not isinstance(text, str)
                     texts.append((file, text, "") if isinstance(text, str) else (file, None, str(text)))
+                progress()
                 yield ask, texts
