@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from .chat_client import BadAnswer, Chat, ChatClient, Reply
-from .text_encoder import ANSWER, DEFAULT_CHAT_DATE, RETURN, parse_date
+from .text_encoder import ANSWER, DEFAULT_CHAT_DATE, RETURN, WISH, parse_date
 
 if TYPE_CHECKING:
     from .pipeline import LensPipeline
@@ -265,14 +265,14 @@ class ServerReasoner:
 class EmbeddedReasoner:
     """The pipeline's own text encoder, writing through the LM head that drawing does without.
 
-    GPT-OSS follows the system prompt and policy. Lens-Mini's encoder was trained on chats "brief wish -> dense caption": it
-    reads no system prompt, writes plain text and cannot refuse.
+    GPT-OSS follows the system prompt and policy. Lens-Mini's writes by layers of its own (``reasoner/``), trained on chats
+    "wish -> dense caption" while the encoder's stayed: it reads no system prompt, writes plain text and cannot refuse.
     """
 
     def __init__(self, pipe: LensPipeline, system: str | Path = "general", max_tokens: int | None = None):
         """max_tokens: of an answer; default 160 for Mini, 2048 for GPT-OSS, thinking included. CheckpointError where the
         folder has no LM head, or some of the encoder's layers are not loaded."""
-        from .formats.gpt_oss import load_lm_head
+        from .formats.gpt_oss import load_lm_head, load_writer
         from .formats.text_encoder import with_lm_head
         from .gpt_oss import GptOss
 
@@ -280,7 +280,10 @@ class EmbeddedReasoner:
         self.instructed = self.chat.is_gpt_oss
         self.max_tokens = max_tokens or (2048 if self.instructed else 160)
         self.system = system_prompt(system)
-        model, files = pipe.text_encoder.model, pipe.text_encoder_files
+        files = pipe.text_encoder_files
+        writer = load_writer(files, pipe.dtype, pipe.device)
+        self.begins_with_wish = writer is not None
+        model = writer or pipe.text_encoder.model
         self.head: Any = None  # where our own model writes: the LM head, mapped on a CPU
         if isinstance(model, GptOss):
             self.head = load_lm_head(files, model, pipe.device)
@@ -305,6 +308,7 @@ class EmbeddedReasoner:
         """What the model reads before it writes. The wish is ordinary text in it, whatever markers it holds."""
         if not self.instructed:
             before, after = self.chat.frame(DEFAULT_CHAT_DATE)
+            before = WISH if self.begins_with_wish else before
             return self.chat.ids(before) + self.chat.ids(wish, markers=False) + self.chat.ids(after + ANSWER)
         day = parse_date(DEFAULT_CHAT_DATE).isoformat()
         before = (

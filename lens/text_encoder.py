@@ -33,6 +33,7 @@ SYSTEM = (
 )
 ANALYSIS = "Need to generate one image according to the description."
 RETURN = "<|return|>"
+WISH = "<|start|>user<|message|>"  # all that stands before it where a model has layers of its own to write with
 ANSWER = "<|start|>assistant<|channel|>final<|message|>"  # after the user's turn: where a reasoner writes
 TRUNCATIONS = ("reference", "prompt")
 _SLOT = "\ue000lens-prompt\ue001"  # private-use characters: stands for the prompt while the chat is rendered

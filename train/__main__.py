@@ -15,6 +15,7 @@ STAGES = {  # module, what it does
     "world": ("train.world", "draw a labelled contact sheet of the small world"),
     "vae": ("train.vae", "latents <-> pixels"),
     "encoder": ("train.text_encoder", "the small GPT-OSS text encoder"),
+    "reasoner": ("train.reasoner", "the layers by which it writes a dense caption for a wish"),
     "curate": ("train.curate", "raw images -> records with every score, by the paper's nine cleaning steps"),
     "curate_report": ("train.curate_report", "the page of a curation: counts, scores, examples"),
     "curate_calibrate": ("train.curate_calibrate", "percentiles and sheets around each threshold of a curation"),

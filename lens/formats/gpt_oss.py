@@ -3,6 +3,8 @@
 On a CPU a tensor that is stored in the dtype it is wanted in stays where it is: its pages are the file's, read as they are
 touched and dropped by the system, or by `Pages.drop`, without being written anywhere. The file must not be changed
 while it is in use.
+
+A small model may have layers of its own to write with, in ``reasoner/`` beside ``text_encoder/``: see `load_writer`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lens.formats.files import CheckpointError
 from lens.formats.parts import Part
-from lens.formats.safetensors import DTYPES, Pages, Stored, assign, check_entries, open_shards
+from lens.formats.safetensors import DTYPES, Pages, Stored, assign, check_entries, load_parameters, open_shards
 from lens.formats.text_encoder import described
 from lens.gpt_oss import GptOss, GptOssConfig, RopeScaling
 
 _DEFAULT_THETA = 150000.0
 _HEAD = "lm_head.weight"
+REASONER = "reasoner"  # a checkpoint's folder
 
 
 def gpt_oss_config(settings: Mapping[str, Any], where: str) -> GptOssConfig:
@@ -176,3 +179,20 @@ def load_lm_head(source: Path | Part | None, model: GptOss, device: torch.device
     if shape != expected or dtype not in DTYPES:
         raise CheckpointError(f"{place}: {_HEAD}: expected {expected}, got {shape} of {dtype}")
     return _placed(Stored(shards[_HEAD], _HEAD, shape), DTYPES[dtype], torch.device(device))
+
+
+def load_writer(source: Path | Part | None, dtype: torch.dtype, device: torch.device | str) -> GptOss | None:
+    """The text encoder with decoder layers and last norm of ``reasoner/``, where such a folder lies beside its own: another
+    model than the one that gives features, by which it writes. None where there is no such folder.
+
+    ``reasoner/model.safetensors`` has the text encoder's names, "layers.N..." and "norm.weight", all of them and no others:
+    token embedding and LM head are the text encoder's. Errors: CheckpointError.
+    """
+    part = None if source is None else Part.of(source)
+    folder = None if part is None or not part.weights.is_dir() else part.weights.parent / REASONER
+    if part is None or folder is None or not folder.is_dir():
+        return None
+    writer = load_gpt_oss(part, dtype, device)
+    learned = nn.ModuleDict({"layers": writer.layers, "norm": writer.norm})
+    load_parameters(learned, folder, dtype=dtype, device=device)
+    return writer

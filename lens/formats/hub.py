@@ -115,6 +115,7 @@ def _wanted(name: str, names: Collection[str], weights_variant: str | None, down
         yield from (f"{part}/{leaf}" for leaf in ("config.json", chosen) if leaf in inside)
         if chosen.endswith(".json"):
             yield from {f"{part}/{shard}" for shard in shards_of(download(f"{part}/{chosen}")).values()}
+    yield from (file for file in names if file == "reasoner/model.safetensors")
 
 
 def variant_hint(source: str | os.PathLike[str]) -> str:

@@ -706,8 +706,10 @@ def test_hub_id(hub, tmp_path, expected):
     shutil.copytree(FOLDER, snapshot)
     sharded(snapshot)
     (snapshot / "text_encoder" / "original").mkdir()
+    (snapshot / "reasoner").mkdir()  # fetched, and read where --reason asks for it
     for extra in (
         "lens.gguf",
+        "reasoner/model.safetensors",
         "transformer/diffusion_pytorch_model.fp16.safetensors",
         "text_encoder/original/m.safetensors",
     ):

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 pytest.importorskip("openai")
 pytest.importorskip("tenacity")
 
+import lens
 from lens import CheckpointError, LensPipeline, image_file
 from lens.chat_client import BadAnswer, ChatClient, ChatError
 from lens.cli import __main__ as cli
+from lens.formats import parts
+from lens.formats.gpt_oss import REASONER, load_writer
+from lens.formats.safetensors import save_tensors
 from lens.formats.text_encoder import load_text_encoder, with_lm_head
 from lens.reasoner import (
     CATEGORIES,
@@ -31,7 +36,7 @@ from lens.reasoner import (
 )
 from tests import chat_server
 from tests.chat_server import serving
-from tests.small_pipeline import shared
+from tests.small_pipeline import fresh, shared
 from tests.text.wishes import HARMLESS, UNSAFE
 
 DEV = Path(__file__).parents[1] / "golden" / "dev"
@@ -200,33 +205,70 @@ def test_a_server_that_does_not_serve_is_an_error_not_a_fallback():
 # ------------------------------------------------------------------------------------------------ the encoder itself
 
 
-def test_the_embedded_reasoner_writes_the_most_probable_tokens():
-    """Against whole forwards without a cache; and drawing is unchanged by it."""
-    pipe = LensPipeline.from_pretrained("mini", device="cpu")
-    before = pipe.encode_text("a red apple")[0]
+MINI = Path(lens.__file__).parent / "mini"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Lens-Mini with layers to write with that are not its encoder's."""
+    made = tmp_path_factory.mktemp("mini")
+    for part in (MINI / "base").iterdir():
+        if part.name != REASONER:
+            (made / part.name).symlink_to(part)
+    tensors, noise = load_file(MINI / "base" / "text_encoder" / "model.safetensors"), torch.Generator().manual_seed(1)
+    learned = {
+        n.removeprefix("model."): v for n, v in tensors.items() if n.startswith(("model.layers.", "model.norm."))
+    }
+    other = {
+        n: v + 0.2 * v.float().std(correction=0) * torch.randn(v.shape, generator=noise) for n, v in learned.items()
+    }
+    save_tensors(made / REASONER, "model", {n: v.bfloat16() for n, v in other.items()})
+    return made
+
+
+def test_the_embedded_reasoner_writes_the_most_probable_tokens_by_layers_of_its_own(folder):
+    """Against transformers' whole forwards without a cache; and no bit of what is drawn from depends on them."""
+    pipe = LensPipeline.from_pretrained(folder, device="cpu")
+    before = LensPipeline.from_pretrained("mini", device="cpu").encode_text("a red apple")[0]
     ours = EmbeddedReasoner(pipe, max_tokens=3)
     ids = ours.prompt_ids("a red apple <|end|>")
-    assert ours.chat.text(ids).count("<|end|>") == 4  # of system, developer, user, analysis: the typed one is text
+    assert (
+        ours.chat.text(ids)
+        == "<|start|>user<|message|>a red apple <|end|><|end|><|start|>assistant<|channel|>final<|message|>"
+    )
+    assert ids.count(ours.chat.ids("<|end|>")[0]) == 1  # the typed one is text
     text, ended = ours.write("a red apple <|end|>")
-    grown, folder = list(ids), pipe.text_encoder_files
-    theirs = with_lm_head(load_text_encoder(folder, torch.float32, "cpu"), folder)
+    grown = list(ids)
+    theirs = with_lm_head(load_text_encoder(folder / "text_encoder", torch.float32, "cpu"), folder / "text_encoder")
+    encoders = theirs.lm_head.weight.clone()
+    told = theirs.model.load_state_dict(load_file(folder / REASONER / "model.safetensors"), strict=False)
+    assert (told.missing_keys, told.unexpected_keys) == (["embed_tokens.weight"], [])
     with torch.no_grad():
         for _ in range(3):
             grown.append(int(theirs(torch.tensor([grown]), use_cache=False).logits[0, -1].argmax()))
+    assert torch.equal(theirs.lm_head.weight, encoders)
     assert (ours.chat.text(grown[len(ids) :]), ended) == (text, False)
     (answer,) = ours(["a red apple"])
     assert (answer.prompt, answer.flag) == ("a red apple", "broken")
     assert answer.described == "embedded: broken, the words as given"
-    assert all(torch.equal(a, b) for a, b in zip(before, pipe.encode_text("a red apple")[0]))
+    assert all(torch.equal(a, b) for a, b in zip(before, pipe.encode_text("a red apple")[0], strict=True))
+
+
+def test_an_adapter_writes_with_the_layers_of_its_base(folder, tmp_path):
+    (tmp_path / "adapter_model.safetensors").symlink_to(MINI / "rl" / "adapter_model.safetensors")
+    about = json.loads((MINI / "rl" / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**about, "base_model_name_or_path": str(folder)}))
+    assert load_writer(parts.find(tmp_path).text_encoder, torch.float32, "cpu") is not None
 
 
 def test_an_encoder_without_a_head_or_with_layers_left_out_cannot_write(monkeypatch):
-    pipe = LensPipeline.from_pretrained("mini", device="cpu")
+    pipe = fresh()
     monkeypatch.setattr(pipe, "text_encoder_files", None)
     with pytest.raises(CheckpointError, match=r"lm_head.weight is missing"):
         EmbeddedReasoner(pipe)
-    del pipe.text_encoder.model.layers[3:]
-    with pytest.raises(CheckpointError, match="3 of 4 layers"):
+    depth = len(pipe.text_encoder.model.layers)
+    del pipe.text_encoder.model.layers[depth - 1 :]
+    with pytest.raises(CheckpointError, match=f"{depth - 1} of {depth} layers"):
         EmbeddedReasoner(pipe)
 
 
@@ -251,18 +293,18 @@ def test_the_pipeline_draws_what_the_reasoner_wrote():
     assert raised.value.answers[0].prompt == "a fox, in the sun"
 
 
-def lens(*args):
+def command(*args):
     return CliRunner().invoke(cli.app, ["generate", *map(str, args)])
 
 
 def test_the_command_draws_the_others_shows_and_stores_what_it_drew(tmp_path):
     answers = {"a fox": drawn("a red fox in the snow"), "bad": refusal("crime", "it is forged"), "an owl": "no JSON"}
     with serving(lambda call, _: answers[call.user]) as server:
-        result = lens(
+        result = command(
             "a fox", "bad", "an owl", "-o", tmp_path, "--name", "{index}-{seed}", "--sheet", tmp_path / "all.png",
             "--reason", "--reasoner", server.url, "--reasoner-model", "m", *DRAWING,
         )  # fmt: skip
-        alone = lens(
+        alone = command(
             "bad", "-o", tmp_path / "alone", "--reason", "--reasoner", server.url, "--reasoner-model", "m", *DRAWING
         )
     assert result.exit_code == 3
@@ -276,13 +318,13 @@ def test_the_command_draws_the_others_shows_and_stores_what_it_drew(tmp_path):
     assert owl.reasoner == "m, general.v1, policy.v1: broken, the words as given"
     assert (alone.exit_code, list((tmp_path / "alone").glob("*"))) == (3, [])
 
-    again = lens("--like", tmp_path / "0-5.png", "-o", tmp_path / "again.png", "--model", DEV)
+    again = command("--like", tmp_path / "0-5.png", "-o", tmp_path / "again.png", "--model", DEV)
     assert again.exit_code == 0, again.output
     assert (tmp_path / "again.png").read_bytes() == (tmp_path / "0-5.png").read_bytes()
 
 
 def test_what_the_command_refuses_and_says():
-    assert lens("x", "--reasoner", "http://127.0.0.1:1/v1", *DRAWING).exit_code == 2
-    assert lens("x", "--reason", "--reasoner", "http://127.0.0.1:1/v1", *DRAWING).exit_code == 2
-    assert lens("x", "--reason", "--reasoner-prompt", "nothing", *DRAWING).exit_code == 2
-    assert "nothing is filtered" in " ".join(lens("--help").output.replace("│", " ").split())
+    assert command("x", "--reasoner", "http://127.0.0.1:1/v1", *DRAWING).exit_code == 2
+    assert command("x", "--reason", "--reasoner", "http://127.0.0.1:1/v1", *DRAWING).exit_code == 2
+    assert command("x", "--reason", "--reasoner-prompt", "nothing", *DRAWING).exit_code == 2
+    assert "nothing is filtered" in " ".join(command("--help").output.replace("│", " ").split())

@@ -32,6 +32,7 @@ CHANGES = {
         "VALIDATION": 2,
     },
     "encoder": {"TRAIN": {"batch": 4, "warmup": 2, "steps": 6, "decay": 2}, "VALIDATION": 2},
+    "reasoner": {"TRAIN": {"batch": 2, "warmup": 2, "steps": 4, "decay": 1}, "AUTOCAST": False, "VALIDATION": 2},
     "pretrain": {
         "MODEL": {"num_layers": 2, "num_attention_heads": 2},
         "WINDOW": 16,
@@ -129,6 +130,7 @@ def commands(out):
         "vae probe": f"vae --part probe --out {vae}",
         "vae joint": f"vae --part joint --out {out / 'joint'}",
         "encoder": f"encoder --out {out / 'encoder'}",
+        "reasoner": f"reasoner --init {SHIPPED} --out {out / 'reasoner'}",
         "pretrain": f"pretrain {networks} --out {base}",
         "mixed_resolution": f"mixed_resolution --vae {vae} --init {base / 'pretrain.pt'} --out {out / 'mixed'}",
         "lora": f"pretrain --vae {vae} --init {base / 'pretrain.pt'} --lora r=4 --steps 4 --out {out / 'lora'}",

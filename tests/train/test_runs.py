@@ -79,13 +79,15 @@ def test_mini_goes_from_stage_to_stage(recorder, tmp_path, monkeypatch):
     done = run(python=python, run=out, script="mini.sh")
     assert done.returncode == 0, done.stderr
     stages, seen = parsed(calls(), monkeypatch)
-    assert stages == ["vae", "encoder", *["pretrain"] * 6, *["evaluate"] * 2]
-    vae, encoder, first, first_export, second, second_export, mixed, mixed_export, scores, _ = seen
+    assert stages == ["vae", "encoder", *["pretrain"] * 6, *["reasoner"] * 2, *["evaluate"] * 2]
+    vae, encoder, first, first_export, second, second_export, mixed, mixed_export, reasoner, writes, scores, _ = seen
     assert (first.vae, first.encoder, first.init) == (vae.out, encoder.out / "encoder.pt", None)
     assert (first_export.out, first_export.vae, second.init) == (first.out, vae.out, first_export.export)
     assert (second_export.out, second_export.config, mixed.init) == (second.out, second.config, second_export.export)
     assert mixed.config == mixed_export.config != second.config
     assert (mixed_export.out, Path(scores.model)) == (mixed.out, mixed_export.export)
+    assert reasoner.init == writes.export == mixed_export.export
+    assert writes.out == reasoner.out
     (out / "64").mkdir(parents=True)
     (out / "64" / "model_index.json").touch()
     assert run(python=python, run=out, script="mini.sh").returncode == 0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lens-Mini from nothing on one CPU: latent space, text encoder, MMDiT at 64 pixels, at 128, then at all sizes; its scores.
+# Lens-Mini from nothing on one CPU: latent space, text encoder, MMDiT at 64 pixels, at 128, then at all sizes; reasoner; scores.
 #
 #     bash train/runs/mini.sh
 #
@@ -38,6 +38,10 @@ if [ ! -e "$RUN/mini/model_index.json" ]; then
   "$PY" -m train pretrain --config mini/pretrain_sizes --init "$RUN/128" --out "$RUN/sizes"
   "$PY" -m train pretrain --config mini/pretrain_sizes --out "$RUN/sizes" --export "$RUN/mini"
 fi
+
+# layers of their own, by which the text encoder writes a dense caption for a wish
+"$PY" -m train reasoner --config mini --init "$RUN/mini" --out "$RUN/reasoner"
+"$PY" -m train reasoner --config mini --out "$RUN/reasoner" --export "$RUN/mini"
 
 # the eight tasks by every judge, then further sizes
 "$PY" -m train evaluate mini-bench --model "$RUN/mini" --out "$RUN/scores"

@@ -1,0 +1,143 @@
+"""What the reasoner learns: wishes, scenes that suit them, one wording; and the reader that says what an answer tells."""
+
+from dataclasses import replace
+
+import pytest
+
+from lens.reasoner import Refined
+from train.data.small_world.backdrops import allowed
+from train.data.small_world.dense_reading import read
+from train.data.small_world.kinds import CORE
+from train.data.small_world.open_wishes import THEMES, held_out_wish
+from train.data.small_world.wishes import Wishes, answer, at_home, open_wishes, scenes_of, staged
+from train.data.small_world.world import World, is_held_out
+from train.evaluate import reasoning
+from train.networks.text_path import ROOT
+
+TOKENIZER = ROOT / "train" / "data" / "assets" / "tokenizer"
+
+
+def said(scene):
+    return tuple((thing.kind, thing.colour) for thing in scene.things)
+
+
+def test_every_theme_has_wishes_and_scenes_that_mini_draws():
+    wishes = [wish for theme in THEMES for wish in theme.wishes]
+    assert len(wishes) == len(set(wishes)) >= 400
+    assert 0.08 < sum(map(held_out_wish, wishes)) / len(wishes) < 0.17
+    for theme in THEMES:
+        assert sum(not held_out_wish(wish) for wish in theme.wishes) >= 3
+        for scene in scenes_of(theme):  # which checks facts and contrast
+            assert {thing.kind for thing in scene.things} <= set(CORE)
+            assert read(answer(scene)).things == said(scene)
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        ("a red dog", "grey", "'a red dog' is no object of the world"),
+        ("a pink heart", "grey", "is kept from training"),
+        ("a white cloud", "snow", "cloud does not stand out"),
+    ],
+)
+def test_a_scene_that_cannot_be_is_refused(text, place, message):
+    with pytest.raises(ValueError, match=message):
+        staged(text, place)
+
+
+@pytest.mark.parametrize("split", ["train", "held_out"])
+def test_answers_tell_their_scene_and_nothing_is_left_to_chance(split):
+    wishes = Wishes(TOKENIZER, split)
+    held = {wish for wish, _ in open_wishes("held_out")}
+    for seed in range(80):
+        wish, scene = wishes(seed)
+        assert wishes(seed) == (wish, scene)
+        text = answer(scene)
+        assert text == answer(replace(scene, seed=1, variant=1))
+        reading = read(text)
+        assert reading.things == said(scene)
+        assert reading.relation == scene.relation
+        assert reading.background == scene.background
+        assert {kind for kind, _ in reading.things} <= set(CORE)
+        if split == "train":
+            assert wish not in held
+            assert not is_held_out(said(scene), scene.sign and scene.sign.text)
+
+
+def test_a_backdrop_that_is_said_stays_and_another_is_at_home():
+    world = World(classes=("penguin",), captions="brief", tasks={"single_object": 1})
+    scenes = [world.scene(seed) for seed in range(40)]
+    homes = [at_home(scene) for scene in scenes]
+    assert {home.background for scene, home in zip(scenes, homes) if home.background != scene.background} == {"snow"}
+    assert all(home.background in allowed("penguin", None) for home in homes)
+
+
+CAR = "The picture shows a red car. The car is in the middle. The background is a plain mint wall. "
+CAR += "Soft even light fills the picture. A soft shadow lies below the car. The car has soft shading. Nothing else is in view."
+PAIR = "Two objects stand side by side: a red car and a blue cup. The car is on the left. The cup is on the right. The car is left "
+PAIR += "of the cup. The background is a plain mint wall. The cup has soft shading. Soft even light fills the picture."
+THREE = "Exactly three red cars are arranged with one above and two below. All three cars are red. The background is a plain mint "
+THREE += "wall. Every car has soft shading. Soft even light fills the picture. A soft shadow lies below each car. Nothing else is in view."
+
+
+def test_a_reading_is_what_a_caption_says():
+    assert read(CAR).things == (("car", "red"),)
+    assert (read(PAIR).things, read(PAIR).relation) == ((("car", "red"), ("cup", "blue")), "left")
+    other = read(PAIR.replace("The car is left of the cup", "The cup is right of the car"))
+    assert other == read(PAIR)
+    swapped = PAIR.replace("a red car and a blue cup", "a blue cup and a red car")
+    assert read(swapped) == read(PAIR)
+    assert (read(THREE).things, read(THREE).background) == ((("car", "red"),) * 3, "mint")
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        (CAR, "below the car", "below the cup"),
+        (CAR, "Nothing else", "Nothing at all"),
+        (CAR, "Soft even light fills the picture", "It is night, and the sky behind is dark"),
+        (CAR, " Nothing else is in view.", " Nothing else is in vi"),
+        (CAR, "The picture shows a red car.", "The picture shows a red car. The image is all about a red car."),
+        (CAR, " The background is a plain mint wall. Soft even light fills the picture.", ""),  # too short
+        (PAIR, "The cup is on the right", "The cup is on the left"),
+        (PAIR, "The car is left of the cup. ", ""),
+        (PAIR, "car is left of the cup", "car is left of the car"),
+        (THREE, "All three cars", "All four cars"),
+        (THREE, "cars are red.", "cars are blue."),
+        (THREE, "with one above and two below", "side by side"),
+    ],
+)
+def test_what_contradicts_itself_or_is_no_sentence_is_not_read(text, old, new):
+    assert old in text
+    with pytest.raises(ValueError):
+        read(text.replace(old, new))
+
+
+def test_the_measure_sees_what_was_kept_and_what_was_not():
+    """A reasoner that answers truly, one that always says the same, one that never ends."""
+    scenes = {scene.caption: scene for scene in reasoning.captions(24, reasoning.WITHOUT_SIGNS)}
+    themes = dict(open_wishes("held_out"))
+
+    def true(wishes):
+        told = [at_home(scenes[w]) if w in scenes else scenes_of(themes.get(w, THEMES[0]))[0] for w in wishes]
+        return [Refined(w, answer(scene), "s") for w, scene in zip(wishes, told)]
+
+    def same(wishes):
+        return [Refined(w, CAR, "s") for w in wishes]
+
+    def endless(wishes):
+        return [Refined(w, w, "s", "broken") for w in wishes]
+
+    def share(figures, group, name):
+        right, asked = figures[group][name]
+        return right / asked
+
+    figures, lines = reasoning.report(true, 24, 0, 5, TOKENIZER)
+    assert {right / asked for shares in figures.values() for right, asked in shares.values()} == {1.0}
+    assert len(lines) == 24 + len(themes) + 5
+    figures, _ = reasoning.report(same, 24, 0, 5, TOKENIZER)
+    assert share(figures, "captions", "valid") == share(figures, "unknown", "ended") == 1
+    assert share(figures, "captions", "class") < 0.3
+    assert share(figures, "open", "fits") < 0.2
+    figures, _ = reasoning.report(endless, 24, 0, 5, TOKENIZER)
+    assert share(figures, "captions", "everything") == share(figures, "open", "ended") == 0

@@ -1,0 +1,16 @@
+"""Mini's reasoner: the text encoder's layers once more, which write a dense caption for a wish (train/data/small_world/wishes.py)."""
+
+FIRST_SEED = 600_000_000
+SHARES = {"caption": 0.62, "open": 0.24, "elsewhere": 0.08, "unknown": 0.06}  # kinds of wishes
+TRAIN = {
+    "batch": 16,
+    "lr": 2e-3,
+    "warmup": 50,
+    "steps": 4_900,
+    "decay": 1_500,
+    "weight_decay": 0.01,
+    "ema": 0.99,
+}
+AUTOCAST = True  # bfloat16 GEMMs
+VALIDATION = 64
+SAVE_EVERY, LOG_EVERY, VALIDATE_EVERY = 50, 25, 250
