@@ -3,13 +3,16 @@ computed beforehand are those computed online."""
 
 import dataclasses
 import io
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +27,7 @@ from lens.packing import plan
 from train.__main__ import main
 from train.data import encoders
 from train.data.buckets import Bucket, BucketLaw, BucketSampler
-from train.data.loader import TRIES, Encode, Loader, ShardBatch
+from train.data.loader import TRIES, Encode, Loader, ShardBatch, _lost
 from train.data.shards import IDS, LATENTS, Sample, ShardSet, array_of, write_manifest, write_shard
 from train.loop.clock import Interrupted
 
@@ -254,6 +257,22 @@ def test_a_killed_worker_is_one_line_with_what_was_awaited(folder):
     shard = f"{folder / key.partition('-')[0]}/{int(key.partition('-')[2]) // 5 * 5:06d}.tar: "
     assert str(told.value).startswith(shard + "DataLoader worker (pid(s) ")
     assert str(told.value).endswith(f"(killed, or out of memory?) before the batch of {key} and {rest} more was read")
+
+
+def test_a_worker_killed_while_its_tensors_are_fetched_is_told_apart(monkeypatch):
+    """A batch's tensors come through a socket of the worker, which breaks in whatever way it was left."""
+    monkeypatch.setattr("train.data.loader.SOCKET_SECONDS", 0.2)
+    ended, living = (multiprocessing.get_context("spawn").Process(target=time.sleep, args=(s,)) for s in (0, 60))
+    ended.start(), living.start(), ended.join()
+    try:
+        both, one = (SimpleNamespace(_workers=w) for w in ([living, ended], [living]))
+        for error in (ConnectionResetError(104, "reset"), EOFError(), FileNotFoundError(2, "gone")):
+            assert _lost(both, error) == f"DataLoader worker (pid(s) {ended.pid}) exited unexpectedly"
+            assert _lost(one, error) is None
+        assert _lost(both, RuntimeError("something else")) is None
+        assert _lost(both, PermissionError()) is None
+    finally:
+        living.kill(), living.join()
 
 
 def test_captions_are_dropped_at_their_rate_by_place_alone(folder):

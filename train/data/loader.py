@@ -26,6 +26,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing.connection import wait
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ from .shards import FEATURES, IDS, LATENTS, TEXT, Member, Shards, array_of
 
 TRIES = 100  # members drawn for one place before a bucket is given up
 STRIDE = 1 << 12  # draws of a micro-batch; no batch is larger
+SOCKET_SECONDS = 5.0  # from a socket that broke until the worker behind it is known to have ended
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,18 @@ class ShardReader(torch.utils.data.Dataset):
         return row
 
 
+def _lost(found: Any, error: Exception) -> str | None:
+    """What DataLoader says of a worker that ended; also where its tensors, which come through a socket of its own, were still to be
+    fetched. None where the error tells something else."""
+    if "exited unexpectedly" in str(error):
+        return str(error)
+    workers = {worker.sentinel: worker.pid for worker in getattr(found, "_workers", ())}
+    if not workers or not isinstance(error, ConnectionError | FileNotFoundError | EOFError):
+        return None
+    pids = [str(workers[one]) for one in wait(list(workers), SOCKET_SECONDS)]
+    return f"DataLoader worker (pid(s) {', '.join(pids)}) exited unexpectedly" if pids else None
+
+
 def ignore_group_sigterm(_worker: int) -> None:
     """SIGTERM ends a worker where the training sends it, at its own end; one to the whole group is the training's alone."""
     parent = multiprocessing.parent_process()
@@ -252,14 +266,14 @@ class Loader:
         for count in itertools.count():
             try:
                 batch = next(found)
-            except RuntimeError as error:
-                if "exited unexpectedly" not in str(error):
+            except (RuntimeError, OSError, EOFError) as error:
+                if (lost := _lost(found, error)) is None:
                     raise
                 rounds, ahead = divmod(count, len(range(rank, self.sampler.slots, world)))
                 micro = next(itertools.islice(self.sampler.stream(step + rounds, rank, world), ahead, None))
                 first = self.shards.member(micro.bucket, int(micro.members[0]))
                 batch = Interrupted(
-                    f"{first.shard}: {error} (killed, or out of memory?) before the batch of {first.key} "
+                    f"{first.shard}: {lost} (killed, or out of memory?) before the batch of {first.key} "
                     f"and {len(micro.members) - 1} more was read"
                 )
             if isinstance(batch, Interrupted):
