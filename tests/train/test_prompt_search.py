@@ -18,7 +18,7 @@ from tests.chat_server import serving
 from train import prompt_search
 from train.image_client import ImageClient
 from train.rewards.rubric_judge import RubricJudge
-from train.search.loop import Item, Search, read_items, rise, split
+from train.search.loop import Candidate, Item, Search, read_items, rise, split
 
 ITEMS = [Item(f"item {k}", f"wish {k}", ("is red", "is there")) for k in range(16)]
 START, NOTHING, WORSE, FIX = "Write well.", "Write very well.", "Be brief.", "Name the colour."
@@ -126,6 +126,23 @@ def test_a_spent_budget_ends_the_search_with_what_was_found(server, tmp_path):
     assert "stopped: reasoner: all" in lines[-1]
     assert max(client.counters.calls for client in ask.values()) <= 3 * len(dev) + 1
     assert len(ours.archive) == 3
+
+
+def test_the_final_choice_is_made_on_the_held_out_prompts(tmp_path):
+    """What developing prefers loses to what holds on prompts that it never saw; not all judged: the last accepted; equal: the first."""
+    nothing = None
+    search = Search(ITEMS, START, nothing, nothing, nothing, nothing, tmp_path)
+    search.archive = [
+        Candidate(text, None, accepted=True, dev=[dev]) for text, dev in (("a", 0.1), ("b", 0.5), ("c", 0.9))
+    ]
+    search.archive.append(Candidate("d", 2, dev=[1.0], held=[1.0]))  # was not accepted
+    assert search.chosen().text == "c"
+    for candidate, held in zip(search.archive, (0.2, 0.7, 0.3)):
+        candidate.held = [held]
+    assert search.chosen().text == "b"
+    search.archive[0].held = [0.7]
+    assert search.chosen().text == "a"
+    assert (tmp_path / "best.md").read_text() == "a\n"
 
 
 def test_the_error_of_a_rise_is_the_bootstraps():
