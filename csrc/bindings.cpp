@@ -63,7 +63,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_targets") = "";
 #endif
   m.attr("split_rows") = kSplitRows;
-  m.attr("spare_rows") = kSpareRows;
+  m.def("moe_workspace", &moe_workspace);
   m.def("isa", [] { return isas()[current_isa()].name; });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("available_isas", [] {

@@ -7,22 +7,18 @@
 // and joins the total times its scale, which is exact at any scale and costs one addition in 32.
 // For few rows memory bounds it, 17 bytes for 32 weights; for many the products do.
 //
-// AMX multiplies blocks of 16 by 16 so fast that scaling their sums would cost more than the
-// products: there the scales join the exponents of the decoded weights, in tiles whose scales leave
-// all of them well inside the range of BF16, and tiles with others take the other way.
+// Where the CPU has AMX, moe_mxfp4_amx.h multiplies all but tiles of extreme scales.
 //
 // An output adds its inputs in order, group by group, whichever rows and threads share the work, so
 // its bits depend on its own row alone.
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <numeric>
 #include <vector>
 
+#include "cpu/moe_mxfp4_amx.h"
 #include "cpu/rows.h"
-
-// gcc 12 says so of its own header, which begins some intrinsics from an undefined register
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include "cpu/transpose.h"
 
 namespace lens::LENS_ISA {
 namespace {
@@ -69,29 +65,14 @@ LENS_INLINE float power(uint8_t scale) {
 }
 
 #if defined(__AVX512F__)
-// 16 rows of 16 bytes, `stride` apart, of which those from `count` on repeat the last one:
-// x[t] has in dword r the bytes 4 t to 4 t + 3 of row r.
-LENS_INLINE void transpose(const uint8_t* rows, int64_t stride, int count, __m512i x[4]) {
-  const auto row = [&](int r) LENS_LAMBDA {
-    return _mm_loadu_si128(
-        reinterpret_cast<const __m128i*>(rows + (r < count ? r : count - 1) * stride));
-  };
-  __m512i quarter[4];
-#pragma GCC unroll 4
-  for (int r = 0; r < 4; ++r) {
-    __m512i q = _mm512_castsi128_si512(row(r));
-    q = _mm512_inserti32x4(q, row(4 + r), 1);
-    q = _mm512_inserti32x4(q, row(8 + r), 2);
-    quarter[r] = _mm512_inserti32x4(q, row(12 + r), 3);
-  }
-  const __m512i low01 = _mm512_unpacklo_epi32(quarter[0], quarter[1]);
-  const __m512i high01 = _mm512_unpackhi_epi32(quarter[0], quarter[1]);
-  const __m512i low23 = _mm512_unpacklo_epi32(quarter[2], quarter[3]);
-  const __m512i high23 = _mm512_unpackhi_epi32(quarter[2], quarter[3]);
-  x[0] = _mm512_unpacklo_epi64(low01, low23);
-  x[1] = _mm512_unpackhi_epi64(low01, low23);
-  x[2] = _mm512_unpacklo_epi64(high01, high23);
-  x[3] = _mm512_unpackhi_epi64(high01, high23);
+// 16 rows of 16 bytes, `stride` apart, of which those from `count` on repeat the last one.
+LENS_INLINE void transpose_rows(const uint8_t* rows, int64_t stride, int count, __m512i x[4]) {
+  transpose(
+      [&](int r) LENS_LAMBDA {
+        return _mm_loadu_si128(
+            reinterpret_cast<const __m128i*>(rows + (r < count ? r : count - 1) * stride));
+      },
+      x);
 }
 #endif
 
@@ -104,7 +85,7 @@ LENS_INLINE void decode(const uint8_t* rows, int64_t stride, int count, A* tile,
     const __m512 values = _mm512_loadu_ps(kE2m1);
     for (int v = 0; v < C && v < count; v += 16) {
       __m512i x[4];
-      transpose(rows + v * stride, stride, count - v, x);
+      transpose_rows(rows + v * stride, stride, count - v, x);
 #pragma GCC unroll 32
       for (int k = 0; k < kMxGroup; ++k) {  // an index has four bits
         const __m512i index = _mm512_srli_epi32(x[k / 8], 4 * (k % 8));
@@ -163,7 +144,7 @@ LENS_INLINE void decode(const uint8_t* rows, int64_t stride, int count, uint32_t
   const __m512i values = bf16_values();
   for (int v = 0; v < C && v < count; v += 16) {
     __m512i x[4];
-    transpose(rows + v * stride, stride, count - v, x);
+    transpose_rows(rows + v * stride, stride, count - v, x);
 #pragma GCC unroll 16
     for (int j = 0; j < 16; ++j) {
       const __m512i index = _mm512_srli_epi16(x[j / 4], 4 * (j % 4));
@@ -190,7 +171,7 @@ LENS_INLINE void widen_scales(const uint8_t* rows, int64_t stride, int count, in
     if (groups >= kScaleGroups) {  // else a row's 16 bytes reach beyond its end
       for (int v = 0; v < C && v < count; v += 16) {
         __m512i x[4];
-        transpose(rows + v * stride, stride, count - v, x);
+        transpose_rows(rows + v * stride, stride, count - v, x);
 #pragma GCC unroll 16
         for (int j = 0; j < 16; ++j) {
           const __m512i byte =
@@ -298,145 +279,10 @@ void multiply_rows(int rows, const typename Form::Input* const* inputs, int64_t 
   }
 }
 
-#if defined(__AMX_BF16__)
-// ---- products by AMX: 3 tiles of 16 rows by 2 of 16 outputs
-constexpr int kAmxRows = 48, kAmxColumns = 32;
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
-// Whether 2^(scale - 127) times every E2M1 value, and what comes of it, stays a normal number.
-LENS_INLINE bool ordinary(const uint8_t* scales, int64_t count) {
-  uint8_t low = 255, high = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    low = std::min(low, scales[i]);
-    high = std::max(high, scales[i]);
-  }
-  return low >= 64 && high <= 190;
-}
-
-// Values are looked up times 2^kAbove, and what an exponent has too much is taken off, of both
-// halves of a pair: less[group][column], of up to kScaleGroups groups. The subtraction ends at 0,
-// which zero thus stays; -0 is looked up as 0.
-constexpr int kAbove = 63;
-
-LENS_INLINE void widen_exponents(const uint8_t* rows, int64_t stride, int count, int64_t groups,
-                                 uint32_t* less) {
-  if (groups >= kScaleGroups) {
-    for (int v = 0; v < kAmxColumns && v < count; v += 16) {
-      __m512i x[4];
-      transpose(rows + v * stride, stride, count - v, x);
-#pragma GCC unroll 16
-      for (int j = 0; j < 16; ++j) {
-        const __m512i byte =
-            _mm512_and_si512(_mm512_srli_epi32(x[j / 4], 8 * (j % 4)), _mm512_set1_epi32(255));
-        const __m512i half =
-            _mm512_slli_epi32(_mm512_sub_epi32(_mm512_set1_epi32(127 + kAbove), byte), 7);
-        _mm512_store_si512(less + j * kAmxColumns + v,
-                           _mm512_or_si512(half, _mm512_slli_epi32(half, 16)));
-      }
-    }
-    return;
-  }
-  for (int n = 0; n < count; ++n) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const uint32_t half = uint32_t(127 + kAbove - int(rows[n * stride + g])) << 7;
-      less[g * kAmxColumns + n] = half << 16 | half;
-    }
-  }
-}
-
-LENS_INLINE void decode_scaled(const uint8_t* rows, int64_t stride, int count, const uint32_t* less,
-                               uint32_t* tile) {
-  const __m512i plain = bf16_values();
-  const __m512i values =
-      _mm512_maskz_add_epi16(_mm512_test_epi16_mask(plain, _mm512_set1_epi16(0x7fff)), plain,
-                             _mm512_set1_epi16(kAbove << 7));
-  for (int v = 0; v < kAmxColumns && v < count; v += 16) {
-    __m512i x[4];
-    transpose(rows + v * stride, stride, count - v, x);
-    const __m512i excess = _mm512_load_si512(less + v);
-#pragma GCC unroll 16
-    for (int j = 0; j < 16; ++j) {
-      const __m512i index = _mm512_srli_epi16(x[j / 4], 4 * (j % 4));
-      _mm512_store_si512(tile + j * kAmxColumns + v,
-                         _mm512_subs_epu16(_mm512_permutexvar_epi16(index, values), excess));
-    }
-  }
-}
-
-template <int M>
-LENS_INLINE void amx_group(const Bf16* rows, int64_t bytes, const uint32_t* tile) {
-  const char* a = reinterpret_cast<const char*>(rows);
-  constexpr int kTileBytes = 4 * kAmxColumns;
-  _tile_loadd(6, tile, kTileBytes);
-  _tile_loadd(7, a, bytes);
-  _tile_dpbf16ps(0, 7, 6);
-  if constexpr (M > 1) {
-    _tile_loadd(7, a + 16 * bytes, bytes);
-    _tile_dpbf16ps(1, 7, 6);
-  }
-  if constexpr (M > 2) {
-    _tile_loadd(7, a + 32 * bytes, bytes);
-    _tile_dpbf16ps(2, 7, 6);
-  }
-  _tile_loadd(6, tile + 16, kTileBytes);
-  if constexpr (M > 2) {
-    _tile_dpbf16ps(5, 7, 6);
-    _tile_loadd(7, a + 16 * bytes, bytes);
-  }
-  if constexpr (M > 1) {
-    _tile_dpbf16ps(4, 7, 6);
-    _tile_loadd(7, a, bytes);
-  }
-  _tile_dpbf16ps(3, 7, 6);
-}
-
-// sums[row][column] of 16 M rows, one after the other in memory, and `count` outputs, at most
-// kAmxColumns. Reads past the last row; what comes of it is not used.
-template <int M>
-void amx_product(const Bf16* rows, int64_t K, const uint8_t* blocks, const uint8_t* scales,
-                 int count, const uint8_t* next, float* sums, int64_t row_sums) {
-  alignas(64) uint32_t tile[2][kMxGroup / 2 * kAmxColumns] = {};
-  alignas(64) uint32_t less[kScaleGroups * kAmxColumns] = {};
-  const int64_t groups = K / kMxGroup, bytes = count * kMxGroupBytes;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  for (int64_t g = 0; g <= groups; ++g) {  // a tile is read one round after it was written
-    if (g < groups) {
-      if (g % kScaleGroups == 0) widen_exponents(scales + g, groups, count, groups - g, less);
-      decode_scaled(blocks + g * kMxGroupBytes, K / 2, count, less + g % kScaleGroups * kAmxColumns,
-                    tile[g % 2]);
-      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + g * bytes + i, 0, 2);
-    }
-    std::atomic_signal_fence(std::memory_order_seq_cst);  // the intrinsics name no memory they read
-    if (g > 0) amx_group<M>(rows + (g - 1) * kMxGroup, 2 * K, tile[(g - 1) % 2]);
-  }
-  const int64_t stride = row_sums * int64_t(sizeof(float));
-  _tile_stored(0, sums, stride);
-  _tile_stored(3, sums + 16, stride);
-  if constexpr (M > 1) {
-    _tile_stored(1, sums + 16 * row_sums, stride);
-    _tile_stored(4, sums + 16 * row_sums + 16, stride);
-  }
-  if constexpr (M > 2) {
-    _tile_stored(2, sums + 32 * row_sums, stride);
-    _tile_stored(5, sums + 32 * row_sums + 16, stride);
-  }
-  std::atomic_signal_fence(std::memory_order_seq_cst);
-}
-#endif
-
-// The rows of one expert: pairs [begin, end) of all (row, expert) pairs in the order of experts.
+// The rows of one expert: pairs [begin, end) of all (row, expert) pairs in the order of experts,
+// and the first of its blocks where each expert begins a block of 16 rows.
 struct Chosen {
-  int64_t expert, begin, end;
+  int64_t expert, begin, end, block;
 };
 
 // The weights of all experts: N outputs of each, of K inputs.
@@ -447,7 +293,7 @@ struct Weights {
 };
 
 // finish(expert, pair, first output, outputs, sums) once per pair and tile, over all chosen
-// experts. inputs: of every pair; for AMX they follow one another, with kSpareRows after the last.
+// experts. inputs: of every pair.
 template <class Form, class Finish>
 void products(const std::vector<Chosen>& chosen, const Weights& w,
               const std::vector<const typename Form::Input*>& inputs, Finish finish) {
@@ -463,10 +309,6 @@ void products(const std::vector<Chosen>& chosen, const Weights& w,
     alignas(64) typename Form::Weight tile[Form::kSteps * C] = {};
     alignas(64) A scale[kScaleGroups * C] = {};
     alignas(64) A sums[kRowBlock * C];
-#if defined(__AMX_BF16__)
-    const TileConfig config;
-    _tile_loadconfig(&config);
-#endif
 #pragma omp for schedule(dynamic, 4)
     for (int64_t task = 0; task < tasks; ++task) {
       const Chosen& own = chosen[size_t(task / tiles)];
@@ -476,25 +318,6 @@ void products(const std::vector<Chosen>& chosen, const Weights& w,
       const uint8_t* scales = w.scales + (own.expert * w.N + n) * groups;
       // a tile is one piece of memory read in `count` streams, more than hardware follows
       const uint8_t* next = blocks_of(std::min(task + 1, tasks - 1));
-#if defined(__AMX_BF16__)
-      if constexpr (std::is_same_v<Form, Pairs>) {
-        if (ordinary(scales, count * groups)) {
-          for (int64_t begin = own.begin; begin < own.end; begin += kAmxRows) {
-            const int64_t rows = std::min<int64_t>(kAmxRows, own.end - begin);
-            const auto product = rows > 32   ? amx_product<3>
-                                 : rows > 16 ? amx_product<2>
-                                             : amx_product<1>;
-            for (int c = 0; c < count; c += kAmxColumns) {
-              product(inputs[size_t(begin)], w.K, blocks + c * stride, scales + c * groups,
-                      std::min(kAmxColumns, count - c), next + c * stride, sums + c, C);
-            }
-            for (int64_t m = 0; m < rows; ++m)
-              finish(own.expert, begin + m, n, count, sums + m * C);
-          }
-          continue;
-        }
-      }
-#endif
       for (int64_t begin = own.begin; begin < own.end; begin += kRowBlock) {
         const int64_t rows = std::min(kRowBlock, own.end - begin);
         const int64_t parts = (rows + kRows - 1) / kRows;  // as even as can be
@@ -515,9 +338,6 @@ void products(const std::vector<Chosen>& chosen, const Weights& w,
         for (int64_t m = 0; m < rows; ++m) finish(own.expert, begin + m, n, count, sums + m * C);
       }
     }
-#if defined(__AMX_BF16__)
-    _tile_release();
-#endif
   }
 }
 
@@ -551,45 +371,97 @@ void route(const MoeMxfp4Params& p, int64_t row, A* logits, int32_t* experts, A*
   for (int64_t k = 0; k < p.K; ++k) shares[k] /= total;
 }
 
+// Who reads which expert: pairs of a row and one of its experts, by expert, then by row.
+template <class A>
+struct Plan {
+  std::vector<int32_t> experts;  // of pair r K + k
+  std::vector<A> shares;         // of pair r K + k
+  std::vector<int64_t> place;    // of pair r K + k, among all by expert
+  std::vector<int64_t> rows;     // of a place
+  std::vector<Chosen> chosen;
+  int64_t blocks = 0;
+};
+
+template <class T, class A = Acc<T>>
+Plan<A> planned(const MoeMxfp4Params& p) {
+  const size_t pairs = size_t(p.R * p.K);
+  Plan<A> made{std::vector<int32_t>(pairs),
+               std::vector<A>(pairs),
+               std::vector<int64_t>(pairs),
+               std::vector<int64_t>(pairs),
+               {},
+               0};
+  parallel_ranges(p.R, p.R * p.E * p.D, [&](int64_t begin, int64_t end) {
+    std::vector<A> logits(static_cast<size_t>(p.E));
+    for (int64_t r = begin; r < end; ++r) {
+      route<T>(p, r, logits.data(), made.experts.data() + r * p.K, made.shares.data() + r * p.K);
+    }
+  });
+  std::vector<int64_t> start(static_cast<size_t>(p.E + 1));
+  for (int32_t e : made.experts) ++start[size_t(e) + 1];
+  for (int64_t e = 0; e < p.E; ++e) {
+    const int64_t begin = start[size_t(e)], end = start[size_t(e) + 1] += begin;
+    if (end == begin) continue;
+    made.chosen.push_back({e, begin, end, made.blocks});
+    made.blocks += (end - begin + kBlockRows - 1) / kBlockRows;
+  }
+  for (size_t i = 0; i < pairs; ++i) {
+    made.place[i] = start[size_t(made.experts[i])]++;
+    made.rows[size_t(made.place[i])] = int64_t(i) / p.K;
+  }
+  return made;
+}
+
+// y = the sum over a row's experts of share_k parts_k
+template <class T, class A = Acc<T>>
+void combine(const MoeMxfp4Params& p, const Plan<A>& plan) {
+  const A* parts = static_cast<const A*>(p.parts);
+  parallel_ranges(p.R, p.R * p.K * p.D, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      T* y = static_cast<T*>(p.y) + r * p.D;
+      for_lanes<A>(0, p.D, [&](int64_t i, auto lanes) LENS_LAMBDA {
+        Simd<A> sum(0);
+        for (int64_t k = 0; k < p.K; ++k) {
+          const size_t pair = size_t(r * p.K + k);
+          sum = mul_add(Simd<A>(plan.shares[pair]), load(parts + plan.place[pair] * p.D + i, lanes),
+                        sum);
+        }
+        store(y + i, sum, lanes);
+      });
+    }
+  });
+}
+
+template <class A>
+LENS_INLINE Simd<A> clamped_swiglu(const MoeMxfp4Params& p, Simd<A> gate, Simd<A> up) {
+  const Simd<A> limit{A(p.limit)}, alpha{A(p.alpha)};
+  gate.v = gate.v > limit.v ? limit.v : gate.v;  // comparisons keep a NaN
+  up.v = up.v > limit.v ? limit.v : up.v;
+  up.v = up.v < -limit.v ? -limit.v : up.v;
+  return gate * sigmoid(alpha * gate) * (up + Simd<A>(1));
+}
+
 template <class Form, class T>
 void layer(const MoeMxfp4Params& p, const typename Form::Input* x) {
   using A = Acc<T>;
   using Input = typename Form::Input;
   constexpr int kMost = kColumns<A> / 2;  // hidden columns of a tile
   const int64_t pairs = p.R * p.K;
-  std::vector<int32_t> experts(static_cast<size_t>(pairs));
-  std::vector<A> shares(static_cast<size_t>(pairs));
-  parallel_ranges(p.R, p.R * p.E * p.D, [&](int64_t begin, int64_t end) {
-    std::vector<A> logits(static_cast<size_t>(p.E));
-    for (int64_t r = begin; r < end; ++r) {
-      route<T>(p, r, logits.data(), experts.data() + r * p.K, shares.data() + r * p.K);
-    }
-  });
-
-  // pairs by expert, then by row
-  std::vector<int64_t> place(static_cast<size_t>(pairs)), start(static_cast<size_t>(p.E + 1));
-  for (int32_t e : experts) ++start[size_t(e) + 1];
-  std::vector<Chosen> chosen;
-  for (int64_t e = 0; e < p.E; ++e) {
-    start[size_t(e) + 1] += start[size_t(e)];
-    if (start[size_t(e) + 1] > start[size_t(e)])
-      chosen.push_back({e, start[size_t(e)], start[size_t(e) + 1]});
-  }
+  const Plan<A> plan = planned<T>(p);
   std::vector<const Input*> inputs(static_cast<size_t>(pairs));
   [[maybe_unused]] Input* copies = static_cast<Input*>(p.parts);  // not written before the second
   for (int64_t i = 0; i < pairs; ++i) {
-    const int64_t at = place[size_t(i)] = start[size_t(experts[size_t(i)])]++;
-    inputs[size_t(at)] = x + i / p.K * p.D;
+    inputs[size_t(i)] = x + plan.rows[size_t(i)] * p.D;
 #if defined(__AVX512BF16__)
     if constexpr (std::is_same_v<Form, Pairs>) {
-      for (int64_t d = 0; d < p.D; d += 8) reordered(inputs[size_t(at)] + d, copies + at * p.D + d);
-      inputs[size_t(at)] = copies + at * p.D;
+      for (int64_t d = 0; d < p.D; d += 8) reordered(inputs[size_t(i)] + d, copies + i * p.D + d);
+      inputs[size_t(i)] = copies + i * p.D;
     }
 #endif
   }
 
   Input* hidden = static_cast<Input*>(p.hidden);
-  products<Form>(chosen, {p.gate_up_blocks, p.gate_up_scales, 2 * p.F, p.D}, inputs,
+  products<Form>(plan.chosen, {p.gate_up_blocks, p.gate_up_scales, 2 * p.F, p.D}, inputs,
                  [&](int64_t e, int64_t pair, int64_t n, int count, const A* sums) {
                    const T* bias = static_cast<const T*>(p.gate_up_bias) + e * 2 * p.F + n;
                    A gate[kMost], up[kMost];
@@ -598,13 +470,9 @@ void layer(const MoeMxfp4Params& p, const typename Form::Input* x) {
                      up[i] = sums[2 * i + 1] + widen(bias[2 * i + 1]);
                    }
                    T made[kMost];
-                   const Simd<A> limit{A(p.limit)}, alpha{A(p.alpha)};
                    for_lanes<A>(0, count / 2, [&](int64_t i, auto lanes) LENS_LAMBDA {
-                     Simd<A> g = load(gate + i, lanes), u = load(up + i, lanes);
-                     g.v = g.v > limit.v ? limit.v : g.v;  // comparisons keep a NaN
-                     u.v = u.v > limit.v ? limit.v : u.v;
-                     u.v = u.v < -limit.v ? -limit.v : u.v;
-                     store(made + i, g * sigmoid(alpha * g) * (u + Simd<A>(1)), lanes);
+                     store(made + i, clamped_swiglu(p, load(gate + i, lanes), load(up + i, lanes)),
+                           lanes);
                    });
                    Input* out = hidden + pair * p.F + n / 2;
                    if constexpr (std::is_same_v<Form, Pairs>) {
@@ -618,28 +486,172 @@ void layer(const MoeMxfp4Params& p, const typename Form::Input* x) {
 
   for (int64_t i = 0; i < pairs; ++i) inputs[size_t(i)] = hidden + i * p.F;
   A* parts = static_cast<A*>(p.parts);
-  products<Form>(chosen, {p.down_blocks, p.down_scales, p.D, p.F}, inputs,
+  products<Form>(plan.chosen, {p.down_blocks, p.down_scales, p.D, p.F}, inputs,
                  [&](int64_t e, int64_t pair, int64_t n, int count, const A* sums) {
                    const T* bias = static_cast<const T*>(p.down_bias) + e * p.D + n;
                    A* out = parts + pair * p.D + n;
                    for (int i = 0; i < count; ++i) out[i] = sums[i] + widen(bias[i]);
                  });
+  combine<T>(p, plan);
+}
 
-  parallel_ranges(p.R, pairs * p.D, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      T* y = static_cast<T*>(p.y) + r * p.D;
-      for_lanes<A>(0, p.D, [&](int64_t i, auto lanes) LENS_LAMBDA {
-        Simd<A> sum(0);
-        for (int64_t k = 0; k < p.K; ++k) {
-          const int64_t pair = place[size_t(r * p.K + k)];
-          sum = mul_add(Simd<A>(shares[size_t(r * p.K + k)]), load(parts + pair * p.D + i, lanes),
-                        sum);
+#if defined(__AMX_BF16__)
+// ---- the layer by AMX
+// What tiles::product makes, by other products, which scale sums: of weights that it does not take.
+void product_of_extremes(const tiles::Weights& w, const uint32_t* rows, int blocks, float* sums) {
+  constexpr int C = kColumns<float>;
+  const int64_t K = w.groups * kMxGroup, block = tiles::chunks_of(K) * tiles::kPacked;
+  const int count = blocks * tiles::kRows;
+  std::vector<Bf16> copies(size_t(count * K));
+  std::vector<const Bf16*> inputs;
+  for (int m = 0; m < count; ++m) {
+    inputs.push_back(copies.data() + m * K);
+    tiles::unpack(rows + m / tiles::kRows * block, m % tiles::kRows, K,
+                  reinterpret_cast<uint32_t*>(copies.data() + m * K));
+  }
+  alignas(64) uint32_t tile[Pairs::kSteps * C] = {};
+  alignas(64) float scale[kScaleGroups * C] = {};
+  alignas(64) float by_row[tiles::kMostRows * C] = {};
+  for (int64_t g = 0; g < w.groups; ++g) {
+    if (g % kScaleGroups == 0)
+      widen_scales(w.scales + g, w.groups, tiles::kOutputs, w.groups - g, scale);
+    decode(w.blocks + g * kMxGroupBytes, K / 2, tiles::kOutputs, tile, Pairs{});
+    for (int m = 0; m < count; m += kRows) {
+      multiply_rows<Pairs>(std::min(kRows, count - m), inputs.data() + m, g * kMxGroup, tile,
+                           scale + g % kScaleGroups * C, by_row + m * C);
+    }
+  }
+  for (int n = 0; n < tiles::kOutputs; ++n) {
+    for (int m = 0; m < count; ++m) sums[n * tiles::kMostRows + m] = by_row[m * C + n];
+  }
+}
+
+// finish(chosen, first of its blocks, blocks, first output, sums) over all chosen experts and their
+// outputs, 32 at a time: sums[output][row], kMostRows apart. packed: the rows, block by block.
+template <class Finish>
+void products_by_amx(const std::vector<Chosen>& chosen, const Weights& w, const uint32_t* packed,
+                     Finish finish) {
+  const int64_t per_expert = w.N / tiles::kOutputs, tasks = per_expert * int64_t(chosen.size());
+  const int64_t groups = w.K / kMxGroup, chunks = tiles::chunks_of(w.K);
+  const int64_t block = chunks * tiles::kPacked;
+  bool kept = false;
+  for (const Chosen& own : chosen) kept = kept || own.end - own.begin > tiles::kMostRows;
+  const auto weights_of = [&](int64_t task) {
+    return chosen[size_t(task / per_expert)].expert * w.N + task % per_expert * tiles::kOutputs;
+  };
+  const __m512i plain = bf16_values();
+  const __m512i values =
+      _mm512_maskz_add_epi16(_mm512_test_epi16_mask(plain, _mm512_set1_epi16(0x7fff)), plain,
+                             _mm512_set1_epi16(tiles::kAbove << 7));
+#pragma omp parallel if (tasks * tiles::kOutputs * w.K > kParallelElements)
+  {
+    alignas(64) float sums[tiles::kOutputs * tiles::kMostRows];
+    std::vector<uint32_t> room(size_t((kept ? chunks : 2) * tiles::kDecoded + 16));
+    uint32_t* decoded = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / 4;
+    const tiles::TileConfig config;
+    _tile_loadconfig(&config);
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t task = 0; task < tasks; ++task) {
+      const Chosen& own = chosen[size_t(task / per_expert)];
+      const int64_t at = weights_of(task), n = task % per_expert * tiles::kOutputs;
+      const tiles::Weights tile{w.blocks + at * (w.K / 2), w.scales + at * groups, groups,
+                                w.blocks + weights_of(std::min(task + 1, tasks - 1)) * (w.K / 2)};
+      const bool ordinary = tiles::ordinary(tile.scales, tiles::kOutputs * groups);
+      const int64_t blocks = tiles::blocks_of(own.end - own.begin);
+      const int64_t parts = (blocks + tiles::kMostBlocks - 1) / tiles::kMostBlocks;
+      for (int64_t part = 0; part < parts; ++part) {  // as even as can be
+        const int64_t begin = blocks * part / parts, end = blocks * (part + 1) / parts;
+        const uint32_t* rows = packed + (own.block + begin) * block;
+        if (ordinary) {
+          const auto product = end - begin == 3   ? tiles::product<3>
+                               : end - begin == 2 ? tiles::product<2>
+                                                  : tiles::product<1>;
+          product(tile, rows, decoded, parts > 1, part > 0, values, sums);
+        } else {
+          product_of_extremes(tile, rows, int(end - begin), sums);
         }
-        store(y + i, sum, lanes);
-      });
+        finish(own, begin, int(end - begin), n, sums);
+      }
+    }
+    _tile_release();
+  }
+}
+
+// Both workspaces hold blocks of rows: what is 4 bytes there is a pair of BF16 here.
+void layer_by_amx(const MoeMxfp4Params& p) {
+  const Plan<float> plan = planned<Bf16>(p);
+  const Bf16* x = static_cast<const Bf16*>(p.x);
+  uint32_t* packed = static_cast<uint32_t*>(p.parts);  // read before parts are written
+  uint32_t* hidden = static_cast<uint32_t*>(p.hidden);
+  const int64_t x_block = tiles::chunks_of(p.D) * tiles::kPacked;
+  const int64_t hidden_block = tiles::chunks_of(p.F) * tiles::kPacked;
+
+  std::vector<const Chosen*> whose(static_cast<size_t>(plan.blocks));
+  for (const Chosen& own : plan.chosen) {
+    const int64_t blocks = tiles::blocks_of(own.end - own.begin);
+    for (int64_t b = 0; b < blocks; ++b) whose[size_t(own.block + b)] = &own;
+  }
+  parallel_ranges(plan.blocks, plan.blocks * tiles::kRows * p.D, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const Chosen& own = *whose[size_t(b)];
+      const int64_t first = own.begin + (b - own.block) * tiles::kRows;
+      const int count = int(std::min<int64_t>(tiles::kRows, own.end - first));
+      tiles::pack([&](int r) { return x + plan.rows[size_t(first + r)] * p.D; }, count, p.D,
+                  packed + b * x_block);
     }
   });
+
+  products_by_amx(
+      plan.chosen, {p.gate_up_blocks, p.gate_up_scales, 2 * p.F, p.D}, packed,
+      [&](const Chosen& own, int64_t begin, int blocks, int64_t n, const float* sums) {
+        const Bf16* bias = static_cast<const Bf16*>(p.gate_up_bias) + own.expert * 2 * p.F + n;
+        for (int b = 0; b < blocks; ++b) {
+          const auto rows_of = [&](int output) LENS_LAMBDA {  // a hidden column of 16 rows
+            const float* gate = sums + 2 * output * tiles::kMostRows + b * tiles::kRows;
+            return clamped_swiglu(
+                p, load(gate, All{}) + Simd<float>(widen(bias[2 * output])),
+                load(gate + tiles::kMostRows, All{}) + Simd<float>(widen(bias[2 * output + 1])));
+          };
+          uint32_t* to = hidden + (own.block + begin + b) * hidden_block;
+          for (int i = 0; i < tiles::kOutputs / 2; i += 8) {
+            for (int j = 0; j < tiles::kSteps; ++j) {
+              Bf16 low[tiles::kRows], high[tiles::kRows];
+              store(low, rows_of(i + j), All{});
+              store(high, rows_of(i + j + 4), All{});
+              tiles::store_pairs(low, high, to + tiles::place_of(n / 2 + i + j));
+            }
+          }
+          if (n + tiles::kOutputs == 2 * p.F) tiles::clear_rest(p.F, to);
+        }
+      });
+
+  float* parts = static_cast<float*>(p.parts);
+  products_by_amx(
+      plan.chosen, {p.down_blocks, p.down_scales, p.D, p.F}, hidden,
+      [&](const Chosen& own, int64_t begin, int blocks, int64_t n, const float* sums) {
+        const Bf16* bias = static_cast<const Bf16*>(p.down_bias) + own.expert * p.D + n;
+        const int64_t first = own.begin + begin * tiles::kRows;
+        const int count = int(std::min<int64_t>(blocks * tiles::kRows, own.end - first));
+        for (int half = 0; half < tiles::kOutputs; half += 16) {
+          const Simd<float> added = load(bias + half, All{});
+          for (int m = 0; m < count; m += 4) {  // four rows at a time
+            __m512i x[4];
+            transpose(
+                [&](int r) LENS_LAMBDA {
+                  return _mm_loadu_si128(
+                      reinterpret_cast<const __m128i*>(sums + (half + r) * tiles::kMostRows + m));
+                },
+                x);
+            for (int r = 0; r < 4 && m + r < count; ++r) {
+              const Simd<float> sum(reinterpret_cast<typename Register<float>::type>(x[r]));
+              store(parts + (first + m + r) * p.D + n + half, sum + added, All{});
+            }
+          }
+        }
+      });
+  combine<Bf16>(p, plan);
 }
+#endif
 
 template <class T>
 void forward(const MoeMxfp4Params& p) {
@@ -648,7 +660,9 @@ void forward(const MoeMxfp4Params& p) {
   if constexpr (std::is_same_v<T, A>) {
     layer<Values<A>, T>(p, x);
   } else if constexpr (kPairs) {
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+    layer_by_amx(p);
+#elif defined(__AVX512BF16__)
     layer<Pairs, T>(p, x);
 #endif
   } else {

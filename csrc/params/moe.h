@@ -9,8 +9,12 @@ namespace lens {
 // scale, 2^(scale - 127), of which 255 is NaN.
 constexpr int64_t kMxGroup = 32, kMxGroupBytes = 16;
 
-// AMX reads rows by 16 and so past the last one.
-constexpr int64_t kSpareRows = 15;
+// AMX takes an expert's rows in blocks of 16, of at least 64 pairs of channels.
+constexpr int64_t kBlockRows = 16, kBlockPairs = 64;
+inline int64_t moe_workspace(int64_t R, int64_t K, int64_t E, int64_t channels) {
+  const int64_t pairs = R * K, experts = pairs < E ? pairs : E;
+  return (pairs + (kBlockRows - 1) * experts) * (channels < kBlockPairs ? kBlockPairs : channels);
+}
 
 // Rows of R choose the K experts with the largest logits x router_weight^T + router_bias (of equal
 // ones the first), share_k is the softmax among these:
@@ -28,8 +32,8 @@ struct MoeMxfp4Params {
   const uint8_t* down_scales;     // [E, D, F / 32]
   const void* down_bias;          // [E, D]
   void* y;                        // [R, D]
-  void* hidden;                   // workspace, acc [R K + kSpareRows, F]: hidden rows by expert
-  void* parts;    // workspace, acc [R K + kSpareRows, D]: what each expert of each row adds
+  void* hidden;   // workspace, acc, of size moe_workspace(.., F): hidden rows by expert
+  void* parts;    // workspace, acc, of size moe_workspace(.., D): what each expert of each row adds
   void* wide;     // workspace, acc [R, D]: x where its products need it wider (CPU)
   int32_t* plan;  // workspace [2 R K + 2 (E + 1)]: who reads which expert (GPU, see its kernels)
   void* shares;   // workspace, acc [R K]: of a row's experts (GPU)
@@ -59,8 +63,8 @@ void fields(MoeMxfp4Params& p, V& v) {
   v.array("down_scales", p.down_scales, p.E * p.D * (p.F / 32));
   v.array("down_bias", p.down_bias, p.E * p.D);
   v.array("y", p.y, p.R * p.D);
-  v.array("hidden", p.hidden, (p.R * p.K + kSpareRows) * p.F);
-  v.array("parts", p.parts, (p.R * p.K + kSpareRows) * p.D);
+  v.array("hidden", p.hidden, moe_workspace(p.R, p.K, p.E, p.F));
+  v.array("parts", p.parts, moe_workspace(p.R, p.K, p.E, p.D));
   v.array("wide", p.wide, p.R * p.D);
   v.array("plan", p.plan, 2 * (p.R * p.K + p.E + 1));
   v.array("shares", p.shares, p.R * p.K);

@@ -94,7 +94,7 @@ def _forward(
     rows, width = x.shape
     experts, hidden = gate_up_bias.shape[0], gate_up_bias.shape[1] // 2
     y, wide = torch.empty_like(x), reference.arithmetic_dtype(x.dtype)
-    pairs = rows * top_k + backend.extension("moe_mxfp4").spare_rows
+    room = backend.extension("moe_mxfp4").moe_workspace
     backend.launch(
         "moe_mxfp4",
         x,
@@ -108,8 +108,8 @@ def _forward(
         down_scales=down_scales.contiguous(),
         down_bias=down_bias.contiguous(),
         y=y,
-        hidden=x.new_empty(pairs, hidden, dtype=wide),
-        parts=x.new_empty(pairs, width, dtype=wide),
+        hidden=x.new_empty(room(rows, top_k, experts, hidden), dtype=wide),
+        parts=x.new_empty(room(rows, top_k, experts, width), dtype=wide),
         wide=x.new_empty(rows, width, dtype=wide),
         plan=x.new_empty(2 * (rows * top_k + experts + 1), dtype=torch.int32),
         shares=x.new_empty(rows * top_k, dtype=wide),

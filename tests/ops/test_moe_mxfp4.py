@@ -14,7 +14,7 @@ OP = "moe_mxfp4"
 ISAS = [*harness.ISAS, "avx512bf16", "amx"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 # rows, D, F, experts, experts of a row: odd counts of experts, tiles that are not full, more rows than a block holds
-SHAPES = [(7, 96, 64, 5, 3), (1, 64, 32, 1, 1), (45, 32, 160, 7, 7), (0, 64, 64, 4, 2), (230, 64, 96, 3, 2)]
+SHAPES = [(7, 96, 64, 5, 3), (1, 64, 32, 1, 1), (45, 32, 160, 7, 7), (0, 64, 64, 4, 2), (230, 288, 160, 3, 2)]
 PACKED = ("gate_up_blocks", "gate_up_scales", "down_blocks", "down_scales")
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
