@@ -44,7 +44,7 @@ from . import pretrain_on_shards as flow
 from .data.small_world.batches import WorldBatch, WorldBatches, WorldSource, bucket_at, draw
 from .evaluate.flow_loss import validate
 from .loop.checkpoints import StateFile, load_state
-from .loop.clock import Clock, duration, positive
+from .loop.clock import Clock, duration, positive, share
 from .loop.ema import Ema
 from .loop.log import JsonLog
 from .loop.lora import NO_BASE, Lora, attach_lora, init_lora, lora_of_training
@@ -281,11 +281,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--export", type=Path, metavar="FOLDER", help="train nothing; write the model in the released layout"
     )
+    parser.add_argument(
+        "--blend",
+        type=share,
+        metavar="SHARE",
+        help="with --export, of a pool's training: this share of what was trained, the rest of what it started from",
+    )
     flow.add_arguments(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     config = configs.override(configs.load(options.config, "pretrain"), options.set)
+    if options.blend is not None and not (options.export and pretrain_on_pool.is_pool_recipe(config)):
+        raise SystemExit(
+            "--blend: expected with --export, and a recipe of a pool of scenes (mini/pretrain_128, mini/pretrain_sizes)"
+        )
     if flow.is_sharded_recipe(config, options):
         return flow.run(options, config, "pretrain")
     if pretrain_on_pool.is_pool_recipe(config):

@@ -217,22 +217,30 @@ def train(config: ModuleType, options: argparse.Namespace) -> None:
 
 def export(config: ModuleType, options: argparse.Namespace) -> None:
     """The averaged transformer, in bfloat16, beside encoder, VAE and tokenizer of the folder that training started from; the
-    recipe as run and the log, under the recipe's own name, join those of the stages before."""
+    recipe as run and the log, under the recipe's own name, join those of the stages before. With a share to blend the weights
+    are (1 - share) start + share trained."""
     state, folder = load_state(options.out / f"{STAGE}.pt", STAGE), options.export
     source, name = Path(state["init"]), Path(options.config).stem
     start = load_transformer(source / "transformer", torch.float32, "cpu")
     model = LensTransformer2DModel(_config_of(config, start))
     model.load_state_dict(state["ema"]["average"])
+    if options.blend is not None:
+        if model.config != start.config:
+            raise SystemExit(f"--blend: {source} has other sizes than what was trained from it")
+        for trained, before in zip(model.parameters(), start.parameters(), strict=True):
+            trained.data.lerp_(before.data, 1 - options.blend)
+        state["settings"] = state["settings"] | {"BLEND": options.blend}
     if folder.resolve() != source.resolve():
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer"))
     save_transformer(model, folder / "transformer", torch.bfloat16)
     about, rows = read_index(source)["lens"], read_log(options.out / "log.jsonl")
+    loss = next(row["validation"] for row in reversed(rows) if "validation" in row)
     about |= {
         "base_resolution": config.SIDE,
         "max_resolution": max(max(size) for size in config.SIZES),
         "caption_styles": list(config.CAPTIONS),
         "trained_steps": about["trained_steps"] + state["step"],
-        "validation": {"mean_over_times": next(row["validation"] for row in reversed(rows) if "validation" in row)},
+        "validation": {"mean_over_times" if options.blend is None else "mean_over_times_before_blending": loss},
     }
     write_json(folder / "model_index.json", released_index(about))
     recipe = {field: value for field, value in configs.fields(config).items() if field != "SIZES"}

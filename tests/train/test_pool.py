@@ -2,15 +2,18 @@
 
 import argparse
 import dataclasses
+import json
 from types import ModuleType
 
 import pytest
 import torch
 
 from lens.config import LensConfig
+from lens.formats.released import load_transformer
 from lens.model import LensTransformer2DModel
 from train import configs
 from train import pretrain_on_pool as pooled
+from train.__main__ import main
 from train.data.pool import Pool, PoolPart
 from train.loop.checkpoints import load_state
 from train.loop.log import read_log
@@ -203,3 +206,32 @@ def test_training_resumes_bit_for_bit_and_logs_its_losses(tmp_path):
         assert all(torch.equal(one[name], other[name]) for name in one)
     rows = read_log(tmp_path / "whole" / "log.jsonl")
     assert {"validation_64x64", "loss_at_48x96/0.1"} <= rows[-1].keys()
+
+    # exported whole and blended with what it started from
+    start = configs_root() / "lens/mini/base"
+    found = {}
+    for name, blend in (("all", None), ("some", 0.25)):
+        asked = argparse.Namespace(
+            out=tmp_path / "whole", export=tmp_path / name, blend=blend, config="mini/pretrain_128"
+        )
+        pooled.export(configs.load("mini/pretrain_128", "pretrain"), asked)
+        found[name] = load_transformer(tmp_path / name / "transformer", torch.float32, "cpu").state_dict()
+    before, average = (
+        load_transformer(start / "transformer", torch.float32, "cpu").state_dict(),
+        whole["ema"]["average"],
+    )
+    assert any(not torch.equal(average[name].bfloat16().float(), value) for name, value in before.items())
+    for name, value in before.items():
+        assert torch.equal(found["all"][name], average[name].bfloat16().float())
+        torch.testing.assert_close(found["some"][name], 0.75 * value + 0.25 * average[name], rtol=2**-8, atol=1e-12)
+    recipes = {n: json.loads((tmp_path / n / "recipe.json").read_text())["pretrain_128"].get("BLEND") for n in found}
+    assert recipes == {"all": None, "some": 0.25}
+
+
+def test_a_blend_is_asked_for_where_there_is_one():
+    for words in (
+        ["--config", "mini/pretrain_128", "--blend", "0.5"],
+        ["--config", "mini", "--export", "x", "--blend", ".5"],
+    ):
+        with pytest.raises(SystemExit, match="--blend: expected with --export"):
+            main(["pretrain", *words])

@@ -29,6 +29,13 @@ def positive(text: str) -> int:
     return value
 
 
+def share(text: str) -> float:
+    """A number above 0 and at most 1. Errors: ValueError naming the text."""
+    if not 0 < (value := float(text)) <= 1:
+        raise ValueError(text)
+    return value
+
+
 class Clock:
     """Says when to stop: after `limit` seconds, or at the first SIGTERM or SIGINT. The loop then saves and exits 0."""
 
