@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -169,6 +170,8 @@ def run(options: argparse.Namespace) -> int:
     named = {"truth": backdrops(group_truth)}
     for name, kind in kinds.items():
         began = time.process_time()
+        total = options.count + options.groups * options.group
+        print(f"{name}: {total:,} pictures in {kind.steps} steps each ...", file=sys.stderr, flush=True)
         latents, pictures = kind.draw([scene.caption for scene in scenes], list(range(len(scenes))), options.size)
         mean, low, high = per_channel(latents, real)
         (a, b), (true_a, true_b) = watch.cast(pictures), watch.cast(true)
