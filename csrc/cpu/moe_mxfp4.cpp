@@ -503,9 +503,9 @@ void product_of_extremes(const tiles::Weights& w, const uint32_t* rows, int bloc
   const int64_t K = w.groups * kMxGroup, block = tiles::chunks_of(K) * tiles::kPacked;
   const int count = blocks * tiles::kRows;
   std::vector<Bf16> copies(size_t(count * K));
-  std::vector<const Bf16*> inputs;
+  std::vector<const Bf16*> inputs(static_cast<size_t>(count));
   for (int m = 0; m < count; ++m) {
-    inputs.push_back(copies.data() + m * K);
+    inputs[size_t(m)] = copies.data() + m * K;
     tiles::unpack(rows + m / tiles::kRows * block, m % tiles::kRows, K,
                   reinterpret_cast<uint32_t*>(copies.data() + m * K));
   }

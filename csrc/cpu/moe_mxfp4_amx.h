@@ -173,9 +173,9 @@ LENS_INLINE void multiply(const uint32_t* weights, const uint32_t* rows, int64_t
 
 // sums[output][row] of kOutputs outputs and M blocks of rows, kMostRows apart. Weights are decoded
 // a chunk ahead of their products into `decoded`, two chunks by turns, or all of them where `kept`;
-// `fresh` means that they are there already.
+// `there`: a product before has left them all.
 template <int M>
-void product(const Weights& w, const uint32_t* rows, uint32_t* decoded, bool kept, bool fresh,
+void product(const Weights& w, const uint32_t* rows, uint32_t* decoded, bool kept, bool there,
              __m512i values, float* sums) {
   const int64_t chunks = chunks_of(w.groups * kMxGroup), block = chunks * kPacked;
   const auto place = [&](int64_t c) { return decoded + (kept ? c : c % 2) * kDecoded; };
@@ -185,14 +185,14 @@ void product(const Weights& w, const uint32_t* rows, uint32_t* decoded, bool kep
   _tile_zero(3);
   _tile_zero(4);
   _tile_zero(5);
-  for (int64_t c = fresh ? 1 : 0; c <= chunks; ++c) {
+  for (int64_t c = there ? 1 : 0; c <= chunks; ++c) {
 #pragma GCC unroll 4
     for (int j = 0; j < kSteps; ++j) {
       // the intrinsics name no memory they read
       std::atomic_signal_fence(std::memory_order_seq_cst);
       if (c > 0)
         multiply<M>(place(c - 1) + j * 2 * kTile, rows + (c - 1) * kPacked + j * kTile, block);
-      if (fresh || c == chunks) continue;
+      if (there || c == chunks) continue;
       if (4 * c + 4 <= w.groups) {
         decode<true>(w, c, 8 * j, values, place(c));
       } else {
