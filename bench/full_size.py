@@ -150,7 +150,7 @@ def layer_errors(folder: Path, model: GptOss, ids: list[int], layer: int) -> tup
         x = torch.nn.functional.embedding(torch.tensor(ids), model.embed_tokens.weight).to(model.dtype)
     frequencies, grown = model.config.rotary()
     angle = torch.arange(len(ids)).float()[:, None] * frequencies
-    cos, sin = ((f * grown)[:, None] for f in (angle.cos(), angle.sin()))
+    cos, sin = angle.cos() * grown, angle.sin() * grown
     ours = model.layers[layer](x, cos, sin, Samples((Keys(len(ids)),), (len(ids),)))
     theirs = TransformersLayer(folder, layer)
     rounded = theirs(x, model.dtype)

@@ -47,6 +47,7 @@ PYBIND11_MODULE(_C, m) {
 #define LENS_BIND(stem, Params) bind<Params>(m, #stem);
   LENS_FOR_EACH_KERNEL(LENS_BIND)
   LENS_FOR_EACH_HOST_KERNEL(LENS_BIND)
+  LENS_FOR_EACH_HOST_AMX_KERNEL(LENS_BIND)
   LENS_FOR_EACH_BF16_KERNEL(LENS_BIND)
 #if defined(LENS_WITH_HOPPER)
   LENS_FOR_EACH_HOPPER_KERNEL(LENS_BIND)
@@ -64,6 +65,8 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("split_rows") = kSplitRows;
   m.def("moe_workspace", &moe_workspace);
+  m.def("sink_padded", &sink_padded);
+  m.attr("sink_tile") = kSinkTile;
   m.def("isa", [] { return isas()[current_isa()].name; });
   m.def("set_isa", &set_isa, py::arg("name"));
   m.def("available_isas", [] {

@@ -181,6 +181,16 @@ LENS_FOR_EACH_HOST_KERNEL(LENS_DEFINE_RUN)
 #define LENS_DEFINE_RUN(stem, Params)                                                          \
   inline void run(const Params& p, int device) {                                               \
     static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \
+                                                         avx512::stem, amx::stem};             \
+    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                       \
+    kernels[current_isa()](p);                                                                 \
+  }
+LENS_FOR_EACH_HOST_AMX_KERNEL(LENS_DEFINE_RUN)
+#undef LENS_DEFINE_RUN
+
+#define LENS_DEFINE_RUN(stem, Params)                                                          \
+  inline void run(const Params& p, int device) {                                               \
+    static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \
                                                          avx512bf16::stem, amx::stem};         \
     if (device < 0) {                                                                          \
       kernels[current_isa()](p);                                                               \

@@ -25,7 +25,6 @@ from . import ops
 from .engine.content import content, glance, write_counts
 from .ops import reference
 
-_BLOCK = 128  # queries whose scores exist at a time
 _PREFIXES = 8  # whose keys and values are kept
 _HEAD_ROWS = 8192  # of the LM head, that are widened at a time
 
@@ -120,43 +119,6 @@ class Samples:
     lengths: tuple[int, ...]
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, window: int | None, scale: float) -> Tensor:
-    """Causal attention with sinks: softmax over (q k^T * scale, sink) times (v, 0), of the last T of S positions.
-
-    q [T, N, H], k and v [S, M, H], N / M query heads share a key head; sinks [N]; window: positions a query sees, its own
-    among them -> [T, N H]. Scores are kept in float32 for a block of queries at a time, and only over keys they may see.
-    """
-    length, heads, channels = q.shape
-    before, shared = len(k) - length, k.shape[1]
-    keys, values = k.transpose(0, 1), v.transpose(0, 1)
-    sink = sinks.float().view(heads, 1, 1)
-    out = torch.empty_like(q)
-    for start in range(0, length, _BLOCK):
-        stop = min(start + _BLOCK, length)
-        first, end = 0 if window is None else max(0, before + start - window + 1), before + stop
-        rows = stop - start
-        grouped = q[start:stop].view(rows, shared, heads // shared, channels).permute(1, 2, 0, 3)
-        scores = grouped.reshape(shared, -1, channels) @ keys[:, first:end].transpose(1, 2)
-        scores = scores.view(heads, rows, end - first).float().mul_(scale)
-        if rows > 1:  # keys after a query, a corner of the block's own keys
-            scores[..., -rows:].masked_fill_(_above(rows, q.device), -math.inf)
-        if window is not None and (gone := before + stop - window - first) > 0:  # keys that later rows have left behind
-            scores[:, -gone:, :gone].masked_fill_(~_above(gone, q.device), -math.inf)
-        most = torch.maximum(scores.amax(-1, keepdim=True), sink)
-        scores.sub_(most).exp_()
-        scores.div_(scores.sum(-1, keepdim=True) + (sink - most).exp())
-        mixed = scores.to(v.dtype).view(shared, -1, end - first) @ values[:, first:end]
-        out[start:stop] = (
-            mixed.view(shared, heads // shared, rows, channels).permute(2, 0, 1, 3).reshape(rows, heads, -1)
-        )
-    return out.flatten(1)
-
-
-def _above(n: int, device: torch.device) -> Tensor:
-    """bool [n, n], true above the diagonal; n at most a block."""
-    return torch.ones(n, n, dtype=torch.bool, device=device).triu_(1)
-
-
 class Attention(nn.Module):
     """Grouped-query attention of one layer."""
 
@@ -171,21 +133,15 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(config.num_attention_heads))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, samples: Samples) -> Tensor:
-        """x [R, D], cos and sin float32 [R, 1, head_dim / 2] -> [R, D]."""
-        start, out = 0, []
-        for rows, own in zip(x.split(samples.lengths), samples.keys):
-            turn = slice(start, start := start + len(rows))
+        """x [R, D], cos and sin [R, head_dim / 2] in the arithmetic dtype -> [R, D]."""
+        out = []
+        for rows, c, s, own in zip(*(y.split(samples.lengths) for y in (x, cos, sin)), samples.keys):
             q, k, v = (p(rows).view(len(rows), -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-            q, k = (_rotate(y, cos[turn], sin[turn]) for y in (q, k))
+            k = reference.rotate_halves(k.to(c.dtype), c, s).to(k.dtype)
             k, v = own.extended(self.layer, k, v)
-            out.append(self.o_proj(attend(q, k, v, self.sinks, self.window, self.head_dim**-0.5)))
+            mixed = ops.sink_attention(q, k, v, self.sinks, c, s, self.window, self.head_dim**-0.5)
+            out.append(self.o_proj(mixed.flatten(1)))
         return torch.cat(out)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn pairs (i, i + H / 2) of x [T, N, H] by angle i."""
-    a, b = x.float().chunk(2, -1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
 
 class Experts(nn.Module):
@@ -327,7 +283,8 @@ class GptOss(nn.Module):
         places = [torch.arange(k.length, k.length + n) for k, n in zip(keys, lengths)]
         frequencies, grown = self.config.rotary()
         angle = torch.cat(places).float()[:, None] * frequencies
-        cos, sin = ((f * grown)[:, None].to(self.device) for f in (angle.cos(), angle.sin()))
+        wide = reference.arithmetic_dtype(self.dtype)
+        cos, sin = ((f * grown).to(self.device, wide) for f in (angle.cos(), angle.sin()))
         flat = torch.tensor([token for own in ids for token in own], device=self.device)
         x = F.embedding(flat, self.embed_tokens.weight).to(self.dtype)
         samples = Samples(tuple(keys), tuple(lengths))

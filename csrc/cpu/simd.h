@@ -170,10 +170,15 @@ LENS_INLINE void store(T* p, Simd<Acc<T>> a, Some lanes) {
 // 6e-9 relative), 2^n in two halves so that overflow gives inf and underflow passes through the
 // subnormals to 0.
 LENS_INLINE Simd<float> exponential(Simd<float> x) {
-  using Bits = Register<float>::bits;
   const Simd<float> limit(126.0f);  // beyond it e^x is 0 or inf already; comparisons keep a NaN
+#if defined(__AVX512F__)
+  constexpr __mmask16 kAll = 0xffff;  // forms with a mask begin from no undefined register
+  x.v = _mm512_maskz_min_ps(kAll, limit.v, x.v);  // of a NaN the second operand stays
+  x.v = _mm512_maskz_max_ps(kAll, -limit.v, x.v);
+#else
   x.v = x.v > limit.v ? limit.v : x.v;
   x.v = x.v < -limit.v ? -limit.v : x.v;
+#endif
   const Simd<float> round(
       12582912.0f);  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const Simd<float> shifted = mul_add(x, Simd<float>(1.44269504f), round);
@@ -189,6 +194,10 @@ LENS_INLINE Simd<float> exponential(Simd<float> x) {
   e = mul_add(e, r, Simd<float>(0.5f));
   e = mul_add(e, r, Simd<float>(1.0f));
   e = mul_add(e, r, Simd<float>(1.0f));
+#if defined(__AVX512F__)
+  return Simd<float>(_mm512_maskz_scalef_ps(kAll, e.v, n.v));  // rounded once, as the product below
+#else
+  using Bits = Register<float>::bits;
   Bits power;
   std::memcpy(&power, &shifted.v, sizeof power);
   power -= 0x4b400000;  // bits of `round`
@@ -198,6 +207,7 @@ LENS_INLINE Simd<float> exponential(Simd<float> x) {
   std::memcpy(&scale_first.v, &first, sizeof first);
   std::memcpy(&scale_second.v, &second, sizeof second);
   return e * scale_first * scale_second;
+#endif
 }
 
 // double serves the proofs, not speed: the C library, lane by lane.

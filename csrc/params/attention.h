@@ -1,4 +1,5 @@
-// Attention over the image and text rows of a sample: joint_attention.
+// Attention over the image and text rows of a sample: joint_attention; of a language model's tokens
+// over those before them: sink_attention.
 #pragma once
 
 #include "params/common.h"
@@ -41,6 +42,56 @@ void fields(JointAttentionParams& p, V& v) {
   v.expect(p.polynomial <= 1, "polynomial must be 0 or 1", p.polynomial);
   v.number("scale", p.scale);
   v.number("score_bound", p.score_bound);
+}
+
+// Keys, channels and the rows of a task are padded to whole tiles.
+constexpr int64_t kSinkTile = 32;
+inline int64_t sink_padded(int64_t n) { return (n + kSinkTile - 1) / kSinkTile * kSinkTile; }
+
+// out = softmax over (q' k^T * scale, sink) times (v, 0), q' the queries turned by the table,
+// halves i and i + H / 2 together. Query t is key S - T + t: it sees that key and those before it,
+// of a window the last `window` (0: all). N / M query heads share a key head. On the CPU alone.
+struct SinkAttentionParams {
+  const void* q;             // [T, N, H]
+  const void* k;             // [S, M, H], turned
+  const void* v;             // [S, M, H]
+  const void* sinks;         // [N]
+  const void* cos;           // acc [T, H / 2]
+  const void* sin;           // acc [T, H / 2]
+  void* out;                 // [T, N, H]
+  void* keys;                // workspace, acc [M, S, H], S and H padded
+  void* values;              // workspace, acc [M, S, H], S and H padded
+  void* rooms;               // workspace, acc [W, 32, 2 (S + H)], S and H padded: a thread's
+  int64_t T, S, N, M, H, W;  // W threads at most
+  int64_t window;
+  double scale;
+  DType dtype;
+  void* stream;
+};
+
+template <class V>
+void fields(SinkAttentionParams& p, V& v) {
+  v.size("T", p.T, 0);
+  v.size("S", p.S, 0);
+  v.size("M", p.M, 1);
+  v.size("N", p.N, 1);
+  v.size("H", p.H, 2);
+  v.size("W", p.W, 1);
+  v.size("window", p.window, 0);
+  v.expect(p.T <= p.S, "S must be at least T", p.S);
+  v.expect(p.M > 0 && p.N % p.M == 0, "N must be a multiple of M", p.N);
+  v.expect(p.H % 2 == 0, "H must be even", p.H);
+  v.array("q", p.q, p.T * p.N * p.H);
+  v.array("k", p.k, p.S * p.M * p.H);
+  v.array("v", p.v, p.S * p.M * p.H);
+  v.array("sinks", p.sinks, p.N);
+  v.array("cos", p.cos, p.T * p.H / 2);
+  v.array("sin", p.sin, p.T * p.H / 2);
+  v.array("out", p.out, p.T * p.N * p.H);
+  v.array("keys", p.keys, p.M * sink_padded(p.S) * sink_padded(p.H));
+  v.array("values", p.values, p.M * sink_padded(p.S) * sink_padded(p.H));
+  v.array("rooms", p.rooms, p.W * kSinkTile * 2 * (sink_padded(p.S) + sink_padded(p.H)));
+  v.number("scale", p.scale);
 }
 
 }  // namespace lens

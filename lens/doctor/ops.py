@@ -9,7 +9,7 @@ from lens.ops import backend
 from lens.ops.attention import choice as attention_choice
 from lens.ops.linear import choice as linear_choice
 
-BF16_ISAS, BF16_OPS = ("avx512bf16", "amx"), ("moe_mxfp4",)  # instruction sets, and the ops that have kernels for them
+OWN_ISAS = {"moe_mxfp4": ("avx512bf16", "amx"), "sink_attention": ("amx",)}  # beyond avx512, op by op
 OPS = (
     "pack_tokens",
     "unpack_tokens",
@@ -22,6 +22,7 @@ OPS = (
     "guidance_step",
     "group_norm_silu",
     "moe_mxfp4",
+    "sink_attention",
 )
 
 
@@ -60,7 +61,8 @@ def _reason(op: str, chosen: str, device: str) -> str:
     if (forced := backend.override()) is not None:
         return f"forced to {forced}"
     if chosen == "reference":
-        return backend.unavailable(device) or backend.no_target(torch.cuda.current_device())
+        no_kernel = backend.no_kernel(op, torch.bfloat16)
+        return backend.unavailable(device) or no_kernel or backend.no_target(torch.cuda.current_device())
     if op == "joint_attention":
         if chosen == "cpu":
             return "torch's flash attention, per sample or group of equal samples"
@@ -68,4 +70,5 @@ def _reason(op: str, chosen: str, device: str) -> str:
     if chosen != "cpu":
         return "lens._C, CUDA kernels"
     isa = backend.isa()
-    return f"lens._C, {'avx512' if isa in BF16_ISAS and op not in BF16_OPS else isa} kernels"
+    beyond = isa in ("avx512bf16", "amx") and isa not in OWN_ISAS.get(op, ())
+    return f"lens._C, {'avx512' if beyond else isa} kernels"

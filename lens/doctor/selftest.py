@@ -42,7 +42,7 @@ def op_cases(seed: int = 0) -> dict[str, list[Any]]:
     angle = normal(rows + text_rows, channels // 2)
     index = torch.tensor([0, 2, 3, 9, 10, 19, 21])
     x, y, weight = normal(rows, width), normal(rows, width), normal(width)
-    qkv = normal(3, rows + text_rows, heads, channels)
+    qkv, sunk = normal(3, rows + text_rows, heads, channels), normal(19, 8)
     return {
         "pack_tokens": [normal(2, 11, 64), index],
         "unpack_tokens": [normal(len(index), 64), index, 2, 11],
@@ -59,6 +59,9 @@ def op_cases(seed: int = 0) -> dict[str, list[Any]]:
         "moe_mxfp4": [
             normal(20, 64), normal(5, 64), normal(5), *packed(5, 192, 64), normal(5, 192), *packed(5, 64, 96), normal(5, 64), 3,
         ],
+        "sink_attention": [
+            normal(19, heads, 16), normal(30, 1, 16), normal(30, 1, 16), normal(heads), sunk.cos(), sunk.sin(), 12, 0.25,
+        ],
         "guidance_step": [x, normal(rows, width), normal(rows, width), normal(samples), 5.0, offsets],
     }  # fmt: skip
 
@@ -70,7 +73,7 @@ def compare(op: str, arguments: Sequence[Any], dtype: torch.dtype, device: torch
         if not isinstance(value, Tensor) or not value.is_floating_point():
             return value.to(device) if isinstance(value, Tensor) else value
         # the rotary table, the latents and the step lengths are float32 whatever the model's dtype is
-        wide = (op == "qk_norm_rope" and i in (6, 7)) or (op == "guidance_step" and i in (0, 3))
+        wide = i in {"qk_norm_rope": (6, 7), "sink_attention": (4, 5), "guidance_step": (0, 3)}.get(op, ())
         return _like(value, torch.float32 if wide else dtype, device)
 
     given = [cast(i, value) for i, value in enumerate(arguments)]

@@ -15,6 +15,7 @@ from lens.ops.moe_mxfp4 import moe_mxfp4
 from lens.ops.pack_tokens import pack_tokens, unpack_tokens
 from lens.ops.qk_norm_rope import qk_norm_rope
 from lens.ops.rms_norm_modulate import rms_norm_modulate
+from lens.ops.sink_attention import sink_attention
 from lens.ops.swiglu import swiglu
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "qk_norm_rope",
     "reference",
     "rms_norm_modulate",
+    "sink_attention",
     "swiglu",
     "unpack_tokens",
 ]

@@ -9,9 +9,10 @@ A call picks its backend from the device of its tensors:
 The compiled kernel is taken wherever there is one. Where there is none, the reference runs and importing this
 module says so once, with the reason. LENS_OPS_BACKEND=reference | compiled, or `use(...)`, forces a choice; a
 forced backend that cannot run raises. LENS_CPU_ISA=base | avx2 | avx512 | avx512bf16 | amx, or `use_isa(...)`, does the
-same for the instruction set of the CPU kernels; the last two differ from avx512 in `moe_mxfp4` alone.
+same for the instruction set of the CPU kernels; the last two differ from avx512 in `moe_mxfp4`, amx in `sink_attention`, too.
 
 `joint_attention` needs no extension: its "cpu" is PyTorch's kernel, its "cuda" what attention/choice.py chooses.
+`sink_attention` has no CUDA kernel: on a GPU its reference runs, whatever is forced.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from lens.ops.checks import dense_rows
 from lens.ops.reference import arithmetic_dtype
 
 CHOICES = ("auto", "reference", "compiled", "cpu", "cuda")
-_BF16_ON_CUDA = ("moe_mxfp4",)
+_BF16_ON_CUDA, _ON_CPU = ("moe_mxfp4",), ("sink_attention",)
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2}
 
 
@@ -97,6 +98,8 @@ def covers(targets: str, capability: tuple[int, int]) -> bool:
 
 def no_kernel(op: str, dtype: torch.dtype) -> str:
     """Why `op` has no CUDA kernel for tensors of `dtype`; "" if it has."""
+    if op in _ON_CPU:
+        return "it has no CUDA kernel"
     if op in _BF16_ON_CUDA and dtype != torch.bfloat16:
         return f"its CUDA kernel multiplies bfloat16 alone, not {str(dtype).removeprefix('torch.')}"
     return ""
@@ -114,7 +117,7 @@ def _refuse(op: str, device: str, reason: str) -> None:
 def choose(op: str, x: Tensor) -> str:
     """Backend of `op` for tensors like x: "reference", "cpu" or "cuda". Raises if a forced one cannot run."""
     device = x.device.type
-    if _choice == "reference":
+    if _choice == "reference" or (op in _ON_CPU and device == "cuda"):
         return "reference"
     if op == "joint_attention":
         reason = "" if device in ("cpu", "cuda") else f"no attention kernel is named for {device}"

@@ -329,6 +329,41 @@ def image_sums(pixels: Tensor, h: int, w: int) -> Tensor:
     return torch.cat([torch.bincount(grey.flatten(), minlength=256), sums])
 
 
+# A language model's attention ------------------------------------------------------------------------------
+
+
+def sink_attention(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """softmax over (q' k^T * scale, sink) times (v, 0), of the last T of S tokens: [T, N, H], [S, M, H] x 2 -> [T, N, H].
+
+    q' is q with its channels (i, i + H / 2) turned by angle i, rounded to its dtype; cos and sin [T, H / 2]. Query t sees
+    the keys up to S - T + t, of a window the last ``window``. 128 queries at a time.
+    """
+    (length, heads, channels), (there, shared) = q.shape, k.shape[:2]
+    turned = _wide(rotate_halves(_wide(q), cos, sin).to(q.dtype)).view(length, shared, heads // shared, channels)
+    keys, values, sink = _wide(k).transpose(0, 1), _wide(v).transpose(0, 1), _wide(sinks).view(shared, -1, 1, 1)
+    place = torch.arange(there, device=q.device)
+    out = torch.empty_like(q)
+    for start in range(0, length, 128):
+        own = turned[start : start + 128].permute(1, 2, 0, 3)  # [M, N / M, queries, H]
+        query = (place[there - length :])[start : start + 128, None]
+        hidden = place > query
+        if window is not None:
+            hidden = hidden | (place <= query - window)
+        scores = (own @ keys[:, None].transpose(-1, -2) * scale).masked_fill(hidden, -math.inf)
+        shares = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
+        out[start : start + 128] = (shares @ values[:, None]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+    return out
+
+
+def rotate_halves(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs (i, i + H / 2) of the last dim by angle i: x [T, N, H], cos and sin [T, H / 2]."""
+    a, b = x.chunk(2, -1)
+    cos, sin = cos[:, None], sin[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 # Mixture of experts ----------------------------------------------------------------------------------------
 
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # sign, two bits of exponent, one of mantissa

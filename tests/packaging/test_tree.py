@@ -93,8 +93,8 @@ def test_foreign_names_stop_at_the_formats():
 SHARED = {"__init__", "backend", "checks", "override", "reference"}
 # rests on torch, hence without kernel files
 ON_TORCH = {"joint_attention"}
-# of the data engine: no CUDA kernel
-ON_CPU = {"image_scores"}
+# of the data engine, and of the text encoder: no CUDA kernel
+ON_CPU = {"image_scores", "sink_attention"}
 # the fused form of an op shares the op's files
 FUSED = {"gated_residual_norm_modulate": "gated_residual"}
 # for sm_90a alone, hence without CPU kernels: stem -> its kernels, and where tests run them
@@ -113,8 +113,7 @@ def test_one_stem_per_op(stem):
     elif stem in ON_CPU:
         places += [f"csrc/cpu/{stem}.cpp"]
     elif stem not in ON_TORCH:
-        places += [f"csrc/cpu/{stem}.cpp"]
-        places += [] if stem in ON_CPU else [f"csrc/cuda/{stem}.cuh", f"csrc/cuda/{stem}.cu"]
+        places += [f"csrc/cpu/{stem}.cpp", f"csrc/cuda/{stem}.cuh", f"csrc/cuda/{stem}.cu"]
     assert [place for place in places if not (ROOT / place).exists()] == []
 
 

@@ -14,7 +14,7 @@ from transformers import GptOssConfig, GptOssForCausalLM
 
 from lens.formats.files import CheckpointError
 from lens.formats.gpt_oss import load_gpt_oss, load_lm_head
-from lens.gpt_oss import Keys, attend
+from lens.gpt_oss import Keys
 from lens.ops import reference
 from tests.small_pipeline import same_bits
 
@@ -201,23 +201,6 @@ def test_only_as_many_beginnings_are_kept_as_the_cache_holds(checkpoint):
     for seed in range(11):
         model.features([tokens(6, seed)], (1,), 4)
     assert len(model._prefixes) == 8
-
-
-@pytest.mark.parametrize("window", [None, 1, 50, 128, 200])
-def test_attention_with_sinks_in_a_window(window):
-    """Against the definition with a whole mask, for queries that follow earlier keys, over block edges."""
-    g = torch.Generator().manual_seed(1)
-    length, before, heads, shared, channels = 261, 33, 6, 3, 8
-    q = torch.randn(length, heads, channels, generator=g)
-    k, v = torch.randn(2, before + length, shared, channels, generator=g)
-    sinks = torch.randn(heads, generator=g) * 3
-    at, key = torch.arange(before, before + length)[:, None], torch.arange(before + length)
-    seen = (key <= at) & (key > at - (window or 10**6))
-    scores = torch.einsum("qnh,knh->nqk", q.double(), k.double().repeat_interleave(heads // shared, 1)) * 0.3
-    scores = scores.masked_fill(~seen, -torch.inf)
-    whole = torch.cat([scores, sinks.double().view(heads, 1, 1).expand(-1, length, 1)], -1).softmax(-1)[..., :-1]
-    exact = torch.einsum("nqk,knh->qnh", whole, v.double().repeat_interleave(heads // shared, 1)).flatten(1)
-    torch.testing.assert_close(attend(q, k, v, sinks, window, 0.3).double(), exact, atol=1e-6, rtol=1e-5)
 
 
 # ------------------------------------------------------------------------------------------------ writing
