@@ -188,6 +188,16 @@ LENS_FOR_EACH_HOST_KERNEL(LENS_DEFINE_RUN)
 LENS_FOR_EACH_HOST_AMX_KERNEL(LENS_DEFINE_RUN)
 #undef LENS_DEFINE_RUN
 
+#define LENS_DEFINE_RUN(stem, Params)                                                            \
+  inline void run(const Params& p, int device) {                                                 \
+    if (device >= 0) refuse(#stem, "device must be the CPU, got a GPU");                         \
+    if (p.dtype != DType::kBFloat16) refuse(#stem, "dtype must be bfloat16");                    \
+    if (std::string(isas()[current_isa()].name) != "amx") refuse(#stem, "needs a CPU with AMX"); \
+    amx::stem(p);                                                                                \
+  }
+LENS_FOR_EACH_AMX_KERNEL(LENS_DEFINE_RUN)
+#undef LENS_DEFINE_RUN
+
 #define LENS_DEFINE_RUN(stem, Params)                                                          \
   inline void run(const Params& p, int device) {                                               \
     static constexpr void (*kernels[])(const Params&) = {base::stem, avx2::stem, avx512::stem, \

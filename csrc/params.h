@@ -50,6 +50,9 @@ namespace lens {
 // Kernels of the CPU alone that have a form of their own for AMX.
 #define LENS_FOR_EACH_HOST_AMX_KERNEL(OP) OP(sink_attention, SinkAttentionParams)
 
+// Kernels of CPUs with AMX alone: elsewhere libraries serve.
+#define LENS_FOR_EACH_AMX_KERNEL(OP) OP(linear_rows, LinearRowsParams)
+
 #define LENS_DECLARE_CPU(stem, Params) void stem(const Params& p);
 namespace base {
 LENS_FOR_EACH_KERNEL(LENS_DECLARE_CPU)
@@ -74,8 +77,9 @@ LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
 }
 namespace amx {
 LENS_FOR_EACH_HOST_AMX_KERNEL(LENS_DECLARE_CPU)
+LENS_FOR_EACH_AMX_KERNEL(LENS_DECLARE_CPU)
 LENS_FOR_EACH_BF16_KERNEL(LENS_DECLARE_CPU)
-}
+}  // namespace amx
 #undef LENS_DECLARE_CPU
 
 #define LENS_DECLARE_CUDA(stem, Params) int stem##_cuda(const Params& p);

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import ops
 from .engine.content import content, glance, write_counts
 from .ops import reference
+from .ops.linear.fused import linear
 
 _PREFIXES = 8  # whose keys and values are kept
 _HEAD_ROWS = 8192  # of the LM head, that are widened at a time
@@ -134,14 +135,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, samples: Samples) -> Tensor:
         """x [R, D], cos and sin [R, head_dim / 2] in the arithmetic dtype -> [R, D]."""
+        lengths = samples.lengths
+        q, k, v = (
+            linear(p, x, lengths).view(len(x), -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        k = reference.rotate_halves(k.to(cos.dtype), cos, sin).to(k.dtype)
         out = []
-        for rows, c, s, own in zip(*(y.split(samples.lengths) for y in (x, cos, sin)), samples.keys):
-            q, k, v = (p(rows).view(len(rows), -1, self.head_dim) for p in (self.q_proj, self.k_proj, self.v_proj))
-            k = reference.rotate_halves(k.to(c.dtype), c, s).to(k.dtype)
-            k, v = own.extended(self.layer, k, v)
-            mixed = ops.sink_attention(q, k, v, self.sinks, c, s, self.window, self.head_dim**-0.5)
-            out.append(self.o_proj(mixed.flatten(1)))
-        return torch.cat(out)
+        for q1, k1, v1, c, s, held in zip(*(y.split(lengths) for y in (q, k, v, cos, sin)), samples.keys):
+            keys, values = held.extended(self.layer, k1, v1)
+            out.append(ops.sink_attention(q1, keys, values, self.sinks, c, s, self.window, self.head_dim**-0.5))
+        mixed = out[0] if len(out) == 1 else torch.cat(out)
+        return linear(self.o_proj, mixed.flatten(1), lengths)
 
 
 class Experts(nn.Module):
@@ -189,14 +193,16 @@ class Experts(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """x * rsqrt(mean(x^2) + eps) * weight in float32, rounded once."""
+    """x * rsqrt(mean(x^2) + eps) * weight in the arithmetic dtype, rounded once."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.empty(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), [x.shape[-1]], self.weight.float(), self.eps).to(x.dtype)
+        nothing = self.weight.new_zeros(1, len(self.weight))
+        rows = torch.arange(0, len(x) + 1, max(1, len(x)), dtype=torch.int32, device=x.device)  # one sample of all
+        return ops.rms_norm_modulate(x, self.weight, nothing, nothing, rows, self.eps)
 
 
 class Layer(nn.Module):

@@ -342,19 +342,57 @@ void products(const std::vector<Chosen>& chosen, const Weights& w,
 }
 
 // ---- the layer
-// The K largest logits of a row, of equal ones the first, NaN above all, and their softmax.
+// Logits of `count` rows from `row` on, E each.
+constexpr int kRouted = 4;
+
 template <class T, class A>
-void route(const MoeMxfp4Params& p, int64_t row, A* logits, int32_t* experts, A* shares) {
+void logits_of(const MoeMxfp4Params& p, int64_t row, int count, A* logits) {
   const T* x = static_cast<const T*>(p.x) + row * p.D;
-  for (int64_t e = 0; e < p.E; ++e) {
-    const T* weight = static_cast<const T*>(p.router_weight) + e * p.D;
-    logits[e] =
-        sum_columns<A>(p.D,
-                       [&](int64_t i, auto lanes, Simd<A> running) LENS_LAMBDA {
-                         return mul_add(load(x + i, lanes), load(weight + i, lanes), running);
-                       }) +
-        widen(static_cast<const T*>(p.router_bias)[e]);
+  const T* weight = static_cast<const T*>(p.router_weight);
+  const T* bias = static_cast<const T*>(p.router_bias);
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, Bf16>) {  // pairs of BF16: products exact, sums in float
+    for (int64_t e = 0; e < p.E; e += 4) {
+      const int own = int(std::min<int64_t>(4, p.E - e));
+      __m512 sums[kRouted][4] = {};
+      for (int64_t i = 0; i < p.D; i += kMxGroup) {
+        __m512bh rows[kRouted];
+#pragma GCC unroll 4
+        for (int r = 0; r < kRouted; ++r)
+          rows[r] = __m512bh(_mm512_loadu_si512(x + std::min(r, count - 1) * p.D + i));
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+          const auto own_weight =
+              __m512bh(_mm512_loadu_si512(weight + (e + std::min(j, own - 1)) * p.D + i));
+#pragma GCC unroll 4
+          for (int r = 0; r < kRouted; ++r)
+            sums[r][j] = _mm512_dpbf16_ps(sums[r][j], rows[r], own_weight);
+        }
+      }
+      for (int r = 0; r < count; ++r) {
+        for (int j = 0; j < own; ++j)
+          logits[r * p.E + e + j] = sum_lanes(Simd<float>(sums[r][j])) + widen(bias[e + j]);
+      }
+    }
+    return;
   }
+#endif
+  for (int r = 0; r < count; ++r) {
+    for (int64_t e = 0; e < p.E; ++e) {
+      logits[r * p.E + e] =
+          sum_columns<A>(p.D,
+                         [&](int64_t i, auto lanes, Simd<A> running) LENS_LAMBDA {
+                           return mul_add(load(x + r * p.D + i, lanes),
+                                          load(weight + e * p.D + i, lanes), running);
+                         }) +
+          widen(bias[e]);
+    }
+  }
+}
+
+// The K largest logits of a row, of equal ones the first, NaN above all, and their softmax.
+template <class A>
+void route(const MoeMxfp4Params& p, const A* logits, int32_t* experts, A* shares) {
   std::vector<int32_t> order(static_cast<size_t>(p.E));
   std::iota(order.begin(), order.end(), 0);
   std::partial_sort(order.begin(), order.begin() + p.K, order.end(), [&](int32_t a, int32_t b) {
@@ -392,9 +430,14 @@ Plan<A> planned(const MoeMxfp4Params& p) {
                {},
                0};
   parallel_ranges(p.R, p.R * p.E * p.D, [&](int64_t begin, int64_t end) {
-    std::vector<A> logits(static_cast<size_t>(p.E));
-    for (int64_t r = begin; r < end; ++r) {
-      route<T>(p, r, logits.data(), made.experts.data() + r * p.K, made.shares.data() + r * p.K);
+    std::vector<A> logits(static_cast<size_t>(kRouted * p.E));
+    for (int64_t first = begin; first < end; first += kRouted) {
+      const int64_t stop = std::min(first + kRouted, end);
+      logits_of<T>(p, first, int(stop - first), logits.data());
+      for (int64_t r = first; r < stop; ++r) {
+        route(p, logits.data() + (r - first) * p.E, made.experts.data() + r * p.K,
+              made.shares.data() + r * p.K);
+      }
     }
   });
   std::vector<int64_t> start(static_cast<size_t>(p.E + 1));

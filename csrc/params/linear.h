@@ -204,4 +204,36 @@ void fields(CutlassLinearGatedResidualParams& p, V& v) {
   v.array("out", p.out, p.B * p.S * p.D);
 }
 
+// ---- on a CPU with AMX
+constexpr int64_t kLinearPanel = 32;  // outputs that are multiplied at a time
+
+// y = x weight^T + bias, rounded once; a row's bits depend on that row alone.
+struct LinearRowsParams {
+  const void* x;       // bfloat16 [R, K]
+  const void* weight;  // bfloat16 [N, K]
+  const void* bias;    // bfloat16 [N], or null
+  void* y;             // bfloat16 [R, N]
+  void* packed;        // workspace, bfloat16 [R, K], R padded to 16 and K to 32
+  void* panels;        // workspace, bfloat16 [W, P, 32, K], K padded: a thread's weights
+  int64_t R, K, N;
+  int64_t W, P;  // threads at most, and panels that a thread takes at a time
+  DType dtype;   // bfloat16
+  void* stream;
+};
+
+template <class V>
+void fields(LinearRowsParams& p, V& v) {
+  v.size("R", p.R, 0);
+  v.size("K", p.K, 1);
+  v.size("N", p.N, 1);
+  v.size("W", p.W, 1);
+  v.size("P", p.P, 1);
+  v.array("x", p.x, p.R * p.K);
+  v.array("weight", p.weight, p.N * p.K);
+  v.array("bias", p.bias, 0);  // may be null
+  v.array("y", p.y, p.R * p.N);
+  v.array("packed", p.packed, p.R * p.K);
+  v.array("panels", p.panels, p.P * p.K);
+}
+
 }  // namespace lens

@@ -11,6 +11,7 @@ from lens.ops.group_norm_silu import group_norm_silu
 from lens.ops.guidance_step import guidance_step
 from lens.ops.image_scores import ImageScores, image_scores
 from lens.ops.joint_attention import joint_attention
+from lens.ops.linear_rows import linear_rows
 from lens.ops.moe_mxfp4 import moe_mxfp4
 from lens.ops.pack_tokens import pack_tokens, unpack_tokens
 from lens.ops.qk_norm_rope import qk_norm_rope
@@ -28,6 +29,7 @@ __all__ = [
     "guidance_step",
     "image_scores",
     "joint_attention",
+    "linear_rows",
     "moe_mxfp4",
     "pack_tokens",
     "qk_norm_rope",

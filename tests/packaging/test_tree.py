@@ -93,8 +93,8 @@ def test_foreign_names_stop_at_the_formats():
 SHARED = {"__init__", "backend", "checks", "override", "reference"}
 # rests on torch, hence without kernel files
 ON_TORCH = {"joint_attention"}
-# of the data engine, and of the text encoder: no CUDA kernel
-ON_CPU = {"image_scores", "sink_attention"}
+# of the data engine, of the text encoder, of CPUs with AMX: no CUDA kernel
+ON_CPU = {"image_scores", "sink_attention", "linear_rows"}
 # the fused form of an op shares the op's files
 FUSED = {"gated_residual_norm_modulate": "gated_residual"}
 # for sm_90a alone, hence without CPU kernels: stem -> its kernels, and where tests run them

@@ -18,6 +18,8 @@ from lens.ops.gated_residual import gated_residual
 from lens.ops.gated_residual_norm_modulate import gated_residual_norm_modulate
 from lens.ops.linear import choice as linear_choice
 from lens.ops.linear import kernels
+from lens.ops.linear_rows import available as linear_rows_available
+from lens.ops.linear_rows import linear_rows
 from lens.ops.qk_norm_rope import expect_heads, qk_norm_rope
 from lens.ops.rms_norm_modulate import rms_norm_modulate
 from lens.ops.swiglu import swiglu
@@ -34,9 +36,12 @@ LINE = {"cpu": 64, "cuda": 256}  # bytes; the library's choice looks at no more 
 def linear(layer: Layer, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
     """``layer`` over packed rows [R, K] -> [R, M]; sample by sample where ``lengths`` are given.
 
+    bfloat16 rows on a CPU with AMX take `linear_rows`, of which a row has its bits in any company. Elsewhere:
     A library's GEMM changes a row's bits with the number of rows and with the alignment of the first one, so a
     sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line. ON_DEVICE raises.
     """
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _by_rows(layer, x):
+        return linear_rows(x, layer.weight, layer.bias)  # type: ignore[attr-defined]
     if lengths is None:
         return layer(x)
     if tuple(lengths) == ON_DEVICE:
@@ -227,6 +232,15 @@ def _use_fused(
         batch_invariant=batch_invariant,
     )
     return linear_choice.choose(call) == "fused"
+
+
+def _by_rows(layer: Layer, x: Tensor) -> bool:
+    """Whether `linear_rows` serves a call of bfloat16 rows on a CPU: of a plain layer, nothing recorded or forced."""
+    if not plain(layer) or linear_choice.override.name == "library" or not linear_rows_available():
+        return False
+    assert isinstance(layer, nn.Linear)
+    recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
+    return x.dim() == 2 and layer.weight.dtype == x.dtype and layer.weight.device == x.device and not recorded
 
 
 def plain(layer: Layer) -> bool:
