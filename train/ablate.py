@@ -144,6 +144,7 @@ def small_world(options: argparse.Namespace) -> int:
     world = configs.load(options.config, "world")
     arms, prompts = arms_of(options, config, world), asked(options, config)
     seeds, last = list(range(options.seeds)), options.steps or config.STEPS
+    config = configs.override(config, [f"STEPS={last}"])  # the schedule's end: behind it the rate is 0
     steps = sorted({*range(config.ROUND, last + 1, config.ROUND), last})
     out = options.out or Path("runs") / f"ablate_{options.what}"
     settings = {

@@ -176,6 +176,24 @@ def test_rounds_end_by_the_clock_and_go_on(tmp_path, capsys):
         rounds(tmp_path, [9], {"a": 2})
 
 
+def test_the_schedule_of_an_arm_ends_with_its_steps(monkeypatch, tmp_path):
+    """More steps than the recipe's once went on at rate 0."""
+    planned = []
+
+    def make(recipe, config, arm, seed, out, clock):
+        planned.append(config.STEPS)
+        return Fake(arm, seed, out, [0])
+
+    monkeypatch.setattr(ablate, "ArmTraining", make)
+    monkeypatch.setattr(ablate, "summary", lambda *_: [])
+    parser = argparse.ArgumentParser()
+    ablate.add_arguments(parser)
+    for given, expected in (([], configs.load("mini", "ablate").STEPS), (["--steps", "6000"], 6000)):
+        planned.clear()
+        ablate.run(parser.parse_args(["captions", "--out", str(tmp_path), "--per-task", "1", *given]))
+        assert set(planned) == {expected}
+
+
 def test_a_verdict_is_paired_over_seeds_and_images(tmp_path):
     results = Results(tmp_path / "r.json", {})
     rng = np.random.default_rng(0)
