@@ -1,5 +1,6 @@
 // out = softmax over (q' k^T * scale, sink) times (v, 0): causal attention of grouped queries, of a
-// window or of all keys before (params/attention.h).
+// window or of all keys before; without causality, sinks and turning, joint_attention of a sample
+// (params/attention.h).
 //
 // A task is a key head and 32 of its rows: row t G + g is query t of the g-th of the G heads that
 // share its keys. Its scores stay in the caches between the two products; keys that none of its
@@ -60,15 +61,14 @@ struct Plain {
     }
   }
 
-  // scores[row][key] of the keys [begin, end)
+  // scores[row][key - begin] of the keys [begin, end)
   static void score(const Call<T>& call, int64_t m, const Query* queries, int64_t begin,
                     int64_t end, A* scores) {
     const A* packed = static_cast<const A*>(call.p.keys) + m * call.keys * call.channels;
     for (int64_t s = begin; s < end; s += C) {
-      const A* panel = packed + s * call.channels;
       for (int r = 0; r < kRows; r += 4) {
-        products(queries + r * call.channels, call.channels, panel, C, call.channels,
-                 scores + r * call.keys + s, call.keys);
+        products(queries + r * call.channels, call.channels, packed + s * call.channels, C,
+                 call.channels, scores + r * call.keys + s - begin, call.keys);
       }
     }
   }
@@ -79,7 +79,7 @@ struct Plain {
     const A* values = static_cast<const A*>(call.p.values) + m * call.keys * call.channels;
     for (int64_t h = 0; h < call.channels; h += C) {
       for (int r = 0; r < kRows; r += 4) {
-        products(scores + r * call.keys + begin, call.keys, values + begin * call.channels + h,
+        products(scores + r * call.keys, call.keys, values + begin * call.channels + h,
                  call.channels, end - begin, mixed + r * call.channels + h, call.channels);
       }
     }
@@ -108,6 +108,12 @@ struct Plain {
       store(out + i * out_stride + L, sum[i][1], All{});
     }
   }
+
+  static constexpr A kUnit = 1;  // of what `power` takes
+
+  static LENS_INLINE Simd<A> power(Simd<A> x) { return exponential(x); }
+  static LENS_INLINE A power(A x) { return std::exp(x); }
+  static LENS_INLINE void write(Simd<A> share, A* scores, Share*) { store(scores, share, All{}); }
 
   struct Thread {};
 };
@@ -199,7 +205,7 @@ struct Tiles {
     std::atomic_signal_fence(std::memory_order_seq_cst);  // the intrinsics name no memory they read
     for (int64_t s = begin; s < end; s += kSinkTile) {
       products(queries, call.channels, packed + s * (call.channels / 2), kTile, 8 * call.channels,
-               call.channels / 32, scores + s, call.keys);
+               call.channels / 32, scores + s - begin, call.keys);
     }
     std::atomic_signal_fence(std::memory_order_seq_cst);
   }
@@ -210,10 +216,31 @@ struct Tiles {
         static_cast<const uint32_t*>(call.p.values) + (m * call.keys + begin) * (call.channels / 2);
     std::atomic_signal_fence(std::memory_order_seq_cst);
     for (int64_t h = 0; h < call.channels; h += 32) {
-      products(shares + begin, call.keys, values + h / 16 * kTile, 16 * call.channels, kTile,
+      products(shares, call.keys, values + h / 16 * kTile, 16 * call.channels, kTile,
                (end - begin) / 32, mixed + h, call.channels);
     }
     std::atomic_signal_fence(std::memory_order_seq_cst);
+  }
+
+  static constexpr float kUnit = 1.44269504f;  // log2(e)
+
+  // 2^x by a polynomial on [-1/2, 1/2], within 4e-6: far below what rounds a share to BF16
+  static LENS_INLINE Simd<float> power(Simd<float> x) {
+    const Simd<float> round(12582912.0f);  // 1.5 * 2^23
+    const Simd<float> n = (x + round) - round, f = x - n;
+    Simd<float> e(0.00967603736f);
+    e = mul_add(e, f, Simd<float>(0.0559220351f));
+    e = mul_add(e, f, Simd<float>(0.240221068f));
+    e = mul_add(e, f, Simd<float>(0.693121016f));
+    e = mul_add(e, f, Simd<float>(1.00000012f));
+    return Simd<float>(_mm512_maskz_scalef_ps(0xffff, e.v, n.v));
+  }
+  static LENS_INLINE float power(float x) { return std::exp2(x); }
+
+  // Numbers below the smallest normal one, which AMX would take for 0, are 0 already.
+  static LENS_INLINE void write(Simd<float> share, float*, Bf16* to) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(share.v);
+    std::memcpy(static_cast<void*>(to), &rounded, sizeof rounded);
   }
 
   // A thread's tiles for as long as it lives.
@@ -231,19 +258,17 @@ struct Tiles {
 };
 #endif
 
-// As `store`, to zero below the smallest normal number: AMX would read it so.
-#if defined(__AVX512BF16__)
-LENS_INLINE void round(Simd<float> a, Bf16* to) {
-  const __m256bh rounded = _mm512_cvtneps_pbh(a.v);
-  std::memcpy(static_cast<void*>(to), &rounded, sizeof rounded);
-}
-#endif
-
 // ---- a row's queries and shares, whoever multiplies them
 // The query turned by its angles, rounded to T, as the product wants it; zeros behind it.
 template <class T, class Query, class A = Acc<T>>
 void turn(const T* q, const A* cos, const A* sin, int64_t H, int64_t channels, Query* to) {
   const int64_t half = H / 2;
+  if (cos == nullptr) {
+    for_lanes<A>(
+        0, H, [&](int64_t i, auto lanes) LENS_LAMBDA { store(to + i, load(q + i, lanes), lanes); });
+    std::fill(to + H, to + channels, Query{});
+    return;
+  }
   const auto write = [&](int64_t h, Simd<A> value, auto lanes) LENS_LAMBDA {
     if constexpr (std::is_same_v<T, Query>) {
       store(to + h, value, lanes);
@@ -262,49 +287,53 @@ void turn(const T* q, const A* cos, const A* sin, int64_t H, int64_t channels, Q
   std::fill(to + H, to + channels, Query{});
 }
 
-// Scores of the keys [begin, end), of which [low, high) are seen, to exponentials with the sink's:
-// their sum. They lie in `scores`, or rounded in `shares` where that is another type.
-template <class A, class Share>
-A exponentials(A* scores, Share* shares, int64_t begin, int64_t low, int64_t high, int64_t end,
+// Of a register without NaN.
+template <class A>
+LENS_INLINE A largest_lane(Simd<A> a) {
+  A lane[Simd<A>::kLanes], most = -std::numeric_limits<A>::infinity();
+  store(lane, a, All{});
+  for (A value : lane) most = std::max(most, value);
+  return most;
+}
+
+// Scores of `count` keys, of which [low, high) are seen, to exponentials with the sink's: their
+// sum. They lie in `scores`, or rounded in `shares` where that is another type. scale and sink in
+// units of what Form::power takes.
+template <class Form, class A = typename Form::A>
+A exponentials(A* scores, typename Form::Share* shares, int64_t low, int64_t high, int64_t count,
                A scale, A sink) {
   constexpr int L = Simd<A>::kLanes;
-  std::fill(scores + begin, scores + low, -std::numeric_limits<A>::infinity());
-  std::fill(scores + high, scores + end, -std::numeric_limits<A>::infinity());
-  Simd<A> first(sink), second(sink);
-  for (int64_t s = begin; s < end; s += 2 * L) {
-    const Simd<A> x = load(scores + s, All{}) * Simd<A>(scale);
-    const Simd<A> y = load(scores + s + L, All{}) * Simd<A>(scale);
-    store(scores + s, x, All{});
-    store(scores + s + L, y, All{});
-    first.v = x.v > first.v ? x.v : first.v;  // a NaN is left out here and stays below
+  const A none = -std::numeric_limits<A>::infinity();
+  std::fill(scores, scores + low, none);
+  std::fill(scores + high, scores + count, none);
+  const Simd<A> by(scale);
+  Simd<A> first(none), second(none);
+  for (int64_t s = 0; s < count; s += 2 * L) {  // a NaN is left out here and stays below
+    const Simd<A> x = load(scores + s, All{}) * by, y = load(scores + s + L, All{}) * by;
+    first.v = x.v > first.v ? x.v : first.v;
     second.v = y.v > second.v ? y.v : second.v;
   }
   first.v = second.v > first.v ? second.v : first.v;
-  A lane[L], most = sink;
-  store(lane, first, All{});
-  for (A value : lane) most = value > most ? value : most;
+  const A most = std::max(sink, largest_lane(first));
 
   // a share that is no normal number is taken for 0: CPUs make such numbers slowly
-  const Simd<A> least(std::is_same_v<A, float> ? A(-87) : A(-708));
+  const Simd<A> least((std::is_same_v<A, float> ? A(-87) : A(-708)) * Form::kUnit);
+  const Simd<A> shift(most == none ? A(0) : -most);
   Simd<A> sum(0), other(0);
   const auto one = [&](int64_t s) LENS_LAMBDA {
-    Simd<A> x = load(scores + s, All{}) - Simd<A>(most);
+    Simd<A> x = mul_add(load(scores + s, All{}), by, shift);
     const auto lost = x.v < least.v;  // false of a NaN
     x.v = lost ? least.v : x.v;
-    Simd<A> e = exponential(x);
+    Simd<A> e = Form::power(x);
     e.v = lost ? Simd<A>(0).v : e.v;
-    if constexpr (std::is_same_v<A, Share>) {
-      store(scores + s, e, All{});
-    } else {
-      round(e, shares + s);
-    }
+    Form::write(e, scores + s, shares + s);
     return e;
   };
-  for (int64_t s = begin; s < end; s += 2 * L) {
+  for (int64_t s = 0; s < count; s += 2 * L) {
     sum = sum + one(s);
     other = other + one(s + L);
   }
-  return sum_lanes(sum + other) + std::exp(sink - most);
+  return sum_lanes(sum + other) + (sink == none ? A(0) : Form::power(sink - most));
 }
 
 // ---- a call
@@ -314,7 +343,7 @@ void forward(const SinkAttentionParams& p) {
   const Call<T> call{p};
   const auto [group, keys, channels] = std::tuple(call.group, call.keys, call.channels);
   const int64_t rows = p.T * group, blocks = (rows + kRows - 1) / kRows;
-  const A scale = A(p.scale);
+  const A scale = A(p.scale) * Form::kUnit;
 
   const auto task = [&](int64_t m, int64_t block, A* room) {
     A* scores = room;
@@ -323,7 +352,7 @@ void forward(const SinkAttentionParams& p) {
     A* mixed = scores + kRows * (2 * keys + channels);
     const int64_t row = block * kRows, count = std::min<int64_t>(kRows, rows - row);
     // keys that query t sees: [low(t), high(t))
-    const auto high = [&](int64_t t) { return call.before + t + 1; };
+    const auto high = [&](int64_t t) { return p.causal ? call.before + t + 1 : p.S; };
     const auto low = [&](int64_t t) {
       return p.window ? std::max<int64_t>(0, high(t) - p.window) : 0;
     };
@@ -335,21 +364,26 @@ void forward(const SinkAttentionParams& p) {
     };
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = (row + r) / group, angles = t * (p.H / 2);
-      turn(static_cast<const T*>(p.q) + place(r), static_cast<const A*>(p.cos) + angles,
-           static_cast<const A*>(p.sin) + angles, p.H, channels, queries + r * channels);
+      const A* cos = p.cos == nullptr ? nullptr : static_cast<const A*>(p.cos) + angles;
+      turn(static_cast<const T*>(p.q) + place(r), cos, static_cast<const A*>(p.sin) + angles, p.H,
+           channels, queries + r * channels);
     }
     std::fill(queries + count * channels, queries + kRows * channels, typename Form::Query{});
     Form::score(call, m, queries, begin, end, scores);
     A sums[kRows];
     for (int64_t r = 0; r < count; ++r) {
       const int64_t t = (row + r) / group;
-      const A sink = A(widen(static_cast<const T*>(p.sinks)[m * group + (row + r) % group]));
-      sums[r] = exponentials(scores + r * keys, shares + r * keys, begin, low(t), high(t), end,
-                             scale, sink);
+      A sink = -std::numeric_limits<A>::infinity();
+      if (p.sinks != nullptr) {
+        sink =
+            A(widen(static_cast<const T*>(p.sinks)[m * group + (row + r) % group])) * Form::kUnit;
+      }
+      sums[r] = exponentials<Form>(scores + r * keys, shares + r * keys, low(t) - begin,
+                                   high(t) - begin, end - begin, scale, sink);
     }
     if constexpr (!std::is_same_v<A, typename Form::Share>) {
       for (int64_t r = count; r < kRows; ++r)
-        std::fill(shares + r * keys + begin, shares + r * keys + end, typename Form::Share{});
+        std::fill(shares + r * keys, shares + r * keys + end - begin, typename Form::Share{});
     }
     Form::mix(call, m, scores, shares, begin, end, mixed);
     for (int64_t r = 0; r < count; ++r) {
@@ -371,7 +405,7 @@ void forward(const SinkAttentionParams& p) {
       Form::pack(call, i % p.M, i / p.M * kSinkTile);
     }
 #pragma omp for schedule(dynamic)
-    for (int64_t i = p.M * blocks - 1; i >= 0; --i) task(i % p.M, i / p.M, room);
+    for (int64_t i = p.M * blocks - 1; i >= 0; --i) task(i / blocks, i % blocks, room);
     (void)tiles;
   }
 }

@@ -63,7 +63,7 @@ struct SinkAttentionParams {
   void* values;              // workspace, acc [M, S, H], S and H padded
   void* rooms;               // workspace, acc [W, 32, 2 (S + H)], S and H padded: a thread's
   int64_t T, S, N, M, H, W;  // W threads at most
-  int64_t window;
+  int64_t window, causal;
   double scale;
   DType dtype;
   void* stream;
@@ -77,16 +77,19 @@ void fields(SinkAttentionParams& p, V& v) {
   v.size("N", p.N, 1);
   v.size("H", p.H, 2);
   v.size("W", p.W, 1);
+  v.size("causal", p.causal, 0);
   v.size("window", p.window, 0);
-  v.expect(p.T <= p.S, "S must be at least T", p.S);
+  v.expect(p.causal <= 1, "causal must be 0 or 1", p.causal);
+  v.expect(p.causal == 1 || p.window == 0, "window must be 0 where causal is", p.window);
+  v.expect(p.causal == 0 || p.T <= p.S, "S must be at least T", p.S);
   v.expect(p.M > 0 && p.N % p.M == 0, "N must be a multiple of M", p.N);
   v.expect(p.H % 2 == 0, "H must be even", p.H);
   v.array("q", p.q, p.T * p.N * p.H);
   v.array("k", p.k, p.S * p.M * p.H);
   v.array("v", p.v, p.S * p.M * p.H);
-  v.array("sinks", p.sinks, p.N);
-  v.array("cos", p.cos, p.T * p.H / 2);
-  v.array("sin", p.sin, p.T * p.H / 2);
+  v.array("sinks", p.sinks, 0);  // may be null
+  v.array("cos", p.cos, 0);      // may be null
+  v.array("sin", p.sin, p.cos == nullptr ? 0 : p.T * p.H / 2);
   v.array("out", p.out, p.T * p.N * p.H);
   v.array("keys", p.keys, p.M * sink_padded(p.S) * sink_padded(p.H));
   v.array("values", p.values, p.M * sink_padded(p.S) * sink_padded(p.H));

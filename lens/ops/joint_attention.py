@@ -78,7 +78,10 @@ def joint_attention(
         q = _split_streams(q, image_lengths, text_lengths, *offsets)[0]
     if chosen == "cpu":
         recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        out = attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
+        if attention_cpu.by_amx(q) and not recorded:
+            out = attention_cpu.forward_by_amx(q, k, v, query_lengths, joint_lengths, scale)
+        else:
+            out = attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]
     else:
         joint_offsets = image_offsets + text_offsets
         query_offsets = joint_offsets if text_queries else image_offsets

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -56,19 +58,36 @@ def sink_attention(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, cos: Tensor, sin: Tensor, window: int, scale: float
 ) -> Tensor:
+    out = q.new_empty(q.shape)
+    launch(
+        out,
+        q,
+        k,
+        v,
+        scale,
+        sinks=sinks.contiguous(),
+        cos=cos.contiguous(),
+        sin=sin.contiguous(),
+        window=window,
+        causal=1,
+    )
+    return out
+
+
+_forward.register_fake(lambda q, *_: q.new_empty(q.shape))
+
+
+def launch(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, **more: Any) -> None:
+    """The CPU kernel into ``out``, dense, like q. more: sinks, cos, sin or None, window, causal, as in csrc/params/attention.h."""
     (length, heads, channels), (there, shared) = q.shape, k.shape[:2]
     extension, wide = backend.extension("sink_attention"), reference.arithmetic_dtype(q.dtype)
     keys, width, threads = extension.sink_padded(there), extension.sink_padded(channels), torch.get_num_threads()
-    out = q.new_empty(q.shape)
     backend.launch(
         "sink_attention",
         q,
         q=q.contiguous(),
         k=k.contiguous(),
         v=v.contiguous(),
-        sinks=sinks.contiguous(),
-        cos=cos.contiguous(),
-        sin=sin.contiguous(),
         out=out,
         keys=q.new_empty(shared, keys, width, dtype=wide),
         values=q.new_empty(shared, keys, width, dtype=wide),
@@ -79,10 +98,6 @@ def _forward(
         M=shared,
         H=channels,
         W=threads,
-        window=window,
         scale=scale,
+        **more,
     )
-    return out
-
-
-_forward.register_fake(lambda q, *_: q.new_empty(q.shape))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lens import ops
+from lens.ops import backend
 from lens.ops.attention import layout
 from tests.ops import harness
 from tests.ops.harness import DTYPES, Inputs, Maker, compiled, offsets_of, same_bits
@@ -61,6 +62,34 @@ def test_bfloat16_against_plain_attention(case, text_queries):
     for part, value in got.items():
         floor = torch.finfo(torch.bfloat16).eps * exact[part].abs().max().item() if value.numel() else 0.0
         assert harness.error(value, exact[part]) <= 2 * harness.error(plain[part], exact[part]) + floor, part
+
+
+@pytest.mark.skipif("amx" not in backend.available_isas(), reason="this CPU has no amx")
+@pytest.mark.parametrize("text_queries", [True, False])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_amx_against_float64(case, text_queries):
+    """Where nothing is recorded; within twice the error that rounded shares make, and the same bits by three threads."""
+    made = harness.cast(inputs(*case, text_queries=text_queries), torch.bfloat16)
+    made = {name: value.detach() if isinstance(value, torch.Tensor) else value for name, value in made.items()}
+    wide = {n: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in made.items()}
+    exact, spec = (ops.reference.joint_attention(**given) for given in (wide, made))
+    before = torch.get_num_threads()
+    try:
+        with compiled("amx"):
+            got = ops.joint_attention(**made)
+            torch.set_num_threads(3)
+            again = ops.joint_attention(**made)
+        with compiled("avx512"):
+            other = ops.joint_attention(**made)
+    finally:
+        torch.set_num_threads(before)
+    for one, same, right, rounded in zip(got, again, exact, spec, strict=True):
+        assert one.shape == right.shape
+        assert same_bits(one, same)
+        floor = torch.finfo(torch.bfloat16).eps * right.abs().max().item() if right.numel() else 0.0
+        assert harness.error(one, right) <= 2 * harness.error(rounded, right) + floor
+    if case == CASES["production"]:
+        assert not same_bits(got[0], other[0])  # it was another kernel
 
 
 def test_scale():

@@ -172,6 +172,6 @@ def test_refusals(changes, message):
 def test_the_kernel_checks_its_sizes():
     whole = torch.zeros(4096)
     arrays = dict.fromkeys(("q", "k", "v", "sinks", "cos", "sin", "out", "keys", "values", "rooms"), whole)
-    sizes = {"T": 2, "S": 1, "N": 1, "M": 1, "H": 2, "W": 1, "window": 0}
+    sizes = {"T": 2, "S": 1, "N": 1, "M": 1, "H": 2, "W": 1, "window": 0, "causal": 1}
     with pytest.raises(ValueError, match=r"lens\.sink_attention: S must be at least T, got 1"):
         backend.launch(OP, whole, **arrays, **sizes, scale=1.0)

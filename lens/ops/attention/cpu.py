@@ -1,4 +1,5 @@
-"""Attention on a CPU: PyTorch's flash kernel, one call per sample, so that a sample's bits do not depend on its batch.
+"""Attention on a CPU, one call per sample, so that a sample's bits do not depend on its batch: bfloat16 by the kernel of
+`sink_attention` where there is AMX and no gradient is recorded, else by PyTorch's flash kernel.
 
 Where a gradient is recorded, samples of equal lengths share a call: faster for small samples, and equal at rounding
 level only (the kernel's GEMMs change bits with the alignment of its scratch memory, which a larger batch
@@ -15,6 +16,36 @@ from torch import Tensor
 
 from lens.ops import backend, reference
 from lens.ops.attention import layout
+from lens.ops.sink_attention import launch
+
+
+def by_amx(q: Tensor) -> bool:
+    """Whether `forward_by_amx` serves queries like q."""
+    return (
+        q.dtype == torch.bfloat16
+        and q.shape[-1] % 2 == 0
+        and backend.without("sink_attention") == ""
+        and backend.isa() == "amx"
+    )
+
+
+@backend.custom_op("lens::joint_attention_amx", devices=("cpu",))
+def forward_by_amx(
+    q: Tensor, k: Tensor, v: Tensor, query_lengths: Sequence[int], joint_lengths: Sequence[int], scale: float
+) -> Tensor:
+    """out [RQ, N, H]: shares rounded to bfloat16 before they are multiplied, as in PyTorch's kernel; whatever the threads."""
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    whole = {"sinks": None, "cos": None, "sin": None, "window": 0, "causal": 0}
+    first = start = 0
+    for queries, rows in zip(query_lengths, joint_lengths, strict=True):
+        if queries:
+            own = slice(start, start + rows)
+            launch(out[first : first + queries], q[first : first + queries], k[own], v[own], scale, **whole)
+        first, start = first + queries, start + rows
+    return out
+
+
+forward_by_amx.register_fake(lambda q, *_: q.new_empty(q.shape))
 
 
 @backend.custom_op("lens::joint_attention", devices=("cpu",))
