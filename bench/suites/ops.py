@@ -20,7 +20,7 @@ from lens.ops import reference
 
 from ..case import DTYPES, OURS, Case, Subject, Work, generator, tensors, wider
 from ..roofline import moved
-from ..work import experts
+from ..work import experts, sinks
 from ..work.comparators import compiled
 from ..work.scale import Scale
 
@@ -228,4 +228,10 @@ def cases(scale: Scale, gpu: bool) -> list[Case]:
             return experts.prepare(size, device)
 
         found.append(Case(f"{scale.prefix}ops/moe_mxfp4/{name}/bf16/forward", experts.SUBJECTS, layer))
+    for name, shape_of in (sinks.SMALL if scale.tiny else sinks.RELEASED).items():
+
+        def attend(device: torch.device, size: sinks.Size = shape_of) -> Work:
+            return sinks.prepare(size, device)
+
+        found.append(Case(f"{scale.prefix}ops/sink_attention/{name}/bf16/forward", sinks.SUBJECTS, attend))
     return found
