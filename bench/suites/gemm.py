@@ -4,8 +4,9 @@ Rows are image rows of one sample or of a guided pair, "+text": with the text st
 what a block does. table<steps> is the modulation table of a schedule: 96 projections of `steps` rows. The GEMMs with
 the row op behind them are in work/linear.py and come first.
 
-On a CPU the four of a block at 512x512 with 200 text tokens, and all of them ("block"): `ours` is torch's F.linear, which calls
-oneDNN; `matmul` the product with the bias added after, `packed` oneDNN on weights in a layout of its own choice.
+On a CPU the four of a block at 512x512 with 200 text tokens, and all of them ("block"): `ours` is what a step takes, `linear_rows`
+for bfloat16 where there is AMX, else `library`: torch's F.linear, which calls oneDNN; `matmul` is its product with the bias added
+after, `packed` oneDNN on weights in a layout of its own choice.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lens.cost import gemm_flops, gemm_traffic_bytes
+from lens.ops import linear_rows
+from lens.ops.linear_rows import available as linear_rows_available
 
 from ..case import OURS, Case, Subject, Work, generator, wider
 from ..work import linear
 from ..work.scale import Scale
 
 SUBJECTS = (OURS, "matmul")
-PACKED = "packed"
+LIBRARY, PACKED = "library", "packed"
 BLOCK = ("qkv", "out", "w13", "w2")
 BOUND = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 Layer = tuple[int, int, int, bool]  # rows, inputs, outputs, bias
@@ -66,7 +69,13 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
     sets = min(8, max(2, math.ceil(200e6 / size))) if device.type == "cuda" else 1
     inputs = [tuple(normal(m, k) for m, k, _, _ in layers) for _ in range(sets)]
 
+    rows_alone = device.type == "cpu" and dtype == torch.bfloat16 and linear_rows_available()
+    multiply = linear_rows if rows_alone else F.linear
+
     def ours(*xs: Tensor) -> list[Tensor]:
+        return [multiply(x, w, b) for x, stream in zip(xs, weights) for w, b in stream]
+
+    def library(*xs: Tensor) -> list[Tensor]:
         return [F.linear(x, w, b) for x, stream in zip(xs, weights) for w, b in stream]
 
     def matmul(*xs: Tensor) -> list[Tensor]:
@@ -74,6 +83,10 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
         return [y if b is None else y + b for y, b in results]
 
     subjects, left_out = {OURS: Subject(ours), "matmul": Subject(matmul)}, dict[str, str]()
+    if rows_alone:
+        subjects[LIBRARY] = Subject(library)
+    elif device.type == "cpu" and not scale.tiny:
+        left_out[LIBRARY] = "it is ours where there is no AMX"
     if device.type == "cpu" and not scale.tiny:
         try:
             ordered = [
@@ -113,7 +126,7 @@ def prepare(scale: Scale, what: str, rows: tuple[int, ...], device: torch.device
 def _on_a_cpu(scale: Scale, what: str) -> Case:
     rows = scale.tokens(512), scale.texts[1]
     id = f"gemm/{what}/{rows[0]}+text{rows[1]}/{scale.dtype_name}"
-    return Case(id, (*SUBJECTS, PACKED), lambda device: prepare(scale, what, rows, device))
+    return Case(id, (*SUBJECTS, LIBRARY, PACKED), lambda device: prepare(scale, what, rows, device))
 
 
 def cases(scale: Scale, gpu: bool) -> list[Case]:

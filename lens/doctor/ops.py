@@ -65,7 +65,7 @@ def _reason(op: str, chosen: str, device: str) -> str:
         return backend.unavailable(device) or no_kernel or backend.no_target(torch.cuda.current_device())
     if op == "joint_attention":
         if chosen == "cpu":
-            return "torch's flash attention, per sample or group of equal samples"
+            return "torch's flash attention, per sample or group of equal samples; bfloat16 on AMX lens._C's"
         return "by candidate: " + attention_choice.summary()
     if chosen != "cpu":
         return "lens._C, CUDA kernels"

@@ -17,7 +17,9 @@ from ..engine import batch_invariance, residency
 from ..formats import mxfp4
 from ..ops import backend
 from ..ops.attention import choice as attention_choice
+from ..ops.attention import cpu as attention_cpu
 from ..ops.linear import choice as linear_choice
+from ..ops.linear_rows import available as linear_rows_available
 from . import ops, selftest
 from .findings import BROKEN, NOTE, OK, Finding
 
@@ -164,7 +166,11 @@ def op_backends(device: torch.device) -> list[Finding]:
         status = BROKEN if chosen == "none" else NOTE if chosen == "reference" else OK
         found.append(Finding(section, op, status, f"{chosen}: {reason}"))
     if device.type == "cpu":
-        detail = "yes, bit for bit: every GEMM, attention and decode runs sample by sample"
+        detail = "yes, bit for bit: " + (
+            "bfloat16 GEMMs row by row, others, attention and decode sample by sample"
+            if linear_rows_available()
+            else "every GEMM, attention and decode runs sample by sample"
+        )
         found.append(Finding(section, "batch invariant", OK, detail))
     else:
         yes, detail = batch_invariance.report(device)
@@ -177,6 +183,8 @@ def attention(device: torch.device) -> list[Finding]:
     training and its gradients."""
     if device.type != "cuda":
         detail = "torch's flash attention for CPUs, the only candidate here; the others need a CUDA device"
+        if attention_cpu.by_amx(torch.empty(0, 2, dtype=torch.bfloat16)):
+            detail = f"bfloat16 by lens._C's AMX kernel, else and with gradients by {detail}"
         return [Finding("Attention", "cpu", OK, detail)]
     found = []
     with torch.cuda.device(device):
@@ -201,6 +209,8 @@ def gemms(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
         wanted = linear_choice.override.name == "fused"
         detail = "torch's GEMM, sample by sample; GEMMs with a fused epilogue need a CUDA device"
+        if linear_rows_available():
+            detail = f"bfloat16 without gradients by lens._C's AMX kernel, else {detail}"
         return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
     with torch.cuda.device(device):
         rows = ops.gemms()

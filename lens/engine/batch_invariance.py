@@ -2,8 +2,9 @@
 
 Rows of our GEMMs depend on themselves alone (docs/gemm.md), so where they serve every GEMM of the blocks, invariance
 costs what our GEMMs lose to the orders of linear/choice.py, and steps are captured as without it. Elsewhere the library's
-GEMMs run sample by sample. On a CPU it is the default. The default on a GPU follows a rule: on, where the price was
-measured at every case of CASES and the highest is below LIMIT, unless an attention is forced that looks at other samples.
+GEMMs run sample by sample. On a CPU it is the default; with AMX bfloat16 has a GEMM of its own (ops/linear_rows.py). The
+default on a GPU follows a rule: on, where the price was measured at every case of CASES and the highest is below LIMIT,
+unless an attention is forced that looks at other samples.
 invariance_table.json holds the prices; `python -m bench tables` writes those of committed results.
 """
 
