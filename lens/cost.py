@@ -160,8 +160,9 @@ HOST_BYTES = 500_000_000  # of a process that has imported what drawing needs, b
 
 
 def cpu_encode_bytes(config: LensConfig, text: int, itemsize: int = 2) -> int:
-    """Most memory of our text encoder's activations on a CPU, ``text`` tokens after the preamble of 97: float32 scores of a
-    block of 128 queries over all keys, twice, and of every token its rows in the mixture of experts."""
+    """Most memory of our text encoder's activations on a CPU, ``text`` tokens after the preamble of 97: of every token its
+    rows in the mixture of experts; and what attention lays out, 64 heads' float32 scores of 128 queries twice by the
+    specification, less by the kernel."""
     tokens = text + 97
     scores = 2 * 4 * 64 * min(128, tokens) * tokens
     rows = (4 + len(config.selected_layer_index)) * itemsize + 5 * 4 * 4

@@ -222,12 +222,13 @@ class LensTransformer2DModel(nn.Module):
         """timestep [K] in [0, 1] -> Modulation of K rows, differentiable; one GEMM per block and stream for all rows, or
         one for each where a row is to be ``alone``: its bits then do not depend on the others."""
         k, config = len(timestep), self.config
-        temb = [F.silu(self.time_embedding(t)) for t in (timestep.split(1) if alone else [timestep])]
-        blocks = [self._modulation(index, s, temb) for index in range(config.num_layers) for s in (IMAGE, TEXT)]
-        final = torch.cat([self.final_modulation(t) for t in temb]).view(k, 2, config.inner_dim)
+        temb = torch.cat([F.silu(self.time_embedding(t)) for t in (timestep.split(1) if alone else [timestep])])
+        each = [1] * k if alone else None
+        blocks = [self._modulation(index, s, temb, each) for index in range(config.num_layers) for s in (IMAGE, TEXT)]
+        final = linear(self.final_modulation, temb, each).view(k, 2, config.inner_dim)
         return Modulation(torch.stack(blocks, 1).view(k, config.num_layers, 2, 6, config.inner_dim), final)
 
-    def _modulation(self, index: int, stream: int, temb: Sequence[Tensor]) -> Tensor:
+    def _modulation(self, index: int, stream: int, temb: Tensor, each: list[int] | None) -> Tensor:
         """Of one stream of one block; its weights are read once for all rows."""
         layer = self.layers()[index].streams()[stream].modulation
         if layer.weight.is_meta:
@@ -236,9 +237,11 @@ class LensTransformer2DModel(nn.Module):
                     "lens.modulation: the modulation weights were dropped by evict(..., 'meta'): only schedules prepared "
                     "before can be drawn; reload the transformer for a new one"
                 )
-            weight, bias = (w.to(temb[0]) for w in self.stored_modulation(index, stream))
-            return torch.cat([F.linear(t, weight, bias) for t in temb])
-        return torch.cat([layer(t.to(layer.weight.device)).to(t.device) for t in temb])
+            weight, bias = (w.to(temb) for w in self.stored_modulation(index, stream))
+            stored = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+            stored.weight, stored.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, bias))
+            return linear(stored, temb, each)
+        return linear(layer, temb.to(layer.weight.device), each).to(temb.device)
 
     def denoise(
         self,

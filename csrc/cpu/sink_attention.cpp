@@ -6,7 +6,7 @@
 // share its keys. Its scores stay in the caches between the two products; keys that none of its
 // rows sees are not read. Keys and values are laid out once a call for all tasks.
 //
-// A row's bits depend on nothing but its query and the keys it sees: keys are summed in their order
+// A row's bits depend on nothing but its query and what it sees, of finite values: keys are summed in their order
 // from a multiple of 32 on, and those that others of the task see add zeros. BF16 rows are
 // multiplied by AMX where the CPU has it, with shares rounded to BF16 behind the exponential; all
 // else in the arithmetic type.

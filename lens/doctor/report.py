@@ -19,7 +19,7 @@ from ..ops import backend
 from ..ops.attention import choice as attention_choice
 from ..ops.attention import cpu as attention_cpu
 from ..ops.linear import choice as linear_choice
-from ..ops.linear_rows import available as linear_rows_available
+from ..ops.linear.fused import by_rows
 from . import ops, selftest
 from .findings import BROKEN, NOTE, OK, Finding
 
@@ -168,7 +168,7 @@ def op_backends(device: torch.device) -> list[Finding]:
     if device.type == "cpu":
         detail = "yes, bit for bit: " + (
             "bfloat16 GEMMs row by row, others, attention and decode sample by sample"
-            if linear_rows_available()
+            if by_rows()
             else "every GEMM, attention and decode runs sample by sample"
         )
         found.append(Finding(section, "batch invariant", OK, detail))
@@ -209,7 +209,7 @@ def gemms(device: torch.device) -> list[Finding]:
     if device.type != "cuda":
         wanted = linear_choice.override.name == "fused"
         detail = "torch's GEMM, sample by sample; GEMMs with a fused epilogue need a CUDA device"
-        if linear_rows_available():
+        if by_rows():
             detail = f"bfloat16 without gradients by lens._C's AMX kernel, else {detail}"
         return [Finding(section, "cpu", BROKEN if wanted else OK, "LENS_LINEAR=fused: " * wanted + detail)]
     with torch.cuda.device(device):

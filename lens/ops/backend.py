@@ -49,6 +49,9 @@ def _load() -> tuple[ModuleType | None, str]:
 _extension, _missing = _load()
 _with_cuda = _extension is not None and bool(_extension.with_cuda)
 _choice = os.environ.get("LENS_OPS_BACKEND", "auto")
+_isa: str = (
+    "" if _extension is None else _extension.isa()
+)  # which torch.compile can read, where it cannot call a builtin
 
 
 def unavailable(device: str) -> str:
@@ -163,7 +166,8 @@ def _checked(choice: str, name: str) -> str:
 
 def isa() -> str:
     """Instruction set of the CPU kernels: "base", "avx2", "avx512", "avx512bf16" or "amx"."""
-    return extension("isa").isa()
+    extension("isa")
+    return _isa
 
 
 def available_isas() -> list[str]:
@@ -175,12 +179,18 @@ def available_isas() -> list[str]:
 def use_isa(name: str) -> Iterator[None]:
     """Force the instruction set of the CPU kernels inside the block; raises if the CPU lacks it."""
     module = extension("use_isa")
-    before = module.isa()
-    module.set_isa(name)
+    before = _isa
+    _set_isa(module, name)
     try:
         yield
     finally:
-        module.set_isa(before)
+        _set_isa(module, before)
+
+
+def _set_isa(module: Any, name: str) -> None:
+    global _isa
+    module.set_isa(name)
+    _isa = module.isa()
 
 
 def extension(op: str) -> Any:
@@ -254,7 +264,7 @@ def split_chunks(rows: int) -> int:
 
 _checked(_choice, "LENS_OPS_BACKEND")
 if _extension is not None and os.environ.get("LENS_CPU_ISA"):
-    _extension.set_isa(os.environ["LENS_CPU_ISA"])
+    _set_isa(_extension, os.environ["LENS_CPU_ISA"])
 if _choice != "reference":
     for _device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
         if _why := unavailable(_device):

@@ -78,7 +78,7 @@ def joint_attention(
         q = _split_streams(q, image_lengths, text_lengths, *offsets)[0]
     if chosen == "cpu":
         recorded = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-        if attention_cpu.by_amx(q) and not recorded:
+        if not recorded and scale > 0 and attention_cpu.by_amx(q):
             out = attention_cpu.forward_by_amx(q, k, v, query_lengths, joint_lengths, scale)
         else:
             out = attention_cpu.forward(q, k, v, query_lengths, joint_lengths, scale, recorded)[0]

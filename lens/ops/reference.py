@@ -348,12 +348,16 @@ def sink_attention(
     for start in range(0, length, 128):
         own = turned[start : start + 128].permute(1, 2, 0, 3)  # [M, N / M, queries, H]
         query = (place[there - length :])[start : start + 128, None]
-        hidden = place > query
+        end = there - length + min(start + 128, length)
+        first = 0 if window is None else max(0, there - length + start - window + 1)  # keys that no query here sees
+        hidden = place[first:end] > query
         if window is not None:
-            hidden = hidden | (place <= query - window)
-        scores = (own @ keys[:, None].transpose(-1, -2) * scale).masked_fill(hidden, -math.inf)
+            hidden = hidden | (place[first:end] <= query - window)
+        grouped = own.flatten(1, 2) @ keys[:, first:end].transpose(1, 2) * scale  # heads that share keys side by side
+        scores = grouped.view(*own.shape[:3], -1).masked_fill(hidden, -math.inf)
         shares = torch.cat([scores, sink.expand(*scores.shape[:3], 1)], -1).softmax(-1)[..., :-1]
-        out[start : start + 128] = (shares @ values[:, None]).permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
+        mixed = (shares.flatten(1, 2) @ values[:, first:end]).view(own.shape)
+        out[start : start + 128] = mixed.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype)
     return out
 
 

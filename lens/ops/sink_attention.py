@@ -22,9 +22,10 @@ def sink_attention(
     q: [T, N, H] float32, bfloat16 (float32 arithmetic) or float64; H even, N a multiple of M, T at most S
     k, v: [S, M, H], sinks: [N], of the dtype of q; keys are turned already
     cos, sin: [T, H / 2], in the arithmetic dtype
-    window: at least 1, or None: all tokens before
-    On a CPU a row's bits depend on nothing but its query and the keys it sees, whatever the number of threads. There is
-    no CUDA kernel: the specification runs there, 128 queries at a time.
+    window: at least 1, or None: all tokens before; scale: positive
+    On a CPU a row's bits depend on nothing but its query and the keys and values it sees, as long as the other values are
+    finite (they are multiplied by 0), whatever the number of threads. There is no CUDA kernel: the specification runs there,
+    128 queries at a time.
     Raises ValueError for shapes, dtypes, devices or a window that do not fit; RuntimeError if a gradient is asked for.
     """
     op = "sink_attention"
@@ -40,6 +41,8 @@ def sink_attention(
         checks.refuse(op, f"S must be at least T = {length}, got {there}")
     if window is not None and (type(window) is not int or window < 1):
         checks.refuse(op, f"window must be a whole number from 1 on, or None, got {window!r}")
+    if not scale > 0:
+        checks.refuse(op, f"scale must be positive, got {scale!r}")
     checks.expect_shape(op, "k", k, "S, M, H", there, shared, channels)
     checks.expect_shape(op, "v", v, "S, M, H", there, shared, channels)
     checks.expect_shape(op, "sinks", sinks, "N", heads)
@@ -51,7 +54,7 @@ def sink_attention(
         checks.expect_like(op, name, table, q, wide)
     if backend.choose(op, q) == "reference":
         return reference.sink_attention(q, k, v, sinks, cos, sin, window, scale)
-    return _forward(q, k, v, sinks, cos, sin, window or 0, float(scale))
+    return _forward(q, k, v, sinks, cos, sin, 0 if window is None or window >= there else window, float(scale))
 
 
 @backend.custom_op("lens::sink_attention", devices=("cpu",))

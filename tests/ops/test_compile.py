@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lens import ops
+from lens.ops.linear.fused import linear
 from tests.ops.harness import Maker, compiled, offsets_of
 
 IMAGE, TEXT, HEADS, HEAD_DIM, HIDDEN = [12, 5], [3, 0], 2, 16, 37
@@ -50,6 +51,23 @@ def test_fullgraph_forward_and_backward(choice):
             found.append([*outputs, *torch.autograd.grad(loss, leaves)])
     for eager, whole in zip(*found, strict=True):
         torch.testing.assert_close(whole, eager, rtol=1e-4, atol=1e-4 * eager.abs().max().item())
+
+
+def test_fullgraph_in_bfloat16():
+    """Which kernel serves bfloat16 on a CPU is asked of Python alone."""
+    rows = torch.randn(9, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    layer = torch.nn.Linear(32, 32).bfloat16()
+
+    def part(x, layer):
+        heads = linear(layer, x).view(9, 2, 16)
+        return ops.joint_attention(heads, heads, heads, [9], [0], offsets_of([9]), offsets_of([0]))[0]
+
+    with compiled():
+        for recorded in (True, False):
+            with torch.set_grad_enabled(recorded):
+                eager = part(rows, layer)
+                whole = torch.compile(part, fullgraph=True, backend="aot_eager")(rows, layer)
+            torch.testing.assert_close(whole.float(), eager.float(), rtol=2e-2, atol=2e-2)
 
 
 @pytest.mark.nightly  # compilation takes most of two minutes; test_device.py trains through Inductor in every run

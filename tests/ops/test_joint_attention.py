@@ -92,12 +92,16 @@ def test_amx_against_float64(case, text_queries):
         assert not same_bits(got[0], other[0])  # it was another kernel
 
 
-def test_scale():
-    made = harness.cast(inputs([3], [2], 1, 4), torch.float64)
-    with compiled():
-        image, _ = ops.joint_attention(**made, scale=0.25)
-    logits = made["q"][:3, 0] @ made["k"][:, 0].T * 0.25
-    torch.testing.assert_close(image, logits.softmax(-1) @ made["v"][:, 0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.25, 0.0, -0.5])
+def test_scale(scale, dtype):
+    made = harness.cast(inputs([3], [2], 1, 4), dtype)
+    with compiled(), torch.no_grad():
+        image, _ = ops.joint_attention(**made, scale=scale)
+    q, k, v = (made[name].detach().double()[:, 0] for name in "qkv")
+    exact = (q[:3] @ k.T * scale).softmax(-1) @ v
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-2
+    torch.testing.assert_close(image.double(), exact, atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("threads", [1, 3])

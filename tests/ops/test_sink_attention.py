@@ -132,8 +132,9 @@ def test_sinks_take_all_or_nothing(dtype, isa):
     assert torch.equal(got[0, 1], inputs(40, 40, 2, 1, 16, None, kind)["v"][0, 0])  # the first query sees itself alone
 
 
-def test_wherever_its_arguments_lie():
-    given = inputs(20, 50, 4, 2, 32, None, torch.float32)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_wherever_its_arguments_lie(dtype):
+    given = inputs(20, 50, 4, 2, 32, None, DTYPES[dtype])
     with compiled():
         expected = ops.sink_attention(**given)
         assert same_bits(ops.sink_attention(**harness.shifted(given)), expected)
@@ -141,6 +142,12 @@ def test_wherever_its_arguments_lie():
             k: v.repeat_interleave(2, -1)[..., ::2] if isinstance(v, torch.Tensor) else v for k, v in given.items()
         }
         assert same_bits(ops.sink_attention(**spread), expected)
+
+
+def test_a_window_longer_than_all_tokens_is_none():
+    given = inputs(20, 50, 4, 2, 8, None, torch.float32)
+    with compiled():
+        assert same_bits(ops.sink_attention(**{**given, "window": 10**12}), ops.sink_attention(**given))
 
 
 def test_operator_contract():
@@ -162,6 +169,7 @@ def test_operator_contract():
         ({"sinks": torch.zeros(4).double()}, "sinks must be float32, got float64"),
         ({"cos": torch.zeros(5, 8)}, "cos must be [T, H / 2] = [5, 4], got [5, 8]"),
         ({"window": 0}, "window must be a whole number from 1 on, or None, got 0"),
+        ({"scale": 0.0}, "scale must be positive, got 0.0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -40,7 +40,7 @@ def linear(layer: Layer, x: Tensor, lengths: Sequence[int] | None = None) -> Ten
     A library's GEMM changes a row's bits with the number of rows and with the alignment of the first one, so a
     sample keeps its bits in any batch only if its rows are multiplied alone and start on a cache line. ON_DEVICE raises.
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and _by_rows(layer, x):
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and plain(layer) and serves_rows(layer, x):
         return linear_rows(x, layer.weight, layer.bias)  # type: ignore[attr-defined]
     if lengths is None:
         return layer(x)
@@ -234,13 +234,20 @@ def _use_fused(
     return linear_choice.choose(call) == "fused"
 
 
-def _by_rows(layer: Layer, x: Tensor) -> bool:
-    """Whether `linear_rows` serves a call of bfloat16 rows on a CPU: of a plain layer, nothing recorded or forced."""
-    if not plain(layer) or linear_choice.override.name == "library" or not linear_rows_available():
+def by_rows() -> bool:
+    """Whether `linear_rows` serves bfloat16 rows on a CPU: it can run, and the library is not forced."""
+    return linear_choice.override.name != "library" and linear_rows_available()
+
+
+def serves_rows(layer: Layer, x: Tensor) -> bool:
+    """Whether it serves a call: dense weights of a plain layer, nothing recorded."""
+    if not by_rows():
         return False
     assert isinstance(layer, nn.Linear)
+    weight = layer.weight
     recorded = torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in layer.parameters()))
-    return x.dim() == 2 and layer.weight.dtype == x.dtype and layer.weight.device == x.device and not recorded
+    fits = x.dim() == 2 and weight.dtype == x.dtype and weight.device == x.device
+    return fits and type(weight) in (nn.Parameter, Tensor) and not recorded
 
 
 def plain(layer: Layer) -> bool:
