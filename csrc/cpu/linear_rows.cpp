@@ -9,25 +9,21 @@
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 
+#include "cpu/amx_tiles.h"
 #include "cpu/rows.h"
 #include "cpu/transpose.h"
 
 namespace lens::LENS_ISA {
 namespace {
 
-constexpr int kBlock = 16, kMostBlocks = 3, kMostRows = kBlock * kMostBlocks;
-constexpr int kPanel = kLinearPanel;  // outputs: two tiles
-constexpr int kStep = 32;             // inputs of a product of tiles
-constexpr int64_t kTile = 16 * 16;    // dwords
-constexpr int64_t kChunk = 8;         // steps whose weights are laid out at a time
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
+using tiles::kMostBlocks;
+using tiles::kMostRows;
+constexpr int kBlock = tiles::kRows, kPanel = tiles::kOutputs;
+static_assert(kPanel == kLinearPanel);
+constexpr int kStep = 32;  // inputs of a product of tiles
+constexpr int64_t kTile = tiles::kTile;
+constexpr int64_t kChunk = 8;  // steps whose weights are laid out at a time
 
 // ---- layouts
 // `count` rows of x, of K values: [steps][pair of inputs][row]; absent rows and inputs are zero.
@@ -70,50 +66,13 @@ void pack_panel(const Bf16* w, int64_t count, int64_t K, int64_t steps, Bf16* pa
 // sums[output][row], kMostRows apart, of a panel and M blocks of rows, `block` dwords apart.
 template <int M>
 void product(const Bf16* panel, const uint32_t* rows, int64_t block, int64_t steps, float* sums) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
-  std::atomic_signal_fence(std::memory_order_seq_cst);  // the intrinsics name no memory they read
+  tiles::clear_sums();
+  tiles::fence();
   for (int64_t s = 0; s < steps; ++s) {
     const Bf16* weights = panel + s * 1024;
-    const uint32_t* own = rows + s * kTile;
-    _tile_loadd(6, weights, 64);
-    _tile_loadd(7, own, 64);
-    _tile_dpbf16ps(0, 6, 7);
-    if constexpr (M > 1) {
-      _tile_loadd(7, own + block, 64);
-      _tile_dpbf16ps(1, 6, 7);
-    }
-    if constexpr (M > 2) {
-      _tile_loadd(7, own + 2 * block, 64);
-      _tile_dpbf16ps(2, 6, 7);
-    }
-    _tile_loadd(6, weights + 512, 64);
-    if constexpr (M > 2) {
-      _tile_dpbf16ps(5, 6, 7);
-      _tile_loadd(7, own + block, 64);
-    }
-    if constexpr (M > 1) {
-      _tile_dpbf16ps(4, 6, 7);
-      _tile_loadd(7, own, 64);
-    }
-    _tile_dpbf16ps(3, 6, 7);
+    tiles::multiply<M>(reinterpret_cast<const uint32_t*>(weights), rows + s * kTile, block);
   }
-  constexpr int64_t stride = kMostRows * int64_t(sizeof(float));
-  _tile_stored(0, sums, stride);
-  _tile_stored(3, sums + 16 * kMostRows, stride);
-  if constexpr (M > 1) {
-    _tile_stored(1, sums + 16, stride);
-    _tile_stored(4, sums + 16 * kMostRows + 16, stride);
-  }
-  if constexpr (M > 2) {
-    _tile_stored(2, sums + 32, stride);
-    _tile_stored(5, sums + 16 * kMostRows + 32, stride);
-  }
-  std::atomic_signal_fence(std::memory_order_seq_cst);
+  tiles::store_sums<M>(sums);
 }
 
 // y[row][output] = sums + bias, of `rows` rows and `outputs` outputs.
@@ -163,8 +122,8 @@ void linear_rows(const LinearRowsParams& p) {
   {
     alignas(64) float sums[kPanel * kMostRows];
     Bf16* panels = static_cast<Bf16*>(p.panels) + omp_get_thread_num() * outputs * steps * kStep;
-    const TileConfig config;
-    _tile_loadconfig(&config);
+    const tiles::Thread own_tiles;
+    (void)own_tiles;
 #pragma omp for
     for (int64_t b = 0; b < blocks; ++b) {
       pack_rows(x + b * kBlock * p.K, int(std::min<int64_t>(kBlock, p.R - b * kBlock)), p.K, steps,
@@ -193,7 +152,6 @@ void linear_rows(const LinearRowsParams& p) {
         }
       }
     }
-    _tile_release();
   }
 }
 

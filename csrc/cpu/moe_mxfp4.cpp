@@ -591,8 +591,8 @@ void products_by_amx(const std::vector<Chosen>& chosen, const Weights& w, const 
     alignas(64) float sums[tiles::kOutputs * tiles::kMostRows];
     std::vector<uint32_t> room(size_t((kept ? chunks : 2) * tiles::kDecoded + 16));
     uint32_t* decoded = room.data() + (64 - reinterpret_cast<uintptr_t>(room.data()) % 64) / 4;
-    const tiles::TileConfig config;
-    _tile_loadconfig(&config);
+    const tiles::Thread own_tiles;
+    (void)own_tiles;
 #pragma omp for schedule(dynamic, 8)
     for (int64_t task = 0; task < tasks; ++task) {
       const Chosen& own = chosen[size_t(task / per_expert)];
@@ -616,7 +616,6 @@ void products_by_amx(const std::vector<Chosen>& chosen, const Weights& w, const 
         finish(own, begin, int(end - begin), n, sums);
       }
     }
-    _tile_release();
   }
 }
 

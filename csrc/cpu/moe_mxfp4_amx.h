@@ -13,20 +13,16 @@
 
 #if defined(__AMX_BF16__)
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
+#include "cpu/amx_tiles.h"
 #include "cpu/transpose.h"
 #include "params.h"
 
 namespace lens::LENS_ISA::tiles {
 
-constexpr int kRows = kBlockRows;  // of x in a block
-constexpr int kOutputs = 32;       // of a product: two tiles
-constexpr int kMostBlocks = 3;     // of a product: six of the eight tiles hold sums
-constexpr int kMostRows = kRows * kMostBlocks;
+static_assert(kRows == kBlockRows);
 constexpr int kChunk = 128, kSteps = 4;       // inputs, in steps of 32
-constexpr int kTile = 16 * 16;                // dwords
 constexpr int kDecoded = kSteps * 2 * kTile;  // dwords of a chunk of weights, 8 KiB
 constexpr int kPacked = kSteps * kTile;       // dwords of a chunk of a block of rows
 
@@ -37,12 +33,6 @@ inline int64_t blocks_of(int64_t rows) { return (rows + kRows - 1) / kRows; }
 inline int64_t place_of(int64_t i) {
   return i / kChunk * kPacked + i % 4 * kTile + i % kChunk / 8 * kRows;
 }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
 
 // ---- rows of x
 // Rows `of` (absent ones are zero), `inputs` each, as a block.
@@ -145,32 +135,6 @@ LENS_INLINE void decode(const Weights& w, int64_t c, int first, __m512i values, 
 }
 
 // ---- products
-// One step of 32 outputs and M blocks of rows.
-template <int M>
-LENS_INLINE void multiply(const uint32_t* weights, const uint32_t* rows, int64_t block) {
-  _tile_loadd(6, weights, 64);
-  _tile_loadd(7, rows, 64);
-  _tile_dpbf16ps(0, 6, 7);
-  if constexpr (M > 1) {
-    _tile_loadd(7, rows + block, 64);
-    _tile_dpbf16ps(1, 6, 7);
-  }
-  if constexpr (M > 2) {
-    _tile_loadd(7, rows + 2 * block, 64);
-    _tile_dpbf16ps(2, 6, 7);
-  }
-  _tile_loadd(6, weights + kTile, 64);
-  if constexpr (M > 2) {
-    _tile_dpbf16ps(5, 6, 7);
-    _tile_loadd(7, rows + block, 64);
-  }
-  if constexpr (M > 1) {
-    _tile_dpbf16ps(4, 6, 7);
-    _tile_loadd(7, rows, 64);
-  }
-  _tile_dpbf16ps(3, 6, 7);
-}
-
 // sums[output][row] of kOutputs outputs and M blocks of rows, kMostRows apart. Weights are decoded
 // a chunk ahead of their products into `decoded`, two chunks by turns, or all of them where `kept`;
 // `there`: a product before has left them all.
@@ -179,17 +143,11 @@ void product(const Weights& w, const uint32_t* rows, uint32_t* decoded, bool kep
              __m512i values, float* sums) {
   const int64_t chunks = chunks_of(w.groups * kMxGroup), block = chunks * kPacked;
   const auto place = [&](int64_t c) { return decoded + (kept ? c : c % 2) * kDecoded; };
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  clear_sums();
   for (int64_t c = there ? 1 : 0; c <= chunks; ++c) {
 #pragma GCC unroll 4
     for (int j = 0; j < kSteps; ++j) {
-      // the intrinsics name no memory they read
-      std::atomic_signal_fence(std::memory_order_seq_cst);
+      fence();
       if (c > 0)
         multiply<M>(place(c - 1) + j * 2 * kTile, rows + (c - 1) * kPacked + j * kTile, block);
       if (there || c == chunks) continue;
@@ -200,18 +158,7 @@ void product(const Weights& w, const uint32_t* rows, uint32_t* decoded, bool kep
       }
     }
   }
-  constexpr int64_t stride = kMostRows * int64_t(sizeof(float));
-  _tile_stored(0, sums, stride);
-  _tile_stored(3, sums + 16 * kMostRows, stride);
-  if constexpr (M > 1) {
-    _tile_stored(1, sums + 16, stride);
-    _tile_stored(4, sums + 16 * kMostRows + 16, stride);
-  }
-  if constexpr (M > 2) {
-    _tile_stored(2, sums + 32, stride);
-    _tile_stored(5, sums + 16 * kMostRows + 32, stride);
-  }
-  std::atomic_signal_fence(std::memory_order_seq_cst);
+  store_sums<M>(sums);
 }
 
 }  // namespace lens::LENS_ISA::tiles

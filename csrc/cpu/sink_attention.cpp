@@ -6,17 +6,17 @@
 // share its keys. Its scores stay in the caches between the two products; keys that none of its
 // rows sees are not read. Keys and values are laid out once a call for all tasks.
 //
-// A row's bits depend on nothing but its query and what it sees, of finite values: keys are summed in their order
-// from a multiple of 32 on, and those that others of the task see add zeros. BF16 rows are
-// multiplied by AMX where the CPU has it, with shares rounded to BF16 behind the exponential; all
-// else in the arithmetic type.
+// A row's bits depend on nothing but its query and what it sees, of finite values: keys are summed
+// in their order from a multiple of 32 on, and those that others of the task see add zeros. BF16
+// rows are multiplied by AMX where the CPU has it, with shares rounded to BF16 behind the
+// exponential; all else in the arithmetic type.
 #include <omp.h>
 
 #include <algorithm>
-#include <atomic>
 #include <limits>
 #include <tuple>
 
+#include "cpu/amx_tiles.h"
 #include "cpu/rows.h"
 #include "cpu/transpose.h"
 
@@ -126,7 +126,7 @@ struct Tiles {
   using A = float;
   using Query = Bf16;
   using Share = Bf16;
-  static constexpr int64_t kTile = 16 * 16;  // dwords
+  static constexpr int64_t kTile = tiles::kTile;
 
   static uint32_t pair(Bf16 low, Bf16 high) { return uint32_t(high.bits) << 16 | low.bits; }
 
@@ -202,24 +202,24 @@ struct Tiles {
                     int64_t end, float* scores) {
     const uint32_t* packed =
         static_cast<const uint32_t*>(call.p.keys) + m * call.keys * (call.channels / 2);
-    std::atomic_signal_fence(std::memory_order_seq_cst);  // the intrinsics name no memory they read
+    tiles::fence();
     for (int64_t s = begin; s < end; s += kSinkTile) {
       products(queries, call.channels, packed + s * (call.channels / 2), kTile, 8 * call.channels,
                call.channels / 32, scores + s - begin, call.keys);
     }
-    std::atomic_signal_fence(std::memory_order_seq_cst);
+    tiles::fence();
   }
 
   static void mix(const Call<Bf16>& call, int64_t m, const float*, const Bf16* shares,
                   int64_t begin, int64_t end, float* mixed) {
     const uint32_t* values =
         static_cast<const uint32_t*>(call.p.values) + (m * call.keys + begin) * (call.channels / 2);
-    std::atomic_signal_fence(std::memory_order_seq_cst);
+    tiles::fence();
     for (int64_t h = 0; h < call.channels; h += 32) {
       products(shares, call.keys, values + h / 16 * kTile, 16 * call.channels, kTile,
                (end - begin) / 32, mixed + h, call.channels);
     }
-    std::atomic_signal_fence(std::memory_order_seq_cst);
+    tiles::fence();
   }
 
   static constexpr float kUnit = 1.44269504f;  // log2(e)
@@ -243,18 +243,7 @@ struct Tiles {
     std::memcpy(static_cast<void*>(to), &rounded, sizeof rounded);
   }
 
-  // A thread's tiles for as long as it lives.
-  struct Thread {
-    Thread() {
-      struct alignas(64) {
-        uint8_t palette = 1, start_row = 0, reserved[14] = {};
-        uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-        uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-      } const config;
-      _tile_loadconfig(&config);
-    }
-    ~Thread() { _tile_release(); }
-  };
+  using Thread = tiles::Thread;
 };
 #endif
 
@@ -398,7 +387,7 @@ void forward(const SinkAttentionParams& p) {
   const int threads = int(std::min<int64_t>(p.W, omp_get_max_threads()));
 #pragma omp parallel num_threads(threads) if (rows * p.S * p.M > kParallelElements)
   {
-    const typename Form::Thread tiles;
+    const typename Form::Thread own_tiles;
     A* room = static_cast<A*>(p.rooms) + omp_get_thread_num() * kRows * 2 * (keys + channels);
 #pragma omp for
     for (int64_t i = 0; i < p.M * (keys / kSinkTile); ++i) {
@@ -406,7 +395,7 @@ void forward(const SinkAttentionParams& p) {
     }
 #pragma omp for schedule(dynamic)
     for (int64_t i = p.M * blocks - 1; i >= 0; --i) task(i / blocks, i % blocks, room);
-    (void)tiles;
+    (void)own_tiles;
   }
 }
 
