@@ -238,9 +238,7 @@ class LensTransformer2DModel(nn.Module):
                     "before can be drawn; reload the transformer for a new one"
                 )
             weight, bias = (w.to(temb) for w in self.stored_modulation(index, stream))
-            stored = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-            stored.weight, stored.bias = (nn.Parameter(w, requires_grad=False) for w in (weight, bias))
-            return linear(stored, temb, each)
+            return linear_fused.linear_of(weight, bias, temb, each)
         return linear(layer, temb.to(layer.weight.device), each).to(temb.device)
 
     def denoise(

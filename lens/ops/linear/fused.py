@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lens.ops import checks
 from lens.ops.gated_residual import gated_residual
@@ -53,6 +54,13 @@ def linear(layer: Layer, x: Tensor, lengths: Sequence[int] | None = None) -> Ten
             parts.append(layer(rows.clone() if rows.data_ptr() % LINE.get(x.device.type, 1) else rows))
         start += length
     return layer(x[:0]) if not parts else parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def linear_of(weight: Tensor, bias: Tensor | None, x: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """`linear` by weights that no layer holds and no gradient is recorded of: the bits that a layer of them has."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and by_rows():
+        return linear_rows(x, weight, bias)
+    return linear(lambda rows: F.linear(rows, weight, bias), x, lengths)
 
 
 def linear_qkv_norm_rope(
