@@ -4,8 +4,8 @@ Prompts are packed, never padded: R rows of D channels in all, sample after samp
 its keys and values are kept. Experts stay in MXFP4 where the checkpoint has them so (`lens.ops.moe_mxfp4`). Attention is
 grouped-query with a learned sink per head, S keys before and with a sample's T tokens, in a window on every other layer.
 
-On a CPU a sample's bits do not depend on its neighbours: library GEMMs run sample by sample, the experts' op is independent
-by itself and reads every expert once for all of them.
+On a CPU a sample's bits do not depend on its neighbours: library GEMMs run sample by sample; the experts' op, which reads
+every expert once for all of them, and AMX's GEMM are independent by themselves.
 """
 
 from __future__ import annotations

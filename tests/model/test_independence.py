@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lens.ops.linear.fused import linear, linear_of
 from lens.packing import plan
 from tests.model.test_against_reference import SHAPES, models
 
@@ -78,6 +79,28 @@ def test_in_bf16(shape, samples):
     config, model = typed(shape, torch.bfloat16)
     alone = [forward(model, config, [s])[0] for s in samples]
     assert all(map(torch.equal, forward(model, config, samples), alone))
+
+
+@torch.no_grad()
+def test_a_modulation_takes_one_gemm_in_a_table_from_files_and_in_its_block(monkeypatch):
+    """All times in one call or a time alone, layers or weights that stay in their files: `linear`, whose kernels may differ
+    in last bits from a layer's own call."""
+    _, model = typed(0, torch.bfloat16)
+    served = []
+
+    def counted(layer, x, lengths=None):
+        served.append(lengths)
+        return linear(layer, x, lengths)
+
+    monkeypatch.setattr("lens.model.linear", counted)
+    times = torch.rand(5, generator=torch.Generator().manual_seed(3)).bfloat16()
+    table = model.modulate(times, alone=True)
+    assert served == [[1] * 5] * (2 * len(model.layers()) + 1)
+    temb = torch.nn.functional.silu(model.time_embedding(times[2:3]))
+    layer = model.layers()[0].streams()[1].modulation
+    in_block = linear(layer, temb, [1])
+    assert torch.equal(table.blocks[2, 0, 1].flatten(), in_block[0])
+    assert torch.equal(linear_of(layer.weight, layer.bias, temb, [1]), in_block)
 
 
 @pytest.mark.parametrize("count", [2, 17, 64])
