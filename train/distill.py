@@ -314,7 +314,7 @@ class Distil(Method):
         self.rules = watch.Rules(recipe.RULES, recipe.PATIENCE)  # widened when the references are drawn
         self.bars = recipe.BARS  # widened, too
         self.ended: list[str] = []  # the rules that say stop
-        self.sums: dict[str, list[float]] = {}  # of terms since the last check: sum, count
+        self.sums: dict[str, list[float]] = {}  # of this rank's terms since the last check: sum, count
         self.lowest_fake, self.best = float("inf"), {"worth": float("-inf"), "step": -1.0}
         self.drawn: watch.Drawn | None = None
         self.references: dict[str, dict[str, float]] = {}  # the numbers of what the student is held against
@@ -397,7 +397,7 @@ class Distil(Method):
     # -------------------------------------------------------------------------------------------- state
 
     def state(self) -> dict[str, Any]:
-        kept = {"sums": self.sums, "broken": self.rules.broken}
+        kept = {"sums": self.summed(), "broken": self.rules.broken}
         # JSON has no infinity: None where there is none yet
         best = self.best if self.best["step"] >= 0 else None
         lowest = self.lowest_fake if self.lowest_fake < float("inf") else None
@@ -405,7 +405,7 @@ class Distil(Method):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         held = state["watch"]
-        self.sums = {name: list(pair) for name, pair in held["sums"].items()}
+        self.sums = {name: list(pair) for name, pair in held["sums"].items()} if self.group.main else {}  # of all ranks
         self.rules.broken = dict(held["broken"])
         if held["lowest_fake"] is not None:
             self.lowest_fake = held["lowest_fake"]
@@ -414,9 +414,18 @@ class Distil(Method):
 
     # -------------------------------------------------------------------------------------------- the watch
 
+    def summed(self) -> dict[str, list[float]]:
+        """`sums` of all ranks together, each of which has seen slots of its own. Every rank calls it."""
+        found: dict[str, list[float]] = {}
+        for own in self.group.gather(self.sums):
+            for name, (total, count) in own.items():
+                before = found.get(name, [0.0, 0.0])
+                found[name] = [before[0] + total, before[1] + count]
+        return found
+
     def _since(self) -> dict[str, float]:
         """Means of the terms since the last check, and what is made of them; they begin anew."""
-        means = {name: total / count for name, (total, count) in self.sums.items()}
+        means = {name: total / count for name, (total, count) in self.summed().items()}
         self.sums = {}
         found = {name: means[name] for name in ("heads_accuracy",) if name in means}
         if "from_guided" in means:
