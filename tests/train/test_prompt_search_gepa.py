@@ -1,5 +1,7 @@
 """The search by GEPA on the scripted server of test_prompt_search: the planted fix, our acceptance, resume, a spent budget."""
 
+import json
+
 import pytest
 
 pytest.importorskip("openai")
@@ -8,9 +10,9 @@ pytest.importorskip("gepa", reason="the optional optimiser: pip install -e '.[ge
 
 from lens.chat_client import ChatError
 from tests.chat_server import serving
-from tests.train.test_prompt_search import FIX, ITEMS, NOTHING, START, WORSE, quiet, script, search
+from tests.train.test_prompt_search import FIX, ITEMS, NOTHING, START, WORSE, draw, quiet, script, search
 from train.search import by_gepa
-from train.search.loop import rise, split
+from train.search.loop import Outcome, failures_of, mean, rise, split
 
 
 @pytest.fixture
@@ -57,6 +59,68 @@ def test_it_is_resumed_and_asks_nothing_twice(server, tmp_path):
         by_gepa.optimise(own, 3, quiet)
 
 
+def test_nothing_is_drawn_twice_under_one_text_though_it_was_interrupted(server, tmp_path):
+    asked = []
+
+    def counted():
+        ours, _ = search(server, tmp_path)
+        plain = ours.outcomes
+        ours.outcomes = lambda text, items: asked.extend((text, item.id) for item in items) or plain(text, items)
+        return ours
+
+    by_gepa.optimise(counted(), 1, quiet)
+    assert asked
+    ours = counted()
+    assert by_gepa.optimise(ours, 3, quiet).text == FIX
+    assert len(asked) == len(set(asked))
+    assert {key for text, key in asked if text == FIX} == {item.id for item in ITEMS}  # the held-out prompts, too
+
+
+def test_the_writer_is_told_the_mean_and_the_worst_of_all_that_was_drawn(server, tmp_path):
+    ours, _ = search(server, tmp_path)
+    by_gepa.optimise(ours, 1, quiet)
+    (told,) = (json.loads(call.user) for call in server.calls if call.body["model"] == "writer")
+    start = ours.archive[0]
+    assert 0 < len(start.failures) < len(ours.dev)
+    assert told == {
+        "system_prompt": START,
+        "mean_score": round(mean(start.dev), 3),
+        "failures": json.loads(json.dumps(start.failures)),
+    }
+
+
+def test_the_archive_holds_what_was_scored_whole_each_against_its_own_parent(server, tmp_path):
+    ours, _ = search(server, tmp_path)
+    adapter = by_gepa.Adapter(ours, START)
+
+    def outcomes(*scores):
+        return {item.id: Outcome(scores[k % len(scores)], "p", ("ill",)) for k, item in enumerate(ours.dev)}
+
+    adapter.known = {START: outcomes(0.2, 0.4), "A": outcomes(0.9, 0.5), "B": outcomes(0.6, 0.5)}
+    adapter.known["C"] = {ours.dev[0].id: Outcome(1.0, "p")}
+    adapter.parents = {START: None, "A": START, "B": "A", "C": START}
+    adapter.diagnoses = dict.fromkeys(adapter.known, "d")
+    start, a, b = adapter.archive()
+    assert [(c.text, c.parent, c.accepted) for c in (start, a, b)] == [
+        (START, None, True),
+        ("A", 0, True),
+        ("B", 1, False),
+    ]
+    assert (b.rise, b.error) == rise(b.dev, a.dev, ours.seed)
+    assert b.rise < 0
+    assert a.failures == failures_of(ours.dev, list(adapter.known["A"].values()))
+
+
+def test_a_text_that_is_written_again_keeps_its_first_parent(server, tmp_path):
+    ours, _ = search(server, tmp_path)
+    adapter = by_gepa.Adapter(ours, START)
+    adapter.known, adapter.parents = {NOTHING: {ours.dev[0].id: Outcome(0.5, "p")}}, {START: None, NOTHING: START}
+    assert adapter.propose_new_texts({by_gepa.PART: NOTHING}, {by_gepa.PART: []}, [by_gepa.PART]) == {
+        by_gepa.PART: NOTHING
+    }
+    assert adapter.parents == {START: None, NOTHING: START}
+
+
 @pytest.mark.parametrize("who", ["reasoner", "writer"])
 def test_a_spent_budget_ends_it_with_what_was_found(server, tmp_path, who):
     dev, _ = split(ITEMS, 0.3)
@@ -89,9 +153,16 @@ def test_a_judgement_that_failed_is_left_out_of_our_figures(server, tmp_path):
     assert ours.archive[-1].rise == pytest.approx(1.0 - sum(known) / len(known))
 
 
-def test_another_error_is_no_end_of_a_budget(server, tmp_path):
+@pytest.mark.parametrize("after", [0, 2])
+def test_another_error_is_no_end_of_a_budget(server, tmp_path, after):
+    """Neither before the first figures nor in a rewrite's minibatch."""
+    drawn = []
+
     def gone(prompts, seeds):
-        raise ChatError("connection", "the painter is gone")
+        drawn.append(len(prompts))
+        if len(drawn) > after:
+            raise ChatError("connection", "the painter is gone")
+        return draw(prompts, seeds)
 
     ours, _ = search(server, tmp_path, gone)
     with pytest.raises(ChatError, match="the painter is gone"):

@@ -49,11 +49,7 @@ class Adapter:
         """Outcomes of the batch; what was drawn under the same text before is not drawn again."""
         known = self.known.setdefault(candidate[PART], {})
         if todo := [item for item in batch if item.id not in known]:
-            try:
-                known |= zip((item.id for item in todo), self.search.outcomes(candidate[PART], todo))
-            except ChatError as error:
-                self.stopped = error
-                raise
+            known |= zip((item.id for item in todo), self.search.outcomes(candidate[PART], todo))
         found = [known[item.id] for item in batch]
         traces = found if capture_traces else None
         return self.batch_type(outputs=found, scores=[o.score or 0.0 for o in found], trajectories=traces)
@@ -136,6 +132,10 @@ def optimise(search: Search, iterations: int, tell: Callable[[str], None] = prin
     if search.archive and not folder.is_dir():
         raise ValueError(f"{search.file}: of a search by our own loop; give another --out")
     adapter = Adapter(search, search.start)
+    if (folder / "gepa_state.bin").is_file():  # GEPA scores the first text before it takes up its state: known by then
+        from gepa.core.state import GEPAState
+
+        adapter.set_adapter_state(GEPAState.load(str(folder)).adapter_state)
 
     def over(state: Any) -> bool:
         return adapter.stopped is not None or state.i + 1 >= iterations
