@@ -99,11 +99,11 @@ def test_the_student_learns_guidance_before_all_turns():
     assert [method.rate("student", step) for step in (0, 4, 5)] == [pytest.approx(10), pytest.approx(2), 1]
 
 
-@pytest.mark.parametrize("kind", ["euler", "renoise"])
-def test_the_velocity_to_learn_is_that_of_the_samplers_guided_step(folder, kind):
+@pytest.mark.parametrize(("kind", "substeps"), [("euler", 1), ("renoise", 1), ("euler", 3)])
+def test_the_velocity_to_learn_is_that_of_the_samplers_guided_steps(folder, kind, substeps):
     """At the start the student is the teacher, so that its state after k steps is the sampler's; the loss is then what guidance
-    changes, and nothing is left of it where the student says what the guided step does."""
-    own = recipe(STUDENT_SAMPLER=kind, TEACHER_GUIDANCE=3.0)
+    and shorter steps change, and nothing is left of it where the student leads in one step where the guided ones do."""
+    own = recipe(STUDENT_SAMPLER=kind, TEACHER_GUIDANCE=3.0, GUIDED_SUBSTEPS=substeps)
     method = method_on(folder, own)
     objective, teacher = method.objective, method.teacher
     for step in range(4):  # several places k
@@ -118,7 +118,8 @@ def test_the_velocity_to_learn_is_that_of_the_samplers_guided_step(folder, kind)
             return given.velocity(teacher, x, t), given.without_text().velocity(teacher, x, t)
 
         with torch.no_grad():
-            after = walk(velocities, x, sigmas[k : k + 2], 3.0)  # one Euler step
+            nodes = [sigmas[k] + (sigmas[k + 1] - sigmas[k]) * j / substeps for j in range(substeps + 1)]
+            after = walk(velocities, x, torch.stack(nodes), 3.0)  # Euler steps
             target = (after - x) / (sigmas[k + 1] - sigmas[k])
             wanted = (given.velocity(teacher, x, t) - target).square().mean((1, 2))
         found = objective.guided(method.modules, teacher, batch)["student"]
@@ -426,6 +427,11 @@ def test_the_released_recipe_is_the_papers():
         ({"TAPS": (3,)}, "TAPS: expected rising numbers of blocks in 1 .. 2"),
         ({"FAKE_WARMUP": 7}, "FAKE_WARMUP: expected a multiple of 5, got 7"),
         ({"GUIDED_STEPS": 7}, "GUIDED_STEPS: expected a multiple of 5, got 7"),
+        ({"GUIDED_SUBSTEPS": 0}, "GUIDED_SUBSTEPS: expected 1 or more, got 0"),
+        (
+            {"GUIDED_SUBSTEPS": 2, "STUDENT_SAMPLER": "renoise"},
+            "GUIDED_SUBSTEPS: expected 1 with STUDENT_SAMPLER 'renoise'",
+        ),
         ({"FAKE_LR": 0.0}, "FAKE_LR: expected a positive number, got 0.0"),
     ],
 )

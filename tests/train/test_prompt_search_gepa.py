@@ -111,6 +111,16 @@ def test_the_archive_holds_what_was_scored_whole_each_against_its_own_parent(ser
     assert a.failures == failures_of(ours.dev, list(adapter.known["A"].values()))
 
 
+def test_another_seed_is_another_search(server, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(by_gepa.require_gepa(), "optimize", lambda **told: seeds.append(told["seed"]))
+    ours, _ = search(server, tmp_path)
+    ours.seed, ours.archive = 5, []
+    with pytest.raises(ValueError, match="empty"):  # nothing was scored, so that there is nothing to choose
+        by_gepa.optimise(ours, 1, quiet)
+    assert seeds == [5]
+
+
 def test_a_text_that_is_written_again_keeps_its_first_parent(server, tmp_path):
     ours, _ = search(server, tmp_path)
     adapter = by_gepa.Adapter(ours, START)
@@ -126,10 +136,12 @@ def test_a_spent_budget_ends_it_with_what_was_found(server, tmp_path, who):
     dev, _ = split(ITEMS, 0.3)
     ours, ask = search(server, tmp_path)
     ask[who].max_calls = len(dev) if who == "reasoner" else 1
-    lines = []
+    lines, proposals, plain = [], [], ours.proposed
+    ours.proposed = lambda *told: proposals.append(told) or plain(*told)
     final = by_gepa.optimise(ours, 9, lines.append)
     assert final.text == START
     assert f"stopped: {who}" in lines[-1]
+    assert len(proposals) <= 3  # GEPA would go on after a proposal that died, nine times
     assert (tmp_path / "best.md").read_text() == START + "\n"
 
 
@@ -153,14 +165,14 @@ def test_a_judgement_that_failed_is_left_out_of_our_figures(server, tmp_path):
     assert ours.archive[-1].rise == pytest.approx(1.0 - sum(known) / len(known))
 
 
-@pytest.mark.parametrize("after", [0, 2])
-def test_another_error_is_no_end_of_a_budget(server, tmp_path, after):
-    """Neither before the first figures nor in a rewrite's minibatch."""
-    drawn = []
+@pytest.mark.parametrize("where", ["the first figures", "a rewrite's minibatch", "the held-out prompts"])
+def test_another_error_is_no_end_of_a_budget(server, tmp_path, where):
+    drawn, held = [], {item.prompt for item in split(ITEMS, 0.3)[1]}
 
     def gone(prompts, seeds):
         drawn.append(len(prompts))
-        if len(drawn) > after:
+        reached = {"the first figures": True, "a rewrite's minibatch": len(drawn) > 2}
+        if reached.get(where, prompts[0].partition(",")[0] in held):
             raise ChatError("connection", "the painter is gone")
         return draw(prompts, seeds)
 
