@@ -216,7 +216,7 @@ def distillation_dry_run(recipe: ModuleType, world: int, shard: int | None, gpu:
     simulated = (recipe.STUDENT_STEPS - 1) / 2
     fake = simulated + 1 + 3 + tapped * (3 if recipe.R1_GAMMA else 2)
     student = simulated + 3 + 1 + 3 + 2 * tapped
-    guided = simulated + 2 + 3
+    guided = simulated + 2 * recipe.GUIDED_SUBSTEPS + 3
     cycle = recipe.FAKE_UPDATES * fake + student
     passes = recipe.STEPS * cycle + recipe.FAKE_WARMUP * fake + recipe.GUIDED_STEPS * guided
     lines = [

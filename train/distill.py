@@ -103,6 +103,7 @@ def check(recipe: ModuleType) -> None:
         "SLOTS",
         "STEPS",
         "STUDENT_STEPS",
+        "GUIDED_SUBSTEPS",
         "FAKE_UPDATES",
         "WATCH_EVERY",
         "WATCHED",
@@ -117,6 +118,11 @@ def check(recipe: ModuleType) -> None:
     for name in ("GUIDED_STEPS", "FAKE_WARMUP"):
         if getattr(recipe, name) % (recipe.FAKE_UPDATES + 1):
             raise ValueError(f"{name}: expected a multiple of {recipe.FAKE_UPDATES + 1}, got {getattr(recipe, name)}")
+    if recipe.GUIDED_SUBSTEPS > 1 and recipe.STUDENT_SAMPLER != "euler":
+        raise ValueError(
+            f"GUIDED_SUBSTEPS: expected 1 with STUDENT_SAMPLER {recipe.STUDENT_SAMPLER!r}, whose steps end in noise of their own, "
+            f"got {recipe.GUIDED_SUBSTEPS}"
+        )
     if recipe.GROUP < 2 or recipe.GROUPS < 1:
         raise ValueError(
             f"GROUP, GROUPS: expected at least 2 pictures of 1 caption, got {recipe.GROUP}, {recipe.GROUPS}"
@@ -466,7 +472,8 @@ class Distil(Method):
             self.ended = self.rules.check(values)
         if "score" in values:
             values["worth"] = values["score"] - watch.beyond(values, self.bars)
-        if values.get("worth", float("-inf")) > self.best["worth"]:
+        # a rate that falls to zero over GUIDED_STEPS has its result at their end: before, scores differ by their noise
+        if step >= self.recipe.GUIDED_STEPS and values.get("worth", float("-inf")) > self.best["worth"]:
             self.best = {"worth": values["worth"], "step": float(step)}
             if self.states is not None:
                 student = ranks.bare(self.modules["student"])

@@ -131,7 +131,13 @@ def test_the_velocity_to_learn_is_that_of_the_samplers_guided_steps(folder, kind
 
 
 def test_guidance_is_learned_and_then_resumed_bit_for_bit(tmp_path, folder, monkeypatch):
-    monkeypatch.setattr(watch, "score_of", lambda text: lambda pictures, captions: float(np.mean(pictures)))
+    checks = []  # scores fall from check to check: the first one that may be chosen is
+
+    def falling(pictures, captions):
+        checks.append(pictures)
+        return -float(len(checks))
+
+    monkeypatch.setattr(watch, "score_of", lambda text: falling)
     changes = {"GUIDED_STEPS": 20, "GUIDED_LR": 6e-3}
 
     def run(out, *stops):
@@ -144,6 +150,7 @@ def test_guidance_is_learned_and_then_resumed_bit_for_bit(tmp_path, folder, monk
 
     whole, parts = run(tmp_path / "whole", 99), run(tmp_path / "parts", 7, 99)
     assert whole.step == parts.step == 25
+    assert whole.method.best["step"] == parts.method.best["step"] == 20  # the end of GUIDED_STEPS
     assert same(weights(whole), weights(parts)) == []
     rows = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     found = [row["unguided"] for row in rows if "unguided" in row]

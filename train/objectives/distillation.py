@@ -211,19 +211,36 @@ class Distillation:
         return losses
 
     def guided(self, networks: Mapping[str, nn.Module], teacher: nn.Module, batch: Batch) -> dict[str, Losses]:
-        """Of the student before all turns: mean |v_theta - v_w|^2 at the state x_tk of its own steps, where v_w is what the sampler
-        makes of the teacher's v_c and v_u by TEACHER_GUIDANCE. Guidance distillation (arXiv 2210.03142, section 3.1), on the grid of
-        the student: its minimum draws in STUDENT_STEPS unguided steps what the teacher draws in as many guided ones."""
+        """Of the student before all turns: mean |v_theta - v_w|^2 at the state x_tk of its own steps, where v_w leads to where the
+        guided teacher's GUIDED_SUBSTEPS Euler steps from there lead, (x_tk - x_tk+1) / (t_k - t_k+1). Guidance distillation
+        (arXiv 2210.03142, section 3.1) and, of more than one step, progressive distillation (arXiv 2202.00512, section 3) at once,
+        on the grid of the student: its minimum draws in STUDENT_STEPS unguided steps what the teacher draws in GUIDED_SUBSTEPS
+        times as many guided ones."""
         real, given = self.given(batch)
         x, t_k = self.reached(networks["student"], given, batch, real)
         t = self.told(t_k.to(x.device).expand(len(x)))
-        offsets = torch.arange(len(x) + 1, device=x.device, dtype=torch.int32) * x.shape[1]
         with torch.no_grad():
-            c, u = given.velocity(teacher, x, t), given.without_text().velocity(teacher, x, t)
-            w = sampler.guided(c.flatten(0, 1), u.flatten(0, 1), self.recipe.TEACHER_GUIDANCE, offsets).view_as(x)
+            c, w = self.teachers(teacher, given, x, t_k, self.sigmas(batch.bucket.tokens, batch.step))
         apart = (given.velocity(networks["student"], x, t) - w).square().mean((1, 2))
         terms = {"from_guided": apart.detach().mean(), "guided_from_c": (c - w).square().mean()}
         return {"student": Losses(apart, times=t, terms=terms)}
+
+    def teachers(
+        self, teacher: nn.Module, given: Given, x: Tensor, t_k: Tensor, sigmas: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(the teacher's velocity at x_tk with the text, the mean one of its guided way from t_k to the student's next time)."""
+        following = sigmas[sigmas < t_k].max()
+        own: list[Tensor] = []
+
+        def velocities(y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+            time = self.told(sigma)
+            own.append(given.velocity(teacher, y, time))
+            return own[-1], given.without_text().velocity(teacher, y, time)
+
+        between = torch.linspace(0, 1, self.recipe.GUIDED_SUBSTEPS + 1, dtype=torch.float64)
+        way = torch.lerp(t_k.double().cpu(), following.double().cpu(), between).float()
+        after = sampler.walk(velocities, x, way, self.recipe.TEACHER_GUIDANCE)
+        return own[0], (x - after) / (t_k - following).to(x.device)
 
     @torch.no_grad()
     def gradient(

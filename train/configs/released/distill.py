@@ -42,7 +42,8 @@ HEADS_MU: float | None = None  # of the times at which the heads look; None: MU
 R1_GAMMA, R1_ALPHA = 1.0, 0.1  # R1_GAMMA = 0: no penalty
 IDA = 0.03
 FAKE_UPDATES = 4  # of fake score and heads before each student step
-GUIDED_STEPS = 0  # before all turns: the student alone learns the guided teacher's velocity at its own states
+GUIDED_STEPS = 0  # before all turns: the student alone learns the guided teacher's way from its own states
+GUIDED_SUBSTEPS = 1  # of the teacher in one of the student's: with n the student learns what n times as many steps draw
 FAKE_WARMUP = 0  # then: of fake score and heads alone
 
 # ---- optimiser: AdamW without first moment on float32 masters
@@ -102,6 +103,7 @@ OPEN = {
     "HEAD_WIDTH": "not given",
     "HEADS_MU": "not given; None: real and drawn are looked at where the fake score is trained",
     "GUIDED_STEPS": "ours: with 0 the student starts from the teacher's weights, with more from its guided steps",
+    "GUIDED_SUBSTEPS": "ours: 1 learns the teacher in the student's few steps, errors of so long steps included",
     "GUIDED_LR": "ours",
     "FAKE_WARMUP": "not mentioned; the four fake updates before the first student step are all",
     "EPS": "torch's default; `near_eps` in the log says whether it matters at gradients this small",
