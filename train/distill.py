@@ -115,9 +115,13 @@ def check(recipe: ModuleType) -> None:
     for name in ("LR", "GUIDED_LR", "FAKE_LR", "HEADS_LR", "CLIP", "HEADS_CLIP", "LAMBDA_D", "NORMALISER_FLOOR"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
-    for name in ("GUIDED_STEPS", "FAKE_WARMUP"):
-        if getattr(recipe, name) % (recipe.FAKE_UPDATES + 1):
-            raise ValueError(f"{name}: expected a multiple of {recipe.FAKE_UPDATES + 1}, got {getattr(recipe, name)}")
+    cycle = recipe.FAKE_UPDATES + 1
+    for name, unit in (
+        ("GUIDED_STEPS", cycle * recipe.WATCH_EVERY),
+        ("FAKE_WARMUP", cycle),
+    ):  # a check at the end of the first
+        if getattr(recipe, name) % unit:
+            raise ValueError(f"{name}: expected a multiple of {unit}, got {getattr(recipe, name)}")
     if recipe.GUIDED_SUBSTEPS > 1 and recipe.STUDENT_SAMPLER != "euler":
         raise ValueError(
             f"GUIDED_SUBSTEPS: expected 1 with STUDENT_SAMPLER {recipe.STUDENT_SAMPLER!r}, whose steps end in noise of their own, "
@@ -321,6 +325,7 @@ class Distil(Method):
         self.bars = recipe.BARS  # widened, too
         self.ended: list[str] = []  # the rules that say stop
         self.sums: dict[str, list[float]] = {}  # of this rank's terms since the last check: sum, count
+        self.counted: tuple[int, int] | None = None  # the micro-batch whose terms came last
         self.lowest_fake, self.best = float("inf"), {"worth": float("-inf"), "step": -1.0}
         self.drawn: watch.Drawn | None = None
         self.references: dict[str, dict[str, float]] = {}  # the numbers of what the student is held against
@@ -355,6 +360,9 @@ class Distil(Method):
         else:
             compute = self.objective.student if self.students_turn(step) else self.objective.fake_and_heads
         found = compute(self.modules, self.teacher, batch)
+        if (batch.step, batch.slot) == self.counted:  # a rank without a slot of its own left repeats its last one
+            return found
+        self.counted = batch.step, batch.slot
         for own in found.values():
             for name, value in own.terms.items():
                 held = self.sums.setdefault(name, [0.0, 0.0])
@@ -415,7 +423,7 @@ class Distil(Method):
         self.rules.broken = dict(held["broken"])
         if held["lowest_fake"] is not None:
             self.lowest_fake = held["lowest_fake"]
-        if held["best"] is not None:
+        if held["best"] is not None and held["best"]["step"] >= self.recipe.GUIDED_STEPS:  # states of before had others
             self.best = dict(held["best"])
 
     # -------------------------------------------------------------------------------------------- the watch
@@ -822,7 +830,8 @@ def row_of(arm: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def export(options: argparse.Namespace, recipe: ModuleType) -> None:
-    """The best student, or without a score the last average, as a checkpoint folder beside the teacher's other parts.
+    """The best student, or without a score or within GUIDED_STEPS the last average, as a checkpoint folder beside the teacher's
+    other parts.
 
     Its metadata says the student's sampler, steps and grid, which the pipeline obeys. With --lora: FOLDER/lora, too, a model of
     its own that names its base, made of the adapter rounded to bfloat16 as the whole checkpoint is.
@@ -834,7 +843,7 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     model.to_empty(device="cpu")
     if lora := lora_of(recipe):
         attach_lora(model, lora)
-    if found is not None:
+    if found is not None and step_of(found) >= recipe.GUIDED_STEPS:
         best.load(found, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     else:
         states = Checkpoints(options.out / "checkpoints", ALONE)
@@ -844,6 +853,10 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
             f"{'ema' if p.requires_grad else 'model'}.student.{n}": p.detach() for n, p in model.named_parameters()
         }
         states.load(found, names)
+        if step_of(found) < recipe.GUIDED_STEPS:
+            print(
+                f"distill --export: {found} is at a step of {recipe.GUIDED_STEPS} guided ones whose rate has not fallen yet: train on"
+            )
     folder: Path = options.export
     if lora:
         round_lora(model, torch.bfloat16)

@@ -434,6 +434,7 @@ def test_the_released_recipe_is_the_papers():
         ({"TAPS": (3,)}, "TAPS: expected rising numbers of blocks in 1 .. 2"),
         ({"FAKE_WARMUP": 7}, "FAKE_WARMUP: expected a multiple of 5, got 7"),
         ({"GUIDED_STEPS": 7}, "GUIDED_STEPS: expected a multiple of 5, got 7"),
+        ({"GUIDED_STEPS": 35, "WATCH_EVERY": 2}, "GUIDED_STEPS: expected a multiple of 10, got 35"),
         ({"GUIDED_SUBSTEPS": 0}, "GUIDED_SUBSTEPS: expected 1 or more, got 0"),
         (
             {"GUIDED_SUBSTEPS": 2, "STUDENT_SAMPLER": "renoise"},
@@ -540,6 +541,7 @@ def test_a_student_of_an_adapter_is_one_adapter_of_the_base(tmp_path, capsys):
     options = argparse.ArgumentParser()
     distill.add_arguments(options)
     given = ["--init", str(tmp_path / "rl"), "--out", str(tmp_path), "--lora", str(second), "--set", "TAPS=(1,2)"]
+    given += ["--set", "GUIDED_STEPS=0"]
     options = options.parse_args([*given, "--export", str(tmp_path / "turbo")])
     own = distill.as_given(options)
     assert (options.adapter, options.init) == (tmp_path / "rl", tmp_path / "teacher")

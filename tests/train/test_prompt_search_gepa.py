@@ -69,7 +69,20 @@ def test_nothing_is_drawn_twice_under_one_text_though_it_was_interrupted(server,
         return ours
 
     by_gepa.optimise(counted(), 1, quiet)
-    assert asked
+    broken = counted()
+    plain = broken.outcomes
+
+    def gone(text, items):
+        if (
+            text == FIX and len(items) > by_gepa.MINIBATCH
+        ):  # in the midst of an iteration, whose first pictures are drawn
+            raise ChatError("connection", "the painter is gone")
+        return plain(text, items)
+
+    broken.outcomes = gone
+    with pytest.raises(ChatError, match="gone"):
+        by_gepa.optimise(broken, 3, quiet)
+    assert sum(text == FIX for text, _ in asked) == by_gepa.MINIBATCH
     ours = counted()
     assert by_gepa.optimise(ours, 3, quiet).text == FIX
     assert len(asked) == len(set(asked))

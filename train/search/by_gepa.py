@@ -132,10 +132,11 @@ def optimise(search: Search, iterations: int, tell: Callable[[str], None] = prin
     if search.archive and not folder.is_dir():
         raise ValueError(f"{search.file}: of a search by our own loop; give another --out")
     adapter = Adapter(search, search.start)
-    if (folder / "gepa_state.bin").is_file():  # GEPA scores the first text before it takes up its state: known by then
-        from gepa.core.state import GEPAState
+    state_file = folder / "gepa_state.bin"
+    from gepa.core.state import GEPAState as state_type
 
-        adapter.set_adapter_state(GEPAState.load(str(folder)).adapter_state)
+    if state_file.is_file():  # GEPA scores the first text before it takes up its state: known by then
+        adapter.set_adapter_state(state_type.load(str(folder)).adapter_state)
 
     def over(state: Any) -> bool:
         return adapter.stopped is not None or state.i + 1 >= iterations
@@ -155,6 +156,11 @@ def optimise(search: Search, iterations: int, tell: Callable[[str], None] = prin
         )
     except ChatError as error:
         adapter.stopped = error
+        if state_file.is_file():  # GEPA saves between iterations: what this one drew is kept, too
+            state = state_type.load(str(folder))
+            # its question will be put again, so that it gets the same answer
+            state.adapter_state = {**adapter.get_adapter_state(), "asked": state.adapter_state.get("asked", 0)}
+            state.save(str(folder))
     found = adapter.archive()
     if adapter.stopped is not None and (adapter.stopped.kind != "budget" or not found):
         raise adapter.stopped
