@@ -80,6 +80,16 @@ def test_four_updates_of_fake_and_heads_then_one_of_the_student_then_ida(tmp_pat
     assert all(p.grad is None for n in ("fake", "heads") for p in trainer.networks[n].parameters.values())
 
 
+def test_a_slot_that_is_repeated_is_counted_once(folder):
+    """A rank without a slot of its own left computes its last one again, at weight 0."""
+    method = method_on(folder, recipe())
+    counts = []
+    for slot in (0, 0, 1, 1):
+        method.losses(micro(0, slot), 0)
+        counts.append(method.sums["fake"][1])
+    assert counts == [1, 1, 2, 2]
+
+
 def test_a_warm_up_teaches_the_fake_score_alone():
     method = distill.Distil.__new__(distill.Distil)
     method.recipe, method.networks = recipe(FAKE_WARMUP=10), dict.fromkeys(("student", "fake", "heads"))
