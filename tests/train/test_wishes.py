@@ -7,10 +7,12 @@ import pytest
 from lens.reasoner import Refined
 from train.data.small_world.backdrops import allowed
 from train.data.small_world.dense_reading import read
-from train.data.small_world.kinds import CORE
+from train.data.small_world.kinds import CORE, KINDS
+from train.data.small_world.mentions import nouns_of
 from train.data.small_world.open_wishes import THEMES, held_out_wish
-from train.data.small_world.wishes import Wishes, answer, at_home, open_wishes, scenes_of, staged
-from train.data.small_world.world import World, is_held_out
+from train.data.small_world.wishes import STYLES, Wishes, answer, as_named, at_home, open_wishes, scenes_of, staged
+from train.data.small_world.wording import OPPOSITE
+from train.data.small_world.world import World
 from train.evaluate import reasoning
 from train.networks.text_path import ROOT
 
@@ -55,13 +57,33 @@ def test_answers_tell_their_scene_and_nothing_is_left_to_chance(split):
         text = answer(scene)
         assert text == answer(replace(scene, seed=1, variant=1))
         reading = read(text)
-        assert reading.things == said(scene)
-        assert reading.relation == scene.relation
+        turned = scene.relation == "right" or (scene.relation == "below" and not scene.sign)
+        assert reading.things == (said(scene)[::-1] if turned else said(scene))
+        assert reading.relation == (OPPOSITE[scene.relation] if turned else scene.relation)
         assert reading.background == scene.background
         assert {kind for kind, _ in reading.things} <= set(CORE)
         if split == "train":
             assert wish not in held
-            assert not is_held_out(said(scene), scene.sign and scene.sign.text)
+        if wish == scene.caption:
+            assert held_out_wish(wish) == (split == "held_out")
+
+
+def test_two_things_are_told_in_the_order_of_their_wish():
+    """By the ends of the sentences: "... a red pear beneath a blue heart" -> "... a red pear and a blue heart. ... is below ..."."""
+    world = World(classes=CORE, captions=STYLES, tasks={"two_object": 1, "position": 1, "color_attr": 1})
+    turned = 0
+    for seed in range(120):
+        scene = world.scene(seed)
+        told = as_named(scene)
+        first, second = (KINDS[kind].noun for kind, _ in said(told))
+        opening, text = answer(told).split(".")[0], scene.caption.lower()
+        assert opening.endswith(f"{first} and {opening.split(' and ')[-1]}")
+        assert opening.endswith(second)
+        places = [min(text.find(form) for form in nouns_of(kind, "en") if form in text) for kind, _ in said(told)]
+        assert places == sorted(places)
+        assert (read(answer(told)).things, read(answer(told)).relation) == (said(scene), scene.relation)
+        turned += told is not scene
+    assert 20 < turned < 100
 
 
 def test_a_backdrop_that_is_said_stays_and_another_is_at_home():
@@ -116,10 +138,14 @@ def test_what_contradicts_itself_or_is_no_sentence_is_not_read(text, old, new):
 def test_the_measure_sees_what_was_kept_and_what_was_not():
     """A reasoner that answers truly, one that always says the same, one that never ends."""
     scenes = {scene.caption: scene for scene in reasoning.captions(24, reasoning.WITHOUT_SIGNS)}
-    themes = dict(open_wishes("held_out"))
+    themes = {wish: theme for theme in THEMES for wish in theme.wishes}
+
+    def theme(wish):
+        """Of the longest wish in whatever phrasing, else the first."""
+        return themes[max((w for w in themes if w in wish.lower()), key=len, default="a birthday")]
 
     def true(wishes):
-        told = [at_home(scenes[w]) if w in scenes else scenes_of(themes.get(w, THEMES[0]))[0] for w in wishes]
+        told = [at_home(scenes[w]) if w in scenes else scenes_of(theme(w))[0] for w in wishes]
         return [Refined(w, answer(scene), "s") for w, scene in zip(wishes, told)]
 
     def same(wishes):
@@ -134,10 +160,12 @@ def test_the_measure_sees_what_was_kept_and_what_was_not():
 
     figures, lines = reasoning.report(true, 24, 0, 5, TOKENIZER)
     assert {right / asked for shares in figures.values() for right, asked in shares.values()} == {1.0}
-    assert len(lines) == 24 + len(themes) + 5
+    assert len(lines) == 24 + len(open_wishes("held_out")) + 5 + 5
+    assert figures["trained"]["fits"] == [5, 5]
     figures, _ = reasoning.report(same, 24, 0, 5, TOKENIZER)
     assert share(figures, "captions", "valid") == share(figures, "unknown", "ended") == 1
     assert share(figures, "captions", "class") < 0.3
+    assert figures["trained"]["fits"][0] <= 1
     assert share(figures, "open", "fits") < 0.2
     figures, _ = reasoning.report(endless, 24, 0, 5, TOKENIZER)
     assert share(figures, "captions", "everything") == share(figures, "open", "ended") == 0

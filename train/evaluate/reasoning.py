@@ -3,12 +3,14 @@
     python -m train reasoner --accept mini --json scores.json
 
 Captions of held-out scenes in their brief and GenEval's form, whose answers are read back (data/small_world/dense_reading.py)
-and held against the scene; held-out open wishes, whose answer fits where it has the things of one of its theme's scenes;
-words without meaning here. Any reasoner that is called as `lens.reasoner` has it can be asked.
+and held against the scene; open wishes, held out and, of those trained on, some in phrasings drawn anew, whose answer fits where it
+has the things of one of its theme's scenes; words without meaning here. Any reasoner that is called as `lens.reasoner` has it can
+be asked.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -21,8 +23,9 @@ from lens.reasoner import Reasoner, Refined
 from ..data.small_world.dense_reading import Reading, read
 from ..data.small_world.kinds import CORE
 from ..data.small_world.mentions import said_background
+from ..data.small_world.open_wishes import held_out_wish
 from ..data.small_world.scene import Scene
-from ..data.small_world.wishes import STYLES, open_wishes, scenes_of, unknown_words
+from ..data.small_world.wishes import STYLES, open_wishes, phrased, scenes_of, unknown_words
 from ..data.small_world.world import TASKS, World
 
 FIRST_SEED = 3_000_000_000  # apart from what any stage trains on
@@ -50,9 +53,10 @@ class Tally:
 
 
 def captions(count: int, tasks: dict[str, float]) -> list[Scene]:
-    """The first `count` held-out scenes of CORE's classes with their wish as caption."""
+    """The first `count` scenes of CORE's classes whose caption, their wish, is held out, as are their facts."""
     world = World("held_out", tasks, CORE, STYLES)
-    return [world.scene(FIRST_SEED + i) for i in range(count)]
+    scenes = (world.scene(seed) for seed in itertools.count(FIRST_SEED))
+    return list(itertools.islice((scene for scene in scenes if held_out_wish(scene.caption)), count))
 
 
 def reading(answer: Refined) -> Reading | None:
@@ -89,10 +93,12 @@ def report(
     """Kind of wish -> figure -> [right, asked]; and every wish with its answer and flag."""
     rng = random.Random("unknown wishes")
     unknown = [" ".join(rng.sample(unknown_words(tokenizer), rng.randint(1, 4))) for _ in range(words)]
+    trained = [(phrased(wish, rng), theme) for wish, theme in rng.sample(open_wishes("train"), words)]
     groups: dict[str, list[tuple[str, Any]]] = {
         "captions": [(scene.caption, scene) for scene in captions(count, WITHOUT_SIGNS)],
         "signs": [(scene.caption, scene) for scene in captions(signs, SIGNS)],
         "open": list(open_wishes("held_out")),
+        "trained": trained,
         "unknown": [(wish, None) for wish in unknown],
     }
     figures, lines = {}, []
@@ -104,7 +110,7 @@ def report(
             tally.add(ended=not answer.flag, valid=said is not None)
             if name in ("captions", "signs"):
                 tally.add(**kept(about, said))
-            elif name == "open":
+            elif name in ("open", "trained"):
                 suits = {tuple((t.kind, t.colour) for t in scene.things) for scene in scenes_of(about)}
                 tally.add(fits=said is not None and said.things in suits)
             lines.append([name, wish, answer.flag or answer.prompt])

@@ -131,7 +131,7 @@ def _open(scene: Scene, rng: random.Random, names: list[str]) -> str:
         return _sentence(rng.choice(OPEN_ROW), **parts)
     if rng.random() < 0.3:
         parts = {"x": phrases[1], "y": phrases[0]}
-    return _sentence(rng.choice(OPEN_ABOVE if scene.relation == "above" else OPEN_LEFT), **parts)
+    return _sentence(rng.choice(OPEN_ABOVE if scene.relation in ("above", "below") else OPEN_LEFT), **parts)
 
 
 def _relation(scene: Scene, rng: random.Random, names: list[str]) -> str:
