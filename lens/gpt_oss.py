@@ -376,9 +376,18 @@ class GptOss(nn.Module):
             new = [token]
         return written
 
+    @torch.no_grad()
+    def probabilities(self, head: Tensor, ids: Sequence[int], begin: int) -> Tensor:
+        """Probability of each of ``ids[begin:]`` after those before it, [len(ids) - begin] in float32; begin >= 1. Needs all
+        layers."""
+        last = len(self.layers) - 1
+        states = self.norm(self([ids[:-1]], [Keys(len(ids))], (last,))[last][begin - 1 :])
+        shares = self._logits(states, head).softmax(-1)
+        return shares.gather(-1, torch.tensor(ids[begin:], device=shares.device)[:, None])[:, 0]
+
     @staticmethod
     def _logits(state: Tensor, head: Tensor) -> Tensor:
-        """state head^T in float32: [1, D], [V, D] -> [1, V]. A head of another dtype is converted piece by piece."""
+        """state head^T in float32: [R, D], [V, D] -> [R, V]. A head of another dtype is converted piece by piece."""
         if head.dtype == state.dtype:
             return F.linear(state, head).float()
         return torch.cat([F.linear(state, part.to(state.dtype)) for part in head.split(_HEAD_ROWS)], -1).float()

@@ -30,7 +30,9 @@ VERSION = "v1"
 CATEGORIES = (
     "minors", "sexual", "violence", "hate", "self_harm", "extremism", "crime", "deception", "harassment", "other",
 )  # fmt: skip
+FLAGS = ("empty", "broken", "language", "unsure")  # why a prompt is the user's own words
 MAX_CHARACTERS = 6000  # of a prompt; the text encoder reads about 400 tokens
+SURE = 0.5  # of every token that Lens-Mini's reasoner writes: more probable than all others together, or it has not understood
 _REPEATS = 3  # times that a sentence may stand in a prompt: small models fall into loops
 _FALLBACKS = ("answer", "malformed", "too large")  # errors of a call that did bring an answer, though none to use
 
@@ -61,7 +63,7 @@ _SCHEMA: Mapping[str, Any] = {
 @dataclass(frozen=True)
 class Refined:
     """What to draw for a wish. flag: "" where ``prompt`` is the reasoner's, else why it is the user's own words: "empty",
-    "broken" or "language", with ``note`` for people. source: model, system prompt and policy, with their versions."""
+    "broken", "language" or "unsure", with ``note`` for people. source: model, system prompt and policy, with their versions."""
 
     wish: str
     prompt: str
@@ -180,7 +182,7 @@ def accepted(wish: str, prompt: str, source: str) -> Refined:
 def fallen_back(wish: str, why: str, source: str) -> Refined:
     """The user's words, for a reason such as "empty: no prompt"."""
     flag, _, note = why.partition(": ")
-    return Refined(wish, wish, source, flag if flag in ("empty", "broken", "language") else "broken", note or why)
+    return Refined(wish, wish, source, flag if flag in FLAGS else "broken", note or why)
 
 
 # of Latin script the words that one language has and the others have not
@@ -266,7 +268,9 @@ class EmbeddedReasoner:
     """The pipeline's own text encoder, writing through the LM head that drawing does without.
 
     GPT-OSS follows the system prompt and policy. Lens-Mini's writes by layers of its own (``reasoner/``), trained on chats
-    "wish -> dense caption" while the encoder's stayed: it reads no system prompt, writes plain text and cannot refuse.
+    "wish -> dense caption" while the encoder's stayed: it reads no system prompt, writes plain text and cannot refuse. So small
+    a model mixes up what it has not understood, but is unsure then: where a token's probability is below SURE, the user's words
+    stay ("unsure").
     """
 
     def __init__(self, pipe: LensPipeline, system: str | Path = "general", max_tokens: int | None = None):
@@ -297,10 +301,20 @@ class EmbeddedReasoner:
 
     def _answer(self, wish: str) -> Refined | Refused:
         try:
-            text, ended = self.write(wish)
+            ids, written, ended = self._written(wish)
             if not ended:
                 raise BadAnswer(f"broken: no end within {self.max_tokens} tokens")
-            return decided(wish, text, self.source) if self.instructed else accepted(wish, text, self.source)
+            text = self.chat.text(written)
+            if self.instructed:
+                return decided(wish, text, self.source)
+            answer = accepted(wish, text, self.source)
+            if self.begins_with_wish:
+                shares = self.model.probabilities(self.head, ids + written, len(ids))
+                least = int(shares.argmin())
+                if shares[least] < SURE:
+                    said = self.chat.text(written[least : least + 1]).strip()
+                    raise BadAnswer(f"unsure: {shares[least]:.0%} for {said!r} in {text!r}")
+            return answer
         except BadAnswer as error:
             return fallen_back(wish, str(error), self.source)
 
@@ -321,13 +335,18 @@ class EmbeddedReasoner:
 
     def write(self, wish: str) -> tuple[str, bool]:
         """The most probable token after another: (the text with its markers, whether it came to its end)."""
+        _, written, ended = self._written(wish)
+        return self.chat.text(written), ended
+
+    def _written(self, wish: str) -> tuple[list[int], list[int], bool]:
+        """What was read, what was written without its end, and whether it came to it."""
         ids, end = self.prompt_ids(wish), self.chat.ids(RETURN)
         if self.head is not None:
             written = self.model.write(self.head, ids, self.max_tokens, stop=end)
         else:
             written = self._written_by_transformers(ids, end)
         ended = written[-1:] == end
-        return self.chat.text(written[:-1] if ended else written), ended
+        return ids, written[:-1] if ended else written, ended
 
     def _written_by_transformers(self, ids: list[int], end: list[int]) -> list[int]:
         import torch

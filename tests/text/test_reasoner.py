@@ -254,6 +254,29 @@ def test_the_embedded_reasoner_writes_the_most_probable_tokens_by_layers_of_its_
     assert all(torch.equal(a, b) for a, b in zip(before, pipe.encode_text("a red apple")[0], strict=True))
 
 
+def test_what_it_is_not_sure_of_gives_way_to_the_users_words(folder, monkeypatch):
+    """Probabilities against transformers' softmax; every token below a half is named, none at a half or above."""
+    ours = EmbeddedReasoner(LensPipeline.from_pretrained(folder, device="cpu"))
+    ids, written = ours.prompt_ids("fruit"), ours.chat.ids("A red apple.")
+    theirs = with_lm_head(load_text_encoder(folder / "text_encoder", torch.float32, "cpu"), folder / "text_encoder")
+    theirs.model.load_state_dict(load_file(folder / REASONER / "model.safetensors"), strict=False)
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids + written]), use_cache=False).logits[0, len(ids) - 1 : -1]
+    expected = logits.softmax(-1)[range(len(written)), written]
+    found = ours.model.probabilities(ours.head, ids + written, len(ids))
+    assert torch.allclose(found, expected, rtol=1e-3, atol=1e-7)
+
+    monkeypatch.setattr(ours.model, "write", lambda *args, stop: written + list(stop))
+    for shares, flag, note in (
+        ([0.9, 0.499, 0.4, 0.9], "unsure", "40% for 'apple' in 'A red apple.'"),
+        ([0.9, 0.5, 1, 0.9], "", ""),
+    ):
+        monkeypatch.setattr(ours.model, "probabilities", lambda *args, shares=shares: torch.tensor(shares))
+        (answer,) = ours(["fruit"])
+        assert (answer.flag, answer.note) == (flag, note)
+        assert answer.prompt == ("fruit" if flag else "A red apple.")
+
+
 def test_an_adapter_writes_with_the_layers_of_its_base(folder, tmp_path):
     (tmp_path / "adapter_model.safetensors").symlink_to(MINI / "rl" / "adapter_model.safetensors")
     about = json.loads((MINI / "rl" / "adapter_config.json").read_text())

@@ -136,7 +136,7 @@ def test_what_contradicts_itself_or_is_no_sentence_is_not_read(text, old, new):
 
 
 def test_the_measure_sees_what_was_kept_and_what_was_not():
-    """A reasoner that answers truly, one that always says the same, one that never ends."""
+    """A reasoner that answers truly, one that always says the same, one that never ends, one that is unsure."""
     scenes = {scene.caption: scene for scene in reasoning.captions(24, reasoning.WITHOUT_SIGNS)}
     themes = {wish: theme for theme in THEMES for wish in theme.wishes}
 
@@ -150,6 +150,11 @@ def test_the_measure_sees_what_was_kept_and_what_was_not():
 
     def same(wishes):
         return [Refined(w, CAR, "s") for w in wishes]
+
+    def unsure(wishes):
+        """Of the first seven."""
+        mixed = [Refined(w, w, "s", "unsure", "40% for 'car'") for w in wishes[:7]]
+        return [*mixed, *true(wishes)[7:]]
 
     def endless(wishes):
         return [Refined(w, w, "s", "broken") for w in wishes]
@@ -168,4 +173,9 @@ def test_the_measure_sees_what_was_kept_and_what_was_not():
     assert figures["trained"]["fits"][0] <= 1
     assert share(figures, "open", "fits") < 0.2
     figures, _ = reasoning.report(endless, 24, 0, 5, TOKENIZER)
-    assert share(figures, "captions", "everything") == share(figures, "open", "ended") == 0
+    assert share(figures, "captions", "sure") == share(figures, "open", "ended") == 0
+    assert figures["captions"].keys() == {"ended", "sure"}  # nothing else was asked
+    figures, lines = reasoning.report(unsure, 24, 0, 5, TOKENIZER)
+    told = figures["captions"]
+    assert (told["ended"], told["sure"], told["valid"], told["everything"]) == ([24, 24], [17, 24], [17, 17], [17, 17])
+    assert lines[0][2] == "unsure: 40% for 'car'"

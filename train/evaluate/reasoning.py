@@ -4,8 +4,8 @@
 
 Captions of held-out scenes in their brief and GenEval's form, whose answers are read back (data/small_world/dense_reading.py)
 and held against the scene; open wishes, held out and, of those trained on, some in phrasings drawn anew, whose answer fits where it
-has the things of one of its theme's scenes; words without meaning here. Any reasoner that is called as `lens.reasoner` has it can
-be asked.
+has the things of one of its theme's scenes; words without meaning here. What an answer keeps is asked of those alone of which the
+reasoner was sure: the user's words stay for the others. Any reasoner that is called as `lens.reasoner` has it can be asked.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def captions(count: int, tasks: dict[str, float]) -> list[Scene]:
 
 
 def reading(answer: Refined) -> Reading | None:
-    """What an answer says; None where it is no dense caption or the user's own words."""
+    """What an answer says; None where it is no dense caption."""
     try:
-        return None if answer.flag else read(answer.prompt)
+        return read(answer.prompt)
     except ValueError:
         return None
 
@@ -106,14 +106,16 @@ def report(
         tally = Tally()
         for (wish, about), answer in zip(asked, reasoner([wish for wish, _ in asked])):
             assert isinstance(answer, Refined), "it cannot refuse"
-            said = reading(answer)
-            tally.add(ended=not answer.flag, valid=said is not None)
-            if name in ("captions", "signs"):
-                tally.add(**kept(about, said))
-            elif name in ("open", "trained"):
-                suits = {tuple((t.kind, t.colour) for t in scene.things) for scene in scenes_of(about)}
-                tally.add(fits=said is not None and said.things in suits)
-            lines.append([name, wish, answer.flag or answer.prompt])
+            tally.add(ended=answer.flag in ("", "unsure"), sure=not answer.flag)
+            if not answer.flag:
+                said = reading(answer)
+                tally.add(valid=said is not None)
+                if isinstance(about, Scene):
+                    tally.add(**kept(about, said))
+                elif about is not None:
+                    suits = {tuple((t.kind, t.colour) for t in scene.things) for scene in scenes_of(about)}
+                    tally.add(fits=said is not None and said.things in suits)
+            lines.append([name, wish, f"{answer.flag}: {answer.note}" if answer.flag else answer.prompt])
         figures[name] = tally.shares()
     return figures, lines
 

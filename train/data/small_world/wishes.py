@@ -11,7 +11,8 @@ fish that it never read of, and what it is for is to keep to the wish.
 
 What a wish leaves open is settled, not drawn: one backdrop for each class (HOME) and one phrase of each group of the dense
 grammar. A reasoner that takes the most probable token says but one thing anyway, and what is left to chance has to be learned
-as chance, against what must be copied.
+as chance, against what must be copied. Words without meaning alone are answered by chance: so a reasoner is unsure where it
+has not understood (`lens.reasoner.SURE`).
 """
 
 from __future__ import annotations
@@ -157,6 +158,12 @@ def scenes_of(theme: Theme) -> list[Scene]:
     return [staged(text, place) for text in theme.scenes for place in theme.backdrops]
 
 
+def settled(wish: str, theme: Theme) -> Scene:
+    """The one of a theme's scenes that stands for a wish: any, but always the same."""
+    scenes = scenes_of(theme)
+    return scenes[sum(map(ord, wish)) % len(scenes)]
+
+
 @functools.cache
 def open_wishes(split: str) -> tuple[tuple[str, Theme], ...]:
     """The wishes of one split, "train" or "held_out", with their theme."""
@@ -186,7 +193,7 @@ class Wishes:
         kind = rng.choices([k for k, _ in self.shares], [share for _, share in self.shares])[0]
         if kind == "open":
             wish, theme = rng.choice(open_wishes(self.split))
-            return phrased(wish, rng), rng.choice(scenes_of(theme))
+            return phrased(wish, rng), settled(wish, theme)
         if kind == "unknown":
             wish = " ".join(rng.sample(unknown_words(self.tokenizer), rng.randint(1, 4)))
             return phrased(wish, rng), staged(rng.choice(ANYTHING), "mint")
