@@ -20,9 +20,11 @@ that are resumed go on beside the weights of --init, which may have been trained
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -61,7 +63,7 @@ from .data.small_world.scene import Scene
 from .data.small_world.world import World
 from .evaluate import distillation as watch
 from .loop import ranks
-from .loop.adapter_model import MADE_OF, base_of, is_adapter, joined, made_whole
+from .loop.adapter_model import MADE_OF, NOT_ITS_OWN, base_of, is_adapter, joined, made_whole
 from .loop.checkpoints import Checkpoints, read_state, step_of, write_text
 from .loop.clock import Clock, duration, positive
 from .loop.ema import Ema
@@ -94,6 +96,16 @@ ABLATION: dict[str, tuple[str, ...]] = {  # arm -> fields
 SEEDS = 3  # of every arm
 SHOWN = ("worth", "score", "ca_over_dm", "deviation", "saturation", "high_frequency", "cast", "diversity", "backdrops")
 
+FIXED = (
+    "STUDENT_STEPS",
+    "STUDENT_SAMPLER",
+    "GRID",
+    "GUIDED_STEPS",
+    "FAKE_WARMUP",
+    "FAKE_UPDATES",
+    "LORA",
+)  # of a training
+
 Decode = Callable[[Tensor, tuple[int, int]], np.ndarray]
 
 
@@ -105,8 +117,10 @@ def check(recipe: ModuleType) -> None:
         "STUDENT_STEPS",
         "GUIDED_SUBSTEPS",
         "FAKE_UPDATES",
+        "TEACHER_STEPS",
         "WATCH_EVERY",
         "WATCHED",
+        "PATIENCE",
         "LOG_EVERY",
         "SAVE_EVERY",
     ):
@@ -115,6 +129,18 @@ def check(recipe: ModuleType) -> None:
     for name in ("LR", "GUIDED_LR", "FAKE_LR", "HEADS_LR", "CLIP", "HEADS_CLIP", "LAMBDA_D", "NORMALISER_FLOOR"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
+    for name in ("DM_WEIGHT", "CA_WEIGHT", "LAMBDA_G", "R1_GAMMA", "R1_ALPHA", "GUIDED_STEPS", "FAKE_WARMUP"):
+        if not 0 <= getattr(recipe, name) < float("inf"):
+            raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
+    for name, last in (("EMA", "below 1"), ("IDA", "at most 1")):
+        if not 0 <= getattr(recipe, name) < (1 if name == "EMA" else 1 + 1e-9):
+            raise ValueError(f"{name}: expected 0 or more and {last}, got {getattr(recipe, name)}")
+    for field in ("RULES", "BARS"):
+        for name, bounds in getattr(recipe, field).items():
+            if name not in watch.NUMBERS:
+                raise ValueError(f"{field}: {name!r}, expected some of {', '.join(watch.NUMBERS)}")
+            if not all(map(math.isfinite, bounds)) or not bounds[0] <= bounds[1]:
+                raise ValueError(f"{field}: {name!r}: expected a finite (low, high), got {bounds}")
     cycle = recipe.FAKE_UPDATES + 1
     for name, unit in (
         ("GUIDED_STEPS", cycle * recipe.WATCH_EVERY),
@@ -179,6 +205,20 @@ def _optimizer(recipe: ModuleType, module: nn.Module, lr: float) -> LeanAdamW:
 
 
 # ------------------------------------------------------------------------------------------------ what is held out
+
+
+@torch.no_grad()
+def response(objective: Distillation, teacher: nn.Module, batch: ShardBatch) -> float:
+    """|v_c - v_u| / |v_c| of the teacher on noised real pictures: what there is to distil of its guidance."""
+    apart = whole = 0.0
+    real, given = objective.given(batch)
+    for time in RESPONSE_TIMES:
+        t = torch.full((len(real),), time, device=real.device)
+        noise = torch.randn(real.shape, generator=keyed(objective.recipe.SEED, "watch", 0)).to(real.device)
+        x = (1 - time) * real + time * noise
+        c, u = given.velocity(teacher, x, t), given.without_text().velocity(teacher, x, t)
+        apart, whole = apart + float((c - u).square().sum()), whole + float(c.square().sum())
+    return (apart / whole) ** 0.5
 
 
 class HeldOut:
@@ -247,19 +287,6 @@ class HeldOut:
     def _decoded(self, latents: Tensor, grid: tuple[int, int]) -> list[np.ndarray]:
         return list(self.decode(latents, grid)) if self.decode is not None else []
 
-    @torch.no_grad()
-    def response(self) -> float:
-        """|v_c - v_u| / |v_c| of the teacher on noised real pictures: what there is to distil of its guidance."""
-        apart = whole = 0.0
-        batch = self.batches[0]
-        real, given = self.objective.given(batch)
-        for time in RESPONSE_TIMES:
-            t = torch.full((len(real),), time, device=real.device)
-            x = (1 - time) * real + time * self._noise(real, 0)
-            c, u = given.velocity(self.teacher, x, t), given.without_text().velocity(self.teacher, x, t)
-            apart, whole = apart + float((c - u).square().sum()), whole + float(c.square().sum())
-        return (apart / whole) ** 0.5
-
     def references(self) -> dict[str, watch.Drawn]:
         """What the student is held against, drawn once: `truth`, through the decoder and without groups; `teacher`, guided and in
         its many steps; `teacher_few`, guided and in the student's; `start`, the student before it has learned."""
@@ -304,6 +331,12 @@ class HeldOut:
 # ------------------------------------------------------------------------------------------------ method
 
 
+def added(sums: dict[str, list[float]], name: str, total: float, count: float) -> None:
+    """A sum and a count more."""
+    before = sums.get(name, [0.0, 0.0])
+    sums[name] = [before[0] + total, before[1] + count]
+
+
 class Distil(Method):
     """Student, fake score and heads in turns. best: where the averaged student of the highest score goes."""
 
@@ -323,8 +356,11 @@ class Distil(Method):
         self.modules = {name: network.module for name, network in networks.items()}
         self.rules = watch.Rules(recipe.RULES, recipe.PATIENCE)  # widened when the references are drawn
         self.bars = recipe.BARS  # widened, too
+        self.settings: Mapping[str, Any] = configs.fields(recipe)  # that the best student is saved with
         self.ended: list[str] = []  # the rules that say stop
         self.sums: dict[str, list[float]] = {}  # of this rank's terms since the last check: sum, count
+        self.terms: dict[str, list[float]] = {}  # of the step at hand, which may be skipped: sum, count
+        self.terms_of = -1  # that step
         self.counted: tuple[int, int] | None = None  # the micro-batch whose terms came last
         self.lowest_fake, self.best = float("inf"), {"worth": float("-inf"), "step": -1.0}
         self.drawn: watch.Drawn | None = None
@@ -363,14 +399,18 @@ class Distil(Method):
         if (batch.step, batch.slot) == self.counted:  # a rank without a slot of its own left repeats its last one
             return found
         self.counted = batch.step, batch.slot
+        if step != self.terms_of:
+            self.terms, self.terms_of = {}, step
         for own in found.values():
             for name, value in own.terms.items():
-                held = self.sums.setdefault(name, [0.0, 0.0])
-                held[0], held[1] = held[0] + value.item(), held[1] + 1
+                added(self.terms, name, value.item(), 1)
         return found
 
     def after(self, step: int) -> None:
-        """IDA, behind a student step."""
+        """The terms of a step that was taken count; IDA, behind a student step."""
+        for name, (total, count) in self.terms.items():
+            added(self.sums, name, total, count)
+        self.terms = {}
         if self.recipe.IDA and self.students_turn(step):
             fake, student = ([local_shard(p.detach()) for p in own] for own in self._pairs())
             dmd.align_(fake, student, self.recipe.IDA)
@@ -415,12 +455,13 @@ class Distil(Method):
         # JSON has no infinity: None where there is none yet
         best = self.best if self.best["step"] >= 0 else None
         lowest = self.lowest_fake if self.lowest_fake < float("inf") else None
-        return {"watch": {**kept, "best": best, "lowest_fake": lowest}}
+        return {"watch": {**kept, "best": best, "lowest_fake": lowest, "ended": self.ended}}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         held = state["watch"]
         self.sums = {name: list(pair) for name, pair in held["sums"].items()} if self.group.main else {}  # of all ranks
         self.rules.broken = dict(held["broken"])
+        self.ended = list(held.get("ended", ()))  # states of before have none
         if held["lowest_fake"] is not None:
             self.lowest_fake = held["lowest_fake"]
         if held["best"] is not None and held["best"]["step"] >= self.recipe.GUIDED_STEPS:  # states of before had others
@@ -433,8 +474,7 @@ class Distil(Method):
         found: dict[str, list[float]] = {}
         for own in self.group.gather(self.sums):
             for name, (total, count) in own.items():
-                before = found.get(name, [0.0, 0.0])
-                found[name] = [before[0] + total, before[1] + count]
+                added(found, name, total, count)
         return found
 
     def _since(self) -> dict[str, float]:
@@ -486,7 +526,7 @@ class Distil(Method):
             if self.states is not None:
                 student = ranks.bare(self.modules["student"])
                 tensors = {f"model.{name}": p.detach() for name, p in student.named_parameters()}
-                self.states.save(step, tensors, {"stage": STAGE, "settings": {}, "worth": values["worth"]})
+                self.states.save(step, tensors, {"stage": STAGE, "settings": self.settings, "worth": values["worth"]})
                 self.states.wait()
         return values
 
@@ -511,15 +551,14 @@ class Distil(Method):
 
 
 class RuledClock(Clock):
-    """Over, too, when a rule of the method says so."""
+    """Over, too, when a rule of the method says so; the clock may be that of several runs."""
 
-    def __init__(self, limit: float | None, method: Distil):
-        super().__init__(limit)
-        self.method = method
+    def __init__(self, clock: Clock, method: Distil):
+        self.start, self.limit, self.clock, self.method = clock.start, clock.limit, clock, method
 
     @property
     def over(self) -> bool:
-        return bool(self.method.ended) or super().over
+        return bool(self.method.ended) or self.clock.over
 
 
 # ------------------------------------------------------------------------------------------------ the command
@@ -609,7 +648,7 @@ def run(options: argparse.Namespace) -> int:
         elif options.ablate:
             ablate(options, recipe, group)
         else:
-            train(options, recipe, group, options.out, options.steps or recipe.STEPS, options.stop_after)
+            train(options, recipe, group, options.out, options.steps or recipe.STEPS, Clock(options.stop_after))
     return 0
 
 
@@ -693,9 +732,14 @@ def setting_of(options: argparse.Namespace, recipe: ModuleType, group: Ranks) ->
     data, batches, held, scenes, decode, kinds = stream_of(options, recipe, group)
     teacher = teacher_of(recipe, group, options.init)
     held_out = HeldOut(objective, teacher, held, decode, scenes) if held else None
-    if held_out is not None and (response := held_out.response()) < LEAST_RESPONSE:
+    if held:
+        felt = response(objective, teacher, held[0])
+    else:
+        with closing(batches({"step": 0})) as first:  # type: ignore[type-var]
+            felt = response(objective, teacher, next(first))
+    if felt < LEAST_RESPONSE:
         raise ValueError(
-            f"distill --init {options.init}: |v_c - v_u| / |v_c| is {response:.2g}, expected at least {LEAST_RESPONSE}: this "
+            f"distill --init {options.init}: |v_c - v_u| / |v_c| is {felt:.2g}, expected at least {LEAST_RESPONSE}: this "
             "teacher does not respond to guidance, and there is nothing to distil of it"
         )
     return Setting(data, batches, kinds, teacher, held_out)
@@ -707,11 +751,12 @@ def train(
     group: Ranks,
     out: Path,
     steps: int,
-    limit: float | None,
+    clock: Clock,
     setting: Setting | None = None,
-) -> Distil:
-    """Distil until so many student steps, the clock or a rule. setting: of runs before, with this seed. Errors: ValueError,
-    see the command's help."""
+) -> tuple[Distil, bool]:
+    """Distil until so many student steps, the clock or a rule: the method as it ended, and whether by steps or a rule. A training
+    that a rule ended stays ended, unless a state is named by --resume. setting: of runs before, with this seed. Errors:
+    ValueError, see the command's help."""
     objective = objective_of(options, recipe)
     setting = setting or setting_of(options, recipe, group)
     held_out = setting.held_out
@@ -719,20 +764,25 @@ def train(
     best = Checkpoints(out / "best", group, 1)
     networks = networks_of(recipe, group, options.init)
     method = Distil(recipe, group, networks, setting.teacher, objective, setting.kinds, held_out, best)
-    trainer = Trainer(method.plan(steps), method, states, out, group, configs.fields(recipe))
+    settings = configs.fields(recipe) | {"INIT": base_name(options.adapter or options.init)}
+    method.settings = settings
+    trainer = Trainer(method.plan(steps), method, states, out, group, settings)
     at: dict[str, Any] = {"step": 0}
     if (folder := options.resume or states.latest()) is not None:
-        held_lora = read_state(folder)["settings"].get("LORA")
-        if held_lora != getattr(recipe, "LORA", None):
-            raise ValueError(f"--lora {getattr(recipe, 'LORA', None)}: this training has {held_lora or 'none'}")
+        told = refuse_another(settings, read_state(folder)["settings"])
+        if group.main and told:
+            print(*(f"distill: {line}" for line in told), sep="\n", flush=True)
         with frozen_kept(method.networks.values()):
             at = trainer.resume(folder)["data"]
+        if options.resume:
+            method.ended = []
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
         if held_out is None:
             print("distill: without --validate nothing is watched, and the last student is taken", flush=True)
     group.barrier()
-    trainer.run(setting.batches(at), RuledClock(limit, method), setting.place)
+    if not method.ended:
+        trainer.run(setting.batches(at), RuledClock(clock, method), setting.place)
     if group.main:
         for line in method.ended:
             print(f"distill: ended at student step {method.student_step(trainer.step)}: {line}", flush=True)
@@ -741,7 +791,20 @@ def train(
                 f"best: worth {method.best['worth']:.4f} at optimiser step {method.best['step']:.0f}, in {best.folder}",
                 flush=True,
             )
-    return method
+    return method, bool(method.ended) or trainer.step >= trainer.plan.steps
+
+
+def refuse_another(settings: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
+    """What a training does otherwise than its state says, a line each. Errors: ValueError where it would be another training:
+    of FIXED, and of all weights, which hold none of the teacher's, INIT."""
+    now = json.loads(json.dumps(settings))
+    shared = [name for name in now if name in held] + ["LORA"]  # states of before lack some
+    differ = {name: (held.get(name), now.get(name)) for name in shared if held.get(name) != now.get(name)}
+    for name in FIXED if "LORA" in held else (*FIXED, "INIT"):
+        if name in differ:
+            before, asked = ("none" if value is None else value for value in differ[name])
+            raise ValueError(f"{name} {asked}: this training has {before}")
+    return [f"{name} was {before!r}, is {asked!r}" for name, (before, asked) in differ.items()]
 
 
 @contextmanager
@@ -767,43 +830,62 @@ def student_scheduler(recipe: ModuleType, folder: Path) -> Scheduler:
 
 
 def short_run(
-    options: argparse.Namespace, recipe: ModuleType, changes: Sequence[str], group: Ranks, out: Path, setting: Setting
-) -> tuple[Distil, dict[str, Any]]:
-    """SWEEP_STEPS of the student with these fields: the method as it ended, and the last check's numbers."""
+    options: argparse.Namespace,
+    recipe: ModuleType,
+    changes: Sequence[str],
+    group: Ranks,
+    out: Path,
+    setting: Setting,
+    clock: Clock,
+) -> tuple[Distil, dict[str, Any]] | None:
+    """SWEEP_STEPS of the student with these fields: the method as it ended, and the last check's numbers. None where the clock
+    ended it, which is the table's."""
     own = configs.override(recipe, list(changes))
     if hasattr(recipe, "LORA"):
         vars(own)["LORA"] = recipe.LORA
-    method = train(options, own, group, out, options.steps or SWEEP_STEPS, options.stop_after, setting)
+    method, whole = train(options, own, group, out, options.steps or SWEEP_STEPS, clock, setting)
+    if not whole:
+        return None
     rows = read_log(out / "log.jsonl")
     return method, next((row for row in reversed(rows) if "deviation" in row and "drift" in row), {})
 
 
+def cut(options: argparse.Namespace, lines: Sequence[str], group: Ranks) -> None:
+    """What there is of a table that the clock ended."""
+    if group.main:
+        print("\n".join([*lines, f"distill: not all of the runs in {options.out}; the same command goes on"]))
+
+
 def sweep(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> None:
-    """Short runs at every pair of factors on FAKE_LR and CA_WEIGHT, into OUT/sweep.md; resumes run by run."""
+    """Short runs at every pair of factors on FAKE_LR and CA_WEIGHT, into OUT/sweep.md when all of them are done; resumes within a
+    run."""
     pairs = [(a, b) for a in SWEEP["FAKE_LR"] for b in SWEEP["CA_WEIGHT"]][:MOST_RUNS]
     lines = ["| fake rate | CA weight | best worth | at | " + " | ".join(SHOWN) + " | ended by |"]
     lines.append("|" + "---|" * (5 + len(SHOWN)))
-    setting = setting_of(options, recipe, group)
+    clock, setting = Clock(options.stop_after), setting_of(options, recipe, group)
     for rate, weight in pairs:
         values = f"{recipe.FAKE_LR * rate:g}", f"{recipe.CA_WEIGHT * weight:g}"
         out = options.out / "sweep" / f"fake_{values[0]}_ca_{values[1]}"
         changes = [f"FAKE_LR={values[0]}", f"CA_WEIGHT={values[1]}"]
-        method, last = short_run(options, recipe, changes, group, out, setting)
+        found = short_run(options, recipe, changes, group, out, setting, clock)
+        if found is None:
+            return cut(options, lines, group)
+        method, last = found
         best = [f"{method.best['worth']:.4f}", str(method.student_step(int(method.best["step"])))]
         ended = ", ".join(line.split(" is ")[0] for line in method.ended) or "-"
         shown = [f"{last[n]:.3g}" if n in last else "-" for n in SHOWN]
         lines.append("| " + " | ".join([*values, *best, *shown, ended]) + " |")
-        if group.main:
-            write_text(options.out / "sweep.md", "\n".join(lines) + "\n")
     if group.main:
+        write_text(options.out / "sweep.md", "\n".join(lines) + "\n")
         print("\n".join(lines))
 
 
 def ablate(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> None:
-    """Short runs of every arm of ABLATION at SEEDS seeds, into OUT/ablation.md: the mean of the last check's numbers, and
-    the lowest and highest seed; resumes run by run."""
+    """Short runs of every arm of ABLATION at SEEDS seeds, into OUT/ablation.md when all of them are done: the mean of the last
+    check's numbers, and the lowest and highest seed; resumes within a run."""
     lines = ["| arm | seeds | " + " | ".join(SHOWN) + " |", "|" + "---|" * (2 + len(SHOWN))]
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in ABLATION}
+    clock = Clock(options.stop_after)
     for seed in range(recipe.SEED, recipe.SEED + SEEDS):
         seeded = configs.override(recipe, [f"SEED={seed}"])
         if hasattr(recipe, "LORA"):
@@ -811,11 +893,14 @@ def ablate(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> Non
         setting = setting_of(options, seeded, group)
         for arm, changes in ABLATION.items():
             out = options.out / "ablation" / f"{arm.strip('+ ').replace(' ', '_').replace('+', 'and')}_{seed}"
-            found[arm].append(short_run(options, seeded, changes, group, out, setting)[1])
+            ended = short_run(options, seeded, changes, group, out, setting, clock)
             table = [row_of(name, rows) for name, rows in found.items() if rows]
-            if group.main:
-                write_text(options.out / "ablation.md", "\n".join([*lines, *table]) + "\n")
+            if ended is None:
+                return cut(options, [*lines, *table], group)
+            found[arm].append(ended[1])
     if group.main:
+        table = [row_of(name, rows) for name, rows in found.items()]
+        write_text(options.out / "ablation.md", "\n".join([*lines, *table]) + "\n")
         print("\n".join([*lines, *table]))
 
 
@@ -829,6 +914,24 @@ def row_of(arm: str, rows: Sequence[Mapping[str, Any]]) -> str:
     return "| " + " | ".join([arm, str(len(rows)), *cells]) + " |"
 
 
+def as_trained(options: argparse.Namespace, recipe: ModuleType, settings: Mapping[str, Any]) -> ModuleType:
+    """The recipe with what a state says of itself. Errors: ValueError where an option says otherwise."""
+    trained: Any = configs.override(recipe, [])
+    given = {text.partition("=")[0].strip() for text in getattr(options, "set", ())}
+    given |= {"LORA"} if getattr(options, "lora", None) else set()
+    asked = json.loads(json.dumps(configs.fields(recipe)))
+    init = base_name(options.adapter or options.init)
+    if (before := settings.get("INIT", init)) != init and "LORA" not in settings:
+        raise ValueError(f"--init {init}: this training has {before}")
+    for name in [*asked, "LORA"] if settings else ():
+        value = settings.get(name)
+        if name in given and asked.get(name) != value:
+            raise ValueError(f"{name} {asked.get(name)}: this training has {'none' if value is None else value}")
+        if name in FIXED and value is not None:
+            setattr(trained, name, value)
+    return trained
+
+
 def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     """The best student, or without a score or within GUIDED_STEPS the last average, as a checkpoint folder beside the teacher's
     other parts.
@@ -836,26 +939,32 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     Its metadata says the student's sampler, steps and grid, which the pipeline obeys. With --lora: FOLDER/lora, too, a model of
     its own that names its base, made of the adapter rounded to bfloat16 as the whole checkpoint is.
     """
-    best = Checkpoints(options.out / "best", ALONE)
-    found = best.latest()
+    best, states = (Checkpoints(options.out / part, ALONE) for part in ("best", "checkpoints"))
+    found, last = best.latest(), states.latest()
+    about_last = read_state(last) if last is not None else None
+    if found is not None and about_last is not None:
+        chosen = about_last["watch"]["best"]
+        if chosen is None or chosen["step"] != step_of(found):
+            found = None  # of a branch that was left, or of the guided steps
+    if (where := found or last) is None:
+        raise FileNotFoundError(f"{states.folder}: no state of a training here")
+    settings = read_state(where)["settings"] or (about_last or {}).get("settings", {})  # best ones of before have none
+    recipe = as_trained(options, recipe, settings)
     with torch.device("meta"):
         model = Denoiser(flow.model_of(recipe))
     model.to_empty(device="cpu")
     if lora := lora_of(recipe):
         attach_lora(model, lora)
-    if found is not None and step_of(found) >= recipe.GUIDED_STEPS:
+    if found is not None:
         best.load(found, {f"model.{name}": p.detach() for name, p in model.named_parameters()})
     else:
-        states = Checkpoints(options.out / "checkpoints", ALONE)
-        if (found := states.latest()) is None:
-            raise FileNotFoundError(f"{states.folder}: no state of a training here")
         names = {
             f"{'ema' if p.requires_grad else 'model'}.student.{n}": p.detach() for n, p in model.named_parameters()
         }
-        states.load(found, names)
-        if step_of(found) < recipe.GUIDED_STEPS:
+        states.load(where, names)
+        if step_of(where) < recipe.GUIDED_STEPS:
             print(
-                f"distill --export: {found} is at a step of {recipe.GUIDED_STEPS} guided ones whose rate has not fallen yet: train on"
+                f"distill --export: {where} is at a step of {recipe.GUIDED_STEPS} guided ones whose rate has not fallen yet: train on"
             )
     folder: Path = options.export
     if lora:
@@ -869,24 +978,26 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
             write_lora(both, Lora(rank, rank, targets), folder / "lora", torch.bfloat16, base)
         merge_lora(model)
     if folder.resolve() != options.init.resolve():
-        shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", MADE_OF))
+        shutil.copytree(options.init, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_ITS_OWN, MADE_OF))
     save_transformer(model, folder / "transformer", torch.bfloat16)
     write_json(
         folder / "scheduler" / "scheduler_config.json", released_scheduler(student_scheduler(recipe, options.init))
     )
     about = dict(read_index(options.init).get("lens", {}))
+    about.pop("validation", None)  # the teacher's
     about |= {"variant": "turbo", "num_inference_steps": recipe.STUDENT_STEPS, "guidance_scale": 1.0}
     name = str(about.get("name", "Lens"))
     about["name"] = f"{name.removesuffix('-RL')}-Turbo"
     about["distilled"] = {"sampler": recipe.STUDENT_SAMPLER, "steps": recipe.STUDENT_STEPS, "grid": recipe.GRID}
-    made = configs.fields(recipe) | {"INIT": base_name(options.adapter or options.init), "STEP": step_of(found)}
+    made = settings or configs.fields(recipe)
+    made = made | {"INIT": base_name(options.adapter or options.init), "STEP": step_of(where)}
     earlier = read_json(options.init / "recipe.json") if (options.init / "recipe.json").is_file() else {}
     for place in (folder, folder / "lora") if lora else (folder,):
         write_json(place / "model_index.json", released_index(about))
         write_json(place / "recipe.json", earlier | {STAGE: made})
         if (options.out / "log.jsonl").is_file():
             write_text(place / f"{STAGE}.jsonl", (options.out / "log.jsonl").read_text(encoding="utf-8"))
-    print(f"{found} is exported: {folder}")
+    print(f"{where} is exported: {folder}")
 
 
 def base_name(folder: Path) -> str:

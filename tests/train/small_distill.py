@@ -20,7 +20,8 @@ def recipe(**changes):
     module.__dict__.update(configs.fields(RELEASED))
     module.__dict__.update(MODEL=SHAPE, SLOTS=2, TAPS=(1, 2), HEAD_WIDTH=8, COMPUTE="float32", RECOMPUTE="none")
     module.__dict__.update(LR=1e-3, FAKE_LR=1e-3, NORMALISER_FLOOR=0.1, LOG_EVERY=1, SAVE_EVERY=100, WATCH_EVERY=1)
-    module.__dict__.update(TEACHER_STEPS=2, GROUPS=1, GROUP=2, EMA=0.9, MU=0.5, **changes)
+    module.__dict__.update(TEACHER_STEPS=2, GROUPS=1, GROUP=2, EMA=0.9, MU=0.5)
+    module.__dict__.update(changes)
     return module
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from train.evaluate import distillation as watch
 from train.loop import ranks
 from train.loop.adapter_model import made_whole
 from train.loop.checkpoints import Checkpoints
+from train.loop.clock import Clock
 from train.loop.keys import keyed
 from train.loop.lean_adamw import LeanAdamW
 from train.loop.lora import attach_lora, lora_layers, lora_of, parse_lora, save_lora
@@ -86,8 +88,23 @@ def test_a_slot_that_is_repeated_is_counted_once(folder):
     counts = []
     for slot in (0, 0, 1, 1):
         method.losses(micro(0, slot), 0)
-        counts.append(method.sums["fake"][1])
+        counts.append(method.terms["fake"][1])
     assert counts == [1, 1, 2, 2]
+
+
+def test_a_step_that_is_skipped_does_not_count(folder):
+    """Neither its numbers nor a state that holds them are finite; JSON has no NaN, and no resume would read it."""
+    method, nan = method_on(folder, recipe()), micro(1, 0)
+    nan.latents.fill_(float("nan"))
+    method.losses(micro(0, 0), 0)
+    method.after(0)
+    before = method.state()
+    method.losses(nan, 1)  # the trainer finds that it is not finite, and takes no step
+    assert method.state() == before
+    method.losses(micro(2, 0), 2)
+    method.after(2)
+    assert method.sums["fake"][1] == 2
+    assert all(math.isfinite(total) for total, _ in method.sums.values())
 
 
 def test_a_warm_up_teaches_the_fake_score_alone():
@@ -335,10 +352,13 @@ def test_a_rule_ends_the_training_when_its_number_stays_outside(tmp_path, folder
     assert rules.check({"cast": float("nan")}) == []
     assert rules.check({"cast": 3.0}) == ["cast is 3, outside of 0 .. 1 at 2 checks in a row"]
     trainer = trainer_in(tmp_path, folder, watched=True, RULES={"drift": (0.0, 1e-9)}, PATIENCE=2)
-    clock = distill.RuledClock(None, trainer.method)
+    clock = distill.RuledClock(Clock(None), trainer.method)
     assert trainer.run(batches(0), clock) is False
     assert trainer.step == 11  # the second check is at 10; the step after it is the last
     assert "drift is" in trainer.method.ended[0]
+    again = trainer_in(tmp_path, folder, watched=True, RULES={"drift": (0.0, 1e-9)}, PATIENCE=2)
+    again.resume(again.states.latest())
+    assert again.method.ended == trainer.method.ended
     assert trainer.states.latest().name == "step_0000011"
 
 
@@ -400,14 +420,14 @@ def test_a_score_is_named_by_module_and_function():
 
 
 def test_a_teacher_that_does_not_hear_its_text_has_nothing_to_distil(folder):
-    method = method_on(folder, recipe(), watched=True)
-    assert method.held_out.response() > distill.LEAST_RESPONSE
+    method = method_on(folder, recipe())
+    assert distill.response(method.objective, method.teacher, micro(99, 0)) > distill.LEAST_RESPONSE
     with torch.no_grad():
         for block in method.teacher.layers():
             block.text.qkv.weight.zero_()
             block.text.qkv.bias.fill_(-1e4)  # keys that no query looks at, values of all tokens alike
             block.image.out.weight.zero_()
-    assert method.held_out.response() < distill.LEAST_RESPONSE
+    assert distill.response(method.objective, method.teacher, micro(99, 0)) < distill.LEAST_RESPONSE
 
 
 # ---------------------------------------------------------------- recipes, LoRA, dry run
@@ -451,6 +471,13 @@ def test_the_released_recipe_is_the_papers():
             "GUIDED_SUBSTEPS: expected 1 with STUDENT_SAMPLER 'renoise'",
         ),
         ({"FAKE_LR": 0.0}, "FAKE_LR: expected a positive number, got 0.0"),
+        ({"PATIENCE": 0}, "PATIENCE: expected 1 or more, got 0"),
+        ({"R1_GAMMA": -1.0}, "R1_GAMMA: expected 0 or more, got -1.0"),
+        ({"EMA": 1.0}, "EMA: expected 0 or more and below 1, got 1.0"),
+        ({"IDA": 2.0}, "IDA: expected 0 or more and at most 1, got 2.0"),
+        ({"RULES": {"drifts": (0.0, 1.0)}}, "RULES: 'drifts', expected some of deviation, "),
+        ({"BARS": {"cast": (0.0, math.inf)}}, "BARS: 'cast': expected a finite"),
+        ({"RULES": {"cast": (2.0, 1.0)}}, "RULES: 'cast': expected a finite"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused(change, words):
@@ -604,16 +631,23 @@ def test_resumed_adapters_go_on_beside_the_weights_of_init(tmp_path, folder):
     assert all(np.array_equal(now[name], base[name] if ".image_out." in name else trained[name]) for name in now)
 
 
-def test_an_ablation_is_a_row_of_means_and_ranges_for_every_arm(tmp_path, monkeypatch):
+def test_an_ablation_is_a_row_of_means_and_ranges_for_every_arm(tmp_path, monkeypatch, capsys):
     asked = []
 
-    def short_run(options, own, changes, group, out, setting):
+    def short_run(options, own, changes, group, out, setting, clock):
         asked.append((own.SEED, *changes))
-        return None, {"score": float(own.SEED), "cast": 1.0}
+        return None if len(asked) == cut else (None, {"score": float(own.SEED), "cast": 1.0})
 
     monkeypatch.setattr(distill, "setting_of", lambda *given: None)
     monkeypatch.setattr(distill, "short_run", short_run)
-    distill.ablate(argparse.Namespace(out=tmp_path), recipe(), ALONE)
+    cut = 6
+    distill.ablate(argparse.Namespace(out=tmp_path, stop_after=None), recipe(), ALONE)
+    assert len(asked) == 6
+    assert not (tmp_path / "ablation.md").exists()  # what is there is whole
+    assert "goes on" in capsys.readouterr().out
+    cut = None
+    asked.clear()
+    distill.ablate(argparse.Namespace(out=tmp_path, stop_after=None), recipe(), ALONE)
     assert asked[:4] == [(0, "LAMBDA_G=0.0", "IDA=0.0"), (0, "LAMBDA_G=0.0"), (0, "R1_GAMMA=0.0"), (0,)]
     assert {seed for seed, *_ in asked} == {0, 1, 2}
     lines = (tmp_path / "ablation.md").read_text().splitlines()

@@ -91,6 +91,12 @@ def effective_backdrops(pictures: Sequence[np.ndarray]) -> float:
     return float(np.exp(-(shares * np.log(shares)).sum()))
 
 
+NUMBERS = (  # that a check has, of pictures and of the training; rules and bars name some of them
+    "deviation", "mean", "cast", "a", "b", "saturation", "high_frequency", "backdrops", "diversity", "score", "unguided",
+    "ca_over_dm", "fake_rise", "heads_accuracy", "near_eps", "drift",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Drawn:
     """What a network drew of the held-out captions: latents by batch, and their pictures; groups of one caption alike."""

@@ -19,6 +19,7 @@ from lens.formats.files import read_json, write_json
 from lens.formats.parts import find
 from lens.formats.released import load_transformer, save_transformer
 
+NOT_ITS_OWN = ("transformer", "lora", "scores.json", "bars.json", "*.jsonl")  # of a model, for one that is made of it
 MADE_OF = "made_of.json"  # beside a model that was made whole: the fingerprint of its adapter
 
 
@@ -46,8 +47,7 @@ def made_whole(adapter: Path, folder: Path) -> None:
             )
         return
     files.merge(change, model)
-    left = shutil.ignore_patterns("transformer", "*.jsonl", "scores.json")
-    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=left)
+    shutil.copytree(base, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_ITS_OWN))
     save_transformer(model, folder / "transformer", torch.float32)
     for about in ("recipe.json", "model_index.json"):
         if (adapter / about).is_file():

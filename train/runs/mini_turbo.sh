@@ -5,15 +5,16 @@
 #     bash train/runs/mini_turbo.sh sweep ablate        # the tables first
 #
 # INIT (mini-rl), GUIDANCE of the teacher (2.0; of mini-base 3.0), RUN (runs/turbo), LORA (r=16,alpha=32,targets=all; "" trains every
-# weight), FIELDS of the recipe (COMPUTE=bfloat16 is faster on a CPU with bfloat16 units, elsewhere far slower), LIMIT (30m of a
-# stage), SIZES (128x128), COUNT (2000 pictures of the bars) and PYTHON (python3) may be set.
+# weight), STEPS of the student after the guided ones (1), FIELDS of the recipe (FAKE_WARMUP=0, as one step needs none;
+# COMPUTE=bfloat16 is faster on a CPU with bfloat16 units, elsewhere far slower), LIMIT (30m of a stage), SIZES (128x128), COUNT
+# (2000 pictures of the bars) and PYTHON (python3) may be set.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 INIT=${INIT:-mini-rl} GUIDANCE=${GUIDANCE:-2.0} RUN=${RUN:-runs/turbo} LORA=${LORA-r=16,alpha=32,targets=all} LIMIT=${LIMIT:-30m} PY=${PYTHON:-python3}
-SIZES=${SIZES:-128x128} COUNT=${COUNT:-2000}
+SIZES=${SIZES:-128x128} COUNT=${COUNT:-2000} STEPS=${STEPS:-1}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 changes=()
-for field in "GUIDANCE=$GUIDANCE" "TEACHER_GUIDANCE=$GUIDANCE" ${FIELDS:-}; do changes+=(--set "$field"); done
+for field in "GUIDANCE=$GUIDANCE" "TEACHER_GUIDANCE=$GUIDANCE" ${FIELDS-FAKE_WARMUP=0}; do changes+=(--set "$field"); done
 [ -z "$LORA" ] || changes+=(--lora "$LORA")
 train() { "$PY" -m train distill --config mini --init "$INIT" --out "$RUN" "${changes[@]}" "$@"; }
 bench() { "$PY" -m train evaluate mini-bench --ceilings none --sizes $SIZES "$@"; }
@@ -23,7 +24,7 @@ for stage in "${@:-distil export score bars}"; do
     case $one in
       sweep) [ -f "$RUN/sweep.md" ] || train --sweep --stop-after "$LIMIT" ;; # write its best pair into train/configs/mini/distill.py
       ablate) [ -f "$RUN/ablation.md" ] || train --ablate --stop-after "$LIMIT" ;;
-      distil) train --stop-after "$LIMIT" ;;
+      distil) train --steps "$STEPS" --stop-after "$LIMIT" ;;
       export) train --export "$RUN/mini-turbo" ;;
       score) # the student at its own steps and at others, its teacher in four and in twenty
         for steps in 4 2 3 6 8; do

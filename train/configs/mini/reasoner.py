@@ -6,8 +6,8 @@ TRAIN = {
     "batch": 32,
     "lr": 2e-3,
     "warmup": 50,
-    "steps": 15_500,
-    "decay": 6_000,
+    "steps": 16_000,
+    "decay": 7_300,
     "weight_decay": 0.01,
     "ema": 0.99,
 }

@@ -22,6 +22,7 @@ BATCH: dict[int, int] = {512: 4, 768: 4, 1024: 4}  # pictures of a micro-batch, 
 SLOTS = 8  # micro-batches of an optimiser step: 8 x 4 = 32
 BASE_WEIGHTS: dict[int, float] | None = None
 ASPECT_WEIGHTS: dict[str, float] | str = "data"
+MAX_UPSCALE = 1.0  # shards that enlarge pictures more are refused
 TEXT_TOKENS = 200  # of a caption on average; --dry-run alone reads it
 
 # ---- student: its steps are the sampler's
@@ -90,6 +91,7 @@ OPEN = {
     "ASPECTS": "as in stage B",
     "BASE_WEIGHTS": "not given; None: every base of the data alike",
     "ASPECT_WEIGHTS": "not given; as often as in the data",
+    "MAX_UPSCALE": "not given; as in stage A",
     "TEXT_TOKENS": "captions average 109 words; 200 tokens with the chat's ending are assumed for estimates",
     "STUDENT_SAMPLER": "DMD2 and SenseFlow noise anew between steps, the released scheduler walks on by Euler: training and "
     "inference must agree, so the released one's",

@@ -50,7 +50,9 @@ UNSEEN_FACTS = (
 )
 PAIRS = ("two_object", "position", "color_attr")
 SIDE = 128
-ANYTHING = ("a yellow star", "a red heart", "a red balloon")  # for words without meaning
+ANYTHING = (  # for words without meaning: many, none of them likely
+    "a yellow star", "a red heart", "a blue balloon", "a white cup", "an orange fish", "a purple book", "a brown chair",
+)  # fmt: skip
 WORDS = 46  # of an answer, from which on no sentence is added
 HOME = {
     "apple": "table", "car": "meadow", "heart": "pink", "star": "night", "key": "table", "book": "table",
