@@ -8,7 +8,7 @@
     python -m train rl --config released --dry-run                          # rollouts, judge calls, memory
     torchrun --nproc-per-node 8 -m train rl --config released --init CHECKPOINT --prompts PROMPTS.jsonl ...
 
-Starts from a checkpoint folder (`--init`, default: Lens-Mini), whose text encoder, VAE and scheduler stay as they are. OUT holds
+Starts from a checkpoint folder (`--init`, default: mini-base), whose text encoder, VAE and scheduler stay as they are. OUT holds
 checkpoints/, log.jsonl, prompts.jsonl where none were given, a sheet of the same prompts and seeds before, during and after,
 and index.html, which shows all of it. What to watch is in docs/rl.md; the loss is not among it: its value at theta = old
 does not depend on the rewards.
@@ -17,8 +17,9 @@ does not depend on the rewards.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -44,7 +45,8 @@ from lens.formats.released import (
 from . import configs, cost
 from .data import encoders
 from .loop import ranks
-from .loop.checkpoints import Checkpoints, step_of, write_text
+from .loop.adapter_model import NOT_ITS_OWN
+from .loop.checkpoints import Checkpoints, read_state, step_of, write_text
 from .loop.clock import Clock, Interrupted, duration, positive
 from .loop.log import read_log
 from .loop.lora import attach_lora, init_lora, keep_lora, lora_of, merge_lora, round_lora, save_lora
@@ -52,11 +54,14 @@ from .loop.ranks import Ranks
 from .loop.sheets import released_decoder
 from .loop.trainer import ALONE, Trainer
 from .networks.denoiser import Denoiser
+from .pretrain_on_shards import changed
 from .report import run_page
 from .rl_judging import LOCAL, judging, spent
 from .rl_method import OLD, Nft, grids_of
 from .rollout import Rollouts, Texts
 
+BASE = "mini-base"  # of a training that is given none
+FIXED = ("LORA", "GROUPS", "GROUP", "BASES", "SLOTS")  # of a training, from its first step to its last
 BEST = "best"  # for --state
 VARIED = 0.9  # share of the base's effective backdrops that the best state keeps
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -115,6 +120,44 @@ def refuse_distilled(folder: Path, recipe: ModuleType, allowed: bool) -> None:
         raise ValueError("--allow-distilled: expected KL_WEIGHT > 0 and a rule for sharpness in STOP")
 
 
+# ------------------------------------------------------------------------------------------------ what a state says
+
+
+def settings_of(state: Path | None) -> dict[str, Any]:
+    """What a state says of its training: nothing where there is none, or one of another stage, which loading refuses."""
+    about = {} if state is None else read_state(state)
+    return dict(about.get("settings", {})) if about.get("stage") == "rl" else {}
+
+
+def init_of(given: str | None, held: Mapping[str, Any]) -> str:
+    """The checkpoint that a training begins, or began, from. Errors: ValueError where another one is given."""
+    init: str = held.get("INIT", given or BASE)
+    if given is not None and given != init and Path(given).resolve() != Path(init).resolve():
+        raise ValueError(f"--init {given}: this training has {init}")
+    return init
+
+
+def refuse_another(subset: str, recipe: ModuleType, held: Mapping[str, Any]) -> list[str]:
+    """What a resumed training does otherwise than its state says, a line each; older states do not say all. Errors: ValueError
+    where it would be another training: of FIXED, or on other prompts."""
+    now = json.loads(json.dumps(configs.fields(recipe)))
+    for name in FIXED:
+        if (before := held.get(name, now[name])) != now[name]:
+            raise ValueError(f"{name} {now[name]}: this training has {before}")
+    if (before := held.get("SUBSET", subset)) != subset:
+        raise ValueError(f"--subset {subset}: this training has {before}")
+    return changed(recipe, {**now, **held})
+
+
+def as_trained(changes: Sequence[str], recipe: ModuleType, held: Mapping[str, Any]) -> ModuleType:
+    """The recipe with the LORA of a state. changes: of --set. Errors: ValueError where they say another one."""
+    own: Any = configs.override(recipe, [])
+    own.LORA = held.get("LORA", recipe.LORA)
+    if own.LORA != recipe.LORA and any(change.partition("=")[0].strip() == "LORA" for change in changes):
+        raise ValueError(f"--set LORA={recipe.LORA}: this training has {own.LORA}")
+    return own
+
+
 # ------------------------------------------------------------------------------------------------ building
 
 
@@ -153,10 +196,17 @@ def frozen_networks(
 
 
 def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
-    clock, out, folder = Clock(options.stop_after), options.out, start_of(options.init)
+    clock, out = Clock(options.stop_after), options.out
+    states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
+    before = states.latest()
+    held = settings_of(before)
+    init, told = init_of(options.init, held), refuse_another(options.subset, recipe, held)
+    folder = start_of(init)
     refuse_distilled(folder, recipe, options.allow_distilled)
     if group.main:
         out.mkdir(parents=True, exist_ok=True)
+        for line in told:
+            print(line, flush=True)
     group.barrier()
     seen = judging(recipe, options.judge, out, group, options.prompts, options.subset, options.without)
     model, wrapped = build(recipe, folder, group)
@@ -164,11 +214,10 @@ def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
     rollouts = rollouts_of(recipe, folder, model)
     rest = seen.judge, seen.prompts, seen.global_rubric, seen.held, seen.watch
     method = Nft(recipe, wrapped, group, rollouts, texts, decode, *rest)
-    states = Checkpoints(out / "checkpoints", group, recipe.KEEP_LAST, recipe.KEEP_EVERY)
-    settings = configs.fields(recipe) | {"INIT": options.init, "SUBSET": options.subset, "JUDGE": options.judge}
+    settings = configs.fields(recipe) | {"INIT": init, "SUBSET": options.subset, "JUDGE": options.judge}
     settings["PROMPTS_USED"] = len(seen.prompts)
     trainer = Trainer(method.plan(), method, states, out, group, settings, cost.peak_of(group.device))
-    if (before := states.latest()) is not None:
+    if before is not None:
         trainer.resume(before)
     else:
         method.draw(out, 0)
@@ -188,24 +237,29 @@ def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
 def export(options: argparse.Namespace, recipe: ModuleType) -> None:
     """The averages of a state: a whole checkpoint with merged weights, and FOLDER/lora, the adapter as peft saves it, with
     what made it and with the base's name: a model of its own to the pipeline. Both are made of the adapter rounded to bfloat16.
+
+    Base and LORA are the state's. Errors: ValueError where an option says otherwise.
     """
-    folder, target, lora = start_of(options.init), options.export, lora_of(recipe)
-    assert lora is not None, "checked at the start"
-    model, _ = build(recipe, folder, ALONE)
-    states = Checkpoints(options.out / "checkpoints", ALONE)
+    target, states = options.export, Checkpoints(options.out / "checkpoints", ALONE)
     before = best_of(options.out, states) if options.state == Path(BEST) else options.state or states.latest()
     if before is None:
         raise FileNotFoundError(f"{states.folder}: no state of a training here")
+    held = settings_of(before)
+    init, recipe = init_of(options.init, held), as_trained(options.set, recipe, held)
+    folder, lora = start_of(init), lora_of(recipe)
+    assert lora is not None, "checked at the start"
+    model, _ = build(recipe, folder, ALONE)
     averaged = {f"ema.{name}": p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = states.load(before, averaged, "rl")
     if target.resolve() == folder.resolve():
         raise ValueError(f"--export {target}: the checkpoint the run starts from; expected another folder")
-    shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("transformer", "lora"))
+    shutil.copytree(folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*NOT_ITS_OWN))
     round_lora(model, torch.bfloat16)
-    save_lora(model, lora, target / "lora", torch.bfloat16, base=options.init)
+    save_lora(model, lora, target / "lora", torch.bfloat16, base=init)
     merge_lora(model)
     save_transformer(model, target / "transformer", torch.bfloat16)
     about = dict(read_index(folder).get("lens", {}))
+    about.pop("validation", None)  # the base's
     about |= {"name": f"{about.get('name', 'Lens')}-RL", "rl_steps": state["step"]}
     made = {"rl": state["settings"] | {"REVISION": state["revision"], "STEP": state["step"]}}
     earlier = read_json(folder / "recipe.json") if (folder / "recipe.json").is_file() else {}
@@ -220,12 +274,13 @@ def export(options: argparse.Namespace, recipe: ModuleType) -> None:
 
 def best_of(out: Path, states: Checkpoints) -> Path | None:
     """Of the states kept, the one of the highest held-out score among those that keep VARIED of the first validation's effective
-    backdrops, where those are known; None where no state was validated."""
+    backdrops, where those are known; None where no state has a score."""
     rows = {row["step"]: row for row in read_log(out / "log.jsonl") if "held_score" in row}
     name = "held_effective_backdrops"
     least = VARIED * rows.get(0, {}).get(name, 0.0)
     good = [state for state in states.states() if rows.get(step_of(state), {}).get(name, least) >= least]
-    good = [state for state in good if step_of(state) in rows]
+    # a mean over no valid judgement is NaN, which is neither above nor below any other
+    good = [state for state in good if np.isfinite(rows.get(step_of(state), {}).get("held_score", np.nan))]
     return max(good, key=lambda state: rows[step_of(state)]["held_score"], default=None)
 
 
@@ -269,9 +324,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--init",
-        default="mini-base",
         metavar="CHECKPOINT",
-        help="mini-base, or a released-layout folder (default: mini-base)",
+        help=f"{BASE}, or a released-layout folder (default: {BASE}; of a training in OUT what it began from)",
     )
     parser.add_argument("--allow-distilled", action="store_true", help="train a few-step checkpoint all the same")
     parser.add_argument(

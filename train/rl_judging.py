@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from lens.arguments import shortened
 from lens.chat_client import ChatClient
 
 from .data.prompts import Prompt, read_prompts, write_prompts
@@ -23,7 +24,7 @@ from .loop.ranks import Ranks
 from .rewards.judge import Judge
 from .rewards.rubric_judge import RubricJudge, global_rubric
 from .rewards.small_world import SmallWorldJudge
-from .rewards.small_world_rubrics import GLOBAL, rubrics_of, sentence
+from .rewards.small_world_rubrics import GLOBAL, parse, rubrics_of, sentence
 from .rewards.small_world_watch import SmallWorldWatch
 from .rl_method import Held, Watch
 from .rl_prompts import FIRST_SEED, TASKS, VALIDATION_SEED, prompt_of, scenes
@@ -67,6 +68,8 @@ def judging(
             write_prompts(path, [prompt_of(scene) for scene in scenes(OWN_PROMPTS, CORE, TASKS, FIRST_SEED)])
         group.barrier()
     prompts = read_prompts(path, subset, without)
+    if judge is None:
+        expect_small_world(path, prompts)
     if not small:
         assert judge is not None, "no other judge without the small world"
         own = held_out(read_prompts(path), recipe.VALIDATION)
@@ -87,6 +90,19 @@ def judging(
         return Judging(judge, shared, prompts, held, SmallWorldWatch(detector, CORE, world), judge.client)
     local = SmallWorldJudge(detector, CORE, ocr.Reader() if ocr.available() else None)
     return Judging(local, shared, prompts, held, SmallWorldWatch(detector, CORE, world, local), None)
+
+
+def expect_small_world(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Before anything is drawn for the local judge. Errors: ValueError naming the prompt and its rubric that is not of that world."""
+    for prompt in prompts:
+        for rubric in prompt.rubrics:
+            try:
+                parse(rubric)
+            except ValueError:
+                raise ValueError(
+                    f"--judge {LOCAL}: {path} ({prompt.id}): {shortened(rubric)}, expected a rubric that `python -m train rl_prompts "
+                    "--world mini` writes; a server judges others"
+                ) from None
 
 
 def rubric_judge(recipe: ModuleType, where: str, out: Path, rank: int) -> RubricJudge:

@@ -162,6 +162,7 @@ class Nft(Method):
         self.networks = {"model": Network(model, optimizer, average)}
         self.start: dict[str, float] = {}  # of the first iterations, which the stop rules compare with
         self.recent: deque[dict[str, float]] = deque(maxlen=recipe.WINDOW)
+        self.follows = True  # whether old is theta, to the bit; a step that is skipped copies nothing
         self.step = 0
 
     def plan(self) -> Plan:
@@ -212,8 +213,9 @@ class Nft(Method):
                 sample.r, sample.valid = float(rewards.r[sample.index]), bool(rewards.valid[sample.index])
         if not self.start:
             self.start = {name: numbers[name] for name in recipe.STOP if name in numbers}
-        self.recent.append({name: numbers[name] for name in self.start})
-        self.stop_rules()
+        newest = {name: numbers[name] for name in self.start}
+        self.stop_rules([*self.recent, newest][-recipe.WINDOW :])
+        self.recent.append(newest)  # behind the rules: one that ends the run leaves an iteration to be drawn again
         return slots, numbers
 
     def _submitted(self, pool: Executor, samples: list[Sample]) -> Future[Judged]:
@@ -297,13 +299,13 @@ class Nft(Method):
             numbers["effective_backdrops"] = diversity.effective_number([look.backdrop for look in looks])
         return found, numbers | passed(judged)
 
-    def stop_rules(self) -> None:
+    def stop_rules(self, recent: Sequence[Mapping[str, float]]) -> None:
         """Errors: Interrupted where the mean of the last WINDOW iterations is below its share of the first ones'."""
-        if len(self.recent) < self.recipe.WINDOW:
+        if len(recent) < self.recipe.WINDOW:
             return
         for name, share in self.recipe.STOP.items():
             if name in self.start:
-                now = float(np.mean([numbers[name] for numbers in self.recent]))
+                now = float(np.mean([numbers[name] for numbers in recent]))
                 if now < share * self.start[name]:
                     raise Interrupted(
                         f"rl: {name} {now:.3g} over the last {self.recipe.WINDOW} iterations is below {share:g} x "
@@ -353,7 +355,7 @@ class Nft(Method):
             return self.rollouts.velocity(model, x, sigma, features, grids, adapter)
 
         # finished before v_theta begins, and each under the adapter that its call names
-        follows = recipe.ETA == 0 and step % recipe.INNER_STEPS == 0  # old is theta, to the bit
+        follows = self.follows and recipe.ETA == 0 and step % recipe.INNER_STEPS == 0  # old is theta, to the bit
         with torch.no_grad():
             v_old = None if follows else velocity(bare(self.model), OLD)
             v_ref = velocity(bare(self.model), NO_LORA)
@@ -371,6 +373,7 @@ class Nft(Method):
     @torch.no_grad()
     def after(self, step: int) -> None:
         """old <- eta old + (1 - eta) theta behind the last step of an iteration."""
+        self.follows = False
         if (step + 1) % self.recipe.INNER_STEPS:
             return
         eta = nft.old_decay(self.recipe.ETA, step + 1)
@@ -378,14 +381,16 @@ class Nft(Method):
             for old, own in zip(layer.sides(OLD), (layer.down, layer.up)):
                 for target, source in zip(old, own):
                     target.lerp_(source, 1 - eta)
+        self.follows = eta == 0
 
     # -------------------------------------------------------------------------------------------- state and watching
 
     def state(self) -> dict[str, Any]:
-        return {"start": self.start, "recent": list(self.recent)}
+        return {"start": self.start, "recent": list(self.recent), "follows": self.follows}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self.step, self.start = state["step"], dict(state["start"])
+        self.follows = state.get("follows", True)  # older states do not say
         self.recent = deque(state["recent"], maxlen=self.recipe.WINDOW)
         if self.step % self.recipe.INNER_STEPS and self.recent:
             self.recent.pop()  # the iteration under way is drawn, and counted, again

@@ -1,16 +1,24 @@
 """RL on a toy: one velocity in rollout and training, adapters by argument, ranks and resumes alike, failures masked, rules that stop."""
 
+import argparse
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from lens.config import LensConfig
 from lens.engine.job import Job, Text
 from lens.engine.run import Engine
 from lens.engine.schedule_table import table
+from lens.formats.files import write_json
+from lens.formats.released import released_index, save_transformer
 from tests.train import processes
 from tests.train.small_rl import (
     ALONE,
     PROMPTS,
+    SHAPE,
     Bright,
     encode,
     method_of,
@@ -21,9 +29,11 @@ from tests.train.small_rl import (
 )
 from train import configs, rl
 from train.__main__ import main
+from train.loop.checkpoints import Checkpoints
 from train.loop.clock import Interrupted
 from train.loop.keys import keyed
 from train.loop.lora import NO_LORA, lora_layers
+from train.networks.denoiser import Denoiser
 from train.rl_method import OLD, Micro, Sample, grid_of, indices_of, prompts_of
 
 GRIDS = [(4, 4), (6, 3), (4, 4)]
@@ -135,6 +145,37 @@ def test_where_old_follows_at_once_its_velocity_is_thetas(tmp_path):
     assert torch.equal(*values)
 
 
+def test_old_stays_behind_where_the_last_step_of_an_iteration_is_skipped(tmp_path):
+    """Then its velocity is its own, behind a resume, too."""
+    settings = recipe(INNER_STEPS=2, ETA=0.0, GROUPS=1, SLOTS=2, SAMPLING_STEPS=3)
+    trainer = trainer_of(tmp_path, settings)
+    method, batches, losses = trainer.method, trainer.method.batches(), trainer.method.losses
+
+    def second_broken(batch, step):
+        found = losses(batch, step)
+        factor = float("nan") if step == 1 else 1.0
+        return {"model": replace(found["model"], values=found["model"].values * factor)}
+
+    method.losses = second_broken
+    for _ in range(2):
+        trainer.train_step(batches)
+    assert trainer.skipped == 1
+    assert not method.follows
+    third = next(batches)
+    assert losses(third, 2)["model"].terms["old_distance"] > 0
+    trainer.save(last=True)
+    resumed = trainer_of(tmp_path, settings)
+    resumed.resume(resumed.states.latest())
+    assert torch.equal(resumed.method.losses(third, 2)["model"].values, losses(third, 2)["model"].values)
+    batches = resumed.method.batches()
+    for _ in range(2):
+        resumed.train_step(batches)
+    assert resumed.method.follows
+    resumed.method.follows = False
+    resumed.method.load_state({"step": 2, "start": {}, "recent": []})  # of an older state
+    assert resumed.method.follows
+
+
 def test_a_group_is_spread_and_an_epoch_is_whole():
     settings = recipe(GROUPS=5, GROUP=4)
     slots = [indices_of(settings, slot) for slot in range(4)]
@@ -221,6 +262,98 @@ def test_a_stop_rule_names_what_fell():
     method.start = {"sharpness": 1e9}
     with pytest.raises(Interrupted, match=r"rl: sharpness .* over the last 2 iterations is below 0.5 x 1e\+09"):
         method.iteration(1)
+
+
+def test_an_iteration_that_a_rule_ended_counts_once():
+    method = method_of(recipe(STOP={"sharpness": 0.5}, WINDOW=2))
+    method.iteration(0)
+    method.start, before = {"sharpness": 1e9}, list(method.recent)
+    for _ in range(2):
+        with pytest.raises(Interrupted, match="over the last 2 iterations"):
+            method.iteration(1)
+        assert method.state()["recent"] == before
+
+
+def options_of(*words):
+    parser = argparse.ArgumentParser()
+    rl.add_arguments(parser)
+    return parser.parse_args([str(word) for word in words])
+
+
+def saved(out, init, **changes):
+    """A state, before the first step, of a training on half of the prompts."""
+    settings = recipe(**changes)
+    trainer = trainer_of(out, settings)
+    trainer.settings = configs.fields(settings) | {"INIT": str(init), "SUBSET": "half", "JUDGE": "small-world"}
+    trainer.save(last=True)
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("words", "changes", "told"),
+    [
+        ((), {"LORA": "r=4,alpha=4,targets=all"}, "LORA r=4,alpha=4,targets=all: this training has r=2"),
+        ((), {"GROUPS": 4}, "GROUPS 4: this training has 2"),
+        ((), {"GROUP": 8}, "GROUP 8: this training has 4"),
+        ((), {"SLOTS": 2}, "SLOTS 2: this training has 4"),
+        ((), {"BASES": (64, 128)}, r"BASES \[64, 128\]: this training has \[64\]"),
+        (("--subset", "full"), {}, "--subset full: this training has half"),
+        (("--init", "mini-base"), {}, "--init mini-base: this training has .*base"),
+    ],
+)
+def test_another_training_is_no_resume(tmp_path, words, changes, told):
+    saved(tmp_path, tmp_path / "base")
+    with pytest.raises(ValueError, match=told):
+        rl.train(options_of("--out", tmp_path, "--subset", "half", *words), recipe(**changes), ALONE)
+
+
+def test_a_resume_tells_what_else_differs(tmp_path):
+    held = json.loads(json.dumps(configs.fields(recipe()))) | {"INIT": "runs/base", "SUBSET": "full"}
+    assert rl.refuse_another("full", recipe(), held) == []
+    assert rl.refuse_another("full", recipe(LR=0.5, KL_WEIGHT=0.2), held) == [
+        "KL_WEIGHT was 0.1, is 0.2",
+        "LR was 0.01, is 0.5",
+    ]
+    del held["LR"], held["GROUPS"]  # older states do not say all
+    assert rl.refuse_another("full", recipe(LR=0.5, GROUPS=8), held) == []
+    assert rl.init_of(None, {}) == "mini-base"
+    assert rl.init_of("other", {}) == "other"
+    assert rl.init_of(None, held) == rl.init_of("runs/base", held) == rl.init_of("./runs/base/", held) == "runs/base"
+
+
+def test_an_export_is_of_the_states_base_and_lora_and_has_nothing_of_the_bases_figures(tmp_path):
+    base, out, target = tmp_path / "base", tmp_path / "out", tmp_path / "export"
+    save_transformer(Denoiser(LensConfig(**SHAPE), torch.float32, "none"), base / "transformer", torch.float32)
+    write_json(base / "model_index.json", released_index({"name": "Small", "validation": {"mean_over_times": 0.5}}))
+    for name in ("scores.json", "pretrain.jsonl", "vae.txt"):
+        (base / name).write_text("{}")
+    saved(out, base)
+    own = recipe(LORA="r=8,alpha=64,targets=attention")
+    rl.export(options_of("--out", out, "--export", target), own)
+    about = json.loads((target / "lora" / "adapter_config.json").read_text())
+    assert (about["r"], about["lora_alpha"], about["base_model_name_or_path"]) == (2, 4, str(base))
+    assert not {"scores.json", "pretrain.jsonl"} & {path.name for path in target.iterdir()}
+    assert (target / "vae.txt").is_file()
+    index = json.loads((target / "model_index.json").read_text())["lens"]
+    assert index["name"] == "Small-RL"
+    assert "validation" not in index
+    for words, told in (
+        (("--set", f"LORA={own.LORA}"), "--set LORA=r=8,alpha=64,targets=attention: this training has r=2,alpha=4"),
+        (("--init", "mini-base"), "--init mini-base: this training has .*base"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            rl.export(options_of("--out", out, "--export", target, *words), own)
+
+
+def test_a_state_without_a_score_is_never_the_best(tmp_path):
+    states = Checkpoints(tmp_path / "checkpoints", ALONE)
+    for step in (0, 5, 10, 15):
+        (states.folder / f"step_{step:07d}").mkdir(parents=True)
+    rows = [(15, float("nan")), (10, 0.6), (5, float("inf")), (0, 0.5)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps({"step": s, "held_score": v}) + "\n" for s, v in rows))
+    assert rl.best_of(tmp_path, states).name == "step_0000010"
+    (tmp_path / "log.jsonl").write_text(json.dumps({"step": 15, "held_score": float("nan")}) + "\n")
+    assert rl.best_of(tmp_path, states) is None
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,14 @@ def test_judges_that_there_are_not_are_refused(tmp_path, prompts, where, words):
     assert ":secret" not in str(told.value)
 
 
+def test_the_local_judge_refuses_rubrics_of_another_world_before_anything_is_drawn(tmp_path, prompts):
+    own = recipe(**SETTINGS | {"WATCH": "small-world"})
+    with pytest.raises(
+        ValueError, match=r"--judge small-world: .*prompts\.jsonl \(p0\): 'rubric 0', expected a rubric that"
+    ):
+        judging(own, "small-world", tmp_path, ALONE, prompts, "full", [])
+
+
 def test_the_frontier_of_two_arms(tmp_path, capsys):
     arms = {"a": [(0, 8.0, 0.5), (5, 6.0, 0.7), (10, 3.0, 0.6)], "b & c": [(0, 8.0, 0.5), (5, 7.0, 0.65)]}
     for name, rows in arms.items():
