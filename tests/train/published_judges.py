@@ -42,7 +42,7 @@ class Paints:
 def options(**given: object) -> argparse.Namespace:
     """What the command line would give, with defaults."""
     values: dict = dict(
-        model=None, images=None, out=None, name=None, steps=2, guidance=None, size=None, device="cpu", limit=None, language=["en"],
+        model=None, images=None, out=None, name=None, steps=None, guidance=None, size=None, device="cpu", limit=None, language=["en"],
         dry_run=False, gpu="h100", gpu_price=None, judge_prices=None, reasoner="none", reasoner_model=None, reasoner_prompt=None,
     )  # fmt: skip
     return argparse.Namespace(**{**values, **given})

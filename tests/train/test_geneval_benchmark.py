@@ -1,18 +1,25 @@
 """GenEval: its prompts byte for byte, its rule on constructed detections, five languages, resume, missing judgements."""
 
+import argparse
 import hashlib
 import json
 import re
+import struct
+import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from lens.chat_client import ChatError
 from tests.train.published_judges import CARD, Paints, Sees, options
+from train.evaluate import benchmarks, mini_bench
 from train.evaluate.published import command, drawing, geneval, geneval_languages, geneval_prompts, judging, models
 from train.evaluate.published.judging import Card, Column, Figure
 from train.evaluate.published.models import Found
+from train.loop.clock import Interrupted
 
 
 def entry(tag):
@@ -462,6 +469,99 @@ def test_failed_judgements_are_missing_and_too_many_end_the_run(tmp_path):
     assert many.calls < 40  # it stops where no total can come of it
 
 
+def test_images_beyond_four_of_a_prompt_are_all_counted(tmp_path):
+    """2 % of all images fail, which is more than 5 % of four a prompt; an early end is no total, whatever the shares."""
+    asks = command.limited(geneval.Geneval().asks(options(), "en"), 4)
+    for a in asks[:-1]:
+        for n in range(12):
+            drawing.write_image(painted(a.prompt, n), tmp_path / a.id / "samples" / f"{n:04d}.png")
+    calls = 0
+
+    def failing(image):
+        nonlocal calls
+        calls += 1
+        if calls % 50 == 0:
+            raise RuntimeError("out of memory")
+        return seeing_all(image)
+
+    column = geneval.Geneval(Sees(failing), Paints()).score(options(), asks, tmp_path, "c", "en")
+    assert (len(column.rows), column.judged) == (24, 24 * 12)
+    assert column.missing == 12 + 23 * 12 // 50  # a prompt without images counts as many as the others have
+    stopped = judging.Count(1000, 100, 4, stopped=True)
+    assert not stopped.complete
+    column.counts = {"images": stopped}
+    assert command.closed(column).figures["total"].note == (
+        "no total: images: 4 of 100 judgements missing, the rest not made"
+    )
+
+
+def test_an_image_that_is_none_does_not_end_the_run(tmp_path):
+    """Neither of a contact sheet, nor one that claims more pixels than Pillow opens."""
+    bench = geneval.Geneval(Sees(seeing_all), Paints())
+    asks = command.limited(bench.asks(options(), "en"), 4)
+    folder_of_images(tmp_path / "images", asks)
+    header = struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", b""), (b"IEND", b"")]
+    raw = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
+    (tmp_path / "images" / asks[0].files[0]).write_bytes(b"\x89PNG\r\n\x1a\n" + raw)
+    (tmp_path / "images" / asks[1].files[0]).write_bytes(b"<html>")
+    with pytest.raises(ValueError, match=r"0000.png: not an image \(Image size"):
+        drawing.read_image(tmp_path / "images" / asks[0].files[0])
+    assert command.run(bench, options(images=tmp_path / "images", out=tmp_path / "out", limit=4)) == 0
+    assert json.loads((tmp_path / "out" / "scores.json").read_text())["columns"][0]["missing"] == 2
+    assert np.array_equal(
+        command.first_image(asks[1], tmp_path / "images"), drawing.read_image(tmp_path / "images" / asks[1].files[1])
+    )
+
+
+def no_judge(*_):
+    raise AssertionError("loaded a judge")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"images": "nowhere"}, "--images nowhere: no such folder"),
+        ({"images": ".", "steps": 4}, "--steps has nothing to draw"),
+        ({"images": ".", "guidance": 3.0}, "--guidance has nothing to draw"),
+        ({"images": ".", "size": (64, 64)}, "--size has nothing to draw"),
+        ({"model": "mini", "reasoner": "mini", "reasoner_prompt": "text"}, "--reasoner mini reads no system prompt"),
+        ({"model": "mini", "reasoner": "mini", "reasoner_model": "m"}, "--reasoner mini does not read it"),
+        ({"model": "mini", "reasoner_model": "m"}, "--reasoner none does not read it"),
+    ],
+)
+def test_an_option_that_would_not_be_read_is_refused(monkeypatch, given, message):
+    monkeypatch.setattr(geneval, "Mask2Former", no_judge)
+    folder = {"images": Path(given["images"])} if "images" in given else {}
+    with pytest.raises(ValueError, match=message):
+        command.run(geneval.Geneval(), options(**{**given, **folder}, detector="d", clip="c"))
+
+
+def test_what_a_reasoner_will_take(capsys):
+    given = options(
+        model="a/Lens", dry_run=True, language=["en", "zh"], reasoner="http://x/v1", reasoner_model="m", gpu_price=1.0
+    )
+    assert command.run(geneval.Geneval(), given) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"images +8,848\n", text)  # two languages, with and without
+    assert re.search(r"detector +8,848 judgements\n", text)
+    assert re.search(r"reasoner +1,\d{3} rewrites, [\d.]+ and [\d.]+ million tokens", text)
+    assert re.search(r"money +[\d.]+ USD, without the reasoner's", text)
+
+
+def test_a_server_that_cannot_be_asked_is_one_line(monkeypatch):
+
+    def spent(_):
+        raise ChatError("budget", "--max-calls 3 are spent")
+
+    monkeypatch.setattr(geneval, "run", spent)
+    parser = argparse.ArgumentParser()
+    benchmarks.add_arguments(parser)
+    with pytest.raises(Interrupted, match="evaluate geneval: --max-calls 3 are spent"):
+        benchmarks.run(parser.parse_args(["geneval", "--model", "mini"]))
+    assert parser.parse_args(["mini_bench", "--model", "mini"]).run_benchmark is mini_bench.run
+
+
 def test_a_judge_there_is_not_ends_the_run_before_anything_is_drawn(tmp_path, monkeypatch):
     def missing(source, device):
         raise ValueError(f"judge {source}: cannot be loaded")
@@ -488,7 +588,7 @@ def test_images_that_are_no_images_or_of_other_prompts(tmp_path):
 
 def test_what_a_run_will_take():
     bench, given = geneval.Geneval(), options(model="a/Lens", dry_run=True, gpu_price=2.0)
-    text = command.dry_run(bench, given, bench.asks(given, "en"), 1)
+    text = command.dry_run(bench, given, {"en": bench.asks(given, "en")})
     assert re.search(r"images +2,212", text)
     assert re.search(r"detector +2,212 judgements", text)
     assert "1024x1024" in text

@@ -11,7 +11,8 @@ from lens.reasoner import Refined, Refused
 from tests.train.published_judges import CARD, options
 from train.evaluate import sizes
 from train.evaluate.published import command, drawing, frontier, geneval, paper, reasoners, rewrites
-from train.evaluate.published.judging import Card, Column, Figure, columns_of
+from train.evaluate.published.judging import Card, Column, Count, Figure, columns_of
+from train.loop.clock import Interrupted
 
 OTHER = Card("other", "1", "float32", "cpu")
 
@@ -42,19 +43,27 @@ def scores(path, benchmark, *columns, limit=None):
 
 
 def column(name, card=CARD, **figures):
-    return Column(name, [card], {k: Figure(v, v - 0.01, v + 0.01, 9) for k, v in figures.items()}, [], judged=9)
+    return Column(
+        name,
+        [card],
+        {k: Figure(v, v - 0.01, v + 0.01, 9) for k, v in figures.items()},
+        [],
+        "total",
+        {"images": Count(9, 9)},
+    )
 
 
 def test_table_6_has_our_rows_below_the_papers(tmp_path):
     one = scores(tmp_path / "a.json", "geneval", column("ours", total=0.5), column("ours, reasoner", total=0.625))
-    two = scores(tmp_path / "b.json", "cvtg", column("ours", total=0.25, NED=0.75))
+    areas = {f"{n}R": value for n, value in zip((2, 3, 4, 5), (0.4, 0.3, 0.2, 0.1))}
+    two = scores(tmp_path / "b.json", "cvtg", column("ours", total=0.5, NED=0.75, **areas))
     found = reasoners.reasoners([one, two])
     text = reasoners.printed(found)
     lines = text.splitlines()
     assert lines[0].split("  ")[-1] == "CVTG CLIP"
     assert len(lines) == 1 + 7 + 2
     assert re.search(r"Lens w/o reasoner, paper +0.532 +0.843", text)
-    assert re.search(r"^ours +0.500 \[0.490, 0.510\] +0.250 \[.*\] +0.750", text, re.MULTILINE)
+    assert re.search(r"^ours +0.500 \[0.490, 0.510\] +0.250 \[0.245, 0.255\] +0.750", text, re.MULTILINE)
     other = scores(tmp_path / "c.json", "geneval", column("theirs", OTHER, total=0.5))
     with pytest.raises(ValueError, match="scores of different judges do not compare"):
         reasoners.reasoners([one, other])
@@ -63,6 +72,35 @@ def test_table_6_has_our_rows_below_the_papers(tmp_path):
         reasoners.reasoners([part])
     assert columns_of(one)[1][0] == column("ours", total=0.5)
     assert asdict(columns_of(one)[1][0].cards[0]) == asdict(CARD)
+
+
+def test_table_6_is_of_english_and_of_whole_averages(tmp_path, capsys):
+    one = scores(tmp_path / "a.json", "longtext", column("ours", total=0.5), replaced("ours, zh", "zh", total=0.25))
+    assert list(reasoners.reasoners([one])) == ["ours"]
+    assert "left out, table 6 is of English: ours, zh (zh)" in capsys.readouterr().out
+    two = scores(tmp_path / "b.json", "longtext", replaced("ours, zh", "zh", total=0.25))
+    with pytest.raises(
+        ValueError, match=r"b.json: expected longtext of English, as table 6 has it, got ours, zh \(zh\)"
+    ):
+        reasoners.reasoners([one, two])
+    again = scores(tmp_path / "c.json", "longtext", column("ours", total=0.25))
+    with pytest.raises(
+        ValueError, match=r"c.json: longtext of 'ours', as in .*a.json: give one of them another --name"
+    ):
+        reasoners.reasoners([one, again])
+    # an older file says its languages in its settings alone
+    values = json.loads(two.read_text())
+    values["settings"]["language"] = ["zh"]
+    for key in ("language", "counts"):
+        del values["columns"][0][key]
+    two.write_text(json.dumps(values))
+    assert (columns_of(two)[1][0].language, columns_of(two)[1][0].judged) == ("zh", 9)
+    part = scores(tmp_path / "d.json", "cvtg", column("ours", total=0.5, **{"2R": 0.5, "3R": 0.5, "4R": 0.5}))
+    assert reasoners.reasoners([part])["ours"]["CVTG Avg."] == Figure(None, note="not all four areas")
+
+
+def replaced(name, language, **figures):
+    return replace(column(name, **figures), language=language)
 
 
 def bench_file(path, device, *cases):
@@ -96,6 +134,20 @@ def test_figure_2_has_measured_times_alone(tmp_path, capsys):
     )
     with pytest.raises(ValueError, match="nothing was measured"):
         frontier.seconds_of(bench_file(tmp_path / "n.json", "x", ("e2e/lens/512/b1/bf16/total", "ours", 1.0)))
+    both = bench_file(
+        tmp_path / "both.json", "NVIDIA H100 SXM",
+        ("e2e/lens/1024/b1/bf16/total", "ours", 3.0), ("e2e/turbo/1024/b1/bf16/total", "ours", 0.75),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="times of lens, turbo: say which as the fifth value of --model"):
+        frontier.seconds_of(both)
+    assert frontier.dots([("ours", str(score), str(both), "4.1", "lens")])[1][0].seconds == 3.0
+    with pytest.raises(ValueError, match=r"no case e2e/turbo/1024/.* of our subject, only of lens"):
+        frontier.seconds_of(bench, "turbo")
+    with pytest.raises(ValueError, match=r"expected NAME SCORES BENCH BILLIONS \[VARIANT\], got a b"):
+        frontier.dots([("a", "b")])
+    chinese = scores(tmp_path / "zh.json", "geneval", replaced("ours, zh", "zh", total=0.9))
+    with pytest.raises(ValueError, match=r"zh.json: ours, zh is of zh, the paper's figure 2 of English"):
+        frontier.dots([("ours", str(chinese), str(bench), "4.1")])
     slow = bench_file(tmp_path / "h200.json", "NVIDIA H200", ("e2e/lens/1024/b1/bf16/total", "ours", 2.0))
     assert "not the same axis" in frontier.page(*frontier.dots([("ours", str(score), str(slow), "4.1")]))
     with pytest.raises(ValueError, match="expected one of each"):
@@ -145,6 +197,46 @@ def test_rewrites_are_made_once_and_judged_by_the_original(tmp_path, monkeypatch
     model = drawing.Model("m", {}, 64, lambda p, s: drawn.extend(p) or [np.zeros((16, 16, 3), np.uint8)] * len(p))
     drawing.drawn(model, told, tmp_path / "i", lambda _: None)
     assert len(drawn) == 4 * sum(a.drawn != "" for a in told)
+
+
+def test_rewrites_of_another_prompt_file_are_not_taken(tmp_path):
+    asks = command.limited(geneval.Geneval().asks(options(), "en"), 1)
+    for text in ("be short", "be long"):
+        (tmp_path / text).mkdir()
+        (tmp_path / text / "best.md").write_text(text)
+        given = options(
+            reasoner="http://x/v1", reasoner_model="m", reasoner_prompt=str(tmp_path / text / "best.md")
+        )  # the name of both
+
+        def reasoner(wishes, text=text):
+            return [Refined(w, f"{text}: {w}", "m") for w in wishes]
+
+        told = rewrites.rewritten(given, "geneval", asks, tmp_path, reasoner)
+        assert {a.drawn.partition(":")[0] for a in told} == {text}
+    mini = rewrites.told_to(options(reasoner="mini"), "geneval")
+    assert mini == rewrites.told_to(options(reasoner="mini"), "geneval")
+    assert mini != rewrites.told_to(given, "geneval")
+
+
+def test_broken_answers_of_a_server_are_asked_for_again(tmp_path):
+    asks = command.limited(geneval.Geneval().asks(options(), "en"), 8)
+    given, calls, ill = options(reasoner="http://x/v1", reasoner_model="m"), [], 3
+
+    def reasoner(wishes):
+        first = len(calls)
+        calls.extend(wishes)
+        return [Refined(w, w, "m", "broken" if first + k < ill else "") for k, w in enumerate(wishes)]
+
+    with pytest.raises(Interrupted, match=r"3 of 48 answers of http://x/v1 were broken, at most 5% may be"):
+        rewrites.rewritten(given, "geneval", asks, tmp_path, reasoner)
+    ill = len(calls) + 2
+    rewrites.rewritten(given, "geneval", asks, tmp_path, reasoner)
+    assert len(calls) == 48 + 3
+    # not once images are there, which were drawn of the words as they were
+    rewrites.rewritten(given, "geneval", asks, tmp_path, reasoner, begun=True)
+    assert len(calls) == 51
+    rewrites.rewritten(given, "geneval", asks, tmp_path, reasoner)
+    assert len(calls) == 53
 
 
 @pytest.mark.parametrize(

@@ -223,9 +223,6 @@ def test_a_style_is_the_mean_of_both_encoders_by_hand(tmp_path):
 def test_the_benchmark_asks_for_the_style_of_each_prompt(tmp_path):
     """Of two anime prompts one has a style; the prompt's score is the mean of its images', black cells are none."""
     oneig_copy(tmp_path / "copy", ["anime", "object", "text"])
-    folder = tmp_path / "copy" / "scripts" / "style"
-    folder.mkdir()
-    (folder / "style.csv").write_text(",id,class\n0,000,Pop Art\n1,001,\n2,002,baroque\n")
     torch.save({"pop_art": torch.tensor([[1.0, 0.0]])}, tmp_path / "a.pt")
     drawing.write_image(
         oneig.joined([coded(v, 16) for v in (255, 51, 0, 102)], 2), tmp_path / "images" / "anime" / "m" / "000.webp"
@@ -249,5 +246,5 @@ def test_the_benchmark_asks_for_the_style_of_each_prompt(tmp_path):
     given.csd, given.out = None, tmp_path / "out2"
     assert command.run(bench, given) == 1
     column = json.loads((tmp_path / "out2" / "scores.json").read_text())["columns"][0]
-    assert (column["judged"], column["missing"]) == (1, 1)
+    assert (column["judged"], column["missing"]) == (4, 4)
     assert column["figures"]["style"]["value"] is None

@@ -1,7 +1,10 @@
 """OneIG, LongText and CVTG: their arithmetic on texts and answers made by hand, their layouts, a judge that misbehaves."""
 
+import argparse
 import json
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -217,9 +220,37 @@ def test_longtext_counts_all_images_together(tmp_path):
     assert column["judged"] == 4
     page = (tmp_path / "out" / "index.html").read_text()
     assert "0.937" in page
-    prompts.write_text('{"prompt_id": 0, "prompt": "a", "text": [3]}\n')
-    with pytest.raises(ValueError, match=r"p.jsonl, line 1: expected prompt_id"):
-        longtext.prompts_of(prompts)
+    for text in ("[3]", '"abc"'):
+        prompts.write_text(f'{{"prompt_id": 0, "prompt": "a", "text": {text}}}\n')
+        with pytest.raises(ValueError, match=r"p.jsonl, line 1: expected prompt_id"):
+            longtext.prompts_of(prompts)
+
+
+def test_longtexts_images_are_found_by_the_number_in_their_names(tmp_path):
+    prompts = tmp_path / "p.jsonl"
+    lines = [{"prompt_id": k, "prompt": "a sign", "text": ["Open"]} for k in (1, 12, 3)]
+    prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name in ("0001_0", "0001_1", "12_0", "12_1", "grid", "7_0"):
+        drawing.write_image(coded(10), tmp_path / "images" / f"{name}.png")
+    bench = longtext.LongText(Reads(lambda image: "open"))
+    given = options(images=tmp_path / "images", prompts=prompts)
+    asks = bench.asks(given, "en")
+    # a prompt without any counts as many as the others have
+    assert [a.files for a in asks] == [("0001_0.png", "0001_1.png"), ("12_0.png", "12_1.png"), ("3_0.png", "3_1.png")]
+    column = bench.score(given, asks, tmp_path / "images", "c", "en")
+    assert (column.judged, column.missing) == (6, 2)
+
+
+@pytest.mark.parametrize("module", [longtext, cvtg])
+def test_there_is_nothing_soft_about_a_reading(module, capsys):
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    asked = ["--prompts", "p", "--model", "mini"]
+    assert parser.parse_args(asked).soft is False
+    with pytest.raises(SystemExit):
+        parser.parse_args([*asked, "--soft"])
+    with pytest.raises(ValueError, match="--max-calls bounds calls to a server: with --rapidocr"):
+        judge_choice.reader_of(parser.parse_args([*asked, "--rapidocr", "--max-calls", "3"]), Path("out"))
 
 
 class Similar:
@@ -257,6 +288,13 @@ def test_cvtg_is_micro_averaged_and_its_areas_are_of_both_parts(tmp_path):
     assert figures["NED"]["value"] == near((14 + 4 + 10 * (1 - 1 / (2 + 1e-5))) / 28)
     assert figures["CLIPScore"]["value"] == near((2.5 * 0.2 + 0) / 2)  # below 0 counts as 0
     assert clip.asked[0].startswith("A photo depicts CVTG 'w0'")
+    # a dead CLIP is no figure, and no traceback
+    given.out, bench = tmp_path / "dead", cvtg.Cvtg(bench.reader, dead := Dead())
+    assert command.run(bench, given) == 1
+    figures = json.loads((tmp_path / "dead" / "scores.json").read_text())["columns"][0]["figures"]
+    assert "no figure" in figures["CLIPScore"]["note"]
+    assert figures["mean of areas"]["value"] == near(sum(areas) / 4)
+    assert dead.calls == 1
     (tmp_path / "set" / "CVTG" / "2.json").write_text("{}")
     with pytest.raises(ValueError, match="expected data_list"):
         bench.asks(given, "en")
@@ -273,6 +311,8 @@ def oneig_copy(folder, categories):
     for k, category in enumerate(categories):
         item = {"question": json.dumps({"1": "is it there?", "2": "is it red?"}), "dependency": {"1": [0], "2": [1]}}
         (folder / "scripts" / "alignment" / "Q_D" / f"{category}.json").write_text(json.dumps({f"00{k}": item}))
+    (folder / "scripts" / "style").mkdir()
+    (folder / "scripts" / "style" / "style.csv").write_text(",id,class\n0,000,Pop Art\n1,001,\n2,002,baroque\n")
     index = categories.index("text")
     (folder / "scripts" / "text" / "text_content.csv").write_text(f"id,text_content\n00{index},\"['Grand', 'Tea']\"\n")
 
@@ -314,13 +354,18 @@ class Apart:
 
 
 def test_oneigs_five_dimensions_by_hand(tmp_path):
-    oneig_copy(tmp_path / "copy", ["anime", "object", "text"])
-    grids = {"anime/m/000": [200, 50, 0, 0], "object/m/001": [200, 200, 200, 200], "text/m/002": [200, 100, 0, 0]}
+    oneig_copy(tmp_path / "copy", ["anime", "object", "text", "reasoning"])
+    grids = {
+        "anime/m/000": [200, 50, 0, 0],
+        "object/m/001": [200, 200, 200, 200],
+        "text/m/002": [200, 100, 0, 0],
+        "reasoning/m/003": [200, 0, 0, 0],
+    }
     for name, levels in grids.items():
         drawing.write_image(oneig.joined([coded(v, 16) for v in levels], 2), tmp_path / "images" / f"{name}.webp")
     judged = tmp_path / "elsewhere.jsonl"
     judged.write_text(
-        '{"dimension": "style", "id": "000", "values": [0.2, 0.4]}\n{"dimension": "reasoning", "id": "9", "values": [0.25]}\n'
+        '{"dimension": "style", "id": "000", "values": [0.2, 0.4]}\n{"dimension": "reasoning", "id": "003", "values": [0.25]}\n'
     )
     reader = Reads(lambda image: "Grand Tea" if image.mean() > 150 else "Grand Te")
     given = oneig_options(tmp_path, images=tmp_path / "images", name="m")
@@ -356,8 +401,155 @@ def test_a_judge_that_misbehaves_leaves_no_total(tmp_path):
     assert command.run(bench, given) == 1
     column = json.loads((tmp_path / "out" / "scores.json").read_text())["columns"][0]
     assert (column["missing"], column["judged"]) == (1, 8)
-    assert column["figures"]["alignment"]["value"] == 1.0  # of the three images with all answers
-    assert "no total" in column["figures"]["total"]["note"]
+    assert column["figures"]["alignment"]["note"] == "no figure: 1 of 8 judgements missing"
+    assert column["figures"]["total"]["note"] == "no total: alignment: 1 of 8 judgements missing"
+    row = json.loads((tmp_path / "out" / "rows_images.jsonl").read_text().splitlines()[0])
+    assert row["score"] == 1.0  # of the three images with all answers
+
+
+def oneig_grids(tmp_path, number, category):
+    """A copy with so many prompts of a category, each with a grid of two bright cells."""
+    oneig_copy(tmp_path / "copy", [category, "text"])
+    names = {short: long for long, short in oneig.CATEGORIES.items()}
+    ids = [f"{k:03d}" for k in range(number)]
+    lines = [f"{names[category]},{key},a {category},NP,short,None" for key in ids]
+    (tmp_path / "copy" / "OneIG-Bench.csv").write_text("\n".join(["category,id,prompt_en", *lines]) + "\n")
+    item = {"question": {"1": "is it there?", "2": "is it red?"}, "dependency": {"1": [0], "2": [1]}}
+    path = tmp_path / "copy" / "scripts" / "alignment" / "Q_D" / f"{category}.json"
+    path.write_text(json.dumps(dict.fromkeys(ids, item)))
+    (tmp_path / "copy" / "scripts" / "style" / "style.csv").write_text(
+        "id,class\n" + "".join(f"{key},Pop Art\n" for key in ids)
+    )
+    (tmp_path / "copy" / "scripts" / "text" / "text_content.csv").write_text(
+        "id,text_content\n" + "".join(f"{key},\"['Tea']\"\n" for key in ids)
+    )
+    for key in ids:
+        grid = oneig.joined([coded(200, 16), coded(100, 16), None, None], 2)
+        drawing.write_image(grid, tmp_path / "images" / category / "m" / f"{key}.webp")
+
+
+class Dead:
+    """Every judge in one, all of them dead."""
+
+    card, cards = CARD, (CARD,)
+
+    def __init__(self):
+        self.calls = 0
+
+    def fails(self, *_):
+        self.calls += 1
+        raise RuntimeError("out of memory")
+
+    scores = distance = similarity = fails
+
+    def answer(self, image, questions):
+        self.calls += 1
+        return [RuntimeError("timeout") for _ in questions]
+
+
+@pytest.mark.parametrize(
+    ("dimension", "category", "who"),
+    [("alignment", "object", "answerer"), ("style", "anime", "styles"), ("diversity", "anime", "distance")],
+)
+def test_a_dead_judge_ends_its_dimension_early(tmp_path, dimension, category, who):
+    oneig_grids(tmp_path, 40, category)
+    given = oneig_options(tmp_path, images=tmp_path / "images")
+    given.dimensions = [dimension]
+    bench = oneig.OneIG(**{who: (dead := Dead())})
+    column = command.closed(bench.score(given, bench.asks(given, "en"), tmp_path / "images", "c", "en"))
+    assert 0 < dead.calls < 40
+    assert (column.counts[dimension].stopped, column.complete) == (True, False)
+    assert "the rest not made" in column.figures[dimension].note
+
+
+def test_each_dimension_of_oneig_counts_its_own(tmp_path):
+    """All of few readings fail beside many answers that are there: no total. Answers that fail keep no text from being read."""
+    oneig_grids(tmp_path, 40, "object")
+    with (tmp_path / "copy" / "OneIG-Bench.csv").open("a") as file:
+        file.write("Text_Rendering,000,a text\n")
+    drawing.write_image(oneig.joined([coded(200, 16)] * 4, 2), tmp_path / "images" / "text" / "m" / "000.webp")
+    given = oneig_options(tmp_path, images=tmp_path / "images")
+    given.dimensions = ["alignment", "text"]
+    bench = oneig.OneIG(Answers(), Reads(lambda image: RuntimeError("timeout")))
+    column = command.closed(bench.score(given, bench.asks(given, "en"), tmp_path / "images", "c", "en"))
+    assert (column.missing, column.judged, column.complete) == (4, 164, False)  # 2.4 % of all
+    assert column.figures["alignment"].value is not None
+    assert column.figures["text"].note == "no figure: 4 of 4 judgements missing"
+    bench = oneig.OneIG(Answers(failing=(1, 2, 3)), reader := Reads(lambda image: "Tea"))
+    column = command.closed(bench.score(given, bench.asks(given, "en"), tmp_path / "images", "c", "en"))
+    assert (len(reader.limits), column.counts["text"].judged, column.complete) == (1, 4, True)
+    # a prompt without images counts as four
+    (tmp_path / "images" / "text" / "m" / "000.webp").unlink()
+    (tmp_path / "images" / "object" / "m" / "000.webp").unlink()
+    given.dimensions = list(oneig.DIMENSIONS)
+    bench = oneig.OneIG(Answers(), Reads(lambda image: "Tea"), Apart())
+    column = bench.score(given, bench.asks(given, "en"), tmp_path / "images", "c", "en")
+    assert {name: count.missing for name, count in column.counts.items()} == {
+        "alignment": 4 * 2,
+        "text": 4,
+        "diversity": 2 * 6,
+    }
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ({"dimension": "diversity", "id": "000", "values": [0.1]}, "diversity needs a category"),
+        ({"dimension": "diversity", "category": "anime", "id": "777", "values": [0.1]}, "no prompt anime/777"),
+        ({"dimension": "style", "id": "001", "values": [0.1]}, "no prompt anime/001"),  # names no style
+        ({"dimension": "style", "category": "object", "id": "001", "values": [0.1]}, "no prompt object/001"),
+        ({"dimension": "style", "id": "000", "values": ["nan"]}, "finite numbers"),
+        ({"dimension": "style", "id": "000", "values": [True]}, "finite numbers"),
+        ({"dimension": "style", "id": "000", "values": [float("nan")]}, ""),
+        ({"dimension": "style", "id": "000", "values": "0.5"}, "finite numbers"),
+        ({"dimension": "reasoning", "id": "003", "values": [0.5]}, "reasoning/003 a second time"),
+    ],
+)
+def test_values_of_elsewhere_are_of_one_prompt_each(tmp_path, line, words):
+    oneig_copy(tmp_path / "copy", ["anime", "object", "text", "reasoning"])
+    given = oneig_options(tmp_path, images=tmp_path, name="m")
+    given.judged, given.dreamsim = tmp_path / "j.jsonl", False
+    good = [
+        {"dimension": "reasoning", "id": "003", "values": [0.5]},
+        {"dimension": "diversity", "category": "Anime_Stylization", "id": "000", "values": [0.25]},
+        {"dimension": "diversity", "category": "object", "id": "001", "values": [0.75]},
+    ]
+    given.judged.write_text("".join(json.dumps(one) + "\n" for one in good))
+    given.dimensions = ["reasoning", "diversity"]
+    bench = oneig.OneIG()
+    column = bench.score(given, bench.asks(given, "en"), tmp_path, "c", "en")
+    assert column.figures["diversity"].value == 0.5
+    counts = column.counts
+    assert [(counts[d].judged, counts[d].missing) for d in given.dimensions] == [(1, 0), (4, 2)]
+    assert not column.complete
+    given.dimensions = ["reasoning"]
+    column = bench.score(given, bench.asks(given, "en"), tmp_path, "c", "en")
+    assert (column.figures["diversity"].note, list(column.counts)) == ("not asked for", ["reasoning"])
+    given.dimensions = list(oneig.DIMENSIONS)
+    given.judged.write_text("".join(json.dumps(one) + "\n" for one in [*good, line]))
+    with pytest.raises(ValueError, match=r"j.jsonl, line 4: .*" + words):
+        bench.prepare(given)
+
+
+@pytest.mark.parametrize("more", [{"language": ["en", "zh"]}, {"reasoner": "mini"}])
+def test_values_of_elsewhere_are_of_one_column(tmp_path, more):
+    given = oneig_options(tmp_path, model="mini", **more)
+    given.judged = tmp_path / "j.jsonl"
+    with pytest.raises(ValueError, match="--judged has the values of one column"):
+        oneig.OneIG().prepare(given)
+
+
+def test_questions_are_counted_in_each_language(tmp_path, capsys):
+    oneig_copy(tmp_path / "copy", ["anime", "object", "text"])
+    (tmp_path / "copy" / "OneIG-Bench-ZH.csv").write_text("category,id,prompt_cn\nMultilingualism,000,a\n")
+    item = {"000": {"question": {"1": "is it there?"}, "dependency": {"1": [0]}}}
+    folder = tmp_path / "copy" / "scripts" / "alignment" / "Q_D"
+    (folder / "multilingualism_zh.json").write_text(json.dumps(item))
+    given = oneig_options(tmp_path, model="mini", language=["en", "zh"], dry_run=True)
+    assert command.run(oneig.OneIG(), given) == 0
+    text = capsys.readouterr().out
+    assert re.search(rf"questions +{(2 + 2 + 1) * 4} judgements", text)
+    assert re.search(r"reader +4 judgements", text)
 
 
 def test_drawn_images_become_grids(tmp_path):
@@ -371,7 +563,7 @@ def test_drawn_images_become_grids(tmp_path):
     bench.arrange(given, asks, tmp_path / "i")
     assert (tmp_path / "i" / "anime" / "lens" / "000.webp").is_file()
     assert [round(float(c.mean())) for c in bench.cells(given, asks[0], tmp_path / "i")] == [50, 51, 52]
-    assert bench.calls(given, asks)[0].number == 2 * 4
+    assert bench.calls(given, asks, "en")[0].number == 2 * 4
 
 
 def test_intervals_are_of_always_the_same_draws():

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import argparse
 
+from lens.chat_client import ChatError
+
+from ..loop.clock import Interrupted
 from . import class_sheet, mini_bench, rl_gain, shape_calibration, sizes, student
 from .published import cvtg, frontier, geneval, longtext, oneig, reasoners
 
@@ -33,11 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice = parser.add_subparsers(dest="benchmark", required=True, metavar="BENCHMARK", help="which benchmark")
     for name, (module, text) in BENCHMARKS.items():
         entry = choice.add_parser(
-            name, help=text, description=module.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+            name,
+            aliases=[name.replace("-", "_")] if "-" in name else [],
+            help=text,
+            description=module.__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(entry)
         entry.set_defaults(run_benchmark=module.run)
 
 
 def run(options: argparse.Namespace) -> int:
-    return options.run_benchmark(options)
+    """Errors: Interrupted where a server cannot be reached, or --max-calls is spent; what it answered is kept."""
+    try:
+        return options.run_benchmark(options)
+    except ChatError as error:
+        raise Interrupted(f"evaluate {options.benchmark}: {error}") from error

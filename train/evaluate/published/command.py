@@ -10,7 +10,8 @@ import argparse
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,7 +46,7 @@ class Benchmark(Protocol):
         """Whatever else the benchmark's layout has beside the images that were drawn."""
         ...
 
-    def calls(self, options: argparse.Namespace, asks: Sequence[Ask]) -> list[Calls]: ...
+    def calls(self, options: argparse.Namespace, asks: Sequence[Ask], language: str) -> list[Calls]: ...
 
     def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
         """Judge a folder in the benchmark's layout. An image that is missing is a missing judgement."""
@@ -115,17 +116,22 @@ def run(bench: Benchmark, options: argparse.Namespace) -> int:
     """0; 1 where a column has no total because judgements are missing."""
     out = options.out = options.out or Path("runs/evaluate") / bench.name
     reasoner = options.reasoner != "none"
+    if options.images and not options.images.is_dir():
+        raise ValueError(f"--images {options.images}: no such folder")
     if options.images and reasoner:
         raise ValueError("--images are drawn already: --reasoner has nothing to rewrite")
     if options.images and len(options.language) > 1:
         raise ValueError("--images are of one language: give one --language")
+    if options.images and (given := [n for n in ("steps", "guidance", "size") if getattr(options, n) is not None]):
+        raise ValueError(f"--images are drawn already: --{given[0]} has nothing to draw")
+    rewrites.expect_used(options)
     if options.device is None:
         import torch
 
         options.device = "cuda" if torch.cuda.is_available() else "cpu"
     every = {language: limited(bench.asks(options, language), options.limit) for language in options.language}
     if options.dry_run:
-        print(dry_run(bench, options, [ask for asks in every.values() for ask in asks], 1 + reasoner))
+        print(dry_run(bench, options, every))
         return 0
     bench.prepare(options)
     name = options.name or options.model or options.images.name
@@ -135,8 +141,9 @@ def run(bench: Benchmark, options: argparse.Namespace) -> int:
         title = name if len(every) == 1 and language == "en" else f"{name}, {language}"
         runs.append((title, language, asks))
         if reasoner:
-            told = rewrites.rewritten(options, bench.name, asks, out)
-            runs.append((f"{title}, reasoner {options.reasoner}", language, told))
+            own = f"{title}, reasoner {options.reasoner}"
+            begun = (out / "images" / slug(own) / "drawn.json").is_file()
+            runs.append((own, language, rewrites.rewritten(options, bench.name, asks, out, begun=begun)))
     folders = [options.images or out / "images" / slug(title) for title, _, _ in runs]
     if options.model:
         model = model_of(options)
@@ -155,8 +162,16 @@ def run(bench: Benchmark, options: argparse.Namespace) -> int:
     return 0 if all(column.complete for column in columns) else 1
 
 
-def dry_run(bench: Benchmark, options: argparse.Namespace, asks: Sequence[Ask], times: int) -> str:
-    calls = [Calls(c.judge, times * c.number, c.tokens) for c in bench.calls(options, asks)]
+def dry_run(bench: Benchmark, options: argparse.Namespace, every: Mapping[str, Sequence[Ask]]) -> str:
+    """The estimate of all columns. every: language -> its prompts."""
+    asks, times = [ask for own in every.values() for ask in own], 1 if options.reasoner == "none" else 2
+    made: dict[str, Calls] = {}
+    for call in (call for language, own in every.items() for call in bench.calls(options, own, language)):
+        number = made[call.judge].number if call.judge in made else 0
+        made[call.judge] = replace(call, number=number + times * call.number)
+    calls = list(made.values())
+    if options.reasoner != "none":
+        calls += rewrites.calls(options, bench.name, every.values())
     if options.images:
         return f"{len(asks)} prompts\n" + estimate(0, 0.0, calls, options.gpu, options.gpu_price, options.judge_prices)
     images = times * sum(len(ask.files) for ask in asks)
@@ -170,11 +185,13 @@ def dry_run(bench: Benchmark, options: argparse.Namespace, asks: Sequence[Ask], 
 
 
 def closed(column: Column) -> Column:
-    """Without its total where too many judgements are missing."""
+    """Without the figures of a dimension of which too many judgements are missing, and then without its total."""
+    for dimension, count in column.counts.items():
+        for name in column.figures:
+            if not count.complete and (name == dimension or name.startswith(f"{dimension}, ")):
+                column.figures[name] = Figure(None, note=f"no figure: {count}")
     if not column.complete and column.total in column.figures:
-        column.figures[column.total] = Figure(
-            None, note=f"no total: {column.missing} of {column.judged} judgements missing"
-        )
+        column.figures[column.total] = Figure(None, note=f"no total: {column.lacking}")
     return column
 
 
@@ -183,9 +200,7 @@ def said(column: Column) -> str:
     lines += [f"  by {card}{f'; {card.differs}' if card.differs else ''}" for card in column.cards]
     lines += [f"  {name:24} {figure}" for name, figure in column.figures.items()]
     if not column.complete:
-        lines.append(
-            f"  {column.missing} of {column.judged} judgements are missing, more than {MAX_MISSING:.0%}: no total"
-        )
+        lines.append(f"  no total: {column.lacking}; at most {MAX_MISSING:.0%} may be")
     return "\n".join(lines)
 
 
@@ -259,5 +274,12 @@ def written(
 
 
 def first_image(ask: Ask, folder: Path) -> np.ndarray | None:
-    """Where every image is a file of its own."""
-    return next((image for file in ask.files if (image := read_image(folder / file)) is not None), None)
+    """Where every image is a file of its own: the first that can be read."""
+    for file in ask.files:
+        try:
+            image = read_image(folder / file)
+        except ValueError:
+            continue
+        if image is not None:
+            return image
+    return None

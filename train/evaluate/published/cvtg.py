@@ -28,7 +28,7 @@ from . import command, judge_choice
 from .chat_judges import Reader
 from .drawing import Ask, Calls, read_image
 from .judge_choice import reader_of
-from .judging import Card, Column, Figure, bootstrapped, mean
+from .judging import Card, Column, Figure, averaged, bootstrapped, mean
 from .models import CLIP, Clip, ClipScorer
 from .reading import read_all
 from .text_match import cvtg_words, quoted_words
@@ -80,7 +80,7 @@ class Cvtg:
     def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
         """Nothing: the images are the layout."""
 
-    def calls(self, options: argparse.Namespace, asks: Sequence[Ask]) -> list[Calls]:
+    def calls(self, options: argparse.Namespace, asks: Sequence[Ask], language: str) -> list[Calls]:
         number = sum(len(ask.files) for ask in asks)
         clip = [] if options.no_clip else [Calls("CLIP", number)]
         return [Calls("reader", number, None if options.rapidocr else (1_400, 40)), *clip]
@@ -92,7 +92,8 @@ class Cvtg:
         card = reader.card
         if not card.differs:
             card = Card(card.judge, card.revision, card.dtype, card.device, "the published reader is PaddleOCR")
-        column = Column(name, [card, *([self.clip.card] if self.clip else [])])
+        column = Column(name, [card, *([self.clip.card] if self.clip else [])], language=language)
+        clips = column.count("CLIPScore", sum(len(ask.files) for ask in asks)) if self.clip else None
         areas: dict[str, list[Row]] = {}
         similar: list[float] = []
         for ask, texts in read_all(reader, asks, folder, column, lambda _: TOKENS):
@@ -104,10 +105,17 @@ class Cvtg:
                     areas.setdefault(ask.task, []).append((found, len(asked), sum(near)))
                     score = found / len(asked) if asked else None
                     row |= {"matched": found, "of": len(asked)}
-                    image = read_image(folder / file)
-                    if self.clip is not None and image is not None:
+                if self.clip is not None and clips is not None and clips.goes_on():
+                    clips.judged += 1
+                    try:
+                        image = read_image(folder / file)
+                        if image is None:
+                            raise ValueError("no such image")
                         row["clip"] = 2.5 * max(0.0, self.clip.similarity(image, PREFIX + ask.prompt))
                         similar.append(row["clip"])
+                    except Exception as error:  # a missing judgement, whatever it is
+                        clips.missing += 1
+                        row["clip_not_judged"] = str(error)
                 images.append(row)
             row = {
                 "id": ask.id,
@@ -120,9 +128,11 @@ class Cvtg:
             column.rows.append({**row, "images": images})
         column.figures |= {area: bootstrapped(rows, words) for area, rows in sorted(areas.items())}
         every = [row for rows in areas.values() for row in rows]
-        plain = [f.value for f in column.figures.values()]
+        plain = [column.figures.get(f"{area}R", Figure(None, note="not all four areas")) for area in AREAS]
+        if not column.counts["text"].complete:
+            plain = [Figure(None, note=f"no mean: text: {column.counts['text']}")]
         column.figures["total"] = bootstrapped(every, words)
-        column.figures["mean of areas"] = Figure(None if None in plain else mean(plain))
+        column.figures["mean of areas"] = averaged(plain)
         column.figures["NED"] = bootstrapped(every, closest)
         column.figures["CLIPScore"] = (
             bootstrapped(similar, mean) if self.clip else Figure(None, note="not measured: --no-clip")
@@ -140,7 +150,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--clip", default=CLIP, metavar="SOURCE", help=f"hub id or folder (default: {CLIP})")
     parser.add_argument("--no-clip", action="store_true", help="leave CLIPScore out")
-    judge_choice.add_arguments(parser)
+    judge_choice.add_arguments(parser, soft=False)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -105,7 +105,7 @@ def read_image(path: Path) -> np.ndarray | None:
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, EOFError) as error:
         raise ValueError(f"{path}: not an image ({error})") from None
 
 
@@ -156,11 +156,12 @@ def image_flops(config: LensConfig, size: tuple[int, int], steps: int, guidance:
 
 @dataclass(frozen=True)
 class Calls:
-    """Judge calls of a run. tokens: (read, written) of one, where it goes to a server."""
+    """Calls of a run, of a judge or of a reasoner. tokens: (read, written) of one, where it goes to a server."""
 
     judge: str
     number: int
     tokens: tuple[int, int] | None = None
+    what: str = "judgements"
 
 
 def estimate(
@@ -184,11 +185,13 @@ def estimate(
         if call.tokens is not None:
             read, written = (call.number * n for n in call.tokens)
             told = f", {read / 1e6:.1f} and {written / 1e6:.1f} million tokens read and written"
-            if prices is not None:
+            if prices is not None and call.what == Calls.what:  # a judge's, not a reasoner's
                 spent = (spent or 0.0) + (read * prices[0] + written * prices[1]) / 1e6
-        lines.append(f"{call.judge:20} {call.number:10,d} judgements{told}")
+        lines.append(f"{call.judge:20} {call.number:10,d} {call.what}{told}")
     lines.append("judges' own time     not estimated: none was measured on a GPU")
+    without = ", without the reasoner's" if any(c.tokens for c in calls if c.what != Calls.what) else ""
     lines.append(
-        f"money                {'not known: give --gpu-price or --judge-prices' if spent is None else f'{spent:10.2f} USD'}"
+        "money                "
+        + ("not known: give --gpu-price or --judge-prices" if spent is None else f"{spent:10.2f} USD{without}")
     )
     return "\n".join(lines)

@@ -1,11 +1,12 @@
 """The paper's figure 2: score against seconds a 1024x1024 image, a circle a model, its area by parameters.
 
     python -m train evaluate frontier                                       # the paper's two alone
-    python -m train evaluate frontier --model "Lens, ours" runs/evaluate/geneval/scores.json e2e.json 4.1 --out frontier.html
+    python -m train evaluate frontier --model "Lens, ours" runs/evaluate/geneval/scores.json e2e.json 4.1 lens --out frontier.html
 
-Only measured times: those of a result of `python -m bench run e2e` (case e2e/*/1024/b*/*/total, our subject, by image), all
-of one GPU, and the two that the paper prints, of an H100. Scores are refused where judges differ. Other models of the
-paper's figure have no printed time, so they are not drawn.
+Only measured times: those of a result of `python -m bench run e2e` (case e2e/VARIANT/1024/b*/*/total, our subject, by image), all
+of one GPU, and the two that the paper prints, of an H100. VARIANT is lens or turbo; it may be left out where the result has one
+alone. Scores are refused where judges differ, and where the first column is not of English. Other models of the paper's figure
+have no printed time, so they are not drawn.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .judging import columns_of, expect_same_judges
 TABLE_2 = {"geneval": "GenEval", "oneig": "OneIG EN", "longtext": "LongText EN", "cvtg": "CVTG Avg."}
 PAPERS = {"Lens (20-step)": "Lens 20 steps", "Lens-Turbo (4-step)": "Lens-Turbo 4 steps"}  # table 2 -> latencies
 PAPERS_GPU = "H100"
-CASE = re.compile(r"e2e/[\w.-]+/1024/b(\d+)/\w+/total")
+CASE = re.compile(r"e2e/([\w.-]+)/1024/b(\d+)/\w+/total")
 
 
 @dataclass(frozen=True)
@@ -44,31 +45,41 @@ class Dot:
     paper: bool = False
 
 
-def seconds_of(path: Path) -> tuple[str, float]:
-    """(GPU, seconds a 1024x1024 image) of a bench result: the median of our subject, the best batch of its cases.
+def seconds_of(path: Path, variant: str = "") -> tuple[str, float]:
+    """(GPU, seconds a 1024x1024 image) of a bench result: the median of our subject, the best batch of its variant's cases.
 
-    Errors: ValueError where there is no such case.
+    Errors: ValueError where there is no such case, or cases of several variants and none is named.
     """
     values = read_json(path)
-    found = []
+    found: dict[str, list[float]] = {}
     for entry in values.get("benchmarks", []):
         told = entry.get("extra_info", {})
         match = CASE.fullmatch(str(told.get("case")))
         if match and told.get("subject") == "ours":
-            found.append(float(entry["stats"]["median"]) / int(match[1]))
-    if not found:
-        raise ValueError(f"{path}: no case e2e/*/1024/b*/*/total of our subject there: nothing was measured")
-    return str(values["machine_info"]["identity"]["device"]), min(found)
+            found.setdefault(match[1], []).append(float(entry["stats"]["median"]) / int(match[2]))
+    if not found or (variant and variant not in found):
+        there = f", only of {', '.join(sorted(found))}" if found else ""
+        raise ValueError(
+            f"{path}: no case e2e/{variant or '*'}/1024/b*/*/total of our subject{there}: nothing was measured"
+        )
+    if not variant and len(found) > 1:
+        raise ValueError(f"{path}: times of {', '.join(sorted(found))}: say which as the fifth value of --model")
+    return str(values["machine_info"]["identity"]["device"]), min(found[variant or next(iter(found))])
 
 
 def dots(runs: Sequence[Sequence[str]]) -> tuple[str, list[Dot]]:
-    """(benchmark, ours and the paper's two). runs: (name, scores.json, bench.json, billions). Errors: ValueError."""
+    """(benchmark, ours and the paper's two). runs: (name, scores.json, bench.json, billions, variant or nothing). Errors: ValueError."""
     found, benchmarks, columns = [], set[str](), []
-    for name, scores, times, billions in runs:
+    for given in runs:
+        if len(given) not in (4, 5):
+            raise ValueError(f"--model: expected NAME SCORES BENCH BILLIONS [VARIANT], got {' '.join(given)}")
+        name, scores, times, billions, *variant = given
         benchmark, own = columns_of(Path(scores))
         benchmarks.add(benchmark)
         columns += own[:1]
-        gpu, seconds = seconds_of(Path(times))
+        if own[0].language != "en":
+            raise ValueError(f"{scores}: {own[0].name} is of {own[0].language}, the paper's figure 2 of English")
+        gpu, seconds = seconds_of(Path(times), *variant)
         total = own[0].figures[own[0].total]
         if total.value is None:
             raise ValueError(f"{scores}: {own[0].name} has no total ({total.note})")
@@ -142,11 +153,11 @@ def page(benchmark: str, points: Sequence[Dot]) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
-        nargs=4,
+        nargs="+",
         action="append",
         default=[],
-        metavar=("NAME", "SCORES", "BENCH", "BILLIONS"),
-        help="a model: its name, scores.json, bench result and parameters",
+        metavar=("NAME SCORES BENCH BILLIONS", "VARIANT"),
+        help="a model: its name, scores.json, bench result, parameters, and which of the result's variants it is",
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/evaluate/frontier.html"), help="default: runs/evaluate/frontier.html"

@@ -33,7 +33,7 @@ from . import command
 from .drawing import Ask, Calls, read_image
 from .geneval_languages import LANGUAGES, prompt
 from .geneval_prompts import TASKS, Entry, entries
-from .judging import MAX_MISSING, Column, Figure, Progress, averaged, bootstrapped, mean, share
+from .judging import Column, Figure, Progress, averaged, bootstrapped, commonest, mean, share
 from .models import CLIP, DETECTOR, Clip, ColourClassifier, Found, Mask2Former, ObjectDetector, crop_of
 
 COUNTING = 0.9  # confidence from above which a box counts where objects are counted
@@ -146,7 +146,7 @@ class Geneval:
         for ask in asks:
             write_text(folder / ask.id / "metadata.jsonl", json.dumps(entries()[int(ask.id)]) + "\n")
 
-    def calls(self, options: argparse.Namespace, asks: Sequence[Ask]) -> list[Calls]:
+    def calls(self, options: argparse.Namespace, asks: Sequence[Ask], language: str) -> list[Calls]:
         coloured = sum(
             len(ask.files) * (ask.task == "colors") + 2 * len(ask.files) * (ask.task == "color_attr") for ask in asks
         )
@@ -156,17 +156,18 @@ class Geneval:
         self.prepare(options)
         assert self.detector is not None, "prepared"
         assert self.painter is not None, "prepared"
-        column = Column(name, [self.detector.card, self.painter.card])
+        column = Column(name, [self.detector.card, self.painter.card], language=language)
         verdicts: dict[str, list[list[float]]] = {}
         soft: list[float] = []  # of each prompt
-        expected, progress = sum(len(ask.files) for ask in asks), Progress("geneval", len(asks))
+        files = files_of(folder, asks)
+        count, progress = column.count("images", sum(map(len, files.values()))), Progress("geneval", len(asks))
         for ask in asks:
-            if column.missing > MAX_MISSING * expected:  # no total can come of it: judge no more
+            if not count.goes_on():
                 break
             entry, right, sure, images = entries()[int(ask.id)], list[float](), list[float](), list[dict[str, Any]]()
             expect_entry(folder / ask.id / "metadata.jsonl", entry)
-            for file in files_of(folder, ask):
-                column.judged += 1
+            for file in files[ask.id]:
+                count.judged += 1
                 row: dict[str, Any] = {"file": file}
                 try:
                     image = read_image(folder / file)
@@ -178,7 +179,7 @@ class Geneval:
                     sure.append(presence(entry, found))
                     row |= {"right": verdict.right, "reasons": list(verdict.reasons), "presence": sure[-1]}
                 except Exception as error:  # whatever a judge dies of, the judgement is missing, not wrong
-                    column.missing += 1
+                    count.missing += 1
                     row |= {"right": None, "reasons": [f"not judged: {error}"]}
                 images.append(row)
             progress()
@@ -203,11 +204,20 @@ class Geneval:
         return command.first_image(ask, folder)
 
 
-def files_of(folder: Path, ask: Ask) -> list[str]:
-    """The images of a prompt: all that are there, in whatever number; those that should be, where there are fewer."""
-    there = sorted(p.name for p in (folder / ask.id / "samples").glob("*.png") if p.stem.isdigit())
-    found = [f"{ask.id}/samples/{name}" for name in there]
-    return found if len(found) >= len(ask.files) else list(dict.fromkeys([*found, *ask.files]))
+def files_of(folder: Path, asks: Sequence[Ask]) -> dict[str, list[str]]:
+    """Id -> the images of a prompt: all that are there, in whatever number; those that should be, where there are fewer, and
+    of a prompt without any as many as most of the others have."""
+    found = {}
+    for ask in asks:
+        there = sorted(p.name for p in (folder / ask.id / "samples").glob("*.png") if p.stem.isdigit())
+        found[ask.id] = [f"{ask.id}/samples/{name}" for name in there]
+    most = commonest(map(len, found.values()), IMAGES)
+    for ask in asks:
+        if not found[ask.id]:
+            found[ask.id] = [f"{ask.id}/samples/{n:04d}.png" for n in range(max(most, len(ask.files)))]
+        elif len(found[ask.id]) < len(ask.files):
+            found[ask.id] = list(dict.fromkeys([*found[ask.id], *ask.files]))
+    return found
 
 
 def expect_entry(path: Path, entry: Entry) -> None:

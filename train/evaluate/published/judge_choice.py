@@ -11,7 +11,8 @@ from .chat_judges import MODEL, ChatJudge, RapidReader, Reader
 from .qwen_judge import QwenJudge
 
 
-def add_arguments(parser: argparse.ArgumentParser, reads: bool = True) -> None:
+def add_arguments(parser: argparse.ArgumentParser, reads: bool = True, soft: bool = True) -> None:
+    """reads, soft: whether the benchmark has texts to read, and questions to answer with Yes or No."""
     parser.add_argument("--judge-url", metavar="URL", help="OpenAI-compatible server with a vision model, up to /v1")
     parser.add_argument(
         "--judge-model",
@@ -24,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser, reads: bool = True) -> None:
         choices=("bfloat16", "float32"),
         help="of a judge in a folder (default: bfloat16 on cuda, as published, else float32)",
     )
-    parser.add_argument("--soft", action="store_true", help="the probability of Yes beside each answer")
+    if soft:
+        parser.add_argument("--soft", action="store_true", help="the probability of Yes beside each answer")
+    else:
+        parser.set_defaults(soft=False)
     parser.add_argument("--concurrency", type=int, default=8, help="calls at once (default: 8)")
     parser.add_argument("--max-calls", type=int, help="calls of this run (default: no bound)")
     if reads:
@@ -57,5 +61,10 @@ def judge_of(options: argparse.Namespace, out: Path) -> ChatJudge | QwenJudge:
     return ChatJudge(client, options.soft)
 
 
-def reader_of(options: argparse.Namespace, out: Path) -> Reader:
-    return RapidReader() if options.rapidocr else judge_of(options, out)
+def reader_of(options: argparse.Namespace, out: Path, alone: bool = True) -> Reader:
+    """alone: nothing but reading is asked of a judge. Errors: as `judge_of`."""
+    if not options.rapidocr:
+        return judge_of(options, out)
+    if alone and options.max_calls is not None:
+        raise ValueError("--max-calls bounds calls to a server: with --rapidocr there are none")
+    return RapidReader()

@@ -1,14 +1,16 @@
 """What a score of a published benchmark is made of: who judged (`Card`), one number with its interval (`Figure`), one run (`Column`).
 
-A judgement that failed is a missing value, never 0; where more than MAX_MISSING of a run's are missing, it has no total. Scores
-of different judges do not stand side by side: `expect_same_judges` refuses them.
+A judgement that failed is a missing value, never 0. Each dimension counts its own (`Count`): where more than MAX_MISSING of one's
+are missing it has no figure, and the run no total. Scores of different judges do not stand side by side: `expect_same_judges`
+refuses them.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -60,38 +62,83 @@ class Figure:
 
 
 @dataclass
+class Count:
+    """Judgements of one dimension: expected when it began, judged, and missing of these. stopped: it ended before its last."""
+
+    expected: int
+    judged: int = 0
+    missing: int = 0
+    stopped: bool = False
+
+    def goes_on(self) -> bool:
+        """False, from then on, once too many of the expected are missing: no figure can come of it, judge no more."""
+        self.stopped = self.stopped or self.missing > MAX_MISSING * self.expected
+        return not self.stopped
+
+    @property
+    def complete(self) -> bool:
+        return not self.stopped and self.missing <= MAX_MISSING * self.judged
+
+    def __str__(self) -> str:
+        return f"{self.missing} of {self.judged} judgements missing{', the rest not made' if self.stopped else ''}"
+
+
+@dataclass
 class Column:
     """One run of a benchmark. figures: name -> number, the total under `total`; rows: one a prompt, with what each image was
-    given and why; missing, judged: judgements that failed, and all."""
+    given and why; counts: dimension -> its judgements; language: of its prompts."""
 
     name: str
     cards: list[Card]
     figures: dict[str, Figure] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     total: str = "total"
-    missing: int = 0
-    judged: int = 0
+    counts: dict[str, Count] = field(default_factory=dict)
+    language: str = "en"
+
+    def count(self, dimension: str, expected: int) -> Count:
+        """A count that begins at zero."""
+        self.counts[dimension] = Count(expected)
+        return self.counts[dimension]
+
+    @property
+    def judged(self) -> int:
+        return sum(count.judged for count in self.counts.values())
+
+    @property
+    def missing(self) -> int:
+        return sum(count.missing for count in self.counts.values())
 
     @property
     def complete(self) -> bool:
-        return self.judged > 0 and self.missing <= MAX_MISSING * self.judged
+        return self.judged > 0 and all(count.complete for count in self.counts.values())
+
+    @property
+    def lacking(self) -> str:
+        """What keeps it from a total: "text: 3 of 20 judgements missing"; "" where nothing does."""
+        ill = [f"{name}: {count}" for name, count in self.counts.items() if not count.complete]
+        return "; ".join(ill) or ("" if self.judged else "nothing judged")
 
     def as_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
+            "language": self.language,
             "judges": [asdict(card) for card in self.cards],
             "total": self.total,
             "missing": self.missing,
             "judged": self.judged,
+            "counts": {name: asdict(count) for name, count in self.counts.items()},
             "figures": {name: asdict(figure) for name, figure in self.figures.items()},
         }
 
     @classmethod
-    def of(cls, values: dict[str, Any]) -> Column:
-        """From `as_json`; without rows. Errors: KeyError or TypeError."""
+    def of(cls, values: dict[str, Any], language: str) -> Column:
+        """From `as_json`; without rows. language: where an older file does not say it. Errors: KeyError or TypeError."""
         figures = {name: Figure(**figure) for name, figure in values["figures"].items()}
         cards = [Card(**card) for card in values["judges"]]
-        return cls(values["name"], cards, figures, [], values["total"], values["missing"], values["judged"])
+        pooled = {"all": {"expected": values["judged"], "judged": values["judged"], "missing": values["missing"]}}
+        counts = {name: Count(**count) for name, count in values.get("counts", pooled).items()}
+        return cls(values["name"], cards, figures, [], values["total"], counts, values.get("language", language))
 
 
 def columns_of(path: Path) -> tuple[str, list[Column]]:
@@ -100,7 +147,9 @@ def columns_of(path: Path) -> tuple[str, list[Column]]:
         values = read_json(path)
         if values["settings"].get("limit") is not None:
             raise ValueError("of a part of the prompts (--limit)")
-        return values["benchmark"], [Column.of(column) for column in values["columns"]]
+        languages = values["settings"].get("language") or ["en"]
+        told = languages[0] if len(languages) == 1 else "one of several languages"
+        return values["benchmark"], [Column.of(column, told) for column in values["columns"]]
     except (KeyError, TypeError, ValueError, OSError) as error:
         raise ValueError(f"{path}: no scores of a whole published benchmark ({error})") from None
 
@@ -134,6 +183,12 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------ numbers
+
+
+def commonest(numbers: Iterable[int], otherwise: int) -> int:
+    """Images that most prompts have, of equally common numbers the largest; those without any do not count."""
+    found = Counter(number for number in numbers if number)
+    return max(found, key=lambda number: (found[number], number), default=otherwise)
 
 
 def mean(values: Sequence[float | None]) -> float | None:

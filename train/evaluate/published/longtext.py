@@ -7,12 +7,14 @@
 Source: X-Omni-Team/X-Omni, textbench, commit 2b8237b (Apache-2.0). The prompts are your own copy: JSON lines with prompt_id, prompt
 and text, a list of strings. A target is all strings joined by a blank; words, of Chinese letters, match as multisets, and
 all images count together, so that a long text weighs more than a short one. A target of which no letter is left has nothing to
-divide by in the published code; here it is left out and counted. "mean of images" is the plain mean beside it.
+divide by in the published code; here it is left out and counted. "mean of images" is the plain mean beside it. With --images a
+prompt's images are all *.png whose name begins with its prompt_id before the first "_", as the published code takes them.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from . import command, judge_choice
 from .chat_judges import Reader
 from .drawing import Ask, Calls
 from .judge_choice import reader_of
-from .judging import Column, Figure, bootstrapped, mean
+from .judging import Column, Figure, bootstrapped, commonest, mean
 from .reading import read_all
 from .text_match import longtext_clean, longtext_matches, without_hallucinations
 
@@ -38,13 +40,26 @@ def prompts_of(path: Path) -> list[dict[str, Any]]:
     for number, values in json_lines(path):
         try:
             values["prompt_id"] = int(values["prompt_id"])
-            if not isinstance(values["prompt"], str) or not all(isinstance(t, str) for t in values["text"]):
+            texts = values["text"]
+            if not isinstance(values["prompt"], str) or not isinstance(texts, list):
+                raise ValueError("prompt must be text, and text a list of texts")
+            if not all(isinstance(t, str) for t in texts):
                 raise ValueError("prompt must be text, and text a list of texts")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number}: expected prompt_id, prompt and text ({error!r})") from None
         found.append(values)
     if len({values["prompt_id"] for values in found}) < len(found) or not found:
         raise ValueError(f"{path}: expected prompts with different prompt_id")
+    return found
+
+
+def images_of(folder: Path) -> dict[int, list[str]]:
+    """prompt_id -> its files in a folder, by the number that a name begins with: 12_0.png and 0012_0.png are both of 12."""
+    found: dict[int, list[str]] = {}
+    for path in sorted(folder.glob("*.png")):
+        number = path.stem.split("_")[0]
+        if re.fullmatch("[0-9]+", number):
+            found.setdefault(int(number), []).append(path.name)
     return found
 
 
@@ -62,13 +77,12 @@ class LongText:
         self.reader = reader
 
     def asks(self, options: argparse.Namespace, language: str) -> list[Ask]:
-        out = []
-        for values in prompts_of(options.prompts):
+        out, prompts = [], prompts_of(options.prompts)
+        there = images_of(options.images) if options.images else {}  # in whatever number
+        most = commonest((len(there.get(values["prompt_id"], ())) for values in prompts), IMAGES)
+        for values in prompts:
             k = values["prompt_id"]
-            files = tuple(f"{k}_{n}.png" for n in range(IMAGES))
-            if options.images:  # in whatever number
-                there = sorted(options.images.glob(f"{k}_*.png")) or [options.images / f"{k}.png"]
-                files = tuple(path.name for path in there)
+            files = tuple(there.get(k) or (f"{k}_{n}.png" for n in range(most)))
             seeds = tuple(range(SEED, SEED + len(files)))
             out.append(
                 Ask(str(k), str(values.get("category", "all")), values["prompt"], values["prompt"], files, seeds)
@@ -81,7 +95,7 @@ class LongText:
     def arrange(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path) -> None:
         """Nothing: the images are the layout."""
 
-    def calls(self, options: argparse.Namespace, asks: Sequence[Ask]) -> list[Calls]:
+    def calls(self, options: argparse.Namespace, asks: Sequence[Ask], language: str) -> list[Calls]:
         number = sum(len(ask.files) for ask in asks)
         return [Calls("reader", number, None if options.rapidocr else (1_400, 200))]
 
@@ -90,7 +104,7 @@ class LongText:
         self.prepare(options)
         reader = self.reader
         assert reader is not None, "prepared"
-        column, empty, shares = Column(name, [reader.card]), 0, list[float]()
+        column, empty, shares = Column(name, [reader.card], language=language), 0, list[float]()
         per_task: dict[str, list[tuple[int, int]]] = {}
         for ask, texts in read_all(reader, asks, folder, column, lambda _: TOKENS):
             target, images, sums = targets[ask.id], list[dict[str, Any]](), [0, 0]
@@ -133,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="the benchmark's JSON lines, your own copy"
     )
-    judge_choice.add_arguments(parser)
+    judge_choice.add_arguments(parser, soft=False)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -2,7 +2,7 @@
 
     python -m train evaluate oneig --prompts OneIG-Benchmark --model DIR --judge-url http://127.0.0.1:8000/v1
     python -m train evaluate oneig --prompts OneIG-Benchmark --language zh --images DIR --name lens --judge-url ...
-    python -m train evaluate oneig ... --judged elsewhere.jsonl        # {"dimension": "style", "id": "012", "values": [0.4, 0.5]}
+    python -m train evaluate oneig ... --judged elsewhere.jsonl
 
 Source: OneIG-Bench/OneIG-Benchmark, commit 41b4983; it has no licence file, so prompts, questions and targets are your own copy of
 the repository. Images: CATEGORY/NAME/ID.webp, a grid of two by two (--grid); cells that are black all over are none. Judges
@@ -18,6 +18,10 @@ style       of the anime prompts that name one: mean over CSD and OneIG's own en
 diversity   mean distance of a prompt's images by DreamSim (--dreamsim, needs the package dreamsim), or by --judged
 total       the plain mean of the five, as published tables have it; the repository itself prints no total
 
+--judged has a line a prompt and dimension, one value an image: {"dimension": "diversity", "category": "anime", "id": "012", "values":
+[0.4]}. Ids repeat in every category; reasoning and style have one category, which may be left out. A prompt without values is a
+missing judgement, and so is each of the --grid images of a prompt that has none.
+
 With --soft, "alignment, soft" is the hard rule's continuous form: each question's probability of Yes times its parents'.
 """
 
@@ -27,6 +31,7 @@ import argparse
 import csv
 import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +64,7 @@ CATEGORIES = {
 STYLED = "anime"  # the category whose prompts name styles
 ALIGNED = ("anime", "human", "object", "multilingualism")  # categories with questions; the last is Chinese alone
 DIMENSIONS = ("alignment", "text", "reasoning", "style", "diversity")
+ONE_CATEGORY = {"reasoning": "reasoning", "style": STYLED}  # dimensions whose prompts are all of one category
 ELSEWHERE = {
     "reasoning": "not measured: LLM2CLIP's values by --judged",
     "style": "not measured: --csd and --style-encoder, or values by --judged",
@@ -161,16 +167,42 @@ def styles_of(folder: Path) -> dict[str, str]:
     return {row["id"]: row["class"].lower().replace(" ", "_") for row in rows if row["class"]}
 
 
-def judged_elsewhere(path: Path | None) -> dict[str, dict[str, list[float]]]:
-    """Dimension -> id -> one value an image. Errors: ValueError naming file and line."""
+def judgeable(options: argparse.Namespace, language: str) -> dict[str, list[str]]:
+    """Dimension of ELSEWHERE that is asked for -> CATEGORY/ID of its prompts, whatever --limit. Errors: as the user's files."""
+    every = [(category, key) for category, key, _ in prompts_of(options.prompts, language)]
+    own = {"reasoning": [pair for pair in every if pair[0] == ONE_CATEGORY["reasoning"]], "diversity": every}
+    if "style" in options.dimensions:
+        known = styles_of(options.prompts)
+        own["style"] = [pair for pair in every if pair[0] == STYLED and pair[1] in known]
+    return {d: ["/".join(pair) for pair in own[d]] for d in ELSEWHERE if d in options.dimensions}
+
+
+def judged_elsewhere(path: Path, known: Mapping[str, Sequence[str]]) -> dict[str, dict[str, list[float]]]:
+    """Dimension -> CATEGORY/ID -> one value an image; known: as `judgeable`. Errors: ValueError naming file and line."""
     out: dict[str, dict[str, list[float]]] = {}
-    for number, values in json_lines(path) if path else ():
+    for number, values in json_lines(path):
         try:
-            if values["dimension"] not in ELSEWHERE:
+            dimension, given = values["dimension"], values["values"]
+            if dimension not in ELSEWHERE:
                 raise ValueError(f"dimension must be one of {', '.join(ELSEWHERE)}")
-            out.setdefault(values["dimension"], {})[str(values["id"])] = [float(v) for v in values["values"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}, line {number}: expected dimension, id and values ({error!r})") from None
+            if dimension not in known:  # not asked for
+                continue
+            category = values.get("category", ONE_CATEGORY.get(dimension))
+            if category is None:
+                raise ValueError(f"{dimension} needs a category, one of {', '.join(CATEGORIES.values())}")
+            key = f"{CATEGORIES.get(category, category)}/{values['id']}"
+            if key not in known[dimension]:
+                raise ValueError(f"{dimension} has no prompt {key}")
+            if key in out.setdefault(dimension, {}):
+                raise ValueError(f"{dimension} of {key} a second time")
+            numbers = isinstance(given, list) and all(type(v) in (int, float) and math.isfinite(v) for v in given)
+            if not numbers:
+                raise ValueError(f"values must be a list of finite numbers, got {given!r}")
+            out[dimension][key] = [float(v) for v in given]
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
+            raise ValueError(
+                f"{path}, line {number}: expected dimension, category, id and values ({error!r})"
+            ) from None
     return out
 
 
@@ -241,13 +273,18 @@ class OneIG:
         return out
 
     def prepare(self, options: argparse.Namespace) -> None:
+        if options.judged:
+            if len(options.language) > 1 or options.reasoner != "none":
+                raise ValueError("--judged has the values of one column: give one --language, and no --reasoner")
+            judged_elsewhere(options.judged, judgeable(options, options.language[0]))
         if "alignment" in options.dimensions:
             self.answerer = self.answerer or judge_of(options, options.out)
         if "text" in options.dimensions:
             shared = (
                 self.answerer if isinstance(self.answerer, ChatJudge | QwenJudge) and not options.rapidocr else None
             )
-            self.reader = self.reader or shared or reader_of(options, options.out)
+            alone = "alignment" not in options.dimensions
+            self.reader = self.reader or shared or reader_of(options, options.out, alone)
         if "diversity" in options.dimensions and options.dreamsim:
             self.distance = self.distance or DreamSim(options.device)
         if "style" in options.dimensions and (options.csd or options.style_encoder):
@@ -292,12 +329,12 @@ class OneIG:
             return []
         return [] if grid is None else [as_jpeg(cell) for cell in split(grid, options.grid, options.grid)]
 
-    def calls(self, options: argparse.Namespace, asks: Sequence[Ask]) -> list[Calls]:
+    def calls(self, options: argparse.Namespace, asks: Sequence[Ask], language: str) -> list[Calls]:
         images, questions = options.grid**2, 0
         for category in ALIGNED:
             own = {a.id.partition("/")[2] for a in asks if a.task == category}
             if own:
-                found = questions_of(options.prompts, category, options.language[0])
+                found = questions_of(options.prompts, category, language)
                 questions += sum(len(q.texts) for key, q in found.items() if key in own)
         texts = sum(a.task == "text" for a in asks)
         read = (
@@ -314,26 +351,32 @@ class OneIG:
 
     def score(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, name: str, language: str) -> Column:
         self.prepare(options)
-        column = Column(name, [])
+        column = Column(name, [], language=language)
         rows: dict[str, dict[str, Any]] = {
             a.id: {"id": a.id, "task": a.task, "prompt": a.prompt, "drawn": a.drawn, "score": None, "images": []}
             for a in asks
         }
-        elsewhere = judged_elsewhere(options.judged)
+        known = judgeable(options, language) if options.judged else {}
+        elsewhere = judged_elsewhere(options.judged, known) if options.judged else {}
         if "alignment" in options.dimensions:
             self._alignment(options, asks, folder, language, column, rows)
         if "text" in options.dimensions:
             self._text(options, asks, folder, language, column, rows)
         for dimension, why in ELSEWHERE.items():
+            if dimension not in options.dimensions:
+                continue
             if dimension in elsewhere:
-                values = [mean(v) for v in elsewhere[dimension].values() if v]
-                column.figures[dimension] = bootstrapped(values, mean)
+                own = [a.id for a in asks if a.id in known[dimension]]
+                values = [mean(elsewhere[dimension].get(key, [])) for key in own]
+                found, count = [v for v in values if v is not None], column.count(dimension, len(own))
+                count.judged, count.missing = len(own), len(own) - len(found)
+                column.figures[dimension] = bootstrapped(found, mean)
                 column.cards.append(
                     Card(f"{dimension}: {options.judged.name}", "given", "given", "given", "judged elsewhere")
                 )
-            elif dimension == "diversity" and options.dreamsim and "diversity" in options.dimensions:
-                self._diversity(options, asks, folder, column)
-            elif dimension == "style" and self.styles is not None and "style" in options.dimensions:
+            elif dimension == "diversity" and options.dreamsim:
+                self._diversity(options, asks, folder, column, rows)
+            elif dimension == "style" and self.styles is not None:
                 self._style(options, asks, folder, column, rows)
             else:
                 column.figures[dimension] = Figure(None, note=why)
@@ -360,19 +403,22 @@ class OneIG:
         hard, soft, per_category = [], [], dict[str, list[float]]()
         asked = [(a, known[a.task].get(a.id.partition("/")[2])) for a in asks if a.task in known]
         pairs = [(ask, questions) for ask, questions in asked if questions is not None]
-        progress = Progress("alignment", len(pairs))
+        progress, number = Progress("alignment", len(pairs)), options.grid**2
+        count = column.count("alignment", number * sum(len(questions.texts) for _, questions in pairs))
         for ask, questions in pairs:
+            if not count.goes_on():
+                break
             images, chances = [], []
             numbers = list(questions.texts)
             cells = self.cells(options, ask, folder)
-            if not cells:  # the prompt counts as judged in none of its questions
-                column.judged += len(numbers)
-                column.missing += len(numbers)
+            if not cells:  # no image of the prompt counts as judged in any of its questions
+                count.judged += number * len(numbers)
+                count.missing += number * len(numbers)
             for image in cells:
                 said = judge.answer(image, [questions.texts[k] for k in numbers])
-                column.judged += len(said)
+                count.judged += len(said)
                 lost = [str(s) for s in said if isinstance(s, Exception)]
-                column.missing += len(lost)
+                count.missing += len(lost)
                 row: dict[str, Any] = {"not_judged": lost}
                 answers = {k: s for k, s in zip(numbers, said) if not isinstance(s, Exception)}
                 if not lost:  # an image with a question missing has no score: a parent may be among them
@@ -421,7 +467,7 @@ class OneIG:
 
         def images_of(ask: Ask) -> list[tuple[str, np.ndarray | None]]:
             cells: list[np.ndarray] = self.cells(options, ask, folder)
-            return [(str(k), cell) for k, cell in enumerate(cells)] or [("0", None)]
+            return [(str(k), cell) for k, cell in enumerate(cells)] or [(str(k), None) for k in range(options.grid**2)]
 
         def measured(groups: Sequence[Sequence[Match]], name: str) -> float | None:
             found = oneig_text(list(itertools.chain(*groups)), LIMITS[language])
@@ -447,10 +493,12 @@ class OneIG:
         column.cards += judge.cards
         known, found = styles_of(options.prompts), []
         own = [(a, known[key]) for a in asks if a.task == STYLED and (key := a.id.partition("/")[2]) in known]
-        progress = Progress("style", len(own))
+        progress, count = Progress("style", len(own)), column.count("style", len(own) * options.grid**2)
         for ask, style in own:
+            if not count.goes_on():
+                break
             cells = self.cells(options, ask, folder)
-            column.judged += len(cells) or 1
+            count.judged += len(cells) or options.grid**2
             try:
                 if not cells:
                     raise ValueError("no such image, or none that can be read")
@@ -458,21 +506,38 @@ class OneIG:
                 found.append(sum(values) / len(values))
                 rows[ask.id]["images"] += [{"style": style, "style_score": value} for value in values]
             except Exception as error:  # a missing judgement, whatever it is
-                column.missing += len(cells) or 1
+                count.missing += len(cells) or options.grid**2
                 rows[ask.id]["images"].append({"style": style, "not_judged": [str(error)]})
             progress()
         column.figures["style"] = bootstrapped(found, mean)
 
-    def _diversity(self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, column: Column) -> None:
+    def _diversity(
+        self, options: argparse.Namespace, asks: Sequence[Ask], folder: Path, column: Column, rows: dict[str, Any]
+    ) -> None:
         judge = self.distance
         assert judge is not None, "prepared"
         column.cards.append(judge.card)
-        found = []
+        found, every = [], math.comb(options.grid**2, 2)  # pairs of a prompt
+        progress, count = Progress("diversity", len(asks)), column.count("diversity", every * len(asks))
         for ask in asks:
-            cells = self.cells(options, ask, folder)
-            if len(cells) > 1:
-                pairs = list(itertools.combinations(cells, 2))
-                found.append(sum(judge.distance(*pair) for pair in pairs) / len(pairs))
+            if not count.goes_on():
+                break
+            cells, distances, lost = self.cells(options, ask, folder), list[float](), list[str]()
+            if not cells:
+                count.judged += every
+                count.missing += every
+            for pair in itertools.combinations(cells, 2):
+                count.judged += 1
+                try:
+                    distances.append(judge.distance(*pair))
+                except Exception as error:  # a missing judgement, whatever it is
+                    count.missing += 1
+                    lost.append(str(error))
+            if lost:
+                rows[ask.id]["images"].append({"not_judged": lost})
+            if distances:
+                found.append(sum(distances) / len(distances))
+            progress()
         column.figures["diversity"] = bootstrapped(found, mean)
 
     def shown(self, options: argparse.Namespace, ask: Ask, folder: Path) -> np.ndarray | None:
@@ -490,7 +555,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--csd", type=Path, metavar="FILE", help="style: CSD's checkpoint.pth")
     parser.add_argument("--style-encoder", type=Path, metavar="DIR", help="style: OneIG-StyleEncoder's folder")
     parser.add_argument(
-        "--judged", type=Path, metavar="FILE", help="JSON lines: dimension, id, values of reasoning, style, diversity"
+        "--judged",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines: dimension, category, id, values of reasoning, style, diversity",
     )
     judge_choice.add_arguments(parser)
 

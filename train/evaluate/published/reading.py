@@ -9,7 +9,7 @@ import numpy as np
 
 from .chat_judges import Reader
 from .drawing import Ask, read_image
-from .judging import MAX_MISSING, Column, Progress
+from .judging import Column, Progress
 
 TOGETHER = 16  # prompts whose images are read in one call
 
@@ -24,11 +24,11 @@ def read_all(
     limit: Callable[[Ask], int],
     images_of: Callable[[Ask], Sequence[tuple[str, np.ndarray | None]]] | None = None,
 ) -> Iterator[tuple[Ask, Texts]]:
-    """Each prompt with its images' texts; counts judgements and failures in `column`, and ends where too many failed.
+    """Each prompt with its images' texts; counts judgements and failures as `column`'s "text", and ends where too many failed.
 
     images_of: file and image of each of a prompt's images (default: its files). limit: tokens of a prompt's texts.
     """
-    expected, progress = sum(len(ask.files) for ask in asks), Progress("text", len(asks))
+    count, progress = column.count("text", sum(len(ask.files) for ask in asks)), Progress("text", len(asks))
 
     def files(ask: Ask) -> list[tuple[str, np.ndarray | None]]:
         out: list[tuple[str, np.ndarray | None]] = []
@@ -40,7 +40,7 @@ def read_all(
         return out
 
     for k in range(0, len(asks), TOGETHER):
-        if column.missing > MAX_MISSING * expected:
+        if not count.goes_on():
             return
         part = [(ask, list((images_of or files)(ask))) for ask in asks[k : k + TOGETHER]]
         for tokens in sorted({limit(ask) for ask, _ in part}):
@@ -50,8 +50,8 @@ def read_all(
                 texts: Texts = []
                 for file, image in shown:
                     text = ValueError("no such image, or none that can be read") if image is None else next(found)
-                    column.judged += 1
-                    column.missing += not isinstance(text, str)
+                    count.judged += 1
+                    count.missing += not isinstance(text, str)
                     texts.append((file, text, "") if isinstance(text, str) else (file, None, str(text)))
                 progress()
                 yield ask, texts

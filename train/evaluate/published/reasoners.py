@@ -4,7 +4,8 @@
     python -m train evaluate reasoners runs/evaluate/*/scores.json
 
 Reads scores.json files as the benchmarks write them (a run with --reasoner has two columns), refuses those of different judges
-of one benchmark, and leaves blank what was not measured.
+of one benchmark, two columns of one name and a file without English ones, and leaves blank what was not measured. Columns of other
+languages beside English ones are left out, and said.
 """
 
 from __future__ import annotations
@@ -14,32 +15,57 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import paper
-from .judging import Column, Figure, columns_of, expect_same_judges
+from .judging import Column, Figure, averaged, columns_of, expect_same_judges
 
+LANGUAGE = "en"  # of table 6
+AREAS = ("2R", "3R", "4R", "5R")  # of CVTG; the paper's Avg. is their plain mean
 # benchmark, figure of ours -> column of table 6
 TABLE_6 = {
     ("oneig", "total"): "OneIG EN",
     ("geneval", "total"): "GenEval",
     ("longtext", "total"): "LongText EN",
-    ("cvtg", "total"): "CVTG Avg.",
+    ("cvtg", "mean of areas"): "CVTG Avg.",
     ("cvtg", "NED"): "CVTG NED",
     ("cvtg", "CLIPScore"): "CVTG CLIP",
 }
 
 
+def figure_of(column: Column, figure: str) -> Figure | None:
+    """A figure of a column; CVTG's mean of its areas is made anew, and there is none unless all four are."""
+    if figure != "mean of areas":
+        return column.figures.get(figure)
+    if not column.complete:
+        return Figure(None, note=f"no mean: {column.lacking}")
+    missing = Figure(None, note="not all four areas")
+    return averaged([column.figures.get(area, missing) for area in AREAS])
+
+
 def reasoners(paths: Sequence[Path]) -> dict[str, dict[str, Figure]]:
-    """Our rows of table 6: column name -> figure by table 6's names. Errors: ValueError for different judges of a benchmark."""
+    """Our rows of table 6: column name -> figure by table 6's names. Errors: ValueError for different judges of a benchmark, for
+    two columns of one name, and for a file of other languages alone."""
     per_benchmark: dict[str, list[Column]] = {}
+    found: dict[tuple[str, str], Path] = {}
     for path in paths:
         benchmark, columns = columns_of(path)
-        per_benchmark.setdefault(benchmark, []).extend(columns)
+        english = [column for column in columns if column.language == LANGUAGE]
+        others = ", ".join(f"{column.name} ({column.language})" for column in columns if column not in english)
+        if not english:
+            raise ValueError(f"{path}: expected {benchmark} of English, as table 6 has it, got {others or 'no column'}")
+        if others:
+            print(f"{path}: left out, table 6 is of English: {others}")
+        for column in english:
+            if (before := found.setdefault((benchmark, column.name), path)) is not path:
+                raise ValueError(
+                    f"{path}: {benchmark} of {column.name!r}, as in {before}: give one of them another --name"
+                )
+        per_benchmark.setdefault(benchmark, []).extend(english)
     rows: dict[str, dict[str, Figure]] = {}
     for benchmark, columns in per_benchmark.items():
         expect_same_judges(columns)
         for column in columns:
             for (own, figure), name in TABLE_6.items():
-                if own == benchmark and figure in column.figures:
-                    rows.setdefault(column.name, {})[name] = column.figures[figure]
+                if own == benchmark and (told := figure_of(column, figure)) is not None:
+                    rows.setdefault(column.name, {})[name] = told
     return rows
 
 
