@@ -40,6 +40,7 @@ PRICES = {"gpt-4.1-mini": (0.40, 1.60), "gpt-4.1": (2.00, 8.00)}  # USD per mill
 _AGAIN = (408, 409, 425, 429, 500, 502, 503, 504, 520, 522, 524, 529)  # statuses that another attempt may not meet
 _ERROR_BYTES = 16 << 10  # of an error's body are read at most
 _SECRET = 8  # characters from which on a key is one
+_LOGPROB = 1e-3  # above 0 by rounding at most
 _JITTER = random.SystemRandom()  # waiting times only: no seeded generator is drawn from
 
 
@@ -99,6 +100,15 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     logprobs: tuple[tuple[str, dict[str, float]], ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("prompt_tokens", "completion_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"Reply: {name} must be at least 0, got {getattr(self, name)}")
+        for _, best in self.logprobs:
+            for token, logprob in best.items():
+                if not logprob <= _LOGPROB:  # NaN, too
+                    raise ValueError(f"Reply: log-probability of {token!r} must be at most 0, got {logprob}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Reply:
@@ -187,6 +197,8 @@ class ChatClient:
         self.max_reply_bytes, self.cache, self.transcript = max_reply_bytes, cache, transcript
         self.max_calls, self.max_cost = max_calls, max_cost
         self.prices = prices or PRICES.get(model)
+        if self.prices is not None and not all(price >= 0 for price in self.prices):  # NaN would be no bound
+            raise ValueError(f"ChatClient: prices must be at least 0, got {self.prices}")
         if max_cost is not None and self.prices is None:
             raise ValueError(f"ChatClient: max_cost needs prices, and those of {model!r} are not known: give prices")
         self.counters = Counters(cost=None if self.prices is None else 0.0)
@@ -342,9 +354,12 @@ class ChatClient:
         self.counters.completion_tokens += reply.completion_tokens
         self.counters.unmetered += not reply.prompt_tokens
         if self.prices is not None:
-            spent = reply.prompt_tokens * self.prices[0] + reply.completion_tokens * self.prices[1]
-            self.counters.cost = (self.counters.cost or 0.0) + spent / 1e6
+            self.counters.cost = (self.counters.cost or 0.0) + self._cost(reply, self.prices)
         return reply
+
+    def _cost(self, reply: Reply, prices: tuple[float, float]) -> float:
+        """USD."""
+        return (reply.prompt_tokens * prices[0] + reply.completion_tokens * prices[1]) / 1e6
 
     def _expect_budget(self) -> None:
         spent = self.counters

@@ -151,11 +151,16 @@ def decided(wish: str, raw: str, source: str) -> Refined | Refused:
         values = None
     if not isinstance(values, dict):
         raise BadAnswer(f"broken: expected one JSON object, got {text[:80]!r}")
-    if refusal := values.get("refuse"):
-        told = refusal if isinstance(refusal, dict) else {}
-        category, reason = str(told.get("category", "")), str(told.get("reason") or "")
-        return Refused(category if category in CATEGORIES else "other", " ".join(reason.split()) or "no reason given")
-    prompt = values.get("prompt")
+    refusal, prompt = values.get("refuse"), values.get("prompt")
+    told = refusal if isinstance(refusal, dict) else {}
+    category, reason = (" ".join(str(told.get(name) or "").split()) for name in ("category", "reason"))
+    if isinstance(prompt, str) and prompt.strip():
+        # beside a prompt, servers without strict schemas write null in words
+        said = category or reason if told else str(refusal)
+        if said.strip().lower() in ("", "null", "none", "false", "no", "n/a"):
+            refusal = None
+    if refusal:
+        return Refused(category if category in CATEGORIES else "other", reason or "no reason given")
     if not isinstance(prompt, str | None):
         raise BadAnswer(f"broken: prompt must be text, got {type(prompt).__name__}")
     return accepted(wish, prompt or "", source)

@@ -15,7 +15,7 @@ rl_data    the whole set, its nested half and quarter, and all of it without tex
 Scored is attribute accuracy (train/ablations/attributes.py) on scenes that hold facts never trained on, by the averaged weights,
 every ROUND steps. Arms take turns, so that they can be compared wherever the clock ends the run. OUT gets results.json, a
 folder an arm and seed, and index.html with curves: the band is the range over seeds. The verdict is at the last step that all
-arms share, paired over seeds and images, with a bootstrap interval.
+arms share, paired over seeds and images, with a bootstrap interval over scenes: at these seeds, not over seeds.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import argparse
 import html
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +41,7 @@ from .loop.clock import Clock, duration, positive
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "lens" / "mini" / "base"  # whose encoder and latent space the arms share
 WHAT = ("captions", "vae", "encoder", "rl_data")
+NOTE = "95 % intervals are over scenes at these seeds, not over seeds: how trainings with other seeds differ is not in them"
 
 
 def named(pairs: Sequence[str], option: str) -> dict[str, str]:
@@ -124,9 +125,9 @@ def table_at(results: Results, arms: Sequence[str], seeds: Sequence[int], step: 
 
 
 def verdict(
-    results: Results, arms: Sequence[str], seeds: Sequence[int], step: int, prompts: Sequence[str]
+    results: Results, arms: Sequence[str], seeds: Sequence[int], step: int, prompts: Mapping[str, Sequence[Hashable]]
 ) -> list[str]:
-    """Each pair of arms in words."""
+    """Each pair of arms in words, and what the intervals are of. prompts: as in `difference`."""
     lines = []
     for k, one in enumerate(arms):
         for two in arms[:k]:
@@ -135,7 +136,7 @@ def verdict(
             lines.append(
                 f"{one} against {two} at step {step}, {len(seeds)} seeds: {middle:+.3f} [{low:+.3f}, {high:+.3f}], {told}"
             )
-    return lines
+    return [*lines, NOTE]
 
 
 def small_world(options: argparse.Namespace) -> int:
@@ -152,6 +153,7 @@ def small_world(options: argparse.Namespace) -> int:
         "arms": {
             arm.name: [dict(arm.captions), str(arm.vae.name), str(arm.encoder and arm.encoder.name)] for arm in arms
         },
+        "weights": {arm.name: arm.weights for arm in arms},
         "recipe": {name: value for name, value in configs.fields(config).items() if name not in ("PROMPTS", "STEPS")},
         "prompts": {p.name: [scene.caption for scene in p.scenes] for p in prompts},
     }
@@ -161,8 +163,8 @@ def small_world(options: argparse.Namespace) -> int:
         return ArmTraining(options.config, config, arm, seed, out / f"{arm.name}_s{seed}", clock)
 
     done = run_rounds(make, arms, seeds, steps, prompts, results, clock)
-    names, styles = [arm.name for arm in arms], [p.name for p in prompts]
-    told = summary(results, names, seeds, styles, out)
+    shown = {p.name: p.pictures for p in prompts}
+    told = summary(results, [arm.name for arm in arms], seeds, shown, out)
     for line in told:
         print(line)
     if not done:
@@ -171,10 +173,10 @@ def small_world(options: argparse.Namespace) -> int:
 
 
 def summary(
-    results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Sequence[str], out: Path
+    results: Results, arms: Sequence[str], seeds: Sequence[int], prompts: Mapping[str, Sequence[Hashable]], out: Path
 ) -> list[str]:
     """Write index.html, verdict.json (with every score but those of single images) and curves.svg, of all prompts; returns the
-    verdict in words."""
+    verdict in words. prompts: as in `difference`."""
     step = common_step(results, arms, seeds)
     if not step:
         return ["no step yet at which all arms were scored"]
@@ -183,9 +185,9 @@ def summary(
     sheets = ""
     for arm in arms:
         title = html.escape(f"{arm}, seed {seeds[0]}, step {step}")
-        picture = f"{arm}_s{seeds[0]}/{prompts[0]}_{step:06d}.png"
+        picture = f"{arm}_s{seeds[0]}/{next(iter(prompts))}_{step:06d}.png"
         sheets += f'<figure><img src="{picture}" alt="{title}"><figcaption>{title}</figcaption></figure>'
-    drawn = curves(results, arms, seeds, prompts)
+    drawn = curves(results, arms, seeds, list(prompts))
     figures = "".join(f"<figure>{svg}<figcaption>{html.escape(title)}</figcaption></figure>" for svg, title in drawn)
     sections = [("Verdict", f"<ul>{lines}</ul>"), ("Curves", figures)]
     sections += [(f"At step {step}", table_at(results, arms, seeds, step)), ("Images", sheets)]

@@ -26,10 +26,24 @@ REFUSED = ("content_policy", "moderation", "safety")  # in an error of status 40
 class ImageClient(ChatClient):
     """Calls to one image model of one server."""
 
-    def __init__(self, url: str, model: str, cache: Path, concurrency: int = 8, max_calls: int | None = None):
-        """url: up to and with "/v1". Errors: ValueError for an address that carries a key."""
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        cache: Path,
+        concurrency: int = 8,
+        max_calls: int | None = None,
+        max_cost: float | None = None,
+        price: float | None = None,
+    ):
+        """url: up to and with "/v1". price: USD an image; max_cost needs it. Errors: ValueError for an address that carries a key."""
         more: dict[str, Any] = {"timeout": 300.0, "max_reply_bytes": 64 << 20, "max_calls": max_calls}
-        super().__init__(url, model, cache=cache, concurrency=concurrency, **more)
+        if price is not None:
+            if not price >= 0:  # NaN would be no bound
+                raise ValueError(f"ImageClient: price must be at least 0, got {price}")
+            more["prices"] = (0.0, 0.0)  # tokens cost nothing beside it
+        super().__init__(url, model, cache=cache, concurrency=concurrency, max_cost=max_cost, **more)
+        self.price = price or 0.0
 
     def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> list[np.ndarray | None]:
         """uint8 [H, W, 3] of each; None where the server's policy refuses the prompt. Errors: ChatError."""
@@ -41,6 +55,9 @@ class ImageClient(ChatClient):
                 raise error
             images.append(None if answer.reply is None else pixels_of(answer.reply))
         return images
+
+    def _cost(self, reply: Reply, prices: tuple[float, float]) -> float:
+        return self.price
 
     def _body(self, chat: Chat) -> dict[str, Any]:
         body: dict[str, Any] = {"model": self.model, "prompt": chat.user, "n": 1}

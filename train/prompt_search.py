@@ -2,8 +2,9 @@
 
     python -m train prompt_search --prompts prompts.jsonl --generator lens:mini --url http://127.0.0.1:8000/v1 \
         --reasoner-model qwen3-32b --judge-model qwen2.5-vl --out runs/search       # again to resume
-    python -m train prompt_search ... --max-calls 5000 --max-cost 10
+    python -m train prompt_search ... --max-calls 5000 --max-cost 10 --prices 0.4,1.6    # USD per million tokens
     python -m train prompt_search ... --generator openai:http://127.0.0.1:9000/v1 --generator-model NAME   # another generator
+    python -m train prompt_search ... --max-cost 10 --prices 0.4,1.6 --price-image 0.04  # and a bound of what it costs, too
     python -m train prompt_search ... --optimizer gepa                                   # a Pareto front (extra gepa)
     python -m train prompt_search --small-world 120 --generator lens:mini-turbo          # no server: scripts write
 
@@ -24,29 +25,32 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lens.chat_client import ChatClient, ChatError
+from lens.chat_client import PRICES, ChatClient, ChatError
 from lens.reasoner import PROMPTS, SYSTEMS, Reasoner, ServerReasoner
+from lens.reasoner import VERSION as POLICY
 
 from .data.contact_sheet import contact_sheet
+from .evaluate.published.command import prices_of
 from .evaluate.published.judging import Z
 from .image_client import ImageClient
 from .rewards.judge import Judge
-from .rewards.rubric_judge import MODEL, JudgeStopped, RubricJudge
+from .rewards.rubric_judge import MODEL, VERSION, JudgeStopped, RubricJudge
 from .search import by_gepa, small_world
 from .search.loop import FULFILLED, Candidate, Generate, Item, Search, Writer, mean, read_items, rise
 
 SHEET, COLUMNS = 16, 8  # held-out prompts on the sheet, and in a row of it
 
 
-def generator(source: str, per_batch: int = 16) -> Generate:
-    """ "lens:SOURCE", a folder, a hub id or an embedded model's name. ValueError for anything else."""
+def generator(source: str, per_batch: int = 16) -> tuple[Generate, str]:
+    """ "lens:SOURCE", a folder, a hub id or an embedded model's name, and the fingerprint of its weights. ValueError for anything
+    else."""
     kind, _, name = source.partition(":")
     if kind != "lens" or not name:
         raise ValueError(f"--generator {source!r}: expected lens:SOURCE, such as lens:mini, or openai:URL")
@@ -61,7 +65,7 @@ def generator(source: str, per_batch: int = 16) -> Generate:
             made += [(image * 255).round().astype(np.uint8) for image in images]
         return made
 
-    return draw
+    return draw, pipe.fingerprint or ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,7 +101,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of pictures and bootstrap (default: 0)")
     parser.add_argument("--concurrency", type=int, default=8, help="calls at once to each model (default: 8)")
     parser.add_argument("--max-calls", type=int, help="calls to each model in this run (default: no bound)")
-    parser.add_argument("--max-cost", type=float, help="USD for each model in this run; needs a model of known price")
+    parser.add_argument("--max-cost", type=float, help="USD for each model in this run; needs the prices of all")
+    parser.add_argument(
+        "--prices",
+        type=prices_of,
+        metavar="READ,WRITTEN",
+        help="USD per million tokens of reasoner, writer and judge; of the dearest where they differ "
+        f"(default: those of {', '.join(PRICES)})",
+    )
+    parser.add_argument("--price-image", type=float, metavar="USD", help="openai:URL: what an image costs")
 
 
 @dataclass(frozen=True)
@@ -110,27 +122,40 @@ class Parts:
     writer: Writer
     clients: Sequence[ChatClient] = ()
     fulfilled: float = FULFILLED
+    made_by: Mapping[str, str] = field(default_factory=dict)
 
 
 def parts_of(options: argparse.Namespace) -> Parts:
     """Errors: ValueError naming the option that is missing."""
     if options.small_world is not None:
         items, judge = small_world.wishes(options.small_world), small_world.local_judge()
-        return Parts(items, small_world.LiteralWriter, judge, small_world.ScriptedRewriter(), (), small_world.FULFILLED)
+        scripts = {"reasoner": "script", "writer": "script", "judge": "small world"}
+        writer = small_world.ScriptedRewriter()
+        return Parts(items, small_world.LiteralWriter, judge, writer, (), small_world.FULFILLED, scripts)
     if not options.url or not options.reasoner_model:
         raise ValueError("--prompts needs --url and --reasoner-model; --small-world needs no server")
+    names = (options.reasoner_model, options.writer_model or options.reasoner_model, options.judge_model)
+    if options.max_cost is not None and options.prices is None and (unknown := [n for n in names if n not in PRICES]):
+        raise ValueError(
+            f"--max-cost: the price of {unknown[0]} is not known: expected --prices READ,WRITTEN beside it"
+        )
     common: dict[str, Any] = {
         "cache": options.out / "cache",
         "transcript": options.out / "calls.jsonl",
         "concurrency": options.concurrency,
         "max_calls": options.max_calls,
         "max_cost": options.max_cost,
+        "prices": options.prices,
     }
-    reasoner = ChatClient(options.url, options.reasoner_model, **common)
-    writer = ChatClient(options.url, options.writer_model or options.reasoner_model, **common)
-    judges = ChatClient(options.judge_url or options.url, options.judge_model, **common)
-    make = functools.partial(ServerReasoner, reasoner)
-    return Parts(read_items(options.prompts), make, RubricJudge(judges), writer, (reasoner, writer, judges))
+    urls = (options.url, options.url, options.judge_url or options.url)
+    reasoner, asked, judges = clients = tuple(ChatClient(url, name, **common) for url, name in zip(urls, names))
+    make, rubrics = functools.partial(ServerReasoner, reasoner), RubricJudge(judges)
+    made_by = {
+        "reasoner": f"{reasoner.model}, policy.{POLICY}",
+        "writer": asked.model,
+        "judge": f"{judges.model}, {rubrics.kind}.{VERSION}",
+    }
+    return Parts(read_items(options.prompts), make, rubrics, asked, clients, made_by=made_by)
 
 
 def start_of(options: argparse.Namespace) -> str:
@@ -161,19 +186,31 @@ def write_sheet(search: Search, final: Candidate) -> Path:
 
 
 def run(options: argparse.Namespace) -> int:
-    clients, generate = list[ChatClient](), None
+    clients = list[ChatClient]()
+    generate: Generate | None = None
+    drawn_by = ""
     kind, _, address = options.generator.partition(":")
     if kind == "openai":
         if not options.generator_model:
             raise ValueError(f"--generator {options.generator}: expected --generator-model NAME beside it")
-        more = {"concurrency": options.concurrency, "max_calls": options.max_calls}
-        painter = ImageClient(address, options.generator_model, options.out / "images", **more)
-        clients, generate = [painter], painter.draw
+        if options.max_cost is not None and options.price_image is None:
+            raise ValueError(
+                f"--max-cost: what an image of {options.generator} costs is not known: expected --price-image USD"
+            )
+        painter = ImageClient(
+            address, options.generator_model, options.out / "images", options.concurrency,
+            options.max_calls, options.max_cost, options.price_image,
+        )  # fmt: skip
+        clients, generate, drawn_by = [painter], painter.draw, f"openai:{options.generator_model}"
     parts = parts_of(options)
     clients += parts.clients
+    if generate is None:
+        generate, weights = generator(options.generator)
+        drawn_by = f"{options.generator} {weights[:16]}"
+    made_by = {**parts.made_by, "generator": drawn_by, "optimizer": options.optimizer}
     search = Search(
-        parts.items, start_of(options), parts.reasoner, generate or generator(options.generator), parts.judge, parts.writer,
-        options.out, options.held, options.seed, parts.fulfilled,
+        parts.items, start_of(options), parts.reasoner, generate, parts.judge, parts.writer,
+        options.out, options.held, options.seed, parts.fulfilled, made_by,
     )  # fmt: skip
 
     def tell(line: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import numpy as np
 import pytest
@@ -97,6 +98,14 @@ BAD = {
     "a count that is none": chat_server.raw(
         b'{"choices": [{"message": {"content": "yes"}}], "usage": {"prompt_tokens": 1e999}}'
     ),
+    "a count below 0": chat_server.text("no", usage=(100, -1)),
+    "a log-probability above 0": chat_server.text(
+        "no",
+        logprobs={"content": [{"token": "no", "logprob": -1.0, "top_logprobs": [{"token": "yes", "logprob": 1e6}]}]},
+    ),
+    "a log-probability that is none": chat_server.text(
+        "no", logprobs={"content": [{"token": "no", "logprob": math.nan}]}
+    ),
     "half of a character": chat_server.raw(b'{"choices": [{"message": {"content": "\\ud800"}}]}'),
     "half a reply": chat_server.raw(chat_server.completion("yes")[:40], length=2000),
     "cut JSON": chat_server.raw(chat_server.completion("yes")[:-9]),
@@ -110,6 +119,12 @@ def test_what_passes_is_tried_again(bad):
         assert ours.ask(Chat("?"), said) == "yes"
     assert len(server.calls) == 3
     assert (ours.counters.calls, ours.counters.retries, ours.counters.failures) == (3, 2, 0)
+
+
+def test_a_token_that_is_never_said_has_a_log_probability():
+    told = {"content": [{"token": "yes", "logprob": 1e-6, "top_logprobs": [{"token": "no", "logprob": -math.inf}]}]}
+    with scripted(chat_server.text("yes", logprobs=told)) as server, client(server) as ours:
+        assert ours.ask(Chat("?"), same).logprobs == (("yes", {"yes": 1e-6, "no": -math.inf}),)
 
 
 def test_what_stays_bad_ends_after_the_attempts():

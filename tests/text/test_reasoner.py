@@ -106,6 +106,24 @@ def test_a_refusal_of_any_form_refuses(given):
     assert final_text(raw) == raw
 
 
+@pytest.mark.parametrize(
+    "given",
+    ["null", " None ", "false", "no", "", {"category": "", "reason": ""}, {"category": "none", "reason": "n/a"},
+     {"category": None, "reason": None}, {"category": "NULL", "reason": "harmless"}],
+)  # fmt: skip
+def test_no_in_words_is_no_refusal_of_a_prompt(given):
+    """As servers without strict schemas write it."""
+    raw = json.dumps({"prompt": "a red fox", "refuse": given})
+    assert decided("a fox", raw, "s") == Refined("a fox", "a red fox", "s")
+
+
+def test_a_reason_without_a_category_refuses_and_so_does_any_word_without_a_prompt():
+    raw = json.dumps({"prompt": "a red fox", "refuse": {"category": "", "reason": "it would  hurt"}})
+    assert decided("a fox", raw, "s") == Refused("other", "it would hurt")
+    raw = json.dumps({"prompt": None, "refuse": "none"})
+    assert decided("a fox", raw, "s") == Refused("other", "no reason given")
+
+
 def test_languages():
     said = {w: language(w) for w in HARMLESS}
     assert said["一只红色的苹果放在木桌上"] == "zh"

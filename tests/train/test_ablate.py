@@ -161,10 +161,12 @@ def test_rounds_end_by_the_clock_and_go_on(tmp_path, capsys):
     assert frame.common_step(results, ("brief", "detailed"), (0, 1)) == 20
     said = capsys.readouterr().out
     assert "detailed, seed 1, step 20: attribute accuracy by prompts dense 1.000" in said
-    told = ablate.summary(results, ["brief", "detailed"], [0, 1], ["dense"], tmp_path)
+    told = ablate.summary(results, ["brief", "detailed"], [0, 1], {"dense": range(4)}, tmp_path)
     assert told[0].startswith("detailed against brief at step 20, 2 seeds: +")
     assert told[0].endswith("better")
+    assert told[1] == ablate.NOTE
     page = (tmp_path / "index.html").read_text()
+    assert "over scenes at these seeds, not over seeds" in page
     assert page.count("<polygon") == 4  # two arms, all prompts and dense ones
     found = json.loads((tmp_path / "verdict.json").read_text())
     assert (found["step"], len(found["rows"])) == (20, 8)
@@ -203,11 +205,64 @@ def test_a_verdict_is_paired_over_seeds_and_images(tmp_path):
             noise = rng.normal(0, 0.1, 50) if arm == "three" else 0.0
             results.add(arm, seed, 5, {"p": {"all": 0.0, "each": list(base + gain + noise)}})
     # a constant gain has no spread at all: what differs from image to image is no noise where it is paired
-    assert frame.difference(results, "one", "two", (0, 1), 5, ["p"]) == pytest.approx((0.2, 0.2, 0.2))
-    middle, low, high = frame.difference(results, "three", "two", (0, 1), 5, ["p"])
+    prompts = {"p": range(50)}
+    assert frame.difference(results, "one", "two", (0, 1), 5, prompts) == pytest.approx((0.2, 0.2, 0.2))
+    middle, low, high = frame.difference(results, "three", "two", (0, 1), 5, prompts)
     assert low < 0 < high
     assert abs(middle) < 0.05
-    assert ablate.verdict(results, ["two", "three"], [0, 1], 5, ["p"])[0].endswith("not told apart")
+    assert ablate.verdict(results, ["two", "three"], [0, 1], 5, prompts)[0].endswith("not told apart")
+
+
+def test_more_seeds_and_languages_of_the_same_scenes_do_not_narrow_an_interval(tmp_path):
+    """Where images of a scene are all alike, they say no more than one of them."""
+    results, each = Results(tmp_path / "r.json", {}), np.random.default_rng(0).normal(0, 0.3, 40)
+    for seed in (0, 1):
+        for arm, own in (("one", each), ("two", 0 * each)):
+            results.add(
+                arm, seed, 5, {p: {"each": list(own)} for p in ("en", "zh", "fr")} | {"de": {"each": list(own[::-1])}}
+            )
+    alone = frame.difference(results, "one", "two", (0,), 5, {"en": range(40)})
+    scenes = dict.fromkeys(("en", "zh", "fr"), range(40)) | {
+        "de": range(39, -1, -1)
+    }  # told apart by name, not by place
+    assert frame.difference(results, "one", "two", (0, 1), 5, scenes) == pytest.approx(alone)
+    assert alone[2] - alone[1] == pytest.approx(2 * 1.96 * each.std() / 40**0.5, rel=0.1)
+
+
+def test_a_scene_is_the_same_in_every_style_and_task():
+    one, two = (frame.asked_of(style, 12, small()) for style in ("dense", "geneval"))
+    shared = [
+        (s, t)
+        for s, name in zip(one.scenes, one.pictures)
+        for t, other in zip(two.scenes, two.pictures)
+        if name == other
+    ]
+    assert len(shared) > 50
+    assert all((s.things, s.background) == (t.things, t.background) for s, t in shared)
+    assert any(s.task != t.task for s, t in shared)
+
+
+def test_other_weights_under_the_same_name_are_another_ablation(tmp_path):
+    state, text = tmp_path / "vae" / "codec.pt", tmp_path / "base" / "text_encoder" / "model.safetensors"
+    for path in (state, text, tmp_path / "base" / "tokenizer" / "tokenizer.json"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("one")
+    arm = Arm("a", {}, tmp_path / "vae", tmp_path / "base")
+    first = arm.weights
+    Results(tmp_path / "r.json", {"weights": {"a": first}}).add("a", 0, 1, {})
+    (tmp_path / "vae" / "log.jsonl").write_text("which are no weights")
+    (tmp_path / "base" / "scores.json").write_text("{}")
+    assert arm.weights == first
+    text.write_text("two")
+    assert (arm.weights[0] == first[0], arm.weights[1] == first[1]) == (True, False)
+    state.write_text("two")
+    assert arm.weights[0] != first[0]
+    assert Arm("a", {}, tmp_path / "vae", None).weights == [arm.weights[0], None]
+    assert Arm("a", {}, tmp_path / "vae", state).weights[1] is not None  # a state file of the encoder stage
+    with pytest.raises(ValueError, match=r"of another ablation \(weights differ\)"):
+        Results(tmp_path / "r.json", {"weights": {"a": arm.weights}})
+    (tmp_path / "r.json").write_text('{"settings": {}, "rows": []}')  # as it was once
+    Results(tmp_path / "r.json", {"weights": {"a": arm.weights}})
 
 
 @pytest.mark.parametrize(

@@ -117,6 +117,28 @@ def test_it_goes_on_where_it_was_interrupted(server, tmp_path, broken_at):
         Search(other, START, again.reasoner, draw, again.judge, again.writer, tmp_path / "b")
 
 
+def test_the_archive_of_another_judge_or_generator_is_refused(tmp_path):
+    nothing = None
+
+    def made(fulfilled=0.5, **by):
+        return Search(ITEMS, START, nothing, nothing, nothing, nothing, tmp_path, fulfilled=fulfilled, made_by=by)
+
+    made(judge="a", generator="lens:mini 0123").keep(Candidate(START, None, accepted=True))
+    assert len(made(judge="a", generator="lens:mini 0123").archive) == 1
+    for fulfilled, by, other in (
+        (0.5, {"judge": "b", "generator": "lens:mini 0123"}, "judge"),
+        (0.5, {"judge": "a", "generator": "lens:mini 4567", "writer": "c"}, "generator, writer"),
+        (0.9, {"judge": "a", "generator": "lens:mini 0123"}, "fulfilled"),
+    ):
+        with pytest.raises(ValueError, match=rf"search.json: of other {other}; give another --out"):
+            made(fulfilled, **by)
+    state = json.loads((tmp_path / "search.json").read_text())
+    del state["made_by"]  # as it was once, and under the name of then
+    (tmp_path / "search.json").write_text(json.dumps({**state, "search": "0123"}))
+    with pytest.raises(ValueError, match="does not say judge, generator and models; give another --out"):
+        made(judge="a", generator="lens:mini 0123")
+
+
 def test_a_spent_budget_ends_the_search_with_what_was_found(server, tmp_path):
     dev, _ = split(ITEMS, 0.3)
     ours, ask = search(server, tmp_path, max_calls=3 * len(dev) + 1)
@@ -173,7 +195,7 @@ def test_prompts_are_read_and_split(tmp_path):
 
 
 def test_the_command_searches(server, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(prompt_search, "generator", lambda source: draw if source == "lens:mini" else None)
+    monkeypatch.setattr(prompt_search, "generator", lambda source: (draw, "weights") if source == "lens:mini" else None)
     path = tmp_path / "p.jsonl"
     lines = [{"id": str(k), "prompt": f"wish {k}", "rubrics": ["is red", "is there"]} for k in (1, 2)]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -195,6 +217,42 @@ def test_the_command_searches(server, tmp_path, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "start: dev" in said
     assert (tmp_path / "o" / "best.md").read_text() == prompt_search.PROMPTS.joinpath("general.v1.md").read_text()
+    assert json.loads((tmp_path / "o" / "search.json").read_text())["made_by"] == {
+        "fulfilled": 0.5, "reasoner": "reasoner, policy.v1", "writer": "reasoner", "judge": "judge, binary.v1",
+        "generator": "lens:mini weights", "optimizer": "own",
+    }  # fmt: skip
+    for option, other in (
+        ("--writer-model", "writer"),
+        ("--judge-model", "judge"),
+        ("--reasoner-model", "reasoner, writer"),
+    ):
+        with pytest.raises(ValueError, match=f"of other {other}; give another --out"):
+            main([*map(str, argv), option, "another"])
+    monkeypatch.setattr(prompt_search, "generator", lambda source: (draw, "other weights"))
+    with pytest.raises(ValueError, match="of other generator; give another --out"):
+        main([str(a) for a in argv])
+
+
+def test_a_bound_of_money_has_prices(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prompt_search, "generator", lambda source: (draw, "weights"))
+    from train.__main__ import main
+
+    path = tmp_path / "p.jsonl"
+    lines = [{"id": str(k), "prompt": f"wish {k}", "rubrics": ["is red", "is there"]} for k in (1, 2)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    argv = ["prompt_search", "--prompts", str(path), "--url", server.url, "--reasoner-model", "reasoner"]
+    argv += ["--iterations", "0", "--held", "0.5", "--out", str(tmp_path / "o"), "--max-cost", "10"]
+    with pytest.raises(ValueError, match="the price of reasoner is not known: expected --prices READ,WRITTEN"):
+        main(argv)
+    # 100 tokens read and 20 written a call
+    assert main([*argv, "--judge-model", "judge", "--prices", "1e4,5e4"]) == 0
+    assert "reasoner: Counters(calls=2, " in (said := capsys.readouterr().out)
+    assert said.count("cost=4.0)") == 2  # of reasoner and judge
+    with pytest.raises(ValueError, match=r"prices must be at least 0, got \(nan, 1.0\)"):
+        main([*argv, "--prices", "nan,1"])
+    argv += ["--prices", "1,1", "--generator", f"openai:{server.url}", "--generator-model", "painter"]
+    with pytest.raises(ValueError, match=r"--max-cost: what an image of .* expected --price-image USD"):
+        main(argv)
 
 
 # ---------------------------------------------------------------- another generator, over HTTP
@@ -237,6 +295,20 @@ def test_openai_s_own_models_are_sent_what_they_take(tmp_path):
     chat = Chat("a cat", seed=3)
     assert own._body(chat) == {"model": "gpt-image-1", "prompt": "a cat", "n": 1}
     assert old._body(chat)["response_format"] == "b64_json"
+
+
+def test_images_are_drawn_up_to_a_bound_of_money(tmp_path):
+    with (
+        serving(painting) as server,
+        ImageClient(server.url, "painter", tmp_path, 1, max_cost=0.1, price=0.05) as client,
+    ):
+        client.draw(["a cat", "a cow"], [1, 2])
+        assert client.counters.cost == pytest.approx(0.1)
+        with pytest.raises(ChatError, match=r"painter: 0\.1000 of 0\.1 USD are spent"):
+            client.draw(["a fox"], [3])
+    assert len(server.calls) == 2
+    with pytest.raises(ValueError, match="max_cost needs prices"):
+        ImageClient("http://127.0.0.1:1/v1", "painter", tmp_path, max_cost=1.0)
 
 
 @pytest.mark.parametrize(

@@ -192,3 +192,19 @@ def test_another_error_is_no_end_of_a_budget(server, tmp_path, where):
     ours, _ = search(server, tmp_path, gone)
     with pytest.raises(ChatError, match="the painter is gone"):
         by_gepa.optimise(ours, 3, quiet)
+
+
+def test_a_state_goes_on_only_beside_the_file_that_says_whose_it_is(server, tmp_path, monkeypatch):
+    def killed(**_):
+        raise KeyboardInterrupt
+
+    ours, _ = search(server, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(by_gepa.require_gepa(), "optimize", killed)
+        with pytest.raises(KeyboardInterrupt):
+            by_gepa.optimise(ours, 1, quiet)
+    assert json.loads((tmp_path / "search.json").read_text())["search"] == ours.name  # before anything is drawn
+    by_gepa.optimise(search(server, tmp_path)[0], 1, quiet)
+    (tmp_path / "search.json").unlink()
+    with pytest.raises(ValueError, match=r"gepa_state.bin: expected search.json beside its folder"):
+        by_gepa.optimise(search(server, tmp_path)[0], 1, quiet)

@@ -117,7 +117,7 @@ def test_the_command_needs_no_server(tmp_path, capsys, monkeypatch):
     from train.__main__ import main
 
     grey = lambda prompts, seeds: [np.full((64, 64, 3), 120, np.uint8) for _ in prompts]  # noqa: E731
-    monkeypatch.setattr(prompt_search, "generator", lambda source: grey)
+    monkeypatch.setattr(prompt_search, "generator", lambda source: (grey, ""))
     argv = ["prompt_search", "--small-world", "4", "--held", "0.5", "--iterations", "1", "--out", str(tmp_path)]
     assert main(argv) == 0
     said = capsys.readouterr().out

@@ -74,6 +74,17 @@ def test_probabilities_are_those_of_the_answers_own_tokens():
     assert made.reasons == [["true", "false", "false"]]
 
 
+@pytest.mark.parametrize("ill", [math.nan, 1e6])
+def test_a_logarithm_that_is_none_is_no_probability(ill):
+    tokens = [token('{"verdicts": ['), token("true", true=0.6, false=0.2), token("]}")]
+    tokens[1]["top_logprobs"][0]["logprob"] = ill
+    bad = chat_server.text('{"verdicts": [true]}', logprobs={"content": tokens})
+    with serving(lambda *_: bad) as server:
+        made = judge(server, "probability", max_failed=1).score(["x"], [["a"]], IMAGES[:1])
+    assert not made.valid.any()
+    assert "log-probability of 'true' must be at most 0" in made.reasons[0][0]
+
+
 BROKEN = {
     "prose": chat_server.text("I would say yes."),
     "too few": answer(True),
@@ -81,6 +92,15 @@ BROKEN = {
     "another order": chat_server.text('{"verdicts": [{"rubric": 2, "reason": "", "verdict": true}] }'),
     "a word for a verdict": answer("yes", "no"),
     "a number for a verdict": answer(1, 0),
+    "a verdict twice": chat_server.text(
+        '{"verdicts": [{"rubric": 1, "reason": "", "verdict": false, "verdict": true}, {"rubric": 2, "reason": "", "verdict": true}]}'
+    ),
+    "verdicts twice": chat_server.text(
+        '{"verdicts": [], "verdicts": [{"rubric": 1, "reason": "", "verdict": true}, {"rubric": 2, "reason": "", "verdict": true}]}'
+    ),
+    "true for a rubric": chat_server.text(
+        '{"verdicts": [{"rubric": true, "reason": "", "verdict": true}, {"rubric": 2, "reason": "", "verdict": true}]}'
+    ),
     "cut off": chat_server.text('{"verdicts": [{"rub', finish="length"),
     "filtered": chat_server.text(None, finish="content_filter"),
     "refused by the server": chat_server.error(400, "unsafe image"),

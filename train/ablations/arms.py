@@ -9,8 +9,9 @@ at the same step.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -46,6 +47,8 @@ from .attributes import accuracy, marks
 
 ENCODED_TOGETHER = 128  # scenes of a call
 TEXT_MULTIPLE = 8  # tokens that a padded text is a multiple of
+RESAMPLES = 2000  # of the bootstrap
+WEIGHTS = (".safetensors", ".pt", ".json")  # endings of the files that decide what a network gives
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,28 @@ class Arm:
     vae: Path
     encoder: Path | None
 
+    @property
+    def weights(self) -> list[str | None]:
+        """Fingerprints of latent space and text encoder, None for random weights."""
+        if self.encoder is None:
+            return [files_fingerprint(self.vae), None]
+        parts = [self.encoder / "text_encoder", self.encoder / "tokenizer"]  # of a checkpoint's folder
+        return [
+            files_fingerprint(self.vae),
+            files_fingerprint(self.encoder) if self.encoder.is_file() else files_fingerprint(*parts),
+        ]
+
+
+def files_fingerprint(*paths: Path) -> str:
+    """SHA-256 over names and bytes of the files, and of those of WEIGHTS right in the folders, 16 hex digits."""
+    digest = hashlib.sha256()
+    for path in paths:
+        own = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in WEIGHTS)
+        for file in own:
+            data = file.read_bytes()
+            digest.update(f"{file.name}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()[:16]
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -65,6 +90,11 @@ class Asked:
 
     name: str
     scenes: Sequence[Scene]
+
+    @property
+    def pictures(self) -> list[str]:
+        """What each scene shows, in which it is the same under every style, language and task."""
+        return [f"{scene.seed} {scene.background} {scene.things}" for scene in self.scenes]
 
 
 def asked_of(style: str, count: int, config: ModuleType) -> Asked:
@@ -258,7 +288,8 @@ class Results:
         self.rows: list[dict[str, Any]] = []
         if path.is_file():
             before = read_json(path)
-            if other := [k for k in self.settings if before["settings"].get(k) != self.settings[k]]:
+            told = {"weights": self.settings.get("weights"), **before["settings"]}  # files of before do not say them
+            if other := [k for k in self.settings if told.get(k) != self.settings[k]]:
                 raise ValueError(f"{path}: of another ablation ({', '.join(other)} differ); give another --out")
             self.rows = before["rows"]
 
@@ -307,19 +338,23 @@ def run_rounds(
 
 
 def difference(
-    results: Results, one: str, two: str, seeds: Sequence[int], step: int, prompts: Sequence[str]
+    results: Results, one: str, two: str, seeds: Sequence[int], step: int, prompts: Mapping[str, Sequence[Hashable]]
 ) -> tuple[float, float, float]:
     """Accuracy of arm `one` over arm `two` at a step: the mean over seeds and images, paired, with its 95 % bootstrap interval over
-    both."""
+    scenes at these seeds; how trainings with other seeds differ is not in it. prompts: of each set the scene of every image.
+
+    A scene is drawn or left out with all its images, of every seed and set of prompts: they are alike, and would make the interval
+    too narrow one by one.
+    """
     table = {(r["arm"], r["seed"]): r["scores"] for r in results.rows if r["step"] == step}
-    pairs = [
-        np.concatenate([np.array(table[one, s][p]["each"]) - np.array(table[two, s][p]["each"]) for p in prompts])
-        for s in seeds
-    ]
+    scenes = {scene: k for k, scene in enumerate(dict.fromkeys(s for own in prompts.values() for s in own))}
+    sums, counts = np.zeros(len(scenes)), np.zeros(len(scenes))
+    for name, own in prompts.items():
+        rows = [scenes[scene] for scene in own]
+        for seed in seeds:
+            np.add.at(sums, rows, np.subtract(table[one, seed][name]["each"], table[two, seed][name]["each"]))
+            np.add.at(counts, rows, 1)
     rng = np.random.default_rng(keyed(0, "ablation").initial_seed())
-    draws = []
-    for _ in range(2000):
-        chosen = [pairs[k] for k in rng.integers(len(pairs), size=len(pairs))]
-        draws.append(np.mean([own[rng.integers(len(own), size=len(own))].mean() for own in chosen]))
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(np.mean([own.mean() for own in pairs])), float(low), float(high)
+    drawn = rng.integers(len(scenes), size=(RESAMPLES, len(scenes)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), [2.5, 97.5])
+    return float(sums.sum() / counts.sum()), float(low), float(high)

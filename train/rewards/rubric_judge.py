@@ -116,7 +116,9 @@ class RubricJudge:
         if reply.refusal or reply.finish == "content_filter":
             raise BadAnswer(f"the judge refused: {reply.refusal or reply.finish}")
         try:
-            entries = json.loads(reply.text)["verdicts"]
+            entries = json.loads(reply.text, object_pairs_hook=_once)["verdicts"]
+        except BadAnswer:
+            raise
         except (ValueError, KeyError, TypeError, RecursionError):
             cut = ", cut off at its token limit" if reply.finish == "length" else ""
             raise BadAnswer(f'expected a JSON object with "verdicts"{cut}, got {reply.text[:200]!r}') from None
@@ -130,15 +132,25 @@ class RubricJudge:
         return [self._verdict(entry, number) for number, entry in enumerate(entries, 1)]
 
     def _verdict(self, entry: Any, number: int) -> Verdict:
-        if not isinstance(entry, dict) or entry.get("rubric") != number or not isinstance(entry.get("reason"), str):
+        own = entry if isinstance(entry, dict) else {}
+        if type(own.get("rubric")) is not int or own["rubric"] != number or not isinstance(own.get("reason"), str):
             raise BadAnswer(f"expected rubric {number} with its reason, got {entry}")
-        value = entry.get("verdict")
+        value = own.get("verdict")
         if self.kind == "binary" and isinstance(value, bool):
-            return float(value), entry["reason"]
+            return float(value), own["reason"]
         if self.kind == "graded" and isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= GRADES:
-            return value / GRADES, entry["reason"]
+            return value / GRADES, own["reason"]
         form = "true or false" if self.kind == "binary" else f"a whole number from 0 to {GRADES}"
         raise BadAnswer(f"rubric {number}: expected {form}, got {value!r}")
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys differ: of a verdict that is given twice neither counts. Errors: BadAnswer."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadAnswer(f"expected every key of an object once, got {twice!r} again")
+    return values
 
 
 def _schema(kind: str) -> dict[str, Any]:

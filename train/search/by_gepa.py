@@ -126,13 +126,18 @@ class Lines:
 def optimise(search: Search, iterations: int, tell: Callable[[str], None] = print) -> Candidate:
     """Up to that many of GEPA's iterations in all, again to resume; returns the final candidate, as `Search.run` does.
 
-    Errors: ImportError without the package; ValueError where the folder is of our own loop.
+    Errors: ImportError without the package; ValueError where the folder is of our own loop, or does not say whose it is.
     """
     gepa, folder = require_gepa(), search.out / "gepa"
     if search.archive and not folder.is_dir():
         raise ValueError(f"{search.file}: of a search by our own loop; give another --out")
     adapter = Adapter(search, search.start)
     state_file = folder / "gepa_state.bin"
+    if state_file.is_file() and not search.file.is_file():
+        raise ValueError(
+            f"{state_file}: expected {search.file.name} beside its folder, which says whose it is; give another --out"
+        )
+    search.save()  # before the first state, so that another search never goes on from it
     from gepa.core.state import GEPAState as state_type
 
     if state_file.is_file():  # GEPA scores the first text before it takes up its state: known by then

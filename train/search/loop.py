@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -161,19 +161,27 @@ class Search:
         held: float = 0.3,
         seed: int = 0,
         fulfilled: float = FULFILLED,
+        made_by: Mapping[str, Any] | None = None,
     ):
         """reasoner: a file with a system prompt -> what writes prompts by it. fulfilled: a rubric's value from which it is not shown to
-        the writer as failed. ValueError where ``out`` holds another search."""
+        the writer as failed. made_by: judge, generator and whatever else scores depend on, by name, as JSON values. ValueError where
+        ``out`` holds another search."""
         self.dev, self.kept = split(items, held)
         self.reasoner, self.generate, self.judge, self.writer = reasoner, generate, judge, writer
         self.out, self.seed, self.fulfilled, self.archive = out, seed, fulfilled, list[Candidate]()
-        told = json.dumps([start, seed, held, [asdict(item) for item in items]], sort_keys=True)
+        self.made_by = json.loads(json.dumps({"fulfilled": fulfilled, **(made_by or {})}))
+        told = json.dumps([start, seed, held, [asdict(item) for item in items], self.made_by], sort_keys=True)
         self.name = hashlib.sha256(told.encode()).hexdigest()
         self.start, self.file = start, out / "search.json"
         if self.file.is_file():
             state = read_json(self.file)
             if state["search"] != self.name:
-                raise ValueError(f"{self.file}: of other prompts, seed, share held out or first system prompt")
+                if "made_by" not in state:
+                    raise ValueError(f"{self.file}: does not say judge, generator and models; give another --out")
+                names = {**state["made_by"], **self.made_by}
+                differ = [name for name in names if state["made_by"].get(name) != self.made_by.get(name)]
+                other = ", ".join(differ) or "prompts, seed, share held out or first system prompt"
+                raise ValueError(f"{self.file}: of other {other}; give another --out")
             self.archive = [Candidate(**values) for values in state["archive"]]
 
     @property
@@ -283,7 +291,8 @@ class Search:
         self.save()
 
     def save(self) -> None:
-        write_json(self.file, {"search": self.name, "archive": [asdict(candidate) for candidate in self.archive]})
+        archive = [asdict(candidate) for candidate in self.archive]
+        write_json(self.file, {"search": self.name, "made_by": self.made_by, "archive": archive})
 
 
 def written(reply: Reply) -> dict[str, str]:
