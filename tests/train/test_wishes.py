@@ -1,5 +1,7 @@
 """What the reasoner learns: wishes, scenes that suit them, one wording; and the reader that says what an answer tells."""
 
+import random
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -10,7 +12,18 @@ from train.data.small_world.dense_reading import read
 from train.data.small_world.kinds import CORE, KINDS
 from train.data.small_world.mentions import nouns_of
 from train.data.small_world.open_wishes import THEMES, held_out_wish
-from train.data.small_world.wishes import STYLES, Wishes, answer, as_named, at_home, open_wishes, scenes_of, staged
+from train.data.small_world.wishes import (
+    STYLES,
+    Wishes,
+    answer,
+    as_named,
+    at_home,
+    open_wishes,
+    phrased,
+    scenes_of,
+    settled,
+    staged,
+)
 from train.data.small_world.wording import OPPOSITE
 from train.data.small_world.world import World
 from train.evaluate import reasoning
@@ -26,9 +39,10 @@ def said(scene):
 def test_every_theme_has_wishes_and_scenes_that_mini_draws():
     wishes = [wish for theme in THEMES for wish in theme.wishes]
     assert len(wishes) == len(set(wishes)) >= 400
-    assert 0.08 < sum(map(held_out_wish, wishes)) / len(wishes) < 0.17
+    texts = {phrased(wish, random.Random(f"{wish} {i}")) for wish in wishes for i in range(9)}
+    assert 0.1 < sum(map(held_out_wish, texts)) / len(texts) < 0.15
     for theme in THEMES:
-        assert sum(not held_out_wish(wish) for wish in theme.wishes) >= 3
+        assert len(theme.wishes) >= 4
         for scene in scenes_of(theme):  # which checks facts and contrast
             assert {thing.kind for thing in scene.things} <= set(CORE)
             assert read(answer(scene)).things == said(scene)
@@ -50,7 +64,7 @@ def test_a_scene_that_cannot_be_is_refused(text, place, message):
 @pytest.mark.parametrize("split", ["train", "held_out"])
 def test_answers_tell_their_scene_and_nothing_is_left_to_chance(split):
     wishes = Wishes(TOKENIZER, split)
-    held = {wish for wish, _ in open_wishes("held_out")}
+    asked = Counter()
     for seed in range(80):
         wish, scene = wishes(seed)
         assert wishes(seed) == (wish, scene)
@@ -62,10 +76,10 @@ def test_answers_tell_their_scene_and_nothing_is_left_to_chance(split):
         assert reading.relation == (OPPOSITE[scene.relation] if turned else scene.relation)
         assert reading.background == scene.background
         assert {kind for kind, _ in reading.things} <= set(CORE)
-        if split == "train":
-            assert wish not in held
-        if wish == scene.caption:
-            assert held_out_wish(wish) == (split == "held_out")
+        words = wish == scene.caption or any(known in wish.lower() for known, _ in open_wishes())
+        assert not words or held_out_wish(wish) == (split == "held_out")
+        asked[words] += 1
+    assert asked[True] > 50
 
 
 def test_two_things_are_told_in_the_order_of_their_wish():
@@ -138,14 +152,15 @@ def test_what_contradicts_itself_or_is_no_sentence_is_not_read(text, old, new):
 def test_the_measure_sees_what_was_kept_and_what_was_not():
     """A reasoner that answers truly, one that always says the same, one that never ends, one that is unsure."""
     scenes = {scene.caption: scene for scene in reasoning.captions(24, reasoning.WITHOUT_SIGNS)}
-    themes = {wish: theme for theme in THEMES for wish in theme.wishes}
+    themes = dict(open_wishes())
 
-    def theme(wish):
-        """Of the longest wish in whatever phrasing, else the first."""
-        return themes[max((w for w in themes if w in wish.lower()), key=len, default="a birthday")]
+    def suiting(text):
+        """Of the longest wish in whatever phrasing, else of the first."""
+        wish = max((w for w in themes if w in text.lower()), key=len, default="a birthday")
+        return settled(wish, themes[wish])
 
     def true(wishes):
-        told = [at_home(scenes[w]) if w in scenes else scenes_of(theme(w))[0] for w in wishes]
+        told = [at_home(scenes[w]) if w in scenes else suiting(w) for w in wishes]
         return [Refined(w, answer(scene), "s") for w, scene in zip(wishes, told)]
 
     def same(wishes):
@@ -165,13 +180,12 @@ def test_the_measure_sees_what_was_kept_and_what_was_not():
 
     figures, lines = reasoning.report(true, 24, 0, 5, TOKENIZER)
     assert {right / asked for shares in figures.values() for right, asked in shares.values()} == {1.0}
-    assert len(lines) == 24 + len(open_wishes("held_out")) + 5 + 5
-    assert figures["trained"]["fits"] == [5, 5]
+    assert len(lines) == 24 + 5 + 5
+    assert figures["open"]["fits"] == [5, 5]
     figures, _ = reasoning.report(same, 24, 0, 5, TOKENIZER)
     assert share(figures, "captions", "valid") == share(figures, "unknown", "ended") == 1
     assert share(figures, "captions", "class") < 0.3
-    assert figures["trained"]["fits"][0] <= 1
-    assert share(figures, "open", "fits") < 0.2
+    assert figures["open"]["fits"][0] <= 1
     figures, _ = reasoning.report(endless, 24, 0, 5, TOKENIZER)
     assert share(figures, "captions", "sure") == share(figures, "open", "ended") == 0
     assert figures["captions"].keys() == {"ended", "sure"}  # nothing else was asked

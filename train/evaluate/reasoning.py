@@ -3,8 +3,8 @@
     python -m train reasoner --accept mini --json scores.json
 
 Captions of held-out scenes in their brief and GenEval's form, whose answers are read back (data/small_world/dense_reading.py)
-and held against the scene; open wishes, held out and, of those trained on, some in phrasings drawn anew, whose answer fits where it
-has the things of one of its theme's scenes; words without meaning here. What an answer keeps is asked of those alone of which the
+and held against the scene; open wishes in phrasings that are held out, whose answer fits where it has the things of the wish's scene;
+words without meaning here. What an answer keeps is asked of those alone of which the
 reasoner was sure: the user's words stay for the others. Any reasoner that is called as `lens.reasoner` has it can be asked.
 """
 
@@ -25,7 +25,7 @@ from ..data.small_world.kinds import CORE
 from ..data.small_world.mentions import said_background
 from ..data.small_world.open_wishes import held_out_wish
 from ..data.small_world.scene import Scene
-from ..data.small_world.wishes import STYLES, open_wishes, phrased, scenes_of, unknown_words
+from ..data.small_world.wishes import STYLES, open_wish, unknown
 from ..data.small_world.world import TASKS, World
 
 FIRST_SEED = 3_000_000_000  # apart from what any stage trains on
@@ -67,14 +67,18 @@ def reading(answer: Refined) -> Reading | None:
         return None
 
 
+def things_of(scene: Scene) -> tuple[Thing, ...]:
+    return tuple((thing.kind, thing.colour) for thing in scene.things)
+
+
 def kept(scene: Scene, said: Reading | None) -> dict[str, bool | None]:
     """What of a wish's scene a caption keeps. Classes, colours and their number are compared as multisets; of two things in a
     "position" task and of three in a row also their order counts; a backdrop where the wish names it."""
-    things: list[Thing] = [(thing.kind, thing.colour) for thing in scene.things]
+    things = things_of(scene)
     found = list(said.things) if said else []
     kinds, wanted = {kind for kind, _ in found}, {kind for kind, _ in things}
     ordered = scene.task in ("position", "row")
-    order = said is not None and (said.things, said.relation) == (tuple(things), scene.relation)
+    order = said is not None and (said.things, said.relation) == (things, scene.relation)
     backdrop = said_background(scene)
     facts: dict[str, bool | None] = {
         "class": kinds == wanted if things else None,
@@ -92,14 +96,11 @@ def report(
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """Kind of wish -> figure -> [right, asked]; and every wish with its answer and flag."""
     rng = random.Random("unknown wishes")
-    unknown = [" ".join(rng.sample(unknown_words(tokenizer), rng.randint(1, 4))) for _ in range(words)]
-    trained = [(phrased(wish, rng), theme) for wish, theme in rng.sample(open_wishes("train"), words)]
-    groups: dict[str, list[tuple[str, Any]]] = {
+    groups: dict[str, list[tuple[str, Scene | None]]] = {
         "captions": [(scene.caption, scene) for scene in captions(count, WITHOUT_SIGNS)],
         "signs": [(scene.caption, scene) for scene in captions(signs, SIGNS)],
-        "open": list(open_wishes("held_out")),
-        "trained": trained,
-        "unknown": [(wish, None) for wish in unknown],
+        "open": [open_wish(rng, True) for _ in range(words)],
+        "unknown": [(" ".join(unknown(rng, tokenizer)), None) for _ in range(words)],
     }
     figures, lines = {}, []
     for name, asked in groups.items():
@@ -110,11 +111,10 @@ def report(
             if not answer.flag:
                 said = reading(answer)
                 tally.add(valid=said is not None)
-                if isinstance(about, Scene):
-                    tally.add(**kept(about, said))
+                if about is not None and name == "open":
+                    tally.add(fits=said is not None and said.things == things_of(about))
                 elif about is not None:
-                    suits = {tuple((t.kind, t.colour) for t in scene.things) for scene in scenes_of(about)}
-                    tally.add(fits=said is not None and said.things in suits)
+                    tally.add(**kept(about, said))
             lines.append([name, wish, f"{answer.flag}: {answer.note}" if answer.flag else answer.prompt])
         figures[name] = tally.shares()
     return figures, lines

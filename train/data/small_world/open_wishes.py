@@ -1,7 +1,7 @@
 """Open wishes: short texts that name nothing of the world, and scenes of it that suit them.
 
 A theme is a few wishes of one meaning, scenes for any of them, written as short captions of CORE's classes, and backdrops.
-One wish in eight is kept from training; its theme is trained by the others.
+Of a wish in its phrasings one text in eight is kept from training: a word that it has never read tells so small a model nothing.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Theme:
 
 
 def held_out_wish(wish: str) -> bool:
-    """Whether a wish is kept for evaluation: one in eight, by its words."""
+    """Whether a wish, as a text, is kept for evaluation: one in eight, by its words."""
     return hashlib.sha256(f"held-out wish {wish}".encode()).digest()[0] < 32
 
 

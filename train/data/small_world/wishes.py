@@ -5,9 +5,9 @@
 
 Four kinds of wishes. Captions of the world, whose answer tells the same scene. Open wishes (`open_wishes`), whose answer is a
 scene that suits them. Captions of all the world's classes, where one that Mini does not draw gives way to one of its group.
-Words without any meaning here, so that every wish has an end. Of captions and of open wishes one in eight is kept from training,
-by its words. The facts that the transformer never sees are not: trained without, a reasoner writes "purple pear" for the purple
-fish that it never read of, and what it is for is to keep to the wish.
+Words without any meaning here, so that every wish has an end. Of captions and of open wishes in their phrasings one text in
+eight is kept from training, by its words. The facts that the transformer never sees are not: trained without, a reasoner writes
+"purple pear" for the purple fish that it never read of, and what it is for is to keep to the wish.
 
 What a wish leaves open is settled, not drawn: one backdrop for each class (HOME) and one phrase of each group of the dense
 grammar. A reasoner that takes the most probable token says but one thing anyway, and what is left to chance has to be learned
@@ -39,7 +39,7 @@ from .sprites import fitted_size
 from .wording import OPPOSITE
 from .world import TASKS, World, is_held_out
 
-SHARES = {"caption": 0.68, "open": 0.20, "elsewhere": 0.08, "unknown": 0.04}
+SHARES = {"caption": 0.58, "open": 0.27, "elsewhere": 0.07, "unknown": 0.08}
 STYLES = {"brief": 0.65, "geneval": 0.35}
 ASKED = {  # task -> share of the captions: two and three things, which have to be kept apart, are learned last
     "single_object": 0.06, "colors": 0.08, "two_object": 0.16, "position": 0.30,
@@ -167,15 +167,33 @@ def settled(wish: str, theme: Theme) -> Scene:
 
 
 @functools.cache
-def open_wishes(split: str) -> tuple[tuple[str, Theme], ...]:
-    """The wishes of one split, "train" or "held_out", with their theme."""
-    held = split == "held_out"
-    return tuple((wish, theme) for theme in THEMES for wish in theme.wishes if held_out_wish(wish) == held)
+def open_wishes() -> tuple[tuple[str, Theme], ...]:
+    """Every wish with its theme."""
+    return tuple((wish, theme) for theme in THEMES for wish in theme.wishes)
 
 
 def phrased(wish: str, rng: random.Random) -> str:
     text = rng.choice(PHRASINGS).format(w=wish)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.2 else text
+
+
+def open_wish(rng: random.Random, unseen: bool) -> tuple[str, Scene]:
+    """A wish in a phrasing that is, as a text, kept from training or not, and its scene."""
+    while True:
+        wish, theme = rng.choice(open_wishes())
+        if held_out_wish(text := phrased(wish, rng)) == unseen:
+            return text, settled(wish, theme)
+
+
+def unknown(rng: random.Random, tokenizer: Path) -> list[str]:
+    """One to four words without meaning here: of the vocabulary, or invented, which fall into several tokens."""
+    if rng.random() < 0.5:
+        return rng.sample(unknown_words(tokenizer), rng.randint(1, 4))
+    syllables = [
+        ["".join(map(rng.choice, ("bcdfghjklmnprstvwz", "aeiou"))) for _ in range(rng.randint(2, 3))]
+        for _ in range(rng.randint(1, 2))
+    ]
+    return ["a", *("".join(word) + rng.choice("lnrstx ").strip() for word in syllables)]
 
 
 # ------------------------------------------------------------------------------------------------ pairs
@@ -191,16 +209,14 @@ class Wishes:
 
     def __call__(self, seed: int) -> tuple[str, Scene]:
         """The wish, and the scene that its answer tells."""
-        rng = random.Random(f"wish {self.split} {seed}")
+        rng, unseen = random.Random(f"wish {self.split} {seed}"), self.split == "held_out"
         kind = rng.choices([k for k, _ in self.shares], [share for _, share in self.shares])[0]
         if kind == "open":
-            wish, theme = rng.choice(open_wishes(self.split))
-            return phrased(wish, rng), settled(wish, theme)
+            return open_wish(rng, unseen)
         if kind == "unknown":
-            wish = " ".join(rng.sample(unknown_words(self.tokenizer), rng.randint(1, 4)))
+            wish = " ".join(unknown(rng, self.tokenizer))
             return phrased(wish, rng), staged(rng.choice(ANYTHING), "mint")
         drawn, change = (_whole, _drawable) if kind == "elsewhere" else (_core, as_named)
-        unseen = self.split == "held_out"
         while True:
             facts = "held_out" if unseen or rng.random() < UNSEEN_FACTS else "train"
             scene = drawn(facts).scene(rng.getrandbits(40), SIDE, SIDE)
