@@ -9,16 +9,18 @@ import torch
 
 from lens import LensPipeline
 from lens.formats.vae import load_vae
+from lens.reasoner import EmbeddedReasoner
 from lens.vae import PixelCodec, to_uint8
 from train.data.small_world.kinds import KINDS
 from train.data.small_world.world import TASKS, World
-from train.evaluate import geneval
+from train.evaluate import geneval, reasoning
 from train.evaluate.detector import Detector, overlap
 from train.evaluate.mini_bench import scenes_of
 from train.networks.codec import psnr, to_model
+from train.networks.text_path import ROOT
 
 FOLDER = Path(__file__).parents[2] / "lens" / "mini" / "base"
-LIMIT = 24_000_000
+LIMIT = 26_000_000
 ABOUT = json.loads((FOLDER / "model_index.json").read_text())["lens"]
 CLASSES = ABOUT.get("classes", list(KINDS)[:18])  # weights that do not say learned the first eighteen
 
@@ -70,3 +72,13 @@ def test_latents_are_normalised():
     tokens = torch.cat([codec.encode(p.permute(1, 2, 0)) for p in to_model(pixels)])
     assert tokens.mean(0).abs().max() < 0.4
     assert 0.6 < tokens.std(0).min() <= tokens.std(0).max() < 1.5
+
+
+def test_the_reasoner_keeps_to_the_wish_or_to_its_words(pipe):
+    """Held-out captions without and with a sign, open wishes in phrasings held out, words without meaning."""
+    figures, answers = reasoning.report(EmbeddedReasoner(pipe), 24, 4, 12, ROOT / "train/data/assets/tokenizer")
+    told, asked = figures["captions"]["everything"]
+    assert told >= 0.85 * asked >= 0.85 * 18, answers
+    assert figures["signs"]["sure"] == [0, 4]  # it cannot copy their text, and knows it
+    assert figures["open"]["fits"][0] >= 8, answers
+    assert figures["unknown"]["sure"][0] <= 8, answers

@@ -6,8 +6,8 @@ TRAIN = {
     "batch": 32,
     "lr": 2e-3,
     "warmup": 50,
-    "steps": 17_000,
-    "decay": 7_300,
+    "steps": 17_900,
+    "decay": 2_250,
     "weight_decay": 0.01,
     "ema": 0.99,
 }

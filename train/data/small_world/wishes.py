@@ -178,10 +178,11 @@ def phrased(wish: str, rng: random.Random) -> str:
 
 
 def open_wish(rng: random.Random, unseen: bool) -> tuple[str, Scene]:
-    """A wish in a phrasing that is, as a text, kept from training or not, and its scene."""
+    """A wish in a phrasing that is, as a text, kept from training or not, and its scene. As it stands no wish is kept."""
     while True:
         wish, theme = rng.choice(open_wishes())
-        if held_out_wish(text := phrased(wish, rng)) == unseen:
+        text = phrased(wish, rng)
+        if (held_out_wish(text) and text != wish) == unseen:
             return text, settled(wish, theme)
 
 
