@@ -26,7 +26,7 @@ READERS = {
     "prompts": read_prompts,
     "items": prompt_search.read_items,
     "captions": sources.captions_of,
-    "oneig": judged_elsewhere,
+    "oneig": lambda path: judged_elsewhere(path, {"reasoning": ["anime/000"]}),
     "longtext": prompts_of,
     "transcript": read_transcript,
 }
