@@ -60,7 +60,7 @@ def test_turbo_scores_what_it_exports(recorder, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     stages, seen = parsed(calls(), monkeypatch)
     assert stages == ["distill"] * 4 + ["evaluate"] * 9
-    given = ("GUIDANCE=2.0", "TEACHER_GUIDANCE=2.0", "COMPUTE=bfloat16", "SEED=9", "r=16,alpha=32,targets=all")
+    given = ("GUIDANCE=2.0", "TEACHER_GUIDANCE=2.0", "COMPUTE=bfloat16", "SEED=9", "r=32,alpha=64,targets=all")
     assert {(*one.set, one.lora) for one in seen[:4]} == {given}
     assert [one.sweep for one in seen[:4]] == [True, False, False, False]
     assert [one.ablate for one in seen[:4]] == [False, True, False, False]

@@ -1,6 +1,6 @@
 """Lens-Mini-Turbo, on one CPU core: four steps without guidance, from the Mini of RL, at 64 and 128 pixels.
 
-python -m train distill --config mini --init mini-rl --lora r=16,alpha=32,targets=all --out runs/turbo --stop-after 5m
+python -m train distill --config mini --init mini-rl --lora r=32,alpha=64,targets=all --out runs/turbo --stop-after 5m
 
 From mini-base, which needs more guidance: --set GUIDANCE=3.0 --set TEACHER_GUIDANCE=3.0.
 """
