@@ -45,9 +45,7 @@ ASKED = {  # task -> share of the captions: two and three things, which have to 
     "single_object": 0.06, "colors": 0.08, "two_object": 0.16, "position": 0.30,
     "counting": 0.10, "color_attr": 0.14, "row": 0.14, "text": 0.02,  # signs, whose text Mini cannot draw anyway
 }  # fmt: skip
-UNSEEN_FACTS = (
-    0.25  # share of captions with a class and colour, pair or number that the transformer's training leaves out
-)
+UNSEEN_FACTS = 0.25  # share of captions with a fact that the transformer's training leaves out
 PAIRS = ("two_object", "position", "color_attr")
 SIDE = 128
 ANYTHING = (  # for words without meaning: many, none of them likely
