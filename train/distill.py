@@ -753,10 +753,13 @@ def train(
     steps: int,
     clock: Clock,
     setting: Setting | None = None,
+    start: Path | None = None,
+    turns: int | None = None,
 ) -> tuple[Distil, bool]:
     """Distil until so many student steps, the clock or a rule: the method as it ended, and whether by steps or a rule. A training
-    that a rule ended stays ended, unless a state is named by --resume. setting: of runs before, with this seed. Errors:
-    ValueError, see the command's help."""
+    that a rule ended stays ended, unless a state is named by --resume. setting: of runs before, with this seed. start: a state,
+    of whatever fields, to go on from where OUT has none. turns: end after so many optimiser steps. Errors: ValueError, see the
+    command's help."""
     objective = objective_of(options, recipe)
     setting = setting or setting_of(options, recipe, group)
     held_out = setting.held_out
@@ -768,9 +771,9 @@ def train(
     method.settings = settings
     trainer = Trainer(method.plan(steps), method, states, out, group, settings)
     at: dict[str, Any] = {"step": 0}
-    if (folder := options.resume or states.latest()) is not None:
+    if (folder := options.resume or states.latest() or start) is not None:
         told = refuse_another(settings, read_state(folder)["settings"])
-        if group.main and told:
+        if group.main and told and folder != start:
             print(*(f"distill: {line}" for line in told), sep="\n", flush=True)
         with frozen_kept(method.networks.values()):
             at = trainer.resume(folder)["data"]
@@ -782,7 +785,7 @@ def train(
             print("distill: without --validate nothing is watched, and the last student is taken", flush=True)
     group.barrier()
     if not method.ended:
-        trainer.run(setting.batches(at), RuledClock(clock, method), setting.place)
+        trainer.run(setting.batches(at), RuledClock(clock, method), setting.place, turns)
     if group.main:
         for line in method.ended:
             print(f"distill: ended at student step {method.student_step(trainer.step)}: {line}", flush=True)
@@ -791,7 +794,7 @@ def train(
                 f"best: worth {method.best['worth']:.4f} at optimiser step {method.best['step']:.0f}, in {best.folder}",
                 flush=True,
             )
-    return method, bool(method.ended) or trainer.step >= trainer.plan.steps
+    return method, bool(method.ended) or trainer.step >= (turns or trainer.plan.steps)
 
 
 def refuse_another(settings: Mapping[str, Any], held: Mapping[str, Any]) -> list[str]:
@@ -829,6 +832,20 @@ def student_scheduler(recipe: ModuleType, folder: Path) -> Scheduler:
 # ------------------------------------------------------------------------------------------------ sweep and export
 
 
+def guided_once(
+    options: argparse.Namespace, recipe: ModuleType, group: Ranks, setting: Setting, clock: Clock
+) -> Path | None:
+    """The state behind GUIDED_STEPS, in which none of the fields act that the short runs of a seed differ by: trained once, into
+    OUT/guided_SEED. None where the clock ended it."""
+    out = options.out / f"guided_{recipe.SEED}"
+    states = Checkpoints(out / "checkpoints", group)
+    if (found := states.latest()) is None or step_of(found) < recipe.GUIDED_STEPS:
+        if not train(options, recipe, group, out, 0, clock, setting, turns=recipe.GUIDED_STEPS)[1]:
+            return None
+        found = states.latest()
+    return found
+
+
 def short_run(
     options: argparse.Namespace,
     recipe: ModuleType,
@@ -838,12 +855,15 @@ def short_run(
     setting: Setting,
     clock: Clock,
 ) -> tuple[Distil, dict[str, Any]] | None:
-    """SWEEP_STEPS of the student with these fields: the method as it ended, and the last check's numbers. None where the clock
-    ended it, which is the table's."""
+    """SWEEP_STEPS of the student with these fields, from the guided steps of the seed: the method as it ended, and the last
+    check's numbers. None where the clock ended it, which is the table's."""
     own = configs.override(recipe, list(changes))
     if hasattr(recipe, "LORA"):
         vars(own)["LORA"] = recipe.LORA
-    method, whole = train(options, own, group, out, options.steps or SWEEP_STEPS, clock, setting)
+    start = guided_once(options, recipe, group, setting, clock) if recipe.GUIDED_STEPS else None
+    if recipe.GUIDED_STEPS and start is None:
+        return None
+    method, whole = train(options, own, group, out, options.steps or SWEEP_STEPS, clock, setting, start)
     if not whole:
         return None
     rows = read_log(out / "log.jsonl")

@@ -86,6 +86,8 @@ def check(recipe: ModuleType) -> None:
     for name in ("KL_WEIGHT", "DIVERSITY_WEIGHT"):
         if not 0 <= getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
+    if set(recipe.NEUTRAL) - {"backdrop", "place"}:
+        raise ValueError(f"NEUTRAL: expected some of backdrop, place, got {recipe.NEUTRAL}")
     if recipe.SUMMED and recipe.COMPUTE != "float32":
         raise ValueError(
             f"SUMMED: adapters are summed into float32 weights, expected COMPUTE = 'float32', got {recipe.COMPUTE!r}"

@@ -151,6 +151,8 @@ class Nft(Method):
     ):
         if recipe.DIVERSITY_WEIGHT and watch is None:
             raise ValueError("DIVERSITY_WEIGHT: expected 0 where no local network tells backdrops apart")
+        if recipe.NEUTRAL and watch is None:
+            raise ValueError("NEUTRAL: expected () where no local network tells backdrops apart")
         self.recipe, self.model, self.group, self.rollouts, self.texts = recipe, model, group, rollouts, texts
         self.decode, self.judge, self.prompts, self.global_rubric = decode, judge, list(prompts), global_rubric
         self.held, self.watch = held, watch
@@ -276,7 +278,9 @@ class Nft(Method):
                 f"{common(reasons)}"
             )
         different = diversity.rewards(looks, groups) if self.watch is not None else np.zeros(count)
-        total, known = torch.from_numpy(score + recipe.DIVERSITY_WEIGHT * different), torch.from_numpy(valid)
+        factors = [[getattr(look, name) for look in looks] for name in recipe.NEUTRAL]
+        fair = diversity.neutral(score, valid, groups, factors)
+        total, known = torch.from_numpy(fair + recipe.DIVERSITY_WEIGHT * different), torch.from_numpy(valid)
         if recipe.SHUFFLE:
             order = shuffled(recipe, iteration)
             total, known = total[order], known[order]
@@ -296,6 +300,7 @@ class Nft(Method):
         }
         if self.watch is not None:
             numbers["diversity_reward"] = float(different.mean())
+            numbers["taken_off_sd"] = float(np.nanstd(score - fair))
             numbers["effective_backdrops"] = diversity.effective_number([look.backdrop for look in looks])
         return found, numbers | passed(judged)
 

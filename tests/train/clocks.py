@@ -6,6 +6,7 @@ class StopAfter:
 
     def __init__(self, steps):
         self.left, self.elapsed, self.asked = steps, 1.0, False
+        self.start, self.limit = 0.0, None
 
     @property
     def over(self):

@@ -41,7 +41,13 @@ def recipe(**changes):
     module.__dict__.update(configs.fields(configs.load("mini", "rl")))
     module.__dict__.update(GROUPS=2, GROUP=4, SLOTS=4, SAMPLING_STEPS=4, TIMES=2, STEPS=40, DECAY=0, COSINE=False)
     module.__dict__.update(
-        LORA="r=2,alpha=4,targets=all", BASES=(64,), ASPECTS=("1:1", "1:2"), DIVERSITY_WEIGHT=0.0, LR=1e-2, STOP={}
+        LORA="r=2,alpha=4,targets=all",
+        BASES=(64,),
+        ASPECTS=("1:1", "1:2"),
+        DIVERSITY_WEIGHT=0.0,
+        NEUTRAL=(),
+        LR=1e-2,
+        STOP={},
     )
     module.__dict__.update(
         VALIDATE_EVERY=0, SAVE_EVERY=0, PROMPTS=("prompt 0",), SHEET={"steps": 2, "guidance": 1.0, "base": 64}

@@ -13,9 +13,9 @@ from lens.config import LensConfig
 from lens.formats.released import load_scheduler, load_transformer, read_defaults
 from lens.sampler import Scheduler, walk
 from tests.small_pipeline import FOLDER
-from tests.train.clocks import StopAfter
+from tests.train.clocks import FOREVER, StopAfter
 from tests.train.small_distill import batches, method_on, recipe
-from tests.train.small_training import SHAPE, checkpoint_in, micro, same, weights
+from tests.train.small_training import BUCKETS, SHAPE, checkpoint_in, micro, same, weights
 from train import configs, cost, distill
 from train.__main__ import main
 from train.evaluate import distillation as watch
@@ -653,3 +653,34 @@ def test_an_ablation_is_a_row_of_means_and_ranges_for_every_arm(tmp_path, monkey
     lines = (tmp_path / "ablation.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| CA + DM", "| + IDA", "| + heads", "| + approximate R1"]
     assert lines[2].split(" | ")[1:4] == ["3", "-", "1 (0 .. 2)"]
+
+
+def test_short_runs_of_a_seed_share_their_guided_steps(tmp_path, folder, monkeypatch):
+    """Each ends as it does alone, to the bit, and the guided steps are taken once; one that the clock ends goes on."""
+    own, began, kinds = recipe(GUIDED_STEPS=3, FAKE_WARMUP=0), [], [bucket.name for bucket in BUCKETS]
+    objective = Distillation(own, LensConfig(**SHAPE), Scheduler(), "float32", torch.float32)
+    monkeypatch.setattr(distill, "objective_of", lambda options, recipe: objective)
+
+    def stream(at):
+        began.append(at["step"])
+        return batches(at["step"])
+
+    setting = distill.Setting(lambda step: {"step": step}, stream, kinds, distill.teacher_of(own, ALONE, folder), None)
+    options = argparse.Namespace(init=folder, adapter=None, out=tmp_path, steps=1, resume=None)
+    arms = {"no heads": ["FAKE_LR=0.002", "LAMBDA_G=0.0"], "all": ["CA_WEIGHT=0.7"]}
+
+    def short(name, clock):
+        return distill.short_run(options, own, arms[name], ALONE, tmp_path / name, setting, clock)
+
+    assert short("all", StopAfter(2)) is None
+    assert list(tmp_path.iterdir()) == [tmp_path / "guided_0"]
+    ended = {name: short(name, FOREVER)[0].modules for name in arms}
+    assert began == [0, 2, 3, 3]
+    for name, changes in arms.items():
+        alone = configs.override(own, changes)
+        whole, done = distill.train(options, alone, ALONE, tmp_path / "alone" / name, 1, FOREVER, setting)
+        assert done
+        assert list(whole.modules) == list(ended[name])
+        for network, module in whole.modules.items():
+            there = dict(ended[name][network].named_parameters())
+            assert all(torch.equal(there[n], p) for n, p in module.named_parameters()), (name, network)

@@ -105,6 +105,37 @@ def test_a_group_is_paid_for_what_its_others_have_not():
     assert diversity.sharpness(flat) == 0 < diversity.sharpness(noise)
 
 
+def test_no_backdrop_and_no_place_earns_anything_by_itself():
+    """What is left of scores adds up to 0 over every group and every value; a picture without a backdrop keeps its score."""
+    rng = np.random.default_rng(3)
+    groups = [i // 8 for i in range(96)]
+    backdrops = [("sky", "sand", "grey", "night")[i] for i in rng.integers(0, 4, 96)]
+    places = [("left", "right", "middle")[i] for i in rng.integers(0, 3, 96)]
+    skill, worth = rng.normal(size=96), {"sky": 0.0, "sand": 3.0, "grey": -2.0, "night": 1.0}
+    prompt = rng.normal(size=12)[groups]
+    score = skill + prompt + [worth[name] for name in backdrops] + 2.0 * (np.array(places) == "left")
+    valid = np.ones(96, bool)
+    fair = diversity.neutral(score, valid, groups, [backdrops, places])
+    left = fair - np.bincount(groups, fair)[groups] / 8
+    for values in (groups, backdrops, places):
+        sums = [left[np.array(values) == value].sum() for value in set(values)]
+        np.testing.assert_allclose(sums, 0, atol=1e-9)
+    own = skill + prompt  # what a backdrop adds is gone whatever it is
+    np.testing.assert_allclose(fair, diversity.neutral(own, valid, groups, [backdrops, places]) + (score - own).mean())
+    np.testing.assert_allclose(fair.mean(), score.mean())
+
+    unknown, failed = [None, *backdrops[1:]], np.array([True, False] + [True] * 94)
+    score[1] = np.nan
+    some = diversity.neutral(score, failed, groups, [unknown])
+    assert some[0] == score[0]
+    assert np.isnan(some[1])
+    assert np.isfinite(some[2:]).all()
+    ones = np.ones(96)
+    np.testing.assert_allclose(diversity.neutral(ones, valid, groups, [backdrops, [None] * 96]), ones)
+    assert diversity.neutral(score, failed, groups, []) is not score
+    np.testing.assert_array_equal(diversity.neutral(score, failed, groups, []), score)
+
+
 @pytest.mark.parametrize(
     ("score", "valid", "words"),
     [

@@ -26,6 +26,7 @@ FEWEST = [
     "TIMES=1",
     "BASES=(64,)",
     "DIVERSITY_WEIGHT=0",
+    "NEUTRAL=()",
     "WATCH=none",
 ]
 FEWEST += ["LORA=r=2,alpha=4,targets=all", "LR=1e-2", "VALIDATE_EVERY=2", "SAVE_EVERY=2", "KEEP_EVERY=2", "STOP={}"]

@@ -1,7 +1,8 @@
 """What a group of pictures of one prompt adds: different backdrops and places, where the prompt leaves them open.
 
 A policy that is rewarded picture by picture finds the one backdrop that is easiest to draw and to judge. Here a picture is
-rewarded for what the others of its group have not:  1 - share of the others with the same backdrop (or place).
+rewarded for what the others of its group have not:  1 - share of the others with the same backdrop (or place). And scores are
+made `neutral`: what a backdrop or a place earns by being itself is taken off, so that no advantage speaks for one or another.
 """
 
 from __future__ import annotations
@@ -70,6 +71,34 @@ def rarity(values: Sequence[object], groups: Sequence[int]) -> np.ndarray:
 def rewards(looks: Sequence[Look], groups: Sequence[int]) -> np.ndarray:
     """Mean of both rarities: float64 [n] in [0, 1]. A backdrop that the prompt asks for is equal in all, and moves no advantage."""
     return (rarity([one.backdrop for one in looks], groups) + rarity([one.place for one in looks], groups)) / 2
+
+
+def neutral(
+    score: np.ndarray, valid: np.ndarray, groups: Sequence[int], factors: Sequence[Sequence[object]]
+) -> np.ndarray:
+    """Scores without what the values of factors are worth by themselves: float64 [n].
+
+    score = group + the sum of one effect per factor's value + rest, by least squares over the pictures that are valid and whose
+    values are all known (not None); the effects, of mean 0 over these, are taken off. What is left, less its groups' means, then
+    adds up to 0 over every group and every value, so that a policy gradient neither seeks nor shuns a value as such. Pictures with
+    a None keep their score: a backdrop that is none of the world's is a fault. The smallest solution is taken where there are many.
+    """
+    known = np.array(valid, bool)
+    for values in factors:
+        known &= np.array([value is not None for value in values])
+    if not factors or not known.any():
+        return score.astype(np.float64)
+    names = [
+        (place, value) for place, values in enumerate(factors) for value in dict.fromkeys(values) if value is not None
+    ]
+    columns = np.array([[float(factors[place][i] == value) for place, value in names] for i in range(len(score))])
+    rest, design = score[known].astype(np.float64), columns[known]
+    members = np.array(groups)[known]
+    for group in np.unique(members):
+        own = members == group
+        rest[own], design[own] = rest[own] - rest[own].mean(), design[own] - design[own].mean(0)
+    worth = columns @ np.linalg.lstsq(design, rest, rcond=1e-9)[0]
+    return score - np.where(known, worth - worth[known].mean(), 0.0)
 
 
 def effective_number(values: Sequence[object]) -> float:

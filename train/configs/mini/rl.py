@@ -29,6 +29,7 @@ ADAPTIVE, RECENTRE, MASK_DEGENERATE = True, False, False
 KL_WEIGHT = 0.1  # arms 1e-4, .3, 1: 1e-4 was seen to do nothing
 ETA: float | Literal["nft"] = 0.0  # old <- eta old + (1 - eta) theta; "nft": min(.001 i, .5)
 DIVERSITY_WEIGHT = 0.25  # of the groupwise reward: backdrops and places that differ within a group
+NEUTRAL: tuple[str, ...] = ("backdrop", "place")  # that earn nothing by being themselves: taken off scores
 MOST_FAILURES = 0.05  # share of judgements that may fail in a step
 SHUFFLE = False  # the control: rewards in another order within every group, so that nothing should rise
 

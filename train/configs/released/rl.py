@@ -34,6 +34,7 @@ ADAPTIVE, RECENTRE, MASK_DEGENERATE = True, False, False
 KL_WEIGHT = 1e-4
 ETA: float | Literal["nft"] = "nft"
 DIVERSITY_WEIGHT = 0.0
+NEUTRAL: tuple[str, ...] = ()
 MOST_FAILURES = 0.05
 SHUFFLE = False
 
@@ -79,6 +80,7 @@ OPEN = {
     "RECENTRE": "not mentioned; True takes off the bias that clipping leaves in a group",
     "MASK_DEGENERATE": "not mentioned; True leaves out groups whose rewards are all equal, which pull theta to old",
     "ETA": "min(.001, .5) is printed, which is constant: read as min(.001 i, .5), i the optimiser step, as in the official code",
+    "NEUTRAL": "ours; reads the small world's backdrops and places, so () here",
     "DIVERSITY_WEIGHT": "ours; the groupwise reward reads the small world's backdrops, so 0 here",
     "SHUFFLE": "ours; the control",
     "MOST_FAILURES": "ours; a failed judgement is masked, and more than these stop the step",
