@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lens.chat_client import ChatError
 from lens.config import LensConfig
 from lens.formats.files import read_json, write_json
-from lens.formats.hub import resolve
+from lens.formats.hub import EMBEDDED, resolve
 from lens.formats.parts import ADAPTER
 from lens.formats.released import (
     load_scheduler,
@@ -58,7 +58,7 @@ from .pretrain_on_shards import changed
 from .report import run_page
 from .rl_judging import LOCAL, judging, spent
 from .rl_method import OLD, Nft, grids_of
-from .rollout import Rollouts, Texts
+from .rollout import MOST_FEATURES, Rollouts, Texts
 
 BASE = "mini-base"  # of a training that is given none
 FIXED = ("LORA", "GROUPS", "GROUP", "BASES", "SLOTS")  # of a training, from its first step to its last
@@ -134,7 +134,8 @@ def settings_of(state: Path | None) -> dict[str, Any]:
 def init_of(given: str | None, held: Mapping[str, Any]) -> str:
     """The checkpoint that a training begins, or began, from. Errors: ValueError where another one is given."""
     init: str = held.get("INIT", given or BASE)
-    if given is not None and given != init and Path(given).resolve() != Path(init).resolve():
+    here = [Path(resolve(name) if name in EMBEDDED else name).resolve() for name in (given or init, init)]
+    if here[0] != here[1]:
         raise ValueError(f"--init {given}: this training has {init}")
     return init
 
@@ -312,10 +313,12 @@ def dry_run(recipe: ModuleType, shape: LensConfig, world: int, gpu: str) -> str:
     ]
     parts = cost.memory(own, shape, 1, world, per_slot * recipe.TIMES * (tokens + recipe.TEXT_TOKENS))
     parts["old adapters"] = parts["float32 adapters"]
+    features = shape.enc_hidden_dim * len(shape.selected_layer_index) * 2  # bytes of a token in bfloat16
+    parts["features of prompts, at most"] = max(MOST_FEATURES, per_slot * recipe.TEXT_TOKENS * features)
     lines += [f"  {name:32} {value / 1e9:7.1f} GB" for name, value in parts.items()]
     need = sum(parts.values())
     lines.append(f"  {'sum':32} {need / 1e9:7.1f} GB{'' if need < 0.95 * cost.GPUS[gpu][1] else '   does not fit'}")
-    lines.append("  besides: text encoder, whose features are kept by prompt, and VAE")
+    lines.append("  besides: text encoder and VAE")
     return "\n".join(lines)
 
 

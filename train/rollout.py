@@ -22,24 +22,30 @@ from lens.packing import Grid, plan
 
 from .loop.ranks import bare
 
+MOST_FEATURES = 2 << 30  # bytes of prompts' features that are kept
+
 
 class Texts:
-    """Features [T, F, E] of prompts, kept: a group asks for one prompt many times, and so does every later step."""
+    """Features [T, F, E] of prompts, kept: all slots of a step ask for the same prompts, and of a small set every epoch again.
 
-    def __init__(self, encode: Callable[[str], Tensor], capacity: int = 4096):
-        self.encode, self.capacity = encode, capacity
+    Those asked for last stay, up to `most` bytes and never fewer than one call's.
+    """
+
+    def __init__(self, encode: Callable[[str], Tensor], most: int = MOST_FEATURES):
+        self.encode, self.most = encode, most
         self.kept: OrderedDict[str, Tensor] = OrderedDict()
+        self.bytes = 0
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> list[Tensor]:
         for prompt in prompts:
             if prompt not in self.kept:
                 self.kept[prompt] = self.encode(prompt)
-        found = [self.kept[prompt] for prompt in prompts]
-        for prompt in prompts:
+                self.bytes += self.kept[prompt].nbytes
             self.kept.move_to_end(prompt)
-        while len(self.kept) > self.capacity:
-            self.kept.popitem(last=False)
+        found = [self.kept[prompt] for prompt in prompts]
+        while self.bytes > self.most and len(self.kept) > len(set(prompts)):
+            self.bytes -= self.kept.popitem(last=False)[1].nbytes
         return found
 
 

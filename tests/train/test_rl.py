@@ -3,11 +3,13 @@
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import lens
 from lens.config import LensConfig
 from lens.engine.job import Job, Text
 from lens.engine.run import Engine
@@ -35,6 +37,7 @@ from train.loop.keys import keyed
 from train.loop.lora import NO_LORA, lora_layers
 from train.networks.denoiser import Denoiser
 from train.rl_method import OLD, Micro, Sample, grid_of, indices_of, prompts_of
+from train.rollout import Texts
 
 GRIDS = [(4, 4), (6, 3), (4, 4)]
 
@@ -318,6 +321,9 @@ def test_a_resume_tells_what_else_differs(tmp_path):
     assert rl.refuse_another("full", recipe(LR=0.5, GROUPS=8), held) == []
     assert rl.init_of(None, {}) == "mini-base"
     assert rl.init_of("other", {}) == "other"
+    shipped = Path(lens.__file__).parent / "mini" / "base"
+    assert rl.init_of(str(shipped), {"INIT": "mini-base"}) == "mini-base"  # a name and the folder it stands for
+    assert rl.init_of("mini-base", {"INIT": str(shipped)}) == str(shipped)
     assert rl.init_of(None, held) == rl.init_of("runs/base", held) == rl.init_of("./runs/base/", held) == "runs/base"
 
 
@@ -397,3 +403,24 @@ def test_the_released_recipe_is_the_papers(capsys):
     assert "judge calls             207,360" in out
     assert "      524 A100 hours by peak: 0.27% of Lens's 192,000" in out  # as docs/reproduce.md has it
     assert "does not fit" not in out
+
+
+def test_prompts_features_are_kept_up_to_so_many_bytes_and_never_fewer_than_a_call_asks_for():
+    encoded = []
+
+    def encode(prompt):
+        encoded.append(prompt)
+        return torch.full((len(prompt), 1, 2), float(ord(prompt[0])))  # 8 bytes a letter
+
+    texts = Texts(encode, most=40)
+    assert [int(one[0, 0, 0]) for one in texts(["aa", "bb", "aa"])] == [97, 98, 97]
+    texts(["cc"])  # 48 bytes: the one asked for longest ago goes
+    assert encoded == ["aa", "bb", "cc"]
+    texts(["aa"])
+    assert encoded == ["aa", "bb", "cc"]
+    texts(["bb"])
+    assert encoded == ["aa", "bb", "cc", "bb"]
+    whole = texts(["dddd", "eeee", "aa"])
+    assert [len(one) for one in whole] == [4, 4, 2]
+    assert list(texts.kept) == ["dddd", "eeee", "aa"]
+    assert texts.bytes == sum(one.nbytes for one in texts.kept.values())
