@@ -10,8 +10,8 @@ as the student has, and the student without guidance. Columns, held against the 
     cast, saturation, high_frequency   as in train/evaluate/distillation.py
     auc        how well a two-sample judge tells the pictures from the truth (train/evaluate/two_sample.py); 1/2: not at all
     diversity  mean distance of the latents of one caption, over the guided teacher's
-    backdrops  effective number of backdrops where the caption names none, over the teacher's; `share`: the largest ratio of
-               a backdrop's share to that in the truth
+    backdrops  effective number of backdrops of the scenes whose caption names none, over the teacher's; `share`: the largest
+               ratio of a backdrop's share to that in the truth of these scenes
 
 OUT holds student.json and sheet.png: teacher, teacher in few steps, student, truth, side by side.
 """
@@ -161,13 +161,15 @@ def run(options: argparse.Namespace) -> int:
     scenes = scenes_from(world, FIRST_SEED, options.count, options.size)
     groups = scenes_from(open_world, FIRST_GROUP, options.groups, options.size)
     real, true = truth(student, scenes)
+    if not (unnamed := [i for i, scene in enumerate(scenes) if scene.style == "geneval"]):
+        raise ValueError(f"--count {options.count}: all captions name a backdrop, expected more scenes")
     group_truth = truth(student, scenes_from(open_world, FIRST_GROUP, options.groups * options.group, options.size))[1]
     filters = two_sample.Patches(group_truth)
     features = {"truth": filters(true)}
     rows: dict[str, dict[str, float]] = {}
     drawn: dict[str, Pictures] = {}
     spread: dict[str, float] = {}
-    named = {"truth": backdrops(group_truth)}
+    named = {"truth": backdrops([true[i] for i in unnamed])}
     for name, kind in kinds.items():
         began = time.process_time()
         total = options.count + options.groups * options.group
@@ -180,14 +182,12 @@ def run(options: argparse.Namespace) -> int:
         rows[name]["saturation"] = watch.saturation(pictures) / watch.saturation(true)
         rows[name]["high_frequency"] = watch.high_frequency(pictures) / watch.high_frequency(true)
         features[name], drawn[name] = filters(pictures), pictures[:SHEET]
+        named[name] = backdrops([pictures[i] for i in unnamed])
         own: list[Tensor] = []
-        group_pictures: Pictures = []
         for index, scene in enumerate(groups):
             seeds = [10_000 + index * options.group + i for i in range(options.group)]
-            latents, pictures = kind.draw([scene.caption] * options.group, seeds, options.size)
-            own.append(torch.cat(latents))
-            group_pictures += pictures
-        named[name], spread[name] = backdrops(group_pictures), watch.diversity(own)
+            own.append(torch.cat(kind.draw([scene.caption] * options.group, seeds, options.size)[0]))
+        spread[name] = watch.diversity(own)
         rows[name] |= {
             "diversity": spread[name] / spread["teacher"],
             "backdrops": effective(named[name]) / effective(named["teacher"]),
@@ -230,6 +230,7 @@ def run(options: argparse.Namespace) -> int:
         "difference": [judged.student - judged.teacher, judged.low, judged.high],
         "passes": judged.passes,
         "effective_backdrops": {name: effective(values) for name, values in named.items()},
+        "backdrops": {name: dict(Counter(values).most_common()) for name, values in named.items()},
     }
     write_text(options.out / "student.json", json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
     return 0
