@@ -44,6 +44,7 @@ from lens.formats.released import (
 
 from . import configs, cost
 from .data import encoders
+from .data.prompts import write_prompts
 from .loop import ranks
 from .loop.adapter_model import NOT_ITS_OWN
 from .loop.checkpoints import Checkpoints, read_state, step_of, write_text
@@ -56,6 +57,7 @@ from .loop.trainer import ALONE, Trainer
 from .networks.denoiser import Denoiser
 from .pretrain_on_shards import changed
 from .report import run_page
+from .rl_hardest import hardest, measured
 from .rl_judging import LOCAL, judging, spent
 from .rl_method import OLD, Nft, grids_of
 from .rollout import MOST_FEATURES, Rollouts, Texts
@@ -219,6 +221,13 @@ def train(options: argparse.Namespace, recipe: ModuleType, group: Ranks) -> int:
     method = Nft(recipe, wrapped, group, rollouts, texts, decode, *rest)
     settings = configs.fields(recipe) | {"INIT": init, "SUBSET": options.subset, "JUDGE": options.judge}
     settings["PROMPTS_USED"] = len(seen.prompts)
+    if options.hardest is not None:
+        found = measured(method, clock)
+        if group.main:
+            write_text(out / "difficulty.jsonl", "".join(json.dumps(one.row()) + "\n" for one in found))
+            write_prompts(out / "hardest.jsonl", hardest(found, options.hardest))
+            print(f"{options.hardest} of {len(found)} prompts are in {out / 'hardest.jsonl'}")
+        return 0
     trainer = Trainer(method.plan(), method, states, out, group, settings, cost.peak_of(group.device))
     if before is not None:
         trainer.resume(before)
@@ -343,6 +352,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="NAME",
         help="leave out a category or sub-category; repeatable",
+    )
+    parser.add_argument(
+        "--hardest",
+        type=positive,
+        metavar="N",
+        help="train nothing; draw GROUP pictures of every prompt and write the N whose scores differ most to OUT/hardest.jsonl",
     )
     parser.add_argument(
         "--judge",
