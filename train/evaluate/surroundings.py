@@ -30,10 +30,13 @@ def within(box: Box, beyond: float, height: int, width: int) -> tuple[slice, sli
 
 @functools.lru_cache(maxsize=4)
 def _backdrops(height: int, width: int) -> tuple[list[tuple[str, int]], np.ndarray]:
-    """Every backdrop and variant, and their pixels float32 [n, H W, 3]."""
+    """Every backdrop and variant, and their pixels float32 [H W, 3, n]: those of one place lie together."""
     pairs = [(name, variant) for name in BACKGROUNDS for variant in range(VARIANTS)]
     pairs += [(place, view) for place in PLACES for view in range(VIEWS)]
-    return pairs, np.stack([backdrop(*pair, height, width).reshape(-1, 3) for pair in pairs])
+    stack = np.empty((height * width, 3, len(pairs)), np.float32)
+    for i, pair in enumerate(pairs):
+        stack[..., i] = backdrop(*pair, height, width).reshape(-1, 3)
+    return pairs, stack
 
 
 def surroundings(picture: np.ndarray, boxes: Sequence[Box]) -> tuple[str | None, np.ndarray]:
@@ -50,30 +53,47 @@ def surroundings(picture: np.ndarray, boxes: Sequence[Box]) -> tuple[str | None,
     places = np.flatnonzero(outside)
     places = places[:: max(1, len(places) // SAMPLES)]
     pairs, stack = _backdrops(height, width)
-    error = ((stack[:, places] - picture.reshape(-1, 3)[places]) ** 2).mean(-1)
-    mean = np.minimum(error, CAP**2).mean(1)
+    apart = stack[places]
+    apart -= picture.reshape(-1, 3)[places][..., None]
+    apart *= apart
+    mean = np.minimum(apart.mean(1), CAP**2).mean(0)
     best = int(mean.argmin())
     if mean[best] > (PHOTOGRAPH if pairs[best][0] in PLACES else UNKNOWN) ** 2:
         return None, filled(picture, outside)
-    canvas = stack[best].reshape(picture.shape).copy()
-    for row, seen, own in zip(canvas, picture, outside):
-        row += _moved(seen[own] - row[own], max(4, width // 10))
-    return pairs[best][0], canvas
+    canvas = stack[..., best].reshape(picture.shape)
+    return pairs[best][0], canvas + _moved(picture - canvas, outside, max(4, width // 10))[:, None]
 
 
-def _moved(left: np.ndarray, least: int) -> np.ndarray | float:
-    """By how much a row of a backdrop lies off, from what is left [n, 3] outside the known objects; 0 where few pixels tell.
+def _moved(left: np.ndarray, known: np.ndarray, least: int) -> np.ndarray:
+    """By how much each row of a backdrop lies off, float32 [H, 3], from what is left [H, W, 3] where `known` [H, W], outside the
+    known objects; 0 where fewer than `least` pixels tell.
 
-    A row that is off as a whole is moved by any amount; else something stands in it that nobody told of, and only
-    pixels near the backdrop tell.
+    A row that is off as a whole, of whose pixels four in five lie close to their median, is moved by any amount; else something
+    stands in it that nobody told of, and only pixels near the backdrop tell.
     """
-    if len(left) < least:
-        return 0.0
-    middle = np.median(left, 0)
-    if np.quantile(np.abs(left - middle).mean(-1), 0.8) <= EVEN:
-        return middle
-    near = left[np.abs(left).mean(-1) <= EVEN]
-    return np.median(near, 0) if len(near) >= least else 0.0
+    rows, count = np.arange(len(left)), known.sum(1)
+    middle = _sorted(left, known)
+    middle = (
+        middle[rows, np.maximum(count - 1, 0) // 2] + middle[rows, np.minimum(count // 2, known.shape[1] - 1)]
+    ) / 2
+    off = _sorted(np.abs(left - middle[:, None]).mean(-1), known)
+    four_fifths = 0.8 * np.maximum(count - 1, 0)
+    below, above = np.floor(four_fifths).astype(int), np.ceil(four_fifths).astype(int)
+    spread = off[rows, below] + (off[rows, above] - off[rows, below]) * (four_fifths - below)
+    even = spread <= EVEN
+    moved = np.where((even & (count >= least))[:, None], middle, np.float32(0))
+    for row in np.flatnonzero(~even & (count >= least)):
+        own = left[row][known[row]]
+        near = own[np.abs(own).mean(-1) <= EVEN]
+        if len(near) >= least:
+            moved[row] = np.median(near, 0)
+    return moved
+
+
+def _sorted(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """[H, W, ...] along rows, those that are not known behind all others."""
+    shown = known.reshape(known.shape + (1,) * (values.ndim - 2))
+    return np.sort(np.where(shown, values, np.inf), axis=1)
 
 
 def filled(picture: np.ndarray, known: np.ndarray) -> np.ndarray:
