@@ -195,8 +195,10 @@ def test_mini_rl_trains_exports_its_best_state_and_compares(recorder, tmp_path, 
     done = run(out, "KL_WEIGHT=1.0", python=python, run=tmp_path, script="mini_rl.sh", LIMIT="9m")
     assert done.returncode == 0, done.stderr
     stages, seen = parsed(calls(), monkeypatch)
-    assert stages == ["rl_prompts", "rl", "rl", *["evaluate"] * 6]
-    _, trained, exported, base, own, gain, *_ = seen
+    assert stages == ["rl_prompts", "rl", "rl", "rl", *["evaluate"] * 6]
+    written, sought, trained, exported, base, own, gain, *_ = seen
+    assert (sought.prompts, sought.hardest, sought.init) == (written.out, 150, trained.init)
+    assert (sought.out / "hardest.jsonl", sought.set) == (trained.prompts, ["KL_WEIGHT=1.0", "GROUP=4"])
     assert (trained.init, trained.set, trained.stop_after, trained.out) == ("mini-base", ["KL_WEIGHT=1.0"], 540, out)
     assert (str(exported.state), exported.export) == ("best", out / "export")
     assert (base.model, own.model, base.guidance) == ("mini-base", f"{out}/export/lora", [1.0, 3.0])
