@@ -135,7 +135,9 @@ def look(
         ys = [top + d for d in shifts if 0 <= top + d <= height - h]
         if not xs or not ys:
             continue
-        windows = np.stack([planes[:, y : y + h, x : x + w].ravel() for y in ys for x in xs])
+        near = planes[:, ys[0] : ys[-1] + h, xs[0] : xs[-1] + w]
+        shown = np.lib.stride_tricks.sliding_window_view(near, (h, w), (1, 2))[:, ::step, ::step]
+        windows = shown.transpose(1, 2, 0, 3, 4).reshape(len(ys) * len(xs), -1)
         for kind in kinds:
             weights, squares = _weights(kind, w, h)
             change = windows @ weights + squares
