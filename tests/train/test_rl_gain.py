@@ -79,3 +79,36 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "other.json").write_text("{}")
     with pytest.raises(ValueError, match=r"other\.json: no scores of mini-bench"):
         main(["evaluate", "rl-gain", "--base", base, "--rl", str(tmp_path / "other.json")])
+
+
+def test_pictures_of_one_prompt_and_seed_stay_together(tmp_path):
+    """Where RL mends what the base had wrong and breaks nothing, the interval that pairs pictures is the narrower one."""
+
+    def marked(wrong, of=40):
+        found = rows(of - wrong, of - wrong, of - wrong, 0.2, of)
+        for task in found:
+            marks = "0" * wrong + "1" * (of - wrong)
+            found[task] |= {"score": 1 - wrong / of, "audit": 1 - wrong / of, "pictures": of}
+            found[task]["marks"] = {"score": marks, "audit": marks}
+        return found
+
+    def told(*rl):
+        out = tmp_path / "gain.json"
+        given = [scores(tmp_path / f"{i}.json", g1=own) for i, own in enumerate(rl)]
+        assert main(["evaluate", "rl-gain", "--base", base, "--rl", *given, "--out", str(out)]) == 0
+        return {row["what"]: row for row in json.loads(out.read_text())["gains"]}
+
+    base = scores(tmp_path / "base.json", g1=marked(8))
+    paired, without = told(marked(4), marked(4)), marked(4)
+    for row in without.values():
+        del row["marks"]
+    apart = told(without, marked(4))
+    for what in ("six", "binding", "audit"):
+        assert paired[what]["gained"] == apart[what]["gained"] == pytest.approx(0.5)
+        widths = [row[what]["high"] - row[what]["low"] for row in (paired, apart)]
+        assert widths[0] < widths[1]
+        assert paired[what]["low"] > apart[what]["low"]
+    assert 0.3 < paired["six"]["low"] < 0.5 < paired["six"]["high"] < 0.7
+    assert told(marked(16))["six"]["high"] == pytest.approx(-1, abs=0.5)
+    few = told(marked(4, of=30))  # of another number of pictures: not paired
+    assert few["six"]["low"] < 0.4

@@ -46,7 +46,8 @@ class Judges:
         return self.reader.read(picture, (x0 - dx, y0 + dy, x1 + dx, y1 - dy))
 
     def score(self, task: str, scenes: Sequence[Scene], pictures: Sequence[np.ndarray]) -> dict:
-        """One row of the benchmark: shares, intervals, counts per class, and `marks`, per picture whether it is right."""
+        """One row of the benchmark: shares, intervals, counts per class, `marks`, per picture whether it is right, and `marks_of`,
+        the same by judge."""
         # the detector under GenEval's rule, and the shape judge
         seen = self.detector.look(pictures)
         verdicts = [geneval.judge(geneval.asked(s), d) for s, d in zip(scenes, seen)]
@@ -92,6 +93,7 @@ class Judges:
             "pictures": len(scenes),
             "per_class": _per_class(scenes, said),
             "marks": right or [v.right for v in verdicts],
+            "marks_of": {"score": right, "audit": audited, "shape": shapely},
         }
         if task == "counting":
             row["numbers"] = _by_number(scenes, right, shapely)

@@ -20,6 +20,7 @@ with seed i: first seeds, no choice. GenEval's seven task names, and "row", thre
     render, vae   `score` of true renders, and of their reconstructions through the model's own VAE: the ceilings
     vote       of coloured objects that were found, how many are of that colour by arithmetic on their pixels
 
+scores.json has them with `marks`, a digit a picture, so that two models' pictures of one prompt and seed can be compared.
 color_attr has at least BINDING prompts, whatever --per-task; its ceilings are those of the first --per-task. Counting is
 also listed apart by the number asked for. Intervals are Wilson's, 95 %.
 """
@@ -279,5 +280,6 @@ def scored(source: Source, judges: Judges, size: Size, classes: Sequence[str], o
         print(f"guidance {name}, classes not always found: " + (", ".join(weak[:20]) or "none"))
     for rows in (*found["ceilings"].values(), *found["guidance"].values()):
         for row in rows.values():
-            del row["marks"], row["per_class"]
+            row["marks"] = {name: "".join("01"[right] for right in own) for name, own in row.pop("marks_of").items()}
+            del row["per_class"]
     return {**found, "per_class": tables}

@@ -11,8 +11,9 @@ Reads what mini-bench writes, with --sizes and without. Of every size that both 
     distance   of the shape judge, mean over tasks: a fifth of the gap to the VAE's floor closed, where --floor tells it
     g1 over g3 the six-task mean of RL at guidance 1 less the base's at 3: 0 or more
 
-Several files of --rl are seeds: their pictures are pooled. Intervals are 95 %, of 4,000 draws of every task's count from its binomial
-(pictures of both models share prompts and seeds, so these are rather too wide). A share of no error at all is not told.
+Several files of --rl are seeds: their pictures are pooled. Intervals are 95 %, of 4,000 draws. Where all files tell the marks of as
+many pictures, pictures are drawn, each with all models' marks for its prompt and seed; else every task's count is drawn from
+its binomial, which is rather too wide. A share of no error at all is not told.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from .mini_bench import GENEVAL
 DRAWS, SEED = 4000, 5
 BOUND = ("color_attr",)
 Counts = Sequence[tuple[int, int]]  # right, of: one pair a task
+Marks = Sequence[np.ndarray]  # of each task float [files, pictures], 1 where right
 Rows = Mapping[str, Mapping[str, Any]]  # task -> row of mini-bench
 GOALS = {
     ("six", "1"): 1 / 3,
@@ -76,6 +78,40 @@ def interval(base: Counts, rl: Counts, gained: Any = share_gone) -> tuple[float,
     return float(low), float(high)
 
 
+def paired_interval(base: Marks, rl: Marks, gained: Any = share_gone) -> tuple[float, float]:
+    """The same by draws of pictures, alike for all files: what one prompt and seed gives each model stays together."""
+    random = np.random.default_rng(SEED)
+    before, after = np.zeros(DRAWS), np.zeros(DRAWS)
+    for one, other in zip(base, rl):
+        drawn = random.multinomial(one.shape[1], np.full(one.shape[1], 1 / one.shape[1]), DRAWS) / one.shape[1]
+        before += drawn @ one.mean(0) / len(base)
+        after += drawn @ other.mean(0) / len(base)
+    values = np.array([gained(b, r) for b, r in zip(np.minimum(before, 1), np.minimum(after, 1))])
+    low, high = np.nanquantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def marks_of(files: Sequence[Rows], name: str, tasks: Sequence[str] = GENEVAL) -> list[np.ndarray] | None:
+    """Of each task float [files, pictures]; None where a file tells none, or of another number of pictures."""
+    found = []
+    for task in tasks:
+        own = [rows[task].get("marks", {}).get(name, "") for rows in files]
+        if len(set(map(len, own))) != 1 or not own[0]:
+            return None
+        found.append(np.array([[float(mark) for mark in marks] for marks in own]))
+    return found
+
+
+def between(
+    base: Sequence[Rows], rl: Sequence[Rows], name: str, tasks: Sequence[str], gained: Any
+) -> tuple[float, float]:
+    """The interval that the files allow."""
+    one, other = marks_of(base, name, tasks), marks_of(rl, name, tasks)
+    if one is None or other is None or any(a.shape[1] != b.shape[1] for a, b in zip(one, other)):
+        return interval(counts_of(base, name, tasks), counts_of(rl, name, tasks), gained)
+    return paired_interval(one, other, gained)
+
+
 def mean(counts: Counts) -> float:
     return float(np.mean([right / of for right, of in counts]))
 
@@ -100,17 +136,19 @@ def gains(
     """guidance -> rows of each file, of one size."""
     found = []
 
-    def add(what: str, guidance: str, own: tuple[Counts, Counts]) -> None:
-        before, after, goal = mean(own[0]), mean(own[1]), GOALS.get((what, guidance))
-        gained, (low, high) = share_gone(before, after), interval(*own)
+    def add(what: str, guidance: str, name: str, tasks: Sequence[str] = GENEVAL) -> None:
+        own = base[guidance], rl[guidance]
+        before, after = (mean(counts_of(files, name, tasks)) for files in own)
+        gained, goal = share_gone(before, after), GOALS.get((what, guidance))
+        low, high = between(*own, name, tasks, share_gone)
         met = None if goal is None or np.isnan(gained) else gained >= goal and (what != "audit" or low > 0)
         found.append(Gain(size, what, guidance, before, after, gained, low, high, goal, met))
 
     for guidance in [g for g in base if g in rl]:
         both = base[guidance], rl[guidance]
-        add("six", guidance, (counts_of(both[0], "score"), counts_of(both[1], "score")))
-        add("binding", guidance, (counts_of(both[0], "score", BOUND), counts_of(both[1], "score", BOUND)))
-        add("audit", guidance, (counts_of(both[0], "audit"), counts_of(both[1], "audit")))
+        add("six", guidance, "score")
+        add("binding", guidance, "score", BOUND)
+        add("audit", guidance, "audit")
         far, near = (float(np.mean([rows[task]["distance"] for rows in one for task in GENEVAL])) for one in both)
         gap = float("nan") if floor is None else (far - near) / (far - floor)
         goal = GOALS.get(("distance", guidance))
@@ -118,7 +156,7 @@ def gains(
         found.append(Gain(size, "distance", guidance, far, near, gap, None, None, goal, met))
     if "1" in rl and "3" in base:
         own = counts_of(base["3"], "score"), counts_of(rl["1"], "score")
-        low, high = interval(*own, lambda b, r: r - b)
+        low, high = between(base["3"], rl["1"], "score", GENEVAL, lambda b, r: r - b)
         gained = mean(own[1]) - mean(own[0])
         found.append(Gain(size, "g1 over g3", "1", mean(own[0]), mean(own[1]), gained, low, high, 0.0, gained >= 0))
     return found
