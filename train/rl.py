@@ -85,7 +85,7 @@ def check(recipe: ModuleType) -> None:
     for name in ("NFT_BETA", "Z_SCALE", "LR", "CLIP"):
         if not 0 < getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected a positive number, got {getattr(recipe, name)}")
-    for name in ("KL_WEIGHT", "DIVERSITY_WEIGHT"):
+    for name in ("KL_WEIGHT", "DIVERSITY_WEIGHT", "NEUTRAL_SHRINK"):
         if not 0 <= getattr(recipe, name) < float("inf"):
             raise ValueError(f"{name}: expected 0 or more, got {getattr(recipe, name)}")
     if set(recipe.NEUTRAL) - {"backdrop", "place"}:

@@ -279,7 +279,7 @@ class Nft(Method):
             )
         different = diversity.rewards(looks, groups) if self.watch is not None else np.zeros(count)
         factors = [[getattr(look, name) for look in looks] for name in recipe.NEUTRAL]
-        fair = diversity.neutral(score, valid, groups, factors)
+        fair = diversity.neutral(score, valid, groups, factors, recipe.NEUTRAL_SHRINK)
         total, known = torch.from_numpy(fair + recipe.DIVERSITY_WEIGHT * different), torch.from_numpy(valid)
         if recipe.SHUFFLE:
             order = shuffled(recipe, iteration)

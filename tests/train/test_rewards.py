@@ -106,23 +106,40 @@ def test_a_group_is_paid_for_what_its_others_have_not():
 
 
 def test_no_backdrop_and_no_place_earns_anything_by_itself():
-    """What is left of scores adds up to 0 over every group and every value; a picture without a backdrop keeps its score."""
-    rng = np.random.default_rng(3)
-    groups = [i // 8 for i in range(96)]
-    backdrops = [("sky", "sand", "grey", "night")[i] for i in rng.integers(0, 4, 96)]
-    places = [("left", "right", "middle")[i] for i in rng.integers(0, 3, 96)]
-    skill, worth = rng.normal(size=96), {"sky": 0.0, "sand": 3.0, "grey": -2.0, "night": 1.0}
-    prompt = rng.normal(size=12)[groups]
-    score = skill + prompt + [worth[name] for name in backdrops] + 2.0 * (np.array(places) == "left")
+    """Of many pictures effects are gone, of a few they are shrunk; a picture without a backdrop keeps its score."""
+
+    def case(count):
+        rng = np.random.default_rng(3)
+        groups = [i // 8 for i in range(count)]
+        backdrops = [("sky", "sand", "grey", "night")[i] for i in rng.integers(0, 4, count)]
+        places = [("left", "right", "middle")[i] for i in rng.integers(0, 3, count)]
+        skill, worth = rng.normal(size=count), {"sky": 0.0, "sand": 3.0, "grey": -2.0, "night": 1.0}
+        own = skill + rng.normal(size=count // 8)[groups]
+        score = own + [worth[name] for name in backdrops] + 2.0 * (np.array(places) == "left")
+        return groups, backdrops, places, own, score
+
+    def left(fair, groups, values):  # of every value, the sum over its pictures, by picture
+        rest = fair - np.bincount(groups, fair)[groups] / 8
+        return np.array([rest[np.array(values) == value].mean() for value in sorted(set(values))])
+
+    groups, backdrops, places, _, score = case(9600)
+    fair = diversity.neutral(score, np.ones(9600, bool), groups, [backdrops, places])
+    for values in (backdrops, places):
+        assert np.abs(left(score, groups, values)).min() > 0.3
+        np.testing.assert_allclose(left(fair, groups, values), 0, atol=0.02)
+    groups, backdrops, places, _, score = case(96)
     valid = np.ones(96, bool)
-    fair = diversity.neutral(score, valid, groups, [backdrops, places])
-    left = fair - np.bincount(groups, fair)[groups] / 8
+    whole = diversity.neutral(score, valid, groups, [backdrops, places], 0.0)
     for values in (groups, backdrops, places):
-        sums = [left[np.array(values) == value].sum() for value in set(values)]
-        np.testing.assert_allclose(sums, 0, atol=1e-9)
-    own = skill + prompt  # what a backdrop adds is gone whatever it is
-    np.testing.assert_allclose(fair, diversity.neutral(own, valid, groups, [backdrops, places]) + (score - own).mean())
+        np.testing.assert_allclose(left(whole, groups, values), 0, atol=1e-9)
+    fair = diversity.neutral(score, valid, groups, [backdrops, places])
+    assert np.abs(left(fair, groups, backdrops)).max() < np.abs(left(score, groups, backdrops)).max() / 2
     np.testing.assert_allclose(fair.mean(), score.mean())
+    torn = np.zeros(8)  # one of a few
+    torn[0] = -1.0
+    some = diversity.neutral(torn, np.ones(8, bool), [0] * 8, [["sky"] * 4 + ["sand"] * 4])
+    assert some[0] < -0.9
+    assert some[1:].max() < 0.05
 
     unknown, failed = [None, *backdrops[1:]], np.array([True, False] + [True] * 94)
     score[1] = np.nan

@@ -29,7 +29,10 @@ ADAPTIVE, RECENTRE, MASK_DEGENERATE = True, False, False
 KL_WEIGHT = 0.1  # arms 1e-4, .3, 1: 1e-4 was seen to do nothing
 ETA: float | Literal["nft"] = 0.0  # old <- eta old + (1 - eta) theta; "nft": min(.001 i, .5)
 DIVERSITY_WEIGHT = 0.25  # of the groupwise reward: backdrops and places that differ within a group
-NEUTRAL: tuple[str, ...] = ("backdrop", "place")  # that earn nothing by being themselves: taken off scores
+NEUTRAL: tuple[str, ...] = ("backdrop",)  # that earn nothing by being themselves: taken off scores
+NEUTRAL_SHRINK = (
+    8.0  # pictures of no effect beside those that show one; 0: what a step's few pictures say is believed whole
+)
 MOST_FAILURES = 0.05  # share of judgements that may fail in a step
 SHUFFLE = False  # the control: rewards in another order within every group, so that nothing should rise
 
@@ -40,7 +43,7 @@ JUDGE_CONCURRENCY, JUDGE_TIMEOUT = 8, 120.0  # calls at once of a process; secon
 
 # ---- optimiser
 LORA = "r=8,alpha=16,targets=all"  # 0.6 MB in bfloat16 at width 192
-STEPS, WARMUP, DECAY, COSINE = 25, 1, 25, True
+STEPS, WARMUP, DECAY, COSINE = 60, 1, 60, True
 LR = 1e-3
 BETAS: tuple[float, float] = (0.9, 0.999)
 EPS, WEIGHT_DECAY, CLIP = 1e-8, 1e-4, 1.0

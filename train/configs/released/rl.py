@@ -35,6 +35,7 @@ KL_WEIGHT = 1e-4
 ETA: float | Literal["nft"] = "nft"
 DIVERSITY_WEIGHT = 0.0
 NEUTRAL: tuple[str, ...] = ()
+NEUTRAL_SHRINK = 8.0
 MOST_FAILURES = 0.05
 SHUFFLE = False
 
