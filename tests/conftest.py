@@ -1,12 +1,26 @@
-"""What every test can rely on: gpu tests skip without a device, one thread count, no backend forced; large ones last."""
+"""What every test can rely on: gpu tests skip without a device, one thread count, no backend forced, signals as they were;
+large ones last."""
 
 import os
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 TIMED = Path(__file__).parent / "bench"
+HANDLERS = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """A clock of a training takes the signals and keeps them: the next test has them as they were."""
+    yield
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in HANDLERS.items():
+            signal.signal(number, handler)
 
 
 def pytest_configure(config: pytest.Config) -> None:
