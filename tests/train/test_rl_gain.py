@@ -112,3 +112,16 @@ def test_pictures_of_one_prompt_and_seed_stay_together(tmp_path):
     assert told(marked(16))["six"]["high"] == pytest.approx(-1, abs=0.5)
     few = told(marked(4, of=30))  # of another number of pictures: not paired
     assert few["six"]["low"] < 0.4
+
+
+def test_a_goal_that_is_just_reached_is_met(tmp_path):
+    """A third of three errors is one, whatever floats make of it."""
+    base = scores(tmp_path / "base.json", g1=rows(37, 77, 30, 0.2), g3=rows(37, 77, 30, 0.2))
+    own = scores(tmp_path / "rl.json", g1=rows(38, 78, 30, 0.18), g3=rows(37, 77, 30, 0.2))
+    out = tmp_path / "gain.json"
+    assert main(["evaluate", "rl-gain", "--base", base, "--rl", own, "--floor", "0.1", "--out", str(out)]) == 0
+    told = {(row["what"], row["guidance"]): row for row in json.loads(out.read_text())["gains"]}
+    assert told["six", "1"]["gained"] == pytest.approx(1 / 3)
+    assert told["six", "1"]["met"]
+    assert told["distance", "1"]["gained"] == pytest.approx(0.2)
+    assert told["distance", "1"]["met"]
