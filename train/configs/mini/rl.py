@@ -43,8 +43,8 @@ JUDGE_CONCURRENCY, JUDGE_TIMEOUT = 8, 120.0  # calls at once of a process; secon
 
 # ---- optimiser
 LORA = "r=8,alpha=16,targets=all"  # 0.6 MB in bfloat16 at width 192
-STEPS, WARMUP, DECAY, COSINE = 60, 1, 60, True
-LR = 1e-3
+STEPS, WARMUP, DECAY, COSINE = 40, 1, 40, True
+LR = 5e-4
 BETAS: tuple[float, float] = (0.9, 0.999)
 EPS, WEIGHT_DECAY, CLIP = 1e-8, 1e-4, 1.0
 EMA = 0.9
